@@ -1,0 +1,205 @@
+"""The one schema of roll_ckpt's settings: YAML for pipelines, JSON inside a DeepSpeed config.
+
+`Settings` holds what every way in shares, `DeepSpeedConfig` and `PipelineConfig` add their own keys. Unknown
+keys are refused with the nearest known name, units stand in the names, each default is written here once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from roll_ckpt import errors
+
+Parsed = TypeVar("Parsed", bound="Section")
+
+SMALLEST_BLOCK_BYTES = 64 << 10
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are refused and values are not changed afterwards."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    @classmethod
+    def parse(cls: type[Parsed], values: Any, where: str) -> Parsed:
+        """Check `values` and return them as this section.
+
+        Raises:
+            ConfigError: names every wrong key with `where` it stands, and the nearest known key.
+        """
+        if not isinstance(values, dict):
+            raise errors.ConfigError(f"{where}: expected a mapping of settings, got {type(values).__name__}")
+        try:
+            return cls.model_validate(values)
+        except ValidationError as problem:
+            lines = [_explain(cls, item["loc"], item["type"], item["msg"]) for item in problem.errors()]
+            raise errors.ConfigError(f"{where}: " + "; ".join(lines)) from None
+
+
+def _explain(section: type[BaseModel], location: tuple[int | str, ...], kind: str, message: str) -> str:
+    key = ".".join(str(part) for part in location) or "settings"
+    if kind != "extra_forbidden":
+        return f"{key}: {message.removeprefix('Value error, ')}"
+    for part in location[:-1]:
+        annotation = section.model_fields[str(part)].annotation
+        inner = [t for t in getattr(annotation, "__args__", (annotation,)) if isinstance(t, type)]
+        section = next((t for t in inner if issubclass(t, BaseModel)), section)
+    known = list(section.model_fields)
+    near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(sorted(known))}"
+    return f"{key}: unknown key; {hint}"
+
+
+class Staging(Section):
+    """How bytes leave the training tensors."""
+
+    arena_bytes: ByteSize | None = Field(default=None, ge=2 * SMALLEST_BLOCK_BYTES)
+    """Cap of the staging memory of one host, shared by its ranks; default a quarter of its memory."""
+    overlap: bool = True
+    """Copy what only the optimizer changes under the next forward and backward pass."""
+
+
+class IO(Section):
+    """How bytes reach the disk."""
+
+    direct: bool = True
+    """Direct I/O; where the file system refuses it, buffered writes are used by themselves."""
+    threads: int = Field(default=2, ge=1, le=64)
+    """Writes and reads in flight on each rank."""
+    block_bytes: ByteSize = Field(default=ByteSize(4 << 20), ge=SMALLEST_BLOCK_BYTES)
+    """Bytes of one write and of one digest; a multiple of 4096."""
+
+    @model_validator(mode="after")
+    def _aligned(self) -> IO:
+        if self.block_bytes % 4096:
+            raise ValueError(f"io.block_bytes is {int(self.block_bytes)}; give a multiple of 4096")
+        return self
+
+
+class Load(Section):
+    """What loading trusts."""
+
+    allow: tuple[str, ...] = ()
+    """Qualified names (`package.module.Name`) that pickles may hold beside the built-in list."""
+
+
+class Settings(Section):
+    """What every way in shares."""
+
+    async_save: bool | None = None
+    """True: return before the bytes are durable. False: return when the checkpoint is committed.
+    Default: True in a pipeline, False in a plain DeepSpeed script, whose host may rotate directories itself."""
+    commit_timeout_s: float = Field(default=600, gt=0)
+    """Longest wait for the votes of every rank of every cluster; then the save is abandoned."""
+    exit_timeout_s: float = Field(default=600, ge=0)
+    """Longest wait for pending saves at the interpreter's exit."""
+    fail_training: bool = False
+    """Raise a background failure at the next fence instead of reporting it and going on."""
+    run_id: str | None = None
+    """Names the run; worlds that share an output directory give the same one."""
+    take_over: bool = False
+    """Claim the output directory although another run seems alive."""
+    max_ckpt_to_keep: int = Field(
+        default=0, ge=0, validation_alias=AliasChoices("max_ckpt_to_keep", "save_total_limit")
+    )
+    """Committed checkpoints that stay on the local disk; 0 keeps all."""
+    staging: Staging = Staging()
+    io: IO = IO()
+    load: Load = Load()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_name(cls, values: Any) -> Any:
+        if isinstance(values, dict) and {"max_ckpt_to_keep", "save_total_limit"} <= values.keys():
+            raise ValueError("max_ckpt_to_keep and save_total_limit are one setting; give one of them")
+        return values
+
+    @model_validator(mode="after")
+    def _arena_holds_blocks(self) -> Settings:
+        if self.staging.arena_bytes is not None and self.staging.arena_bytes < 2 * self.io.block_bytes:
+            raise ValueError(
+                f"staging.arena_bytes is {int(self.staging.arena_bytes)}, less than two blocks; "
+                f"raise it, or lower io.block_bytes ({int(self.io.block_bytes)})"
+            )
+        return self
+
+
+class DeepSpeedConfig(Settings):
+    """The object `checkpoint.roll_ckpt` of a DeepSpeed config. It lands in every checkpoint: no secrets."""
+
+    cluster: str = "model"
+    """Name of this engine in the manifest, in messages and in metrics."""
+
+
+class Upload(Section):
+    """ROLL's `checkpoint_config`: where committed checkpoints are copied to."""
+
+    type: Literal["file_system"]
+    output_dir: Path
+    """Directory that receives `checkpoint-N`; never inside the run's own output directory."""
+    async_upload: bool = True
+    """Upload in the background; False: `do_checkpoint` returns when the upload is done."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_type(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("type") == "hub":
+            raise ValueError("type: hub is not supported in this version; use type: file_system")
+        return values
+
+
+class PipelineConfig(Settings):
+    """The settings of a `BasePipeline`."""
+
+    output_dir: Path
+    """The run directory, which holds `checkpoint-N`. Nothing but checkpoints lies in it."""
+    save_steps: int = Field(ge=1)
+    """Save at every step that is a positive multiple of this, and at the last."""
+    max_steps: int = Field(ge=1)
+    """Steps of the run; they count from 0, so the last is `max_steps - 1`."""
+    resume_from_checkpoint: bool | Path = True
+    """True: the newest complete and sound checkpoint. A path: that one. False: none."""
+    expected_clusters: dict[str, int] | None = None
+    """World size of every cluster of the run, where several torchrun jobs commit together."""
+    checkpoint_config: Upload | None = None
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike[str], **overrides: Any) -> PipelineConfig:
+        """Read a YAML file; keyword arguments replace its top-level keys."""
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except OSError as problem:
+            raise errors.ConfigError(f"cannot read the configuration {path}: {problem.strerror}") from problem
+        except yaml.YAMLError as problem:
+            raise errors.ConfigError(f"{path} is not YAML: {problem}") from problem
+        if not isinstance(values, dict):
+            raise errors.ConfigError(f"{path}: expected a mapping of settings at the top level")
+        return cls.parse({**values, **overrides}, where=str(path))
+
+    @model_validator(mode="after")
+    def _sound(self) -> PipelineConfig:
+        if self.expected_clusters is not None and not self.run_id:
+            raise ValueError("expected_clusters needs run_id, the same in every world's configuration")
+        upload = self.checkpoint_config
+        if upload is not None:
+            here, there = self.output_dir.resolve(), upload.output_dir.resolve()
+            if there == here or here in there.parents:
+                raise ValueError(
+                    f"checkpoint_config.output_dir {upload.output_dir} lies in output_dir {self.output_dir}; "
+                    "give a directory outside it"
+                )
+        return self

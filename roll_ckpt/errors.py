@@ -1,0 +1,62 @@
+"""Every error a caller of roll_ckpt can meet.
+
+    RollCkptError
+    ├── ConfigError (ValueError)          a key, value or combination that cannot be meant
+    ├── UnsupportedError (NotImplementedError)   a feature that is refused by name
+    ├── RanksDisagree (ValueError)        ranks of one world ask for different saves
+    ├── RunIsLive (RuntimeError)          another live run owns the output directory
+    ├── EpochLost (RuntimeError)          a newer run has taken the output directory over
+    ├── NoRoom (OSError)                  the file system cannot hold one more checkpoint
+    ├── SaveFailed (RuntimeError)         a copy, write, vote, commit or upload failed; older checkpoints are sound
+    ├── NotFound (FileNotFoundError)      no complete checkpoint where one was asked for
+    ├── Damaged (ValueError)              bytes on disk are not the bytes that were written
+    └── ModelMismatch (ValueError)        a checkpoint of another model
+
+Each also is the builtin that a caller would already catch.
+"""
+
+from __future__ import annotations
+
+
+class RollCkptError(Exception):
+    """Base of all errors of roll_ckpt."""
+
+
+class ConfigError(RollCkptError, ValueError):
+    """A configuration key, value or combination that cannot be meant. Nothing was touched on disk."""
+
+
+class UnsupportedError(RollCkptError, NotImplementedError):
+    """A feature of a framework that roll_ckpt refuses by name, with the reason."""
+
+
+class RanksDisagree(RollCkptError, ValueError):
+    """Ranks of one world asked for different saves, or one did not come. Nothing was touched on disk."""
+
+
+class RunIsLive(RollCkptError, RuntimeError):
+    """Another live run owns the output directory. Nothing was touched on disk."""
+
+
+class EpochLost(RollCkptError, RuntimeError):
+    """A newer run has claimed the output directory; this process may not write there any more."""
+
+
+class NoRoom(RollCkptError, OSError):
+    """The file system has too little room for one more checkpoint. Nothing was touched on disk."""
+
+
+class SaveFailed(RollCkptError, RuntimeError):
+    """A copy, write, vote, commit or upload failed. Checkpoints that were committed before are sound."""
+
+
+class NotFound(RollCkptError, FileNotFoundError):
+    """No complete checkpoint where one was asked for."""
+
+
+class Damaged(RollCkptError, ValueError):
+    """Bytes on disk are not those that were written, or a record cannot be trusted."""
+
+
+class ModelMismatch(RollCkptError, ValueError):
+    """The checkpoint holds a model with other parameter names or shapes."""

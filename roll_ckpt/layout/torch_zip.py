@@ -1,0 +1,483 @@
+"""The `torch_zip` layout: the bytes that `torch.save` would write, and views of the bytes it wrote.
+
+The format is that of `torch.serialization` (zip, stored records, `data.pkl` by pickle protocol 2 with storages
+as persistent ids). Three things differ from a stock file, none visible to a reader: large records start at
+multiples of 4096, so that direct I/O and views are aligned; a storage holds only the bytes that the saved
+tensors show, never the rest of a flat buffer; `.format_version` is left out, because it promises offsets that
+follow from a constant alignment.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import struct
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import _weights_only_unpickler as safe_pickle
+
+from roll_ckpt import errors
+from roll_ckpt.image import HOST, Extent, FileImage, Memory, Record, Serial, TensorPiece
+
+Stable = Callable[[torch.UntypedStorage], bool]
+
+_LARGE = 64 << 10
+_LARGE_ALIGNMENT = 4096
+_SMALL_ALIGNMENT = 64
+_UTF8_AND_DESCRIPTOR = 0x0808
+_UTF8 = 0x0800
+_ZIP64_LIMIT = 0xFFFFFFFF
+_NO_HOOKS: OrderedDict[Any, Any] = OrderedDict()
+
+
+def lay_out(state: object, archive: str, stable: Stable = lambda storage: False) -> FileImage:
+    """Describe the file that holds `state`, without copying a tensor.
+
+    Python objects are pickled now, on the calling thread; tensors are only referred to. `archive` is the
+    folder inside the zip (stock uses the file's stem). Extents of storages for which `stable` is true may be
+    copied until the next fence, all others before the caller goes on.
+    """
+    pieces = _StoragePieces(stable)
+    data_pkl = pieces.pickle(state)
+    archive_writer = _Archive(archive)
+    archive_writer.add("data.pkl", data_pkl)
+    archive_writer.add("byteorder", sys.byteorder.encode())
+    for key, piece in enumerate(pieces.used):
+        piece.offset = archive_writer.add(f"data/{key}", piece.memory(), piece.stable)
+    archive_writer.add("version", b"3\n")
+    archive_writer.add_serialization_id()
+    return archive_writer.close(pieces.index(state))
+
+
+def unsafe_globals(data_pkl: bytes, allow: Iterable[Any] = ()) -> set[str]:
+    """Qualified names in a pickle that `weights_only=True` would refuse to load back."""
+    with torch.serialization.safe_globals(list(allow)):
+        allowed = {*safe_pickle._get_allowed_globals(), *safe_pickle._get_user_allowed_globals()}
+        return safe_pickle.get_globals_in_pkl(io.BytesIO(data_pkl)) - allowed
+
+
+# --- tensors -------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class _Piece:
+    """A run of bytes of one storage that becomes one record of the archive."""
+
+    storage: torch.UntypedStorage
+    start: int
+    stop: int
+    stable: bool
+    key: str | None = None
+    offset: int = 0
+
+    def memory(self) -> Memory | bytes:
+        if self.stop == self.start:
+            return b""
+        device = self.storage.device
+        if device.type not in ("cpu", "cuda"):
+            host = self.storage.cpu()
+            return Memory(host.data_ptr() + self.start, self.stop - self.start, host)
+        number = HOST if device.type == "cpu" else (device.index or 0)
+        return Memory(self.storage.data_ptr() + self.start, self.stop - self.start, self.storage, number)
+
+
+@dataclass(frozen=True)
+class _StorageStub:
+    """Stands for a storage in the pickle: what `persistent_id` turns into stock's tuple."""
+
+    type: type
+    piece: _Piece
+    location: str
+    numel: int
+
+
+class _StoragePieces:
+    """The storages of one state, cut to what its tensors show.
+
+    Tensors that overlap in one storage share a piece, as they must to share memory after loading; neighbours
+    that do not overlap get pieces of their own.
+    """
+
+    def __init__(self, stable: Stable) -> None:
+        self._stable = stable
+        self._by_storage: dict[int, list[_Piece]] = {}
+        self._tensors: dict[int, tuple[torch.Tensor, _Piece]] = {}
+        self.used: list[_Piece] = []
+
+    def pickle(self, state: object) -> bytes:
+        seen = _Collector()
+        seen.dump(state)
+        spans: dict[int, tuple[torch.UntypedStorage, list[tuple[int, int]]]] = {}
+        for tensor in seen.tensors:
+            storage = tensor.untyped_storage()
+            spans.setdefault(storage._cdata, (storage, []))[1].append(_span(tensor))
+        for storage in seen.storages:
+            spans.setdefault(storage._cdata, (storage, []))[1].append((0, storage.nbytes()))
+        for identity, (storage, wanted) in spans.items():
+            stable = self._stable(storage)
+            runs = _merge(wanted)
+            self._by_storage[identity] = [_Piece(storage, start, stop, stable) for start, stop in runs]
+        buffer = io.BytesIO()
+        _Writer(buffer, self).dump(state)
+        return buffer.getvalue()
+
+    def piece_of(self, storage: torch.UntypedStorage, start: int) -> _Piece:
+        runs = self._by_storage[storage._cdata]
+        piece = next(p for p in reversed(runs) if p.start <= start)
+        if piece.key is None:
+            piece.key = str(len(self.used))
+            self.used.append(piece)
+        return piece
+
+    def reduce(self, tensor: torch.Tensor) -> Any:
+        """What `Tensor.__reduce_ex__` returns for a plain tensor, with a stub for its storage."""
+        storage = tensor.untyped_storage()
+        itemsize = tensor.element_size()
+        piece = self.piece_of(storage, _span(tensor)[0])
+        self._tensors[id(tensor)] = (tensor, piece)
+        offset = tensor.storage_offset() - piece.start // itemsize
+        location = torch.serialization.location_tag(storage)
+        new_dtype = tensor.dtype in torch.storage._new_dtypes()
+        kind = torch.UntypedStorage if new_dtype else getattr(torch, _storage_name(tensor.dtype))
+        size = piece.stop - piece.start
+        stub = _StorageStub(kind, piece, location, size if new_dtype else size // itemsize)
+        args = (stub, offset, tuple(tensor.size()), tensor.stride(), tensor.requires_grad, _NO_HOOKS)
+        if new_dtype:
+            return torch._utils._rebuild_tensor_v3, (*args, tensor.dtype)
+        return torch._utils._rebuild_tensor_v2, args
+
+    def index(self, state: object) -> Callable[[], tuple[TensorPiece, ...]]:
+        """The tensors of the state by name, to be called once the pieces have their offsets."""
+
+        def build() -> tuple[TensorPiece, ...]:
+            found = []
+            for name, tensor in _named_tensors(state):
+                known = self._tensors.get(id(tensor))
+                if known is None:
+                    continue
+                start, stop = _span(tensor)
+                where = known[1].offset + start - known[1].start
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                found.append(TensorPiece(name, dtype, tuple(tensor.shape), where, stop - start))
+            return tuple(found)
+
+        return build
+
+
+def _is_plain(obj: object) -> bool:
+    return (
+        type(obj) is torch.Tensor
+        and obj.layout is torch.strided
+        and not obj.is_quantized
+        and obj.device.type != "meta"
+        and not obj.is_conj()
+        and not obj.is_neg()
+        and not obj.is_nested
+    )
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """First and last-plus-one byte of its storage that a strided tensor shows."""
+    itemsize = tensor.element_size()
+    start = tensor.storage_offset() * itemsize
+    if tensor.numel() == 0:
+        return start, start
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (last + 1) * itemsize
+
+
+def _merge(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Unite spans that overlap; spans that only touch stay apart."""
+    merged: list[tuple[int, int]] = []
+    for start, stop in sorted(set(spans)):
+        if merged and (start < merged[-1][1] or start == merged[-1][0]):
+            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
+        else:
+            merged.append((start, stop))
+    return merged
+
+
+def _storage_name(dtype: torch.dtype) -> str:
+    return str(torch.storage._dtype_to_storage_type_map()[dtype])
+
+
+def _untyped(obj: object) -> torch.UntypedStorage | None:
+    if isinstance(obj, torch.storage.TypedStorage):
+        return obj._untyped_storage
+    return obj if isinstance(obj, torch.UntypedStorage) else None
+
+
+class _Discard(io.RawIOBase):
+    def write(self, data: Any) -> int:
+        return len(data)
+
+
+class _Collector(pickle.Pickler):
+    """Walks a state as pickling would and keeps the tensors and bare storages that it meets."""
+
+    def __init__(self) -> None:
+        super().__init__(_Discard(), protocol=2)
+        self.tensors: list[torch.Tensor] = []
+        self.storages: list[torch.UntypedStorage] = []
+
+    def persistent_id(self, obj: object) -> Any:
+        if _is_plain(obj):
+            assert isinstance(obj, torch.Tensor)
+            self.tensors.append(obj)
+            return "tensor"
+        storage = _untyped(obj)
+        if storage is not None:
+            self.storages.append(storage)
+            return "storage"
+        return None
+
+
+class _Writer(pickle.Pickler):
+    """Pickles a state with its storages as stock's persistent ids."""
+
+    def __init__(self, file: io.BytesIO, pieces: _StoragePieces) -> None:
+        super().__init__(file, protocol=2)
+        self._pieces = pieces
+
+    def reducer_override(self, obj: object) -> Any:
+        if _is_plain(obj):
+            assert isinstance(obj, torch.Tensor)
+            return self._pieces.reduce(obj)
+        return NotImplemented
+
+    def persistent_id(self, obj: object) -> Any:
+        if type(obj) is _StorageStub:
+            return ("storage", obj.type, obj.piece.key, obj.location, obj.numel)
+        storage = _untyped(obj)
+        if storage is None:
+            return None
+        piece = self._pieces.piece_of(storage, 0)
+        location = torch.serialization.location_tag(storage)
+        if isinstance(obj, torch.storage.TypedStorage):
+            return ("storage", getattr(torch, obj._pickle_storage_type()), piece.key, location, obj._size())
+        return ("storage", torch.UntypedStorage, piece.key, location, storage.nbytes())
+
+
+def _named_tensors(state: object, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(state, torch.Tensor):
+        yield name, state
+        return
+    items: Iterable[tuple[object, object]] = ()
+    if isinstance(state, dict):
+        items = state.items()
+    elif isinstance(state, list | tuple):
+        items = enumerate(state)
+    for key, value in items:
+        yield from _named_tensors(value, f"{name}.{key}" if name else str(key))
+
+
+# --- the archive ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Entry:
+    name: bytes
+    header_at: int
+    nbytes: int
+    flags: int
+    record: int | None
+
+
+@dataclass
+class _Archive:
+    """A zip of stored records whose CRCs are filled in by the writer, see `image.Record`."""
+
+    folder: str
+    extents: list[Extent] = field(default_factory=list)
+    entries: list[_Entry] = field(default_factory=list)
+    records: list[tuple[int, int, list[int]]] = field(default_factory=list)
+    serial_at: int = 0
+    _plain: bytearray = field(default_factory=bytearray)
+    _plain_at: int = 0
+
+    @property
+    def _end(self) -> int:
+        return self._plain_at + len(self._plain)
+
+    def add(self, name: str, source: bytes | Memory, stable: bool = False) -> int:
+        """Append one record; return the file offset of its first byte."""
+        nbytes = len(source) if isinstance(source, bytes) else source.nbytes
+        header_at, encoded = self._end, f"{self.folder}/{name}".encode()
+        alignment = _LARGE_ALIGNMENT if nbytes >= _LARGE else _SMALL_ALIGNMENT
+        unpadded = header_at + 30 + len(encoded) + 4
+        padding = -unpadded % alignment
+        flags = _UTF8_AND_DESCRIPTOR if nbytes else _UTF8
+        sizes = (0, 0, 0, 0, 0, 0, len(encoded), 4 + padding)
+        self._plain += struct.pack("<4s3H2H3I2H", b"PK\x03\x04", 0, flags, *sizes)
+        self._plain += encoded + b"FB" + struct.pack("<H", padding) + b"Z" * padding
+        start = self._end
+        self.entries.append(_Entry(encoded, header_at, nbytes, flags, len(self.records) if nbytes else None))
+        if nbytes:
+            self._put(source, stable)
+            self.records.append((start, nbytes, [self._end + 4]))
+            wide = nbytes >= _ZIP64_LIMIT
+            self._plain += struct.pack("<4sIQQ" if wide else "<4sIII", b"PK\x07\x08", 0, nbytes, nbytes)
+        return start
+
+    def add_serialization_id(self) -> None:
+        """Stock's fingerprint of names and contents: 20 digits of each, of our own making."""
+        names = 0
+        for entry in self.entries:
+            for byte in entry.name:
+                names = (names ^ byte) * 0x100000001B3 % 2**64  # FNV-1a
+        start = self.add(".data/serialization_id", b"%020d%020d" % (names, 0))
+        self.serial_at = start + 20
+
+    def close(self, index: Callable[[], tuple[TensorPiece, ...]]) -> FileImage:
+        directory_at = self._end
+        for entry in self.entries:
+            self._add_directory_entry(entry)
+        size, count, end_at = self._end - directory_at, len(self.entries), self._end
+        self._plain += struct.pack(
+            "<4sQ2H2I4Q", b"PK\x06\x06", 44, 798, 45, 0, 0, count, count, size, directory_at
+        )
+        self._plain += struct.pack("<4sIQI", b"PK\x06\x07", 0, end_at, 1)
+        self._plain += struct.pack(
+            "<4s4H2IH",
+            *(b"PK\x05\x06", 0, 0, min(count, 0xFFFF), min(count, 0xFFFF)),
+            *(min(size, _ZIP64_LIMIT), min(directory_at, _ZIP64_LIMIT), 0),
+        )
+        nbytes = self._end
+        self._flush()
+        records = tuple(Record(start, size, tuple(crc_at)) for start, size, crc_at in self.records)
+        serial = Serial(self.serial_at, 0, len(records) - 1)
+        return FileImage(nbytes, tuple(self.extents), records, (serial,), index())
+
+    def _add_directory_entry(self, entry: _Entry) -> None:
+        large = entry.nbytes >= _ZIP64_LIMIT
+        far = entry.header_at >= _ZIP64_LIMIT
+        wide = ([entry.nbytes, entry.nbytes] if large else []) + ([entry.header_at] if far else [])
+        extra = struct.pack(f"<2H{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
+        short = _ZIP64_LIMIT if large else entry.nbytes
+        if entry.record is not None:
+            self.records[entry.record][2].append(self._end + 16)
+        self._plain += struct.pack(
+            "<4s6H3I5H2I",
+            *(b"PK\x01\x02", 0, 45 if wide else 0, entry.flags, 0, 0, 0),
+            *(0, short, short, len(entry.name), len(extra), 0, 0, 0, 0),
+            _ZIP64_LIMIT if far else entry.header_at,
+        )
+        self._plain += entry.name + extra
+
+    def _put(self, source: bytes | Memory, stable: bool) -> None:
+        if isinstance(source, bytes):
+            self._plain += source
+            return
+        self._flush()
+        self.extents.append(Extent(self._plain_at, source, stable))
+        self._plain_at += source.nbytes
+
+    def _flush(self) -> None:
+        if self._plain:
+            self.extents.append(Extent(self._plain_at, bytes(self._plain)))
+            self._plain_at += len(self._plain)
+            self._plain.clear()
+
+
+# --- reading -------------------------------------------------------------------------------------------------
+
+
+def parse(buffer: Any, path: str, map_location: Any = "cpu", allow: Iterable[Any] = ()) -> Any:
+    """Rebuild the state from the file's bytes; its tensors are views of `buffer` on the CPU.
+
+    `buffer` is writable memory with the buffer protocol that holds the whole file `path`. Runs no code:
+    `data.pkl` goes through torch's `weights_only` unpickler, extended by the objects in `allow`.
+
+    Raises:
+        Damaged: the archive or its pickle is not one that torch or this layout writes, or holds a name
+            outside the allowlist; the message names both.
+    """
+    view = memoryview(buffer).cast("B")
+    records = _read_directory(view, path)
+    if "byteorder" in records and bytes(_slice(view, records["byteorder"])) != sys.byteorder.encode():
+        raise errors.Damaged(f"{path}: written on a machine of other byte order; convert it there")
+    restore = torch.serialization._get_restore_location(map_location)
+    storages: dict[str, Any] = {}
+
+    def storage_of(persistent_id: tuple[Any, ...]) -> Any:
+        _, kind, key, location, numel = persistent_id
+        if key not in storages:
+            dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
+            start, nbytes = records[f"data/{key}"]
+            if nbytes != numel * dtype.itemsize:
+                raise errors.Damaged(f"{path}: storage {key} has {nbytes} bytes, its tensors need {numel}")
+            raw = torch.UntypedStorage(0)
+            if nbytes:
+                raw = torch.frombuffer(buffer, dtype=torch.uint8, count=nbytes, offset=start).untyped_storage()
+            stored = restore(raw, location)
+            storages[key] = torch.storage.TypedStorage(wrap_storage=stored, dtype=dtype, _internal=True)
+        return storages[key]
+
+    try:
+        with torch.serialization.safe_globals(list(allow)):
+            data_pkl = io.BytesIO(_slice(view, records["data.pkl"]))
+            unpickler = safe_pickle.Unpickler(data_pkl, encoding="utf-8")
+            unpickler.persistent_load = storage_of  # type: ignore[attr-defined]
+            return unpickler.load()
+    except (pickle.UnpicklingError, KeyError, EOFError, struct.error) as problem:
+        raise errors.Damaged(
+            f"{path}: refused to load: {problem}. If you trust the file, add the name it needs to load.allow"
+        ) from problem
+
+
+def _slice(view: memoryview, record: tuple[int, int]) -> memoryview:
+    return view[record[0] : record[0] + record[1]]
+
+
+def _read_directory(view: memoryview, path: str) -> dict[str, tuple[int, int]]:
+    """Start and size in bytes of each record, by its name without the archive's folder."""
+    tail_at = max(0, len(view) - (1 << 16))
+    end = bytes(view[tail_at:]).rfind(b"PK\x05\x06")
+    if end < 0:
+        raise errors.Damaged(f"{path}: no zip directory at its end; the file is truncated or not a checkpoint")
+    try:
+        return dict(_directory_entries(view, tail_at + end, path))
+    except (struct.error, IndexError, UnicodeDecodeError) as problem:
+        raise errors.Damaged(f"{path}: its zip directory cannot be read: {problem}") from problem
+
+
+def _directory_entries(view: memoryview, end: int, path: str) -> Iterator[tuple[str, tuple[int, int]]]:
+    count, _, at = struct.unpack_from("<H2I", view, end + 10)
+    if end >= 20 and view[end - 20 : end - 16] == b"PK\x06\x07":
+        (wide,) = struct.unpack_from("<Q", view, end - 12)
+        count, _, at = struct.unpack_from("<3Q", view, wide + 32)
+    for _ in range(count):
+        if view[at : at + 4] != b"PK\x01\x02":
+            raise errors.Damaged(f"{path}: its zip directory is broken at byte {at}")
+        (method,) = struct.unpack_from("<H", view, at + 10)
+        stored, nbytes, name_len, extra_len, comment_len = struct.unpack_from("<2I3H", view, at + 20)
+        (header_at,) = struct.unpack_from("<I", view, at + 42)
+        name = bytes(view[at + 46 : at + 46 + name_len]).decode()
+        extra = bytes(view[at + 46 + name_len : at + 46 + name_len + extra_len])
+        wide_values = _zip64_values(extra)
+        nbytes = wide_values.pop(0) if nbytes == _ZIP64_LIMIT else nbytes
+        stored = wide_values.pop(0) if stored == _ZIP64_LIMIT else stored
+        header_at = wide_values.pop(0) if header_at == _ZIP64_LIMIT else header_at
+        if method != 0 or stored != nbytes:
+            raise errors.Damaged(f"{path}: record {name} is compressed; torch never writes that")
+        local_name, local_extra = struct.unpack_from("<2H", view, header_at + 26)
+        start = header_at + 30 + local_name + local_extra
+        if start + nbytes > len(view):
+            raise errors.Damaged(f"{path}: record {name} reaches past the end of the file")
+        yield name.partition("/")[2], (start, nbytes)
+        at += 46 + name_len + extra_len + comment_len
+
+
+def _zip64_values(extra: bytes) -> list[int]:
+    at = 0
+    while at + 4 <= len(extra):
+        kind, size = struct.unpack_from("<2H", extra, at)
+        if kind == 1:
+            return list(struct.unpack_from(f"<{size // 8}Q", extra, at + 4))
+        at += 4 + size
+    return []
