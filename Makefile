@@ -1,0 +1,105 @@
+# Every target sets up what it needs, once: .venv from constraints.txt, the extension, DeepSpeed's CPU
+# communication op. A later call checks time stamps and starts at once.
+#
+#   make run PYTHON=python3.12          another interpreter for .venv (3.10 or later)
+#   make test ARGS="-k commit -x"       arguments for the command behind a target
+#   make train DS_ACCELERATOR=cuda      DeepSpeed on GPUs; without it on CPU and gloo, on every machine
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help run train run-worlds test lint format clean ready
+
+PYTHON ?= python3
+ARGS ?=
+LOG := .venv/setup.log
+CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu)
+OUTER_PATH := $(PATH)
+
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/.venv/torch_extensions
+export DS_ACCELERATOR ?= cpu
+export OMP_NUM_THREADS ?= 1
+
+help: ## this list
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
+
+run: ready ## the demonstration: train, kill in the middle of a save, resume on the same losses
+	@python -m examples.rlvr.demo $(ARGS)
+
+run-worlds: ready ## actor and critic as two torchrun jobs whose steps commit together
+	@python -m examples.rlvr.demo --worlds $(ARGS)
+
+train: ready ## the plain job in runs/train; started again, it resumes
+	@torchrun --standalone --nproc-per-node 2 -m examples.rlvr.train --config configs/rlvr.yaml $(ARGS)
+
+test: ready ## all tests that need no GPU, in less than 10 minutes on 2 cores
+	@python -m pytest $(ARGS)
+
+lint: .venv/.installed ## ruff, mypy, clang-format
+	ruff check .
+	ruff format --check .
+	mypy
+	clang-format --dry-run -Werror $(CSRC)
+
+format: .venv/.installed ## write all code in the format that lint wants
+	ruff check --fix-only .
+	ruff format .
+	clang-format -i $(CSRC)
+
+clean: ## remove what set-up and builds made; runs/ stays
+	rm -rf .venv build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache roll_ckpt/*.so
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
+
+# ---- set-up ---------------------------------------------------------------------------------------------
+
+# $(call step,what,command): one line of progress. The noise goes to the log, whose end is shown on failure.
+define step
+@printf '  %-62s' '$(1)'; start=$$SECONDS; \
+if { $(2); } >>$(LOG) 2>&1 </dev/null; then echo "$$((SECONDS - start)) s"; else \
+	echo failed; tail -n 25 $(LOG) >&2; \
+	echo "Set-up failed at: $(1). The lines above are the end of $(LOG). Mend the cause, then run the same command again; 'make clean' starts from nothing." >&2; \
+	exit 1; fi
+endef
+
+# $(call need,test,what to do): stops with a sentence where a tool is missing.
+define need
+@$(1) >/dev/null 2>&1 || { echo "$(2)" >&2; exit 1; }
+endef
+
+OUTER_PYTHON = PATH="$(OUTER_PATH)" $(PYTHON)
+TOOLS := pip setuptools wheel pybind11 ninja packaging
+PIP := python -m pip install --no-input --disable-pip-version-check -c constraints.txt
+
+# torch comes before anything that asks for it, so that no resolver and no build environment gets another one.
+.venv/.torch: constraints.txt
+	$(call need,$(OUTER_PYTHON) -c '',There is no $(PYTHON) here. Install Python 3.10 or later or name one: make PYTHON=/path/to/python3 …)
+	$(call need,$(OUTER_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3$(comma) 10))',$(PYTHON) is too old: roll_ckpt needs Python 3.10 or later. Name another one: make PYTHON=python3.12 …)
+	$(call need,$(OUTER_PYTHON) -c 'import ensurepip$(comma) venv',$(PYTHON) has no venv module. Install it (Debian and Ubuntu: python3-venv).)
+	$(call need,test -f "$$($(OUTER_PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h",The headers of $(PYTHON) are missing. Install them (Debian and Ubuntu: python3-dev).)
+	$(call need,command -v g++,There is no g++ here. Install a C++20 compiler (Debian and Ubuntu: g++).)
+	@mkdir -p .venv; : >$(LOG); echo "Setting up .venv, once; details in $(LOG)"
+	$(call step,Python environment,$(OUTER_PYTHON) -m venv .venv)
+	$(call step,pip and build tools,$(PIP) $(TOOLS))
+	$(call step,torch and numpy,$(PIP) torch numpy)
+	@touch $@
+
+.venv/.installed: .venv/.torch pyproject.toml setup.py $(CSRC)
+	$(call step,DeepSpeed$(comma) transformers and the tools; roll_ckpt and its extension,$(PIP) --no-build-isolation -e '.[deepspeed$(comma)examples$(comma)dev]')
+	@touch $@
+
+# DeepSpeed would compile this at the first start of every fresh machine, for half a minute, in all ranks at once.
+.venv/.comm_op: .venv/.torch | .venv/.installed
+	@rm -f .venv/torch_extensions/*/lock
+	$(call step,CPU communication op of DeepSpeed,DS_ACCELERATOR=cpu python -c "$(BUILD_COMM_OP)")
+	@touch $@
+
+BUILD_COMM_OP := from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load()
+comma := ,
+
+# Every start of DeepSpeed takes the op's lock file for a moment. A process killed in that moment leaves it
+# behind, and each later start would wait for it for ever: remove a lock that no process holds open.
+ready: .venv/.installed .venv/.comm_op
+	@for lock in .venv/torch_extensions/*/lock; do \
+		if [ -e "$$lock" ] && ! ls -l /proc/[0-9]*/fd 2>/dev/null | grep -qF -- "-> $$(realpath "$$lock")"; then rm -f "$$lock"; fi; \
+	done
