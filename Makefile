@@ -55,7 +55,7 @@ clean: ## remove what set-up and builds made; runs/ stays
 
 # $(call step,what,command): one line of progress. The noise goes to the log, whose end is shown on failure.
 define step
-@printf '  %-62s' '$(1)'; start=$$SECONDS; \
+@printf '  %-50s' '$(1)'; start=$$SECONDS; \
 if { $(2); } >>$(LOG) 2>&1 </dev/null; then echo "$$((SECONDS - start)) s"; else \
 	echo failed; tail -n 25 $(LOG) >&2; \
 	echo "Set-up failed at: $(1). The lines above are the end of $(LOG). Mend the cause, then run the same command again; 'make clean' starts from nothing." >&2; \
@@ -85,7 +85,7 @@ PIP := python -m pip install --no-input --disable-pip-version-check -c constrain
 	@touch $@
 
 .venv/.installed: .venv/.torch pyproject.toml setup.py $(CSRC)
-	$(call step,DeepSpeed$(comma) transformers and the tools; roll_ckpt and its extension,$(PIP) --no-build-isolation -e '.[deepspeed$(comma)examples$(comma)dev]')
+	$(call step,roll_ckpt$(comma) its extension and what it needs,$(PIP) $(if $(filter .venv/.torch pyproject.toml,$?),,--no-deps) --no-build-isolation -e '.[deepspeed$(comma)examples$(comma)dev]')
 	@touch $@
 
 # DeepSpeed would compile this at the first start of every fresh machine, for half a minute, in all ranks at once.
