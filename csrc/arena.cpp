@@ -1,0 +1,157 @@
+#include "arena.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <new>
+#include <stdexcept>
+
+#include "cuda_api.h"
+#include "file.h"
+
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
+
+namespace roll {
+namespace {
+
+constexpr uint64_t kHugePage = 2 << 20;
+constexpr uint64_t kMinBlock = 64 << 10;
+
+uint64_t checked_capacity(uint64_t capacity, uint64_t block) {
+    if (block < kMinBlock || block % kPage != 0) {
+        throw std::invalid_argument("block_bytes must be a multiple of 4096 and at least 65536, not " +
+                                    std::to_string(block));
+    }
+    if (capacity / block < 2) {
+        throw std::invalid_argument("an arena of " + std::to_string(capacity) + " bytes cannot hold two blocks of " +
+                                    std::to_string(block) + " bytes: enlarge capacity_bytes or shrink block_bytes");
+    }
+    return capacity / block * block;
+}
+
+// Makes pages present without changing what they hold; safe while others use them.
+void fault_in(uint8_t* data, uint64_t nbytes) {
+    if (madvise(data, nbytes, MADV_POPULATE_WRITE) == 0) return;
+    for (uint64_t i = 0; i < nbytes; i += kPage) __atomic_fetch_or(data + i, uint8_t{0}, __ATOMIC_RELAXED);
+}
+
+}  // namespace
+
+Mapping::Mapping(uint64_t nbytes) : mapped_(round_up(std::max<uint64_t>(nbytes, 1), kPage)) {
+    if (nbytes >= kHugePage) mapped_ = round_up(nbytes, kHugePage);
+    void* data = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (data == MAP_FAILED) throw std::bad_alloc();
+    data_ = static_cast<uint8_t*>(data);
+    madvise(data_, mapped_, MADV_HUGEPAGE);
+}
+
+Mapping::~Mapping() { munmap(data_, mapped_); }
+
+Arena::Arena(uint64_t capacity_bytes, uint64_t block_bytes)
+    : block_bytes_(block_bytes), capacity_(checked_capacity(capacity_bytes, block_bytes)), mapping_(capacity_) {
+    madvise(mapping_.data(), mapping_.mapped_bytes(), MADV_DONTFORK);
+    for (uint64_t offset = capacity_; offset > 0; offset -= block_bytes_) {
+        free_.push_back(mapping_.data() + offset - block_bytes_);
+    }
+}
+
+Arena::~Arena() {
+    stop_ = true;
+    wait_warm();
+    if (pinned_) cuda::table().unpin(mapping_.data());
+}
+
+uint64_t Arena::leased_bytes() const {
+    std::lock_guard lock(mutex_);
+    return leased_;
+}
+
+uint64_t Arena::peak_bytes() const {
+    std::lock_guard lock(mutex_);
+    return peak_;
+}
+
+bool Arena::try_lease(uint64_t count, std::vector<uint8_t*>& slots) {
+    std::lock_guard lock(mutex_);
+    if (free_.size() < count) return false;
+    slots.insert(slots.end(), free_.rbegin(), free_.rbegin() + static_cast<ptrdiff_t>(count));
+    free_.resize(free_.size() - count);
+    leased_ += count * block_bytes_;
+    peak_ = std::max(peak_, leased_);
+    return true;
+}
+
+void Arena::lease_free(uint64_t most, std::vector<uint8_t*>& slots) {
+    std::lock_guard lock(mutex_);
+    uint64_t count = std::min<uint64_t>(most, free_.size());
+    slots.insert(slots.end(), free_.rbegin(), free_.rbegin() + static_cast<ptrdiff_t>(count));
+    free_.resize(free_.size() - count);
+    leased_ += count * block_bytes_;
+    peak_ = std::max(peak_, leased_);
+}
+
+bool Arena::wait_free(Clock::time_point deadline) {
+    std::unique_lock lock(mutex_);
+    if (free_.empty()) freed_.wait_until(lock, deadline);
+    return !free_.empty();
+}
+
+void Arena::give_back(uint8_t* slot) {
+    {
+        std::lock_guard lock(mutex_);
+        free_.push_back(slot);
+        leased_ -= block_bytes_;
+    }
+    freed_.notify_all();
+}
+
+void Arena::nudge() { freed_.notify_all(); }
+
+void Arena::warm(uint64_t nbytes, int device) {
+    std::lock_guard lock(warm_mutex_);
+    if (warmer_.joinable()) warmer_.join();
+    SignalsBlocked blocked;
+    warmer_ = std::thread([this, nbytes = std::min(nbytes, capacity_), device] {
+        name_this_thread("roll-warm");
+        for (uint64_t done = 0; done < nbytes && !stop_;) {
+            uint64_t step = std::min<uint64_t>(8 * kHugePage, nbytes - done);
+            fault_in(mapping_.data() + done, round_up(step, kPage));
+            done += step;
+        }
+        if (device >= 0 && !stop_) pin(device);
+    });
+}
+
+void Arena::wait_warm() {
+    std::lock_guard lock(warm_mutex_);
+    if (warmer_.joinable()) warmer_.join();
+}
+
+void Arena::pin(int device) {
+    std::lock_guard lock(pin_mutex_);
+    if (pin_tried_) return;
+    pin_tried_ = true;
+    try {
+        cuda::table().use(device);
+        cuda::table().pin(mapping_.data(), capacity_);
+        pinned_ = true;
+        pinned_reason_.clear();
+    } catch (const std::exception& error) {
+        pinned_reason_ = error.what();
+    }
+}
+
+bool Arena::pinned() const {
+    std::lock_guard lock(pin_mutex_);
+    return pinned_;
+}
+
+std::string Arena::pinned_reason() const {
+    std::lock_guard lock(pin_mutex_);
+    return pinned_reason_;
+}
+
+}  // namespace roll

@@ -1,0 +1,75 @@
+// Moves the bytes of an image into the slots of its blocks. Nothing but copies runs here, so that whoever waits
+// for a copy waits for memory, never for a digest or a disk.
+#pragma once
+
+#include <cstdint>
+#include <condition_variable>
+#include <deque>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "cuda_api.h"
+#include "image.h"
+#include "thread_pool.h"
+
+namespace roll {
+
+// Which bytes a pass over a range takes. Gaps are zeroed by the pass that takes lazy bytes.
+enum Pass : uint8_t { kEager = 1, kLazy = 2, kEverything = 3 };
+
+// Host bytes of file range [start, end) that are to be copied into block `block`.
+struct Chunk {
+    uint64_t block, start, end;
+    Pass pass;
+    bool urgent;  // save() waits for it
+};
+
+constexpr uint64_t kChunkBytes = 2 << 20;
+
+// Whether a pass over [start, end) of the file would write any host byte.
+bool has_host_bytes(const Image& image, uint64_t start, uint64_t end, Pass pass);
+void copy_host_bytes(const Image& image, uint64_t start, uint64_t end, Pass pass, uint8_t* target);
+std::vector<cuda::Region> device_regions(const Image& image, uint64_t start, uint64_t end, Pass pass, int device,
+                                         uint8_t* target);
+
+// Someone whose chunks are to be copied.
+class CopyJob {
+  public:
+    virtual ~CopyJob() = default;
+    virtual void copy(const Chunk& chunk) noexcept = 0;
+};
+
+// A queue of chunks and the threads that empty it. Any thread may call anything.
+class Copier {
+  public:
+    explicit Copier(int threads);
+    ~Copier();
+
+    void submit(const std::shared_ptr<CopyJob>& job, const std::vector<Chunk>& chunks);
+    // Copies one chunk of this job on the calling thread; false if none waits in the queue.
+    bool help(const CopyJob* job, bool urgent_only);
+    // Runs task(stream) on a thread of that device; `stream` is null when it could not be made (error says why).
+    void submit_device(int device, std::function<void(void* stream, const std::string& error)> task);
+    bool finish(Clock::time_point deadline);  // as ThreadPool::finish
+
+  private:
+    struct Lane {
+        std::shared_ptr<CopyJob> job;
+        std::deque<Chunk> urgent, later;
+    };
+    bool take(const CopyJob* only, bool urgent_only, std::shared_ptr<CopyJob>& job, Chunk& chunk);
+    void run();
+
+    std::mutex mutex_;
+    std::condition_variable wake_, ended_;
+    std::deque<Lane> lanes_;
+    std::vector<std::thread> threads_;
+    std::map<int, std::unique_ptr<ThreadPool>> devices_;
+    size_t alive_ = 0;
+    bool closing_ = false;
+};
+
+}  // namespace roll

@@ -1,0 +1,19 @@
+// The kernel's side of cuda_api.cpp.
+#pragma once
+
+#include <cstdint>
+
+namespace roll::cuda {
+
+constexpr int kGatherRegions = 128;  // the table travels as kernel argument, which CUDA limits to 4 KiB
+
+struct GatherTable {
+    const unsigned char* source[kGatherRegions];
+    unsigned char* target[kGatherRegions];
+    uint64_t nbytes[kGatherRegions];
+};
+
+// Queues one kernel that packs `count` regions; returns the launch's cudaError_t.
+int launch_gather(const GatherTable& regions, int count, void* stream);
+
+}  // namespace roll::cuda

@@ -1,0 +1,64 @@
+// Native threads: they block every signal, carry a name, and never touch Python.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+namespace roll {
+
+using Clock = std::chrono::steady_clock;
+
+// Blocks all signals in the calling thread while it lives; threads started meanwhile inherit the mask.
+class SignalsBlocked {
+  public:
+    SignalsBlocked();
+    ~SignalsBlocked();
+    SignalsBlocked(const SignalsBlocked&) = delete;
+    SignalsBlocked& operator=(const SignalsBlocked&) = delete;
+
+  private:
+    struct Mask;
+    std::unique_ptr<Mask> old_;
+};
+
+void name_this_thread(const char* name);
+void lower_this_thread(int nice);  // best effort; affects this thread alone
+
+// Runs tasks in the order submitted. A task must not throw.
+class ThreadPool {
+  public:
+    ThreadPool(int threads, std::string name, int nice);
+    ~ThreadPool();  // runs what was submitted, then joins
+
+    void submit(std::function<void()> task);
+    // Ends the threads once the queue is empty. False: they had not ended by the deadline. Then the pool must
+    // never be destroyed, because its threads still use it.
+    bool finish(Clock::time_point deadline);
+
+  private:
+    void run();
+
+    std::mutex mutex_;
+    std::condition_variable wake_, ended_;
+    std::deque<std::function<void()>> tasks_;
+    std::vector<std::thread> threads_;
+    std::string name_;
+    int nice_;
+    size_t alive_ = 0;
+    bool closing_ = false;
+};
+
+// Runs work(cancelled) on `threads` fresh threads, waits for all of them and rethrows the first exception.
+// `poll` is called by the waiting thread about ten times a second; once it returns true, `cancelled` is set.
+void in_parallel(int threads, const char* name, const std::function<void(const std::atomic<bool>&)>& work,
+                 const std::function<bool()>& poll);
+
+}  // namespace roll

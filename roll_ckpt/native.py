@@ -1,0 +1,271 @@
+"""The native half: staging arena, copies, digests, direct I/O. Sole importer of the extension; no torch.
+
+Every call that waits lets other Python threads run and still answers to Ctrl-C. Arenas, movers and transfers
+belong to the process that made them; a forked child that calls one gets a RuntimeError. A failed operation on a
+file is an OSError (of the subclass that fits errno) with errno and path, and the offset in the text.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import weakref
+from array import array
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from roll_ckpt.errors import Damaged
+
+try:
+    from roll_ckpt import _native
+    from roll_ckpt._native import Arena, Buffer, Digest, address_of, crc32, crc32_combine
+except ImportError as error:
+    raise ImportError(
+        f"the extension roll_ckpt._native cannot be loaded ({error}): build it with `pip install .`, "
+        "or with `python setup.py build_ext --inplace` in a source checkout"
+    ) from error
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer, StrOrBytesPath
+
+__all__ = [
+    "Arena",
+    "Buffer",
+    "Digest",
+    "Mover",
+    "NativeImage",
+    "Transfer",
+    "address_of",
+    "crc32",
+    "crc32_combine",
+    "cuda_compiled",
+    "cuda_status",
+    "digest_file",
+    "read_file",
+]
+
+EXIT_TIMEOUT_S = 60.0
+
+cuda_compiled: bool = _native.cuda_compiled
+
+
+def cuda_status() -> str:
+    """ "" if a CUDA device can be used, else the reason why not. Makes no CUDA context."""
+    return _native.cuda_status()
+
+
+class NativeImage:
+    """What one file will hold: its size, and for each byte where it comes from; bytes of no extent are zero.
+
+    Build it with the methods below, in file order (patches in any order), then pass it to Mover.save. Addresses
+    are plain numbers: who gives one keeps its memory alive and in place (see Mover.save). Only what add_bytes
+    was given is kept by the image itself.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self._extents = array("q")
+        self._records = array("q")
+        self._patches = array("q")
+        self._serials = array("q")
+        self._streams: dict[int, int] = {}
+        self._kept: list[Any] = []
+
+    def add(self, offset: int, address: int, nbytes: int, *, lazy: bool = False, device: int = -1) -> None:
+        """File bytes [offset, offset + nbytes) come from `address` of the host, or of CUDA device `device`.
+
+        A lazy extent may be copied after save() returned; any other is copied before.
+        """
+        self._extents.extend((offset, address, nbytes, lazy, device))
+
+    def add_many(self, rows: Iterable[tuple[int, int, int, int, int]]) -> None:
+        """Many extents at once: (offset, address, nbytes, lazy, device), device -1 for the host."""
+        for row in rows:
+            self._extents.extend(row)
+
+    def add_bytes(self, offset: int, data: ReadableBuffer) -> None:
+        """The file holds the bytes of a contiguous buffer at `offset`; an eager extent."""
+        address, nbytes = address_of(data)
+        if nbytes:
+            self._kept.append(data)
+            self.add(offset, address, nbytes)
+
+    def record(self, start: int, nbytes: int) -> int:
+        """A range whose CRC-32 the file itself will hold; returns its index. In order, disjoint."""
+        self._records.extend((start, nbytes))
+        return len(self._records) // 2 - 1
+
+    def crc_at(self, record: int, offset: int) -> None:
+        """The four bytes at `offset`, behind the record, become its CRC-32, little-endian."""
+        self._patches.extend((record, offset))
+
+    def serial_at(self, offset: int, first_record: int, n_records: int) -> None:
+        """The 20 bytes at `offset` become a zero-padded decimal number made of these records' CRCs.
+
+        The number starts at 0; each CRC in order makes it n ^ (crc + 0x9e3779b9 + (n << 6) + (n >> 2)) modulo
+        2**64. Over all records so far it is the second half of torch's `.data/serialization_id`. A record may
+        hold a serial: its CRC is then that of the final bytes.
+        """
+        self._serials.extend((offset, first_record, n_records))
+
+    def stream(self, device: int, stream: int) -> None:
+        """Copies from `device` wait for what this CUDA stream (a cudaStream_t as a number; 0 is the default
+        stream) was given before save was called."""
+        self._streams[device] = stream
+
+    def _freeze(self) -> _native.Image:
+        return _native.Image(
+            self.nbytes, self._extents, self._records, self._patches, self._serials, self._streams
+        )
+
+
+class Transfer:
+    """One file on its way to disk, made by Mover.save. Any thread may call any method.
+
+    A transfer that is dropped before its copies ended is abandoned.
+    """
+
+    __slots__ = ("__weakref__", "_image", "_transfer", "path")
+
+    def __init__(self, path: str, transfer: _native.Transfer, image: NativeImage) -> None:
+        self.path = path
+        self._transfer = transfer
+        self._image: NativeImage | None = image
+        self._release_sources()
+
+    def __del__(self) -> None:
+        # The sources must outlive the copies; slots are cleared in no promised order.
+        transfer = getattr(self, "_transfer", None)
+        if transfer is not None and self._image is not None:
+            try:
+                if not transfer.copied:
+                    transfer.abandon()
+            except RuntimeError:
+                pass  # a forked child: nothing runs here that could read them
+
+    def _release_sources(self) -> None:
+        if self._transfer.copied:
+            self._image = None
+
+    @property
+    def overlapped(self) -> bool:
+        """Whether save returned while lazy extents were still to be copied (the whole file fitted)."""
+        return self._transfer.overlapped
+
+    @property
+    def copied(self) -> bool:
+        """Whether every source byte was read (or none will be any more)."""
+        return self._transfer.copied
+
+    @property
+    def written(self) -> bool:
+        """Whether the file is whole and durable. Its directory entry is the caller's to sync."""
+        return self._transfer.written
+
+    @property
+    def stats(self) -> dict[str, float]:
+        """nbytes, eager_bytes, lazy_bytes; direct: whether direct I/O held to the end; and seconds from the begin
+        of save until it could return (save_s), the last byte was copied (copy_s), the file was durable
+        (write_s), each -1 until then."""
+        return self._transfer.stats
+
+    def wait_copied(self, timeout: float | None = None) -> bool:
+        """Waits until no source byte will be read any more, copying on the calling thread meanwhile.
+
+        True then, also if the transfer failed (wait_written tells); False after `timeout` seconds.
+        """
+        done = self._transfer.wait_copied(timeout)
+        self._release_sources()
+        return done
+
+    def wait_written(self, timeout: float | None = None) -> Digest:
+        """Waits until the file is durable (fsync done) and returns its digest.
+
+        Raises what ended the transfer, each time it is asked: OSError with errno and path, ECANCELED after
+        abandon or shutdown; TimeoutError after `timeout` seconds.
+        """
+        return self._transfer.wait_written(timeout)
+
+    def abandon(self) -> None:
+        """Stops early: on return no source byte is read any more. What was written stays on disk. After the
+        transfer has ended it does nothing."""
+        self._transfer.abandon()
+        self._release_sources()
+
+
+_movers: weakref.WeakSet[Mover] = weakref.WeakSet()
+
+
+class Mover:
+    """The native threads that copy, digest and write. Any thread may save; transfers share the arena.
+
+    direct=False writes through the page cache; with True a file system that refuses direct I/O is served too.
+    """
+
+    def __init__(self, arena: Arena, copy_threads: int = 2, io_threads: int = 4, direct: bool = True) -> None:
+        self.arena = arena
+        self._pid = os.getpid()
+        self._mover = _native.Mover(arena, copy_threads, io_threads, direct)
+        _movers.add(self)
+
+    def save(self, path: StrOrBytesPath, image: NativeImage, *, overlap: bool = True) -> Transfer:
+        """Begins to write `image` to `path` (created or emptied, mode 0644 & umask).
+
+        Returns when all eager extents were copied: the caller may then change their memory. If the whole file
+        fits into what is free of the arena, the transfer is `overlapped`: lazy extents must stay alive and
+        unchanged until wait_copied. Otherwise, or with overlap=False, save returns only when every byte was
+        copied, which waits for the disk if the file is larger than what is free.
+
+        A file that cannot be made or written is no error here but in wait_written. ValueError: an image whose
+        extents, records or patches overlap, leave the file or stand out of order.
+        """
+        frozen = image._freeze()
+        transfer = self._mover.save(os.fsencode(path), frozen, overlap)
+        return Transfer(os.fsdecode(path), transfer, image)
+
+    def shutdown(self, timeout_s: float = EXIT_TIMEOUT_S) -> bool:
+        """Lets running transfers end for timeout_s, stops the others and ends the threads; then save raises.
+
+        False: a thread hangs in the operating system and was left behind. Idempotent.
+        """
+        return self._mover.shutdown(timeout_s)
+
+
+def _shutdown_all() -> None:
+    for mover in list(_movers):
+        if mover._pid == os.getpid():
+            mover.shutdown()
+
+
+# Before the interpreter goes, so that no native thread reads memory that is being torn down.
+atexit.register(_shutdown_all)
+
+
+def read_file(
+    path: StrOrBytesPath,
+    nbytes: int,
+    block_bytes: int,
+    crcs: Sequence[int] | None = None,
+    *,
+    threads: int = 4,
+    direct: bool = True,
+) -> Buffer:
+    """Reads a whole file with `threads` reads in flight into memory of its own (page-aligned, huge pages).
+
+    Every block is checked against `crcs` as it lands. Damaged names the path and the block whose CRC differs,
+    or the size if it is not `nbytes`; OSError if the file cannot be read.
+    """
+    try:
+        return _native.read_file(
+            os.fsencode(path), nbytes, block_bytes, None if crcs is None else list(crcs), threads, direct
+        )
+    except _native.DamagedFile as error:
+        raise Damaged(str(error)) from None
+
+
+def digest_file(path: StrOrBytesPath, block_bytes: int, *, threads: int = 4, direct: bool = True) -> Digest:
+    """The CRC-32 of each block of the file as it is now. OSError if it cannot be read, Damaged if it shrinks."""
+    try:
+        return _native.digest_file(os.fsencode(path), block_bytes, threads, direct)
+    except _native.DamagedFile as error:
+        raise Damaged(str(error)) from None
