@@ -16,18 +16,21 @@ PACKAGE = Path(__file__).parent.parent / "roll_ckpt"
 LAYERS: list[set[str]] = [
     {"errors", "names", "config", "image", "seal"},
     {"layout", "manifest", "disk", "native"},
-    {"commit", "arena", "epoch", "lease", "world"},
+    {"commit", "arena", "attempt", "epoch", "lease", "trash", "world"},
     {"saver", "loader", "hub", "retention", "uploads", "verify"},
     {"__init__", "__main__", "backends", "cli", "cluster", "deepspeed", "pipeline", "pipeline_state", "run"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
-TORCH_FREE = "cli commit disk errors manifest names native retention uploads verify".split()
+TORCH_FREE = [
+    *("cli", "commit", "disk", "errors", "manifest", "names", "native", "retention", "uploads", "verify"),
+]
 
-OS_MUTATORS = set(
-    "chmod chown fdatasync fsync ftruncate link makedirs mkdir open pwrite remove removedirs rename renames replace "
-    "rmdir symlink truncate unlink utime write".split()
-)
+OS_MUTATORS = {
+    *("chmod", "chown", "fdatasync", "fsync", "ftruncate", "link", "makedirs", "mkdir", "open", "pwrite"),
+    *("remove", "removedirs", "rename", "renames", "replace", "rmdir", "symlink", "truncate", "unlink"),
+    *("utime", "write"),
+}
 PATH_MUTATORS = {"hardlink_to", "rmdir", "symlink_to", "touch", "unlink", "write_bytes", "write_text"}
 
 
