@@ -1,0 +1,34 @@
+"""roll_ckpt: the checkpoint backend for post-training language models. See README.md."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from roll_ckpt.cluster import Cluster as Cluster
+    from roll_ckpt.config import PipelineConfig as PipelineConfig
+    from roll_ckpt.pipeline import BasePipeline as BasePipeline
+    from roll_ckpt.pipeline_state import WorkerState as WorkerState
+    from roll_ckpt.saver import fence as fence
+
+_HOME = {
+    "BasePipeline": "roll_ckpt.pipeline",
+    "Cluster": "roll_ckpt.cluster",
+    "PipelineConfig": "roll_ckpt.config",
+    "WorkerState": "roll_ckpt.pipeline_state",
+    "fence": "roll_ckpt.saver",
+}
+
+__all__ = ["BasePipeline", "Cluster", "PipelineConfig", "WorkerState", "__version__", "fence"]
+
+
+def __getattr__(name: str) -> Any:
+    """Public names load what they need when they are first used, so that the command line loads no torch."""
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    if name in ("disk", "errors"):
+        return importlib.import_module(f"roll_ckpt.{name}")
+    raise AttributeError(f"module 'roll_ckpt' has no attribute {name!r}")

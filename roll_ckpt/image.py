@@ -14,12 +14,16 @@ HOST = -1
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """`nbytes` bytes at `address`, on the host or on CUDA device `device`; alive as long as `owner` is."""
+    """`nbytes` bytes at `address`, on the host or on CUDA device `device`; alive as long as `owner` is.
+
+    On a device, the bytes are what `stream` (a `cudaStream_t`) has written once it gets to this point.
+    """
 
     address: int
     nbytes: int
     owner: Any = field(repr=False)
     device: int = HOST
+    stream: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ import torch
 from torch import _weights_only_unpickler as safe_pickle
 
 from roll_ckpt import errors
-from roll_ckpt.image import HOST, Extent, FileImage, Memory, Record, Serial, TensorPiece
+from roll_ckpt.image import Extent, FileImage, Memory, Record, Serial, TensorPiece
 
 Stable = Callable[[torch.UntypedStorage], bool]
 
@@ -33,6 +33,8 @@ _UTF8_AND_DESCRIPTOR = 0x0808
 _UTF8 = 0x0800
 _ZIP64_LIMIT = 0xFFFFFFFF
 _NO_HOOKS: OrderedDict[Any, Any] = OrderedDict()
+_NEW_DTYPES = frozenset(torch.storage._new_dtypes())
+_STORAGE_NAMES: dict[torch.dtype, str] = dict(torch.storage._dtype_to_storage_type_map())
 
 
 def lay_out(state: object, archive: str, stable: Stable = lambda storage: False) -> FileImage:
@@ -54,11 +56,30 @@ def lay_out(state: object, archive: str, stable: Stable = lambda storage: False)
     return archive_writer.close(pieces.index(state))
 
 
-def unsafe_globals(data_pkl: bytes, allow: Iterable[Any] = ()) -> set[str]:
-    """Qualified names in a pickle that `weights_only=True` would refuse to load back."""
+def unsafe_parts(state: object, image: FileImage, allow: Iterable[Any] = ()) -> dict[str, list[str]]:
+    """What `weights_only=True` would refuse to load back: for each top-level key of `state`, the qualified
+    names that its pickle holds beyond torch's list and `allow`. `image` is what `lay_out(state)` returned."""
     with torch.serialization.safe_globals(list(allow)):
         allowed = {*safe_pickle._get_allowed_globals(), *safe_pickle._get_user_allowed_globals()}
-        return safe_pickle.get_globals_in_pkl(io.BytesIO(data_pkl)) - allowed
+    start, nbytes = image.records[0].start, image.records[0].nbytes
+    head = image.extents[0].source
+    assert isinstance(head, bytes), "data.pkl is the first record, and plain bytes"
+    if _globals_of(head[start : start + nbytes]) <= allowed:
+        return {}
+    parts = state.items() if isinstance(state, dict) else [("", state)]
+    found = {}
+    for key, value in parts:
+        unsafe = _globals_of(_StoragePieces(lambda storage: False).pickle(value)) - allowed
+        if unsafe:
+            found[str(key)] = sorted(unsafe)
+    return found
+
+
+def _globals_of(data_pkl: bytes) -> set[str]:
+    try:
+        return {str(name) for name in safe_pickle.get_globals_in_pkl(io.BytesIO(data_pkl))}
+    except pickle.UnpicklingError as problem:
+        return {str(problem)}
 
 
 # --- tensors -------------------------------------------------------------------------------------------------
@@ -82,8 +103,11 @@ class _Piece:
         if device.type not in ("cpu", "cuda"):
             host = self.storage.cpu()
             return Memory(host.data_ptr() + self.start, self.stop - self.start, host)
-        number = HOST if device.type == "cpu" else (device.index or 0)
-        return Memory(self.storage.data_ptr() + self.start, self.stop - self.start, self.storage, number)
+        address, nbytes = self.storage.data_ptr() + self.start, self.stop - self.start
+        if device.type == "cpu":
+            return Memory(address, nbytes, self.storage)
+        stream = torch.cuda.current_stream(device).cuda_stream
+        return Memory(address, nbytes, self.storage, device.index or 0, stream)
 
 
 @dataclass(frozen=True)
@@ -106,7 +130,6 @@ class _StoragePieces:
     def __init__(self, stable: Stable) -> None:
         self._stable = stable
         self._by_storage: dict[int, list[_Piece]] = {}
-        self._tensors: dict[int, tuple[torch.Tensor, _Piece]] = {}
         self.used: list[_Piece] = []
 
     def pickle(self, state: object) -> bytes:
@@ -139,10 +162,9 @@ class _StoragePieces:
         storage = tensor.untyped_storage()
         itemsize = tensor.element_size()
         piece = self.piece_of(storage, _span(tensor)[0])
-        self._tensors[id(tensor)] = (tensor, piece)
         offset = tensor.storage_offset() - piece.start // itemsize
-        location = torch.serialization.location_tag(storage)
-        new_dtype = tensor.dtype in torch.storage._new_dtypes()
+        location = _location(storage)
+        new_dtype = tensor.dtype in _NEW_DTYPES
         kind = torch.UntypedStorage if new_dtype else getattr(torch, _storage_name(tensor.dtype))
         size = piece.stop - piece.start
         stub = _StorageStub(kind, piece, location, size if new_dtype else size // itemsize)
@@ -157,11 +179,11 @@ class _StoragePieces:
         def build() -> tuple[TensorPiece, ...]:
             found = []
             for name, tensor in _named_tensors(state):
-                known = self._tensors.get(id(tensor))
-                if known is None:
+                if not _is_strided(tensor):
                     continue
                 start, stop = _span(tensor)
-                where = known[1].offset + start - known[1].start
+                piece = self.piece_of(tensor.untyped_storage(), start)
+                where = piece.offset + start - piece.start
                 dtype = str(tensor.dtype).removeprefix("torch.")
                 found.append(TensorPiece(name, dtype, tuple(tensor.shape), where, stop - start))
             return tuple(found)
@@ -170,9 +192,12 @@ class _StoragePieces:
 
 
 def _is_plain(obj: object) -> bool:
+    return type(obj) is torch.Tensor and _is_strided(obj)
+
+
+def _is_strided(obj: torch.Tensor) -> bool:
     return (
-        type(obj) is torch.Tensor
-        and obj.layout is torch.strided
+        obj.layout is torch.strided
         and not obj.is_quantized
         and obj.device.type != "meta"
         and not obj.is_conj()
@@ -202,8 +227,12 @@ def _merge(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return merged
 
 
+def _location(storage: torch.UntypedStorage) -> str:
+    return "cpu" if storage.device.type == "cpu" else torch.serialization.location_tag(storage)
+
+
 def _storage_name(dtype: torch.dtype) -> str:
-    return str(torch.storage._dtype_to_storage_type_map()[dtype])
+    return _STORAGE_NAMES[dtype]
 
 
 def _untyped(obj: object) -> torch.UntypedStorage | None:
@@ -257,7 +286,7 @@ class _Writer(pickle.Pickler):
         if storage is None:
             return None
         piece = self._pieces.piece_of(storage, 0)
-        location = torch.serialization.location_tag(storage)
+        location = _location(storage)
         if isinstance(obj, torch.storage.TypedStorage):
             return ("storage", getattr(torch, obj._pickle_storage_type()), piece.key, location, obj._size())
         return ("storage", torch.UntypedStorage, piece.key, location, storage.nbytes())

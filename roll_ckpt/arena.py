@@ -1,0 +1,57 @@
+"""The staging memory of this process: one arena and its native threads, shared by all clusters."""
+
+from __future__ import annotations
+
+import os
+
+from roll_ckpt import errors, native
+from roll_ckpt.config import Settings
+
+_mover: native.Mover | None = None
+_made_for: tuple[int, int, int, bool] | None = None
+_pid = 0
+
+
+def mover(settings: Settings) -> native.Mover:
+    """The process's mover, made at the first call. Does not block.
+
+    Raises:
+        ConfigError: this process already has an arena of other sizes; all engines of a process share one.
+    """
+    global _mover, _made_for, _pid
+    wanted = (
+        arena_bytes(settings),
+        int(settings.io.block_bytes),
+        settings.io.threads,
+        settings.io.direct,
+    )
+    if _mover is not None and _pid == os.getpid():
+        if wanted != _made_for:
+            raise errors.ConfigError(
+                f"two configurations of one process ask for different staging: arena, block bytes, threads, direct "
+                f"= {_made_for} and {wanted}; give every engine and pipeline the same staging and io sections"
+            )
+        return _mover
+    capacity, block, threads, direct = wanted
+    copiers = max(1, (os.cpu_count() or 1) // local_world_size())
+    _mover = native.Mover(native.Arena(capacity, block), copy_threads=copiers, io_threads=threads, direct=direct)
+    _made_for, _pid = wanted, os.getpid()
+    return _mover
+
+
+def arena_bytes(settings: Settings) -> int:
+    """This rank's share of the host's cap, in bytes; at least two blocks."""
+    total = settings.staging.arena_bytes
+    if total is None:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+    share = int(total) // local_world_size()
+    if share < 2 * settings.io.block_bytes:
+        raise errors.ConfigError(
+            f"staging.arena_bytes gives each of {local_world_size()} local ranks {share} bytes, less than two "
+            f"blocks of {int(settings.io.block_bytes)}; raise it, or lower io.block_bytes"
+        )
+    return share
+
+
+def local_world_size() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

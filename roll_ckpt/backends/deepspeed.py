@@ -1,0 +1,523 @@
+"""The DeepSpeed backend: `engine.save_checkpoint()` and its kin go through us.
+
+`install()` wraps seven methods of `DeepSpeedEngine`. An engine whose config has `checkpoint.roll_ckpt`, or that a
+`Cluster` attached, gets our `CheckpointEngine`; every other engine behaves as before. Stock code still decides
+what a checkpoint holds and how its files are called; we decide where they go (an attempt directory that is
+renamed into place when all ranks have voted), how their bytes get there, and when `latest` is written.
+
+Written against DeepSpeed 0.19 (`runtime/engine.py`, `runtime/checkpoint_engine/checkpoint_engine.py`).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.utils import DummyOptim
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils import groups
+from deepspeed.utils.tensor_fragment import fragment_address
+
+from roll_ckpt import commit, disk, errors, loader, manifest, names, retention, saver
+from roll_ckpt.config import DeepSpeedConfig, Settings
+from roll_ckpt.image import FileImage
+from roll_ckpt.layout import torch_zip
+from roll_ckpt.world import World
+
+log = logging.getLogger("roll_ckpt")
+
+SECTION = "checkpoint.roll_ckpt in the DeepSpeed config"
+
+ALLOWED_GLOBALS = (LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address)
+"""What DeepSpeed's own files hold beyond torch's `weights_only` list."""
+
+
+class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
+    """What a `DeepSpeedEngine` calls to save and load files; one for each engine.
+
+    `is_decoupled` is true and `get_commit_info` None, so stock code neither writes `latest` nor commits: both
+    happen in our transaction. Its methods never raise between stock code's barriers; an error becomes a no
+    vote, which every rank sees.
+    """
+
+    def __init__(self, engine: DeepSpeedEngine, settings: Settings, cluster: str) -> None:
+        super().__init__()
+        self.name = "roll_ckpt"
+        self.settings = settings
+        self.cluster = cluster
+        self.world = World.current()
+        self._engine = weakref.ref(engine)
+        self._ticket: saver.Ticket | None = None
+        self._stable: frozenset[int] = frozenset()
+        self._reader: loader.Reader | None = None
+        self._saves: list[saver.Save] = []
+        self._loose_problem: str | None = None
+        self._warned: set[str] = set()
+
+    @property
+    def engine(self) -> DeepSpeedEngine:
+        engine = self._engine()
+        assert engine is not None, "the DeepSpeed engine of this checkpoint engine is gone"
+        return engine
+
+    # What DeepSpeed calls.
+
+    def create(self, info: object) -> None:
+        """Nothing to do: the attempt was begun before stock code ran."""
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        with self._no_raise():
+            disk.make_dirs(Path(path))
+
+    def save(self, state_dict: object, path: str) -> None:
+        """Lay out and stage one file. Outside of `save_checkpoint`: write it at once, durable on return."""
+        with self._no_raise():
+            stem = Path(path).stem
+            image = torch_zip.lay_out(state_dict, stem, lambda storage: storage._cdata in self._stable)
+            self._warn_unloadable(state_dict, image, path)
+            if self._ticket is None:
+                saver.write_file(Path(path), image, self.settings)
+            else:
+                self._ticket.stage(Path(path), image, overlap=bool(self._stable))
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        if self._reader is not None:
+            return self._reader.load(Path(path), map_location)
+        with loader.reading(Path(path).parent, self.settings, ALLOWED_GLOBALS) as reader:
+            return reader.load(Path(path), map_location)
+
+    def commit(self, info: object) -> bool:
+        return True
+
+    def is_decoupled(self) -> bool:
+        return True
+
+    def get_commit_info(self) -> None:
+        return None
+
+    def preserves_storage_sharing(self) -> bool:
+        return False
+
+    def cleanup(self) -> None:
+        self.fence()
+
+    # What our wrappers call.
+
+    def fence(self) -> None:
+        """Wait until no save of this engine reads its tensors any more; not for the disk.
+
+        Raises:
+            SaveFailed: an earlier save failed in the background and `fail_training` is set.
+        """
+        for save in list(self._saves):
+            save.fence()
+            if not save.settled:
+                continue
+            self._saves.remove(save)
+            if save.failure is not None and not save.reported and self.settings.fail_training:
+                save.reported = True
+                raise save.failure
+
+    def save_checkpoint(
+        self,
+        stock: Callable[..., Any],
+        save_dir: str,
+        tag: object = None,
+        client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """`engine.save_checkpoint` as one transaction on `save_dir/tag`; every rank calls.
+
+        With `async_save` it returns once all but the stable tensors are copied, otherwise when committed.
+        """
+        if not save_dir:
+            raise ValueError(f"save_dir must be a non-empty string, got {save_dir!r}")
+        self.fence()
+        name = str(tag) if tag is not None else f"global_step{self.engine.global_steps}"
+        request = saver.Request(
+            Path(save_dir), name, self.engine.global_steps, {self.cluster: self.world.size}, None, save_latest
+        )
+        save = saver.begin(
+            self.world,
+            request,
+            self.settings,
+            nbytes=estimate_bytes(self.engine),
+            problem=_problem_with(name),
+            on_commit=self._prune,
+        )
+        try:
+            arguments = {
+                "client_state": client_state or {},
+                "save_latest": save_latest,
+                "exclude_frozen_parameters": exclude_frozen_parameters,
+            }
+            self.run_stock(stock, save, save.attempt.directory, name, arguments)
+        finally:
+            save.seal()
+        if not self.settings.async_save:
+            save.wait(uploaded=True)
+        return True
+
+    def run_stock(
+        self, stock: Callable[..., Any], save: saver.Save, directory: Path, tag: str, arguments: dict[str, Any]
+    ) -> saver.Ticket:
+        """Let stock `save_checkpoint` write into `directory`, inside the attempt of `save`."""
+        self._ticket = save.ticket(self.cluster, self.world.rank, describe(self.engine))
+        self._ticket.parameters = parameters_of(self.engine)
+        self._stable = stable_storages(self.engine) if self.settings.staging.overlap else frozenset()
+        self._saves.append(save)
+        try:
+            stock(self.engine, str(directory), tag=tag, **arguments)
+        except BaseException as problem:
+            self._ticket.fail(problem)
+            raise
+        finally:
+            ticket, self._ticket = self._ticket, None
+            self._stable = frozenset()
+        return ticket
+
+    def save_16bit_model(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`engine.save_16bit_model`: blocks, durable on return; a failure is raised on every rank."""
+        self._loose_problem = None
+        result = stock(self.engine, *args, **kwargs)
+
+        def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
+            bad = [f"rank {rank}: {post['problem']}" for rank, post in enumerate(posts) if post["problem"]]
+            if bad:
+                raise errors.SaveFailed("save_16bit_model: an older file is untouched; " + "; ".join(bad))
+            return {}
+
+        self.world.agree({"problem": self._loose_problem}, decide, self.settings.commit_timeout_s)
+        return result
+
+    def load_checkpoint(
+        self, stock: Callable[..., Any], load_dir: str, tag: object = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """`engine.load_checkpoint`: waits for pending saves, checks the model and every byte."""
+        self.fence()
+        saver.wait_pending()
+        if self.engine.load_universal_checkpoint():
+            return stock(self.engine, load_dir, tag, *args, **kwargs)
+        name = str(tag) if tag is not None else newest_tag(Path(load_dir))
+        if name is None or not disk.is_dir(Path(load_dir) / name):
+            return stock(self.engine, load_dir, tag, *args, **kwargs)
+        with loader.reading(Path(load_dir) / name, self.settings, ALLOWED_GLOBALS) as reader:
+            if reader.unit is not None:
+                saved = reader.unit.parameters(self._saved_cluster(reader.unit, Path(load_dir)), self.world.rank)
+                loader.compare_models(saved, parameters_of(self.engine), str(Path(load_dir) / name))
+            self._reader = reader
+            try:
+                return stock(self.engine, load_dir, name, *args, **kwargs)
+            finally:
+                self._reader = None
+
+    def _saved_cluster(self, unit: loader.Unit, load_dir: Path) -> str:
+        inside = load_dir.resolve().name
+        clusters = unit.manifest.clusters
+        return inside if inside in clusters else next(iter(clusters))
+
+    def _prune(self, save: saver.Save) -> None:
+        if save.lead and self.settings.max_ckpt_to_keep:
+            output_dir = save.attempt.output_dir
+            retention.prune(output_dir, saver.epoch_of(output_dir), keep=self.settings.max_ckpt_to_keep, protected=set())
+
+    @contextmanager
+    def _no_raise(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as problem:
+            if self._ticket is not None:
+                self._ticket.fail(problem)
+            else:
+                self._loose_problem = f"{type(problem).__name__}: {problem}"
+
+    def _warn_unloadable(self, state: object, image: FileImage, path: str) -> None:
+        allow = [*ALLOWED_GLOBALS, *loader.allowed(self.settings)]
+        for key, found in torch_zip.unsafe_parts(state, image, allow).items():
+            if key in self._warned:
+                continue
+            self._warned.add(key)
+            log.warning(
+                "%s: the entry %r holds %s, which a safe load refuses; keep plain values and tensors in "
+                "client_state, or add these names to load.allow",
+                path,
+                key,
+                ", ".join(found),
+            )
+
+
+# --- what we read off an engine ------------------------------------------------------------------------------
+
+
+def describe(engine: DeepSpeedEngine) -> dict[str, Any]:
+    """Facts for the manifest: framework, stage, precision and parallel sizes."""
+    return {
+        "framework": "deepspeed",
+        "framework_version": deepspeed.__version__,
+        "zero_stage": int(engine.zero_optimization_stage()),
+        "dtype": str(engine.get_data_types()[0]).removeprefix("torch."),
+        "dp_world_size": engine.seq_dp_world_size,
+        "mp_world_size": engine.mp_world_size,
+        "global_steps": engine.global_steps,
+    }
+
+
+def parameters_of(engine: DeepSpeedEngine) -> dict[str, dict[str, Any]]:
+    """Name, dtype and global shape of every parameter of the engine's module on this rank."""
+    return {
+        name: {
+            "dtype": str(parameter.dtype).removeprefix("torch."),
+            "shape": list(getattr(parameter, "ds_shape", parameter.shape)),
+        }
+        for name, parameter in engine.module.named_parameters()
+    }
+
+
+def _optimizer_tensors(engine: DeepSpeedEngine) -> Iterator[torch.Tensor]:
+    """The flat partitions (or plain parameters) that the optimizer owns, and its state for them."""
+    base = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    for group in base.param_groups:
+        yield from (parameter.data for parameter in group["params"])
+    for state in base.state.values():
+        yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+
+
+def overlappable(engine: DeepSpeedEngine) -> bool:
+    """Whether the engine's state changes in the optimizer step alone, so that copies may run until then."""
+    zero = engine._config.zero_config
+    offloads = [zero.offload_optimizer, zero.offload_param]
+    return not (
+        isinstance(engine, PipelineEngine)
+        or engine.has_moe_layers
+        or hasattr(engine.module, "peft_config")
+        or any(offload is not None and offload.device != "none" for offload in offloads)
+    )
+
+
+def stable_storages(engine: DeepSpeedEngine) -> frozenset[int]:
+    """Storages that only the optimizer step changes: flat partitions, their state, plain parameters."""
+    if not overlappable(engine):
+        return frozenset()
+    tensors = list(_optimizer_tensors(engine))
+    if engine.zero_optimization_stage() < ZeroStageEnum.weights:
+        tensors += [parameter.data for parameter in engine.module.parameters()]
+    return frozenset(tensor.untyped_storage()._cdata for tensor in tensors)
+
+
+def estimate_bytes(engine: DeepSpeedEngine) -> int:
+    """About what this rank will write, in bytes."""
+    tensors = []
+    if engine.save_zero_checkpoint or engine.save_non_zero_checkpoint:
+        tensors += list(_optimizer_tensors(engine))
+    if engine.save_non_zero_checkpoint and engine.zero_optimization_stage() < ZeroStageEnum.weights:
+        tensors += [*engine.module.parameters(), *engine.module.buffers()]
+    return sum({tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
+
+
+def newest_tag(load_dir: Path) -> str | None:
+    """The tag to load from a plain DeepSpeed directory when none is given.
+
+    A directory that `latest` names wins, because users edit it; otherwise our newest committed one.
+    """
+    named = disk.read_text_or_none(load_dir / names.LATEST)
+    if named is not None and disk.is_dir(load_dir / named.strip()):
+        return named.strip()
+    newest = commit.find(load_dir)
+    if newest is not None and named is not None:
+        log.warning("%s names %s, which is not there; loading %s", load_dir / names.LATEST, named, newest.name)
+    return None if newest is None else newest.name
+
+
+def _problem_with(tag: str) -> str | None:
+    try:
+        names.check_name("tag", tag)
+    except errors.ConfigError as problem:
+        return str(problem)
+    return None
+
+
+# --- refusals ------------------------------------------------------------------------------------------------
+
+
+def refuse_unsupported(engine: DeepSpeedEngine) -> None:
+    """Raise for what this version does not support, by name and with the reason.
+
+    Raises:
+        UnsupportedError, ConfigError
+    """
+    for name, (found, reason) in _refusals(engine).items():
+        if found:
+            raise errors.UnsupportedError(f"roll_ckpt does not support {name} in this version: {reason}")
+    config = engine._config
+    for key, present in {
+        "checkpoint.writer": bool((config._param_dict.get("checkpoint") or {}).get("writer")),
+        "datastates_ckpt": "datastates_ckpt" in config._param_dict,
+    }.items():
+        if present:
+            raise errors.ConfigError(
+                f"the DeepSpeed config sets both {key} and checkpoint.roll_ckpt; each replaces the checkpoint "
+                "engine, remove one"
+            )
+
+
+def _refusals(engine: DeepSpeedEngine) -> dict[str, tuple[bool, str]]:
+    zero = engine._config.zero_config
+    offloads = [zero.offload_optimizer, zero.offload_param]
+    subset = engine.seq_dp_world_size * engine.mp_world_size
+    if isinstance(engine, PipelineEngine):
+        subset = engine.grid.data_parallel_size * engine.grid.pipe_parallel_size * engine.grid.model_parallel_size
+    return {
+        "NVMe offload": (
+            any(o is not None and o.device == "nvme" for o in offloads),
+            "DeepSpeed copies its swap folder beside the checkpoint engine",
+        ),
+        "MiCS": (
+            getattr(zero, "mics_shard_size", -1) > 0,
+            "its shards are replicated over groups that we do not read yet",
+        ),
+        "hpZ (zero_hpz_partition_size)": (
+            zero.zero_hpz_partition_size > 1,
+            "its secondary partitions change outside the optimizer step",
+        ),
+        "ZeRO++ quantization": (
+            zero.zero_quantized_weights or zero.zero_quantized_gradients or zero.zero_quantized_nontrainable_weights,
+            "its quantized weights were not tried",
+        ),
+        "AutoTP": (engine.autotp_size() > 1, "its tensor slices were not tried"),
+        "sequence parallelism": (
+            getattr(engine, "sequence_parallel_size", 1) > 1 or groups._get_sequence_parallel_world_size() > 1,
+            "its process groups were not tried",
+        ),
+        "ZenFlow": (zero.zenflow is not None, "its optimizer updates asynchronously"),
+        "SuperOffload": (
+            bool(zero.offload_optimizer is not None and zero.offload_optimizer.super_offload),
+            "its optimizer updates asynchronously",
+        ),
+        "use_node_local_storage": (
+            bool(engine.use_node_local_storage()),
+            "the commit needs one directory that all ranks see",
+        ),
+        "an engine on a subset of its world": (
+            subset != dist.get_world_size(),
+            f"DeepSpeed's own save waits for all {dist.get_world_size()} ranks and would hang; give the engine's "
+            "ranks a torchrun job of their own",
+        ),
+    }
+
+
+def _without_optimizer(engine: DeepSpeedEngine) -> bool:
+    return engine.optimizer is None or isinstance(engine.optimizer, DummyOptim)
+
+
+# --- installation --------------------------------------------------------------------------------------------
+
+
+def attach(engine: DeepSpeedEngine, settings: Settings, cluster: str) -> RollCheckpointEngine:
+    """Put our checkpoint engine into `engine`; every rank calls. No collective.
+
+    Raises:
+        UnsupportedError, ConfigError: see `refuse_unsupported`; the engine is left as it was.
+    """
+    install()
+    if _without_optimizer(engine) or engine.checkpoint_engine is None:
+        raise errors.UnsupportedError(
+            f"cluster {cluster}: DeepSpeed cannot save an engine without an optimizer at any ZeRO stage; "
+            "keep frozen models out of the checkpoint clusters"
+        )
+    refuse_unsupported(engine)
+    engine.checkpoint_engine.cleanup()
+    engine.checkpoint_engine = RollCheckpointEngine(engine, settings, cluster)
+    return engine.checkpoint_engine
+
+
+def attached(engine: DeepSpeedEngine) -> RollCheckpointEngine | None:
+    """Our checkpoint engine in `engine`, if it is there."""
+    ours = getattr(engine, "checkpoint_engine", None)
+    return ours if isinstance(ours, RollCheckpointEngine) else None
+
+
+def section_of(engine: DeepSpeedEngine) -> DeepSpeedConfig | None:
+    """The engine's `checkpoint.roll_ckpt`, checked, or None if its config has none."""
+    values = (engine._config._param_dict.get("checkpoint") or {}).get("roll_ckpt")
+    return None if values is None else DeepSpeedConfig.parse(values, SECTION)
+
+
+def stock(name: str) -> Callable[..., Any]:
+    """DeepSpeed's own method behind our wrapper."""
+    method = getattr(DeepSpeedEngine, name)
+    return getattr(method, "__wrapped__", method)  # type: ignore[no-any-return]
+
+
+def install() -> None:
+    """Wrap DeepSpeed's methods once in this process. Engines without our section behave as before."""
+    if hasattr(DeepSpeedEngine._configure_checkpointing, "__wrapped__"):
+        return
+
+    def wrap(name: str, replacement: Callable[..., Any]) -> None:
+        original = getattr(DeepSpeedEngine, name)
+
+        @functools.wraps(original)
+        def method(self: DeepSpeedEngine, *args: Any, **kwargs: Any) -> Any:
+            return replacement(original, self, *args, **kwargs)
+
+        setattr(DeepSpeedEngine, name, method)
+
+    wrap("_configure_checkpointing", _configure_checkpointing)
+    wrap("save_checkpoint", _save_checkpoint)
+    wrap("load_checkpoint", _load_checkpoint)
+    wrap("save_16bit_model", _save_16bit_model)
+    for name in ("_take_model_step", "offload_states", "reload_states", "destroy"):
+        wrap(name, _fence_first)
+
+
+def _configure_checkpointing(original: Callable[..., Any], engine: DeepSpeedEngine, *args: Any, **kw: Any) -> None:
+    original(engine, *args, **kw)
+    settings = section_of(engine)
+    if settings is not None and not _without_optimizer(engine):
+        attach(engine, settings, settings.cluster)
+
+
+def _save_checkpoint(original: Callable[..., Any], engine: DeepSpeedEngine, *args: Any, **kwargs: Any) -> Any:
+    ours = attached(engine)
+    if ours is not None:
+        return ours.save_checkpoint(original, *args, **kwargs)
+    if section_of(engine) is not None:
+        raise errors.UnsupportedError(
+            "this engine has no optimizer, and DeepSpeed cannot save such an engine at any ZeRO stage; keep it "
+            "out of the saves, or remove checkpoint.roll_ckpt from its config"
+        )
+    return original(engine, *args, **kwargs)
+
+
+def _load_checkpoint(original: Callable[..., Any], engine: DeepSpeedEngine, *args: Any, **kwargs: Any) -> Any:
+    ours = attached(engine)
+    if ours is None:
+        return original(engine, *args, **kwargs)
+    return ours.load_checkpoint(original, *args, **kwargs)
+
+
+def _save_16bit_model(original: Callable[..., Any], engine: DeepSpeedEngine, *args: Any, **kwargs: Any) -> Any:
+    ours = attached(engine)
+    if ours is None:
+        return original(engine, *args, **kwargs)
+    return ours.save_16bit_model(original, *args, **kwargs)
+
+
+def _fence_first(original: Callable[..., Any], engine: DeepSpeedEngine, *args: Any, **kwargs: Any) -> Any:
+    ours = attached(engine)
+    if ours is not None:
+        ours.fence()
+    return original(engine, *args, **kwargs)

@@ -1,0 +1,185 @@
+"""The load corridor of one rank: find, read with every digest checked, parse."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import pickle
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from roll_ckpt import commit, disk, errors, manifest, names, native
+from roll_ckpt.config import Settings
+from roll_ckpt.layout import torch_zip
+
+log = logging.getLogger("roll_ckpt")
+
+_LEVELS_UP = 4
+
+
+class Unit:
+    """A committed checkpoint opened for reading: its manifest and the digests of its files."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.manifest = manifest.read(directory)
+        self._files = {receipt.path: receipt for receipt in self.manifest.files}
+        self._digests: dict[str, dict[str, Any]] | None = None
+
+    @classmethod
+    def around(cls, path: Path) -> Unit | None:
+        """The checkpoint that `path` lies in, or None for files without our manifest."""
+        for parent in [path, *path.parents][: _LEVELS_UP + 1]:
+            if disk.exists(parent / names.MANIFEST):
+                return cls(parent)
+        return None
+
+    def read(self, path: Path, settings: Settings) -> native.Buffer:
+        """The bytes of a file of this checkpoint, each block checked as it is read.
+
+        Raises:
+            Damaged: the manifest does not list the file, or its bytes are not those that were written.
+        """
+        relative = path.resolve().relative_to(self.directory.resolve()).as_posix()
+        receipt = self._files.get(relative)
+        if receipt is None:
+            raise errors.Damaged(
+                f"{path}: not listed in {self.directory / names.MANIFEST}; it does not belong there"
+            )
+        blocks = self._blocks(relative)
+        root = manifest.root_of(receipt.nbytes, receipt.block_bytes, blocks)
+        if root != receipt.root:
+            raise errors.Damaged(f"{path}: its digests do not match the manifest of {self.directory}")
+        return native.read_file(
+            str(path),
+            receipt.nbytes,
+            receipt.block_bytes,
+            blocks,
+            threads=max(4, settings.io.threads),
+            direct=settings.io.direct,
+        )
+
+    def parameters(self, cluster: str, rank: int) -> dict[str, Any]:
+        """Names, dtypes and shapes of the model that `rank` of `cluster` saved; empty if not recorded."""
+        for candidate in (rank, 0):
+            relative = names.tensor_file(cluster, candidate)
+            if relative in self._files:
+                found: dict[str, Any] = self._json(relative)["parameters"]
+                return found
+        return {}
+
+    def _blocks(self, relative: str) -> list[int]:
+        if self._digests is None:
+            self._digests = {}
+            for listed in self._files:
+                if listed.startswith(names.DIGESTS + "/"):
+                    self._digests.update(self._json(listed))
+        if relative not in self._digests:
+            raise errors.Damaged(f"{self.directory / relative}: no digests for it in {names.DIGESTS}/")
+        crcs: list[int] = self._digests[relative]["crcs"]
+        return crcs
+
+    def _json(self, relative: str) -> Any:
+        data = disk.read_bytes(self.directory / relative)
+        if manifest.receipt_of_bytes(relative, data) != self._files[relative]:
+            raise errors.Damaged(f"{self.directory / relative}: its bytes are not those that were written")
+        return json.loads(data)
+
+
+class Reader:
+    """Loads files for one load of one checkpoint, and keeps the last one: hosts read a file twice."""
+
+    def __init__(self, directory: Path, settings: Settings, allow: Iterable[Any]) -> None:
+        self.unit = Unit.around(directory)
+        self._settings = settings
+        self._allow = [*allow, *allowed(settings)]
+        self._last: tuple[Path, native.Buffer] | None = None
+        if self.unit is None:
+            log.warning(
+                "%s has no %s of ours: it is loaded, but what it holds cannot be verified",
+                directory,
+                names.MANIFEST,
+            )
+
+    def load(self, path: Path, map_location: Any) -> Any:
+        """The state in `path`; its tensors lie where `map_location` says, as `torch.load` does it.
+
+        Raises:
+            FileNotFoundError: no such file. Damaged: see `Unit.read` and `torch_zip.parse`.
+        """
+        if self.unit is None:
+            return _load_stock(path, map_location, self._allow)
+        if self._last is None or self._last[0] != path:
+            self._last = (path, self.unit.read(path, self._settings))
+        return torch_zip.parse(self._last[1], str(path), map_location, self._allow)
+
+
+def _load_stock(path: Path, map_location: Any, allow: list[Any]) -> Any:
+    try:
+        with torch.serialization.safe_globals(allow):
+            return torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as problem:
+        raise errors.Damaged(
+            f"{path}: refused to load: {problem}. If you trust the file, add the name it needs to load.allow"
+        ) from problem
+
+
+@contextmanager
+def reading(directory: Path, settings: Settings, allow: Iterable[Any] = ()) -> Iterator[Reader]:
+    """Open the checkpoint around `directory` for loading; nobody prunes it until the block is left."""
+    reader = Reader(directory, settings, allow)
+    if reader.unit is None:
+        yield reader
+        return
+    with commit.reading(reader.unit.directory):
+        yield reader
+
+
+def allowed(settings: Settings) -> list[Any]:
+    """The objects that `load.allow` names.
+
+    Raises:
+        ConfigError: a name that cannot be imported.
+    """
+    found = []
+    for name in settings.load.allow:
+        module, _, attribute = name.rpartition(".")
+        try:
+            found.append(getattr(importlib.import_module(module), attribute))
+        except (ImportError, AttributeError, ValueError) as problem:
+            raise errors.ConfigError(f"load.allow: cannot import {name!r}: {problem}") from problem
+    return found
+
+
+def compare_models(saved: dict[str, Any], live: dict[str, Any], where: str) -> None:
+    """Refuse a checkpoint of another model before anything is loaded.
+
+    Both map parameter names to a dict with `shape`; dtypes may differ, frameworks convert them.
+
+    Raises:
+        ModelMismatch: lists the first ten differences.
+    """
+    if not saved:
+        return
+    differences = []
+    for name in [*live, *(n for n in saved if n not in live)]:
+        if name not in saved:
+            differences.append(f"{name}: not in the checkpoint")
+        elif name not in live:
+            differences.append(f"{name}: not in this model")
+        elif list(saved[name]["shape"]) != list(live[name]["shape"]):
+            differences.append(
+                f"{name}: shape {list(saved[name]['shape'])} in the checkpoint, {list(live[name]['shape'])} here"
+            )
+    if differences:
+        more = f"\n  ... and {len(differences) - 10} more" if len(differences) > 10 else ""
+        raise errors.ModelMismatch(
+            f"{where} holds another model; nothing was loaded. Differences:\n  "
+            + "\n  ".join(differences[:10])
+            + more
+        )

@@ -1,0 +1,378 @@
+"""BasePipeline: when to save, in what order, and how to come back."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from roll_ckpt import arena, commit, disk, errors, loader, names, retention, saver, uploads, verify
+from roll_ckpt.cluster import Cluster, bytes_image
+from roll_ckpt.config import PipelineConfig
+from roll_ckpt.layout import torch_zip
+from roll_ckpt.pipeline_state import (
+    WORKER_STATE_FILE,
+    Stateful,
+    WorkerState,
+    capture_rng,
+    restore_rng,
+    rng_file,
+    stateful_file,
+)
+from roll_ckpt.world import World
+
+log = logging.getLogger("roll_ckpt")
+
+
+class BasePipeline:
+    """Trains clusters and checkpoints them, and itself, as one: every rank holds one and makes the same calls.
+
+    Subclass it, register the clusters, call `resume()`, and `do_checkpoint(step)` at the end of each step.
+    The shape is that of ROLL's `roll/pipeline/base_pipeline.py`.
+    """
+
+    def __init__(self, config: PipelineConfig) -> None:
+        self.config = config
+        self.state = WorkerState()
+        self._async_save = config.async_save is not False
+        self._clusters: dict[str, Cluster] = {}
+        self._stateful: dict[str, Stateful] = {}
+        self._world: World | None = None
+        self._saves: list[saver.Save] = []
+        self._after_commit = _AfterCommit(config)
+
+    # --- set-up
+
+    def set_checkpoint_clusters(self, *clusters: Cluster) -> None:
+        """Register the models that are saved together; every rank calls, once. No collective.
+
+        Raises:
+            ConfigError: no cluster, a name twice, or one that `expected_clusters` does not expect.
+            UnsupportedError: an engine that cannot be saved; the reason is in the message.
+        """
+        if self._clusters:
+            raise errors.ConfigError("set_checkpoint_clusters() was called before; give all clusters at once")
+        if not clusters:
+            raise errors.ConfigError("set_checkpoint_clusters() needs at least one cluster")
+        registered: dict[str, Cluster] = {}
+        for cluster in clusters:
+            if cluster.name in registered:
+                raise errors.ConfigError(f"cluster {cluster.name} is registered twice; names must differ")
+            registered[cluster.name] = cluster
+        self._world = World.current()
+        self._check_expected(registered)
+        for cluster in clusters:
+            cluster.attach(self.config)
+        self._clusters = registered
+        arena.mover(self.config)
+
+    def register_stateful(self, name: str, component: Stateful) -> None:
+        """Save and restore `component` on every rank with the pipeline; call it before `resume()`."""
+        names.check_name("stateful component", name)
+        if name in self._stateful:
+            raise errors.ConfigError(f"stateful component {name} is registered twice; names must differ")
+        self._stateful[name] = component
+
+    def _check_expected(self, clusters: dict[str, Cluster]) -> None:
+        expected = self.config.expected_clusters
+        if expected is None:
+            return
+        size = self._ranks.size
+        for name in clusters:
+            if expected.get(name) != size:
+                raise errors.ConfigError(
+                    f"cluster {name} has {size} ranks, expected_clusters says {expected}; give every cluster of the "
+                    "run with its world size, the same in each world's configuration"
+                )
+
+    @property
+    def _ranks(self) -> World:
+        if self._world is None:
+            raise errors.ConfigError("register the clusters first: set_checkpoint_clusters(...)")
+        return self._world
+
+    @property
+    def _world_clusters(self) -> dict[str, int]:
+        return {name: self._ranks.size for name in self._clusters}
+
+    @property
+    def _pipeline_dir(self) -> str:
+        """Where this world's own state lies in the unit; each of several worlds has a folder of its own."""
+        if self.config.expected_clusters is None:
+            return names.PIPELINE
+        return f"{names.PIPELINE}/{next(iter(self._clusters))}"
+
+    # --- saving
+
+    def do_checkpoint(self, global_step: int, is_last_step: bool | None = None) -> dict[str, Any]:
+        """Save if the step is due; every rank calls at the end of every step, after the optimizer steps.
+
+        Steps count from 0. It saves at positive multiples of `save_steps`, and at the last step
+        (`max_steps - 1` unless `is_last_step` says), where it returns only when everything is durable and
+        uploaded. Otherwise it returns as soon as training may go on; not durable on return.
+
+        Returns:
+            Metrics of this call, and of earlier saves as they become known: see `docs/metrics.md`.
+
+        Raises:
+            RanksDisagree, NoRoom, RunIsLive, EpochLost: on every rank, with nothing on disk touched.
+            SaveFailed: the save was abandoned (at the last step, or with `async_save: false` or
+                `fail_training: true`); older checkpoints are sound.
+        """
+        last = global_step == self.config.max_steps - 1 if is_last_step is None else is_last_step
+        self.state.step = global_step
+        if self.state.log_history:
+            self.state.log_history[-1]["system/step"] = global_step
+        metrics = self._late_metrics()
+        if (global_step > 0 and global_step % self.config.save_steps == 0) or last:
+            metrics |= self._save(global_step, last)
+        if self.state.log_history:
+            self.state.log_history[-1].update(metrics)
+        return metrics
+
+    def _save(self, step: int, last: bool) -> dict[str, Any]:
+        began = time.monotonic()
+        save = self._begin(step)
+        metrics: dict[str, Any] = {}
+        try:
+            first = next(iter(self._clusters.values()))
+            for cluster in self._clusters.values():
+                cluster.bind(save)
+                metrics |= cluster.do_checkpoint(global_step=step, is_last_step=last, blocking=False)
+                metrics[f"time/{cluster.name}/do_checkpoint/host_collectives"] = int(cluster is first)
+            self._stage_state(save.tickets[first.name])
+        finally:
+            save.seal()
+        self._saves.append(save)
+        if last or not self._async_save:
+            self._wait(save, last)
+            metrics |= self._late_metrics()
+        metrics["time/do_checkpoint/total"] = time.monotonic() - began
+        return metrics
+
+    def _begin(self, step: int) -> saver.Save:
+        request = saver.Request(
+            output_dir=self.config.output_dir,
+            name=names.checkpoint(step),
+            step=step,
+            clusters=self._world_clusters,
+            expected_clusters=self.config.expected_clusters,
+        )
+        nbytes = sum(cluster.estimate_bytes() for cluster in self._clusters.values())
+        return saver.begin(self._ranks, request, self.config, nbytes=nbytes, on_commit=self._after_commit)
+
+    def _stage_state(self, ticket: saver.Ticket) -> None:
+        """Stage the pipeline's own files with the first cluster's; an error becomes this rank's no vote."""
+        directory, rank = ticket.save.attempt.unit / self._pipeline_dir, self._ranks.rank
+        try:
+            disk.make_dirs(directory)
+            states: dict[str, Any] = {rng_file(rank): capture_rng()}
+            for name, component in self._stateful.items():
+                states[stateful_file(name, rank)] = component.state_dict()
+            for file, state in states.items():
+                ticket.stage(directory / file, torch_zip.lay_out(state, Path(file).stem), overlap=False)
+            if rank == 0:
+                ticket.stage(directory / WORKER_STATE_FILE, bytes_image(self.state.to_json()), overlap=False)
+        except Exception as problem:
+            ticket.fail(problem)
+
+    def _wait(self, save: saver.Save, last: bool) -> None:
+        upload = self.config.checkpoint_config
+        whole = last or upload is None or not upload.async_upload
+        problem = None
+        try:
+            save.wait(uploaded=whole)
+        except errors.RollCkptError as failure:
+            problem = str(failure)
+
+        def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
+            problems = [post["problem"] for post in posts if post["problem"]]
+            if problems:
+                raise errors.SaveFailed(problems[0])
+            return {}
+
+        if whole:  # rank 0 alone uploads: the others learn of it here
+            self._ranks.agree({"problem": problem}, decide, _upload_timeout_s(self.config))
+        elif save.failure is not None:
+            raise save.failure
+
+    def _late_metrics(self) -> dict[str, Any]:
+        """Metrics of saves that ended since the last call, under the step that they belong to."""
+        metrics: dict[str, Any] = {}
+        for save in [save for save in self._saves if save.settled]:
+            if save.failure is None and not save.finished:
+                continue
+            self._saves.remove(save)
+            metrics |= self._after_commit.report.pop(save.attempt.name, {})
+            for ticket in save.tickets.values():
+                prefix = f"time/{ticket.cluster}/do_checkpoint"
+                metrics |= {
+                    f"{prefix}/step": save.attempt.step,
+                    f"{prefix}/fence": ticket.timing.fence_s,
+                    f"{prefix}/write": ticket.timing.write_s,
+                    f"{prefix}/commit": ticket.timing.commit_s,
+                    f"{prefix}/durable": save.durable_s,
+                    f"{prefix}/bytes": ticket.nbytes,
+                }
+            if save.failure is not None:
+                metrics["checkpoint/failed"] = str(save.failure)
+                if self.config.fail_training and not save.reported:
+                    save.reported = True
+                    raise save.failure
+        return metrics
+
+    # --- coming back
+
+    def resume(self) -> int | None:
+        """Restore clusters, state and RNG as `resume_from_checkpoint` says; every rank calls, once.
+
+        True takes the newest complete and sound checkpoint and falls back past damaged ones, saying so.
+        Blocks. Claims the output directory and finishes or discards what a killed run left there.
+
+        Returns:
+            The step of the checkpoint (the loop goes on at step + 1), or None: start at step 0.
+
+        Raises:
+            NotFound: the path holds no complete checkpoint, or not the registered clusters.
+            Damaged: the checkpoint that was asked for by path is damaged; its files are named.
+            ModelMismatch: it holds another model. RunIsLive: another live run owns the output directory.
+        """
+        committed = self._claim_and_list()
+        wanted = self.config.resume_from_checkpoint
+        if wanted is False:
+            return None
+        if wanted is not True:
+            return self._resume_from(_checked_path(Path(wanted), self.config.output_dir), only=True)
+        for name in reversed(committed):
+            step = self._resume_from(self.config.output_dir / name, only=False)
+            if step is not None:
+                return step
+        if committed:
+            raise errors.Damaged(
+                f"{self.config.output_dir}: none of its checkpoints is sound ({', '.join(committed)}); see "
+                "`roll-ckpt verify`. To start anew set resume_from_checkpoint: false"
+            )
+        return None
+
+    def _claim_and_list(self) -> list[str]:
+        def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
+            config = self.config
+            saver.claim(config.output_dir, config, self._world_clusters, config.expected_clusters)
+            self._after_commit.upload_owed()
+            return {"names": [found.name for found in commit.committed(config.output_dir)]}
+
+        found = self._ranks.agree({}, decide, self.config.commit_timeout_s)
+        return [name for name in found["names"] if names.step_of(name) is not None]
+
+    def _resume_from(self, unit: Path, only: bool) -> int | None:
+        with commit.reading(unit):
+            problems = self._verify_together(unit)
+            if problems:
+                text = f"{unit}: damaged: " + "; ".join(problems[:10])
+                if only:
+                    raise errors.Damaged(text + ". Resume from another checkpoint")
+                log.error("%s. Falling back to the one before it.", text)
+                return None
+            for cluster in self._clusters.values():
+                cluster.check(unit)
+            opened = loader.Unit(unit)
+            for cluster in self._clusters.values():
+                cluster.load(unit, opened.manifest.name)
+            self._restore_state(unit)
+        return self.state.step
+
+    def _verify_together(self, unit: Path) -> list[str]:
+        """Each rank re-reads its share of the bytes; all learn what was found."""
+        world = self._ranks
+        mine = verify.verify(unit, part=world.rank, parts=world.size)
+
+        def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
+            return {"problems": sorted({problem for post in posts for problem in post["problems"]})}
+
+        posted = {"problems": [f"{problem.path}: {problem.detail}" for problem in mine]}
+        found: list[str] = world.agree(posted, decide, _upload_timeout_s(self.config))["problems"]
+        return found
+
+    def _restore_state(self, unit: Path) -> None:
+        directory, rank = unit / self._pipeline_dir, self._ranks.rank
+        with loader.reading(unit, self.config) as reader:
+            for name, component in self._stateful.items():
+                path = directory / stateful_file(name, rank)
+                if not disk.exists(path):
+                    raise errors.NotFound(
+                        f"{path}: the checkpoint holds no state of {name!r} for rank {rank}; it was saved on other "
+                        "ranks, or before the component was registered"
+                    )
+                component.load_state_dict(reader.load(path, "cpu"))
+            self.state = WorkerState.from_json(disk.read_bytes(directory / WORKER_STATE_FILE))
+            self._restore_rng(reader.load(directory / rng_file(rank), "cpu"))
+
+    def _restore_rng(self, state: dict[str, Any]) -> None:
+        restore_rng(state)
+
+
+class _AfterCommit:
+    """What rank 0 does once a checkpoint is committed: upload it, then prune. Runs on the save's thread."""
+
+    def __init__(self, config: PipelineConfig) -> None:
+        self._config = config
+        self._one_at_a_time = threading.Lock()
+        self.report: dict[str, dict[str, Any]] = {}
+
+    def __call__(self, save: saver.Save) -> None:
+        if not save.lead:
+            return
+        with self._one_at_a_time:
+            began = time.monotonic()
+            report: dict[str, Any] = {"checkpoint/step": save.attempt.step}
+            if self._config.checkpoint_config is not None:
+                self._upload(save.attempt.name)
+                report["checkpoint/upload"] = time.monotonic() - began
+            report["checkpoint/pruned"] = self._prune()
+            self.report[save.attempt.name] = report
+
+    def upload_owed(self) -> None:
+        """Start uploading, in the background, what an earlier run committed and did not upload."""
+        if self._owed():
+            threading.Thread(target=self._upload_all, name="roll_ckpt owed uploads", daemon=True).start()
+
+    def _owed(self) -> list[str]:
+        upload = self._config.checkpoint_config
+        return [] if upload is None else uploads.owed(self._config.output_dir, upload.output_dir)
+
+    def _upload_all(self) -> None:
+        with self._one_at_a_time:
+            for name in self._owed():
+                try:
+                    self._upload(name)
+                except (OSError, errors.RollCkptError) as problem:
+                    log.error("upload of %s: %s. It stays on the local disk and is tried again.", name, problem)
+
+    def _upload(self, name: str) -> None:
+        upload = self._config.checkpoint_config
+        assert upload is not None
+        uploads.upload(self._config.output_dir / name, upload.output_dir)
+
+    def _prune(self) -> list[str]:
+        if not self._config.max_ckpt_to_keep:
+            return []
+        output_dir = self._config.output_dir
+        return retention.prune(
+            output_dir, saver.epoch_of(output_dir), keep=self._config.max_ckpt_to_keep, protected=set(self._owed())
+        )
+
+
+def _checked_path(path: Path, output_dir: Path) -> Path:
+    for candidate in (path, output_dir / path):
+        if disk.exists(candidate / names.MANIFEST):
+            return candidate
+    raise errors.NotFound(
+        f"resume_from_checkpoint: {path} holds no complete checkpoint (no {names.MANIFEST} in it); give a committed "
+        f"checkpoint-N directory; `roll-ckpt ls {output_dir}` lists them"
+    )
+
+
+def _upload_timeout_s(config: PipelineConfig) -> float:
+    return max(24 * 3600.0, config.commit_timeout_s)

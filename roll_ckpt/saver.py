@@ -1,0 +1,498 @@
+"""The save corridor of one process: begin, stage, write, vote, commit.
+
+A `Save` is this process's part of one checkpoint, a `Ticket` one cluster's part of it. Bytes are copied and
+written by native threads; a short-lived Python thread for each save only waits for them, votes and settles.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from roll_ckpt import arena, commit, disk, errors, manifest, names, native, seal
+from roll_ckpt.config import Settings
+from roll_ckpt.image import HOST, FileImage
+from roll_ckpt.world import World
+
+log = logging.getLogger("roll_ckpt")
+
+CommitHook = Callable[["Save"], None]
+
+
+@dataclass
+class _Staged:
+    path: Path
+    image: FileImage | None
+    transfer: native.Transfer
+    pieces: list[dict[str, Any]]
+
+
+@dataclass
+class Timing:
+    """Seconds of one cluster's part of a save on this rank; `None` until known."""
+
+    stage_s: float = 0.0
+    fence_s: float = 0.0
+    write_s: float | None = None
+    commit_s: float | None = None
+
+
+class Ticket:
+    """One cluster's part of one save on this rank: what the trainer keeps of it.
+
+    The training thread stages and fences; the save's own thread finishes it and votes.
+    """
+
+    def __init__(self, save: Save, cluster: str, rank: int, facts: Mapping[str, Any]) -> None:
+        self.save = save
+        self.cluster = cluster
+        self.rank = rank
+        self.facts = dict(facts)
+        self.parameters: dict[str, dict[str, Any]] = {}
+        self.timing = Timing()
+        self.nbytes = 0
+        self.error: str | None = None
+        self._staged: list[_Staged] = []
+        self._adopted: list[Path] = []
+        self._lock = threading.Lock()
+        self._started = time.monotonic()
+
+    def stage(self, path: Path, image: FileImage, *, overlap: bool) -> None:
+        """Copy `image` towards `path`, a file in the unit, and start writing it.
+
+        Blocks until everything but its stable extents has been copied; until everything has if `overlap` is
+        false or the arena has too little room. Not durable on return.
+        """
+        began = time.monotonic()
+        staged = _stage(arena.mover(self.save.settings), path, image, overlap)
+        self.timing.stage_s += time.monotonic() - began
+        self.nbytes += image.nbytes
+        self._staged.append(staged)
+
+    def adopt(self, path: Path) -> None:
+        """Count a file that somebody else wrote into the unit as ours: it is made durable and listed."""
+        self._adopted.append(path)
+
+    def fail(self, problem: BaseException) -> None:
+        """Turn this rank's vote into a no. Never raises, so that no rank waits at a framework's barrier."""
+        if self.error is None:
+            self.error = f"{type(problem).__name__}: {problem}"
+
+    def fence(self) -> None:
+        """Wait until every source has been copied, helping with it; not for the disk. Then they may change."""
+        began = time.monotonic()
+        for staged in self._staged:
+            if staged.image is not None:
+                staged.transfer.wait_copied()
+                with self._lock:
+                    staged.image = None
+        self.timing.fence_s += time.monotonic() - began
+
+    def finish(self) -> manifest.Vote:
+        """Wait for the bytes to be durable and return this rank's vote; runs on the save's thread."""
+        attempt = self.save.attempt
+        receipts: list[manifest.Receipt] = []
+        try:
+            if self.error is None:
+                receipts = self._receipts()
+        except Exception as problem:
+            self.fail(problem)
+        if self.error is not None:
+            self.abandon()
+            receipts = []
+        self.timing.write_s = time.monotonic() - self._started
+        return manifest.Vote(
+            cluster=self.cluster,
+            rank=self.rank,
+            epoch=attempt.epoch,
+            attempt=attempt.attempt,
+            receipts=tuple(receipts),
+            error=self.error,
+            facts=self.facts,
+        )
+
+    def abandon(self) -> None:
+        """Stop copying and writing, and give the arena's memory back."""
+        for staged in self._staged:
+            staged.transfer.abandon()
+            staged.image = None
+
+    def _receipts(self) -> list[manifest.Receipt]:
+        unit = self.save.attempt.unit
+        digests: dict[str, Any] = {}
+        for staged in self._staged:
+            digests[_relative(staged.path, unit)] = staged.transfer.wait_written()
+            staged.image = None
+        for path in sorted(set(self._adopted)):
+            disk.fsync_file(path)
+            digests[_relative(path, unit)] = native.digest_file(str(path), manifest.BLOCK_BYTES)
+        disk.reach("write.done", cluster=self.cluster, rank=self.rank, name=self.save.attempt.name)
+        receipts = [
+            manifest.Receipt(path, d.nbytes, d.block_bytes, manifest.root_of(d.nbytes, d.block_bytes, d.crcs))
+            for path, d in digests.items()
+        ]
+        blocks = {
+            path: {"nbytes": d.nbytes, "block_bytes": d.block_bytes, "crcs": list(d.crcs)}
+            for path, d in digests.items()
+        }
+        pieces = [piece for staged in self._staged for piece in staged.pieces]
+        index = {"parameters": self.parameters, "pieces": pieces}
+        for relative, record in (
+            (names.digest_file(self.cluster, self.rank), blocks),
+            (names.tensor_file(self.cluster, self.rank), index),
+        ):
+            data = seal.canonical(record)
+            disk.make_dirs((unit / relative).parent)
+            disk.write_durable(unit / relative, data)
+            receipts.append(manifest.receipt_of_bytes(relative, data))
+        return receipts
+
+
+def _stage(mover: native.Mover, path: Path, image: FileImage, overlap: bool) -> _Staged:
+    transfer = mover.save(path, native_image(image), overlap=overlap)
+    pieces = [
+        {
+            "name": piece.name,
+            "dtype": piece.dtype,
+            "shape": list(piece.shape),
+            "file": path.name,
+            "offset": piece.offset,
+            "nbytes": piece.nbytes,
+        }
+        for piece in image.pieces
+    ]
+    return _Staged(path, image if transfer.overlapped else None, transfer, pieces)
+
+
+def native_image(image: FileImage) -> native.NativeImage:
+    """The image as the extension takes it: addresses and sizes."""
+    made = native.NativeImage(image.nbytes)
+    for extent in image.extents:
+        source = extent.source
+        if isinstance(source, bytes):
+            made.add_bytes(extent.offset, source)
+        else:
+            made.add(
+                extent.offset, source.address, source.nbytes, lazy=extent.stable, device=source.device
+            )
+            if source.device != HOST:
+                made.stream(source.device, source.stream)
+    for record in image.records:
+        index = made.record(record.start, record.nbytes)
+        for offset in record.crc_at:
+            made.crc_at(index, offset)
+    for serial in image.serials:
+        made.serial_at(serial.offset, serial.first, serial.count)
+    return made
+
+
+def _relative(path: Path, unit: Path) -> str:
+    return path.relative_to(unit).as_posix()
+
+
+@dataclass
+class Save:
+    """This process's part of one checkpoint, from `begin` to the outcome."""
+
+    attempt: commit.Attempt
+    settings: Settings
+    lead: bool
+    on_commit: CommitHook | None = None
+    tickets: dict[str, Ticket] = field(default_factory=dict)
+    failure: errors.RollCkptError | None = None
+    reported: bool = False
+    durable_s: float | None = None
+    _after: Save | None = None
+    _settled: threading.Event = field(default_factory=threading.Event)
+    _finished: threading.Event = field(default_factory=threading.Event)
+    _started: float = field(default_factory=time.monotonic)
+
+    def ticket(self, cluster: str, rank: int, facts: Mapping[str, Any]) -> Ticket:
+        """The part of `cluster`, whose rank this process is; `facts` go into the manifest."""
+        self.tickets[cluster] = Ticket(self, cluster, rank, facts)
+        return self.tickets[cluster]
+
+    def seal(self) -> None:
+        """Nothing more will be staged: vote and commit in the background."""
+        thread = threading.Thread(target=self._run, name=f"roll_ckpt {self.attempt.name}", daemon=True)
+        thread.start()
+
+    @property
+    def settled(self) -> bool:
+        """The outcome is known: committed, or `failure` says why not."""
+        return self._settled.is_set()
+
+    @property
+    def finished(self) -> bool:
+        """Settled, and what follows a commit (upload, prune) is done."""
+        return self._finished.is_set()
+
+    def fence(self) -> None:
+        """Wait for the copies of all tickets, see `Ticket.fence`."""
+        for ticket in self.tickets.values():
+            ticket.fence()
+
+    def wait(self, timeout_s: float | None = None, *, uploaded: bool = False) -> None:
+        """Block until the checkpoint is committed; with `uploaded`, until its upload and pruning are done.
+
+        Raises:
+            SaveFailed, EpochLost: the save was abandoned; the message says why.
+            TimeoutError: not within `timeout_s`; the save goes on.
+        """
+        event = self._finished if uploaded else self._settled
+        if not event.wait(timeout_s):
+            raise TimeoutError(f"{self.attempt.label}: not done within {timeout_s} s; it goes on")
+        if self.failure is not None:
+            self.reported = True
+            raise self.failure
+
+    def _run(self) -> None:
+        try:
+            if self._after is not None:
+                self._after._settled.wait()
+            self._vote()
+            self._settle()
+        except errors.RollCkptError as problem:
+            self._fail(problem)
+        except Exception as problem:
+            self._fail(errors.SaveFailed(f"{self.attempt.label}: {type(problem).__name__}: {problem}"))
+        finally:
+            for ticket in self.tickets.values():
+                if self.failure is not None:
+                    ticket.abandon()
+            self._settled.set()
+        try:
+            if self.failure is None and self.on_commit is not None:
+                self.on_commit(self)
+        except Exception as problem:
+            self._fail(errors.SaveFailed(f"{self.attempt.label}: after the commit: {problem}"))
+        finally:
+            self._finished.set()
+            _forget(self)
+
+    def _vote(self) -> None:
+        for ticket in self.tickets.values():
+            commit.cast(self.attempt, ticket.finish())
+
+    def _settle(self) -> None:
+        began = time.monotonic()
+        outcome = commit.settle(self.attempt, lead=self.lead, timeout_s=self.settings.commit_timeout_s)
+        now = time.monotonic()
+        self.durable_s = now - self._started
+        for ticket in self.tickets.values():
+            ticket.timing.commit_s = now - began
+        if not outcome.committed:
+            raise errors.SaveFailed(f"{self.attempt.label}: abandoned: {outcome.reason}")
+
+    def _fail(self, problem: errors.RollCkptError) -> None:
+        self.failure = problem
+        log.error("%s Older checkpoints are untouched; the next save starts afresh.", problem)
+
+
+# --- beginning -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Request:
+    """What every rank of a world must agree on before the first byte."""
+
+    output_dir: Path
+    name: str
+    step: int | None
+    clusters: Mapping[str, int]
+    expected_clusters: Mapping[str, int] | None = None
+    save_latest: bool = True
+
+
+def begin(
+    world: World,
+    request: Request,
+    settings: Settings,
+    *,
+    nbytes: int,
+    problem: str | None = None,
+    on_commit: CommitHook | None = None,
+) -> Save:
+    """Agree on a new attempt and make its directory. Every rank of `world` calls; one rendezvous.
+
+    `nbytes` is what this rank is about to write; `problem` an error that this rank already has, which then is
+    raised on all. Waits for a pending save of the same name.
+
+    Raises:
+        RanksDisagree, NoRoom, RunIsLive, EpochLost, ConfigError: on every rank, with nothing on disk touched.
+    """
+    wait_pending(request.output_dir, request.name)
+    wish = {
+        "output_dir": str(request.output_dir),
+        "name": request.name,
+        "step": request.step,
+        "clusters": dict(request.clusters),
+        "save_latest": request.save_latest,
+    }
+
+    def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
+        _check_agreement(posts)
+        epoch = claim(request.output_dir, settings, request.clusters, request.expected_clusters)
+        made = commit.begin(
+            epoch,
+            request.name,
+            step=request.step,
+            expected=request.expected_clusters or request.clusters,
+            save_latest=request.save_latest,
+            needed_bytes=sum(post["nbytes"] for post in posts),
+        )
+        return {"epoch": made.epoch, "attempt": made.attempt, "run_id": made.run_id}
+
+    mine = {"wish": wish, "nbytes": nbytes, "problem": problem}
+    verdict = world.agree(mine, decide, settings.commit_timeout_s)
+    attempt = commit.Attempt(
+        output_dir=request.output_dir,
+        name=request.name,
+        step=request.step,
+        run_id=verdict["run_id"],
+        epoch=verdict["epoch"],
+        attempt=verdict["attempt"],
+        expected=dict(request.expected_clusters or request.clusters),
+        save_latest=request.save_latest,
+    )
+    save = Save(attempt, settings, lead=world.rank == 0, on_commit=on_commit)
+    _remember(save)
+    return save
+
+
+def _check_agreement(posts: list[dict[str, Any]]) -> None:
+    problems = [f"rank {rank}: {post['problem']}" for rank, post in enumerate(posts) if post["problem"]]
+    if problems:
+        raise errors.SaveFailed("the save was not begun: " + "; ".join(problems))
+    first = posts[0]["wish"]
+    for rank, post in enumerate(posts):
+        differing = [key for key in first if post["wish"][key] != first[key]]
+        if differing:
+            raise errors.RanksDisagree(
+                f"rank {rank} and rank 0 ask for different saves: "
+                + ", ".join(f"{key} {post['wish'][key]!r} and {first[key]!r}" for key in differing)
+                + "; nothing was written. Call the save with the same arguments on every rank"
+            )
+
+
+_epochs: dict[Path, commit.Epoch] = {}
+
+
+def claim(
+    output_dir: Path,
+    settings: Settings,
+    clusters: Mapping[str, int],
+    expected_clusters: Mapping[str, int] | None = None,
+) -> commit.Epoch:
+    """This run's claim on `output_dir`; rank 0 only. Recovers what an older run left, at the first call.
+
+    Raises:
+        RunIsLive: another live run owns the directory. EpochLost: one has taken it over since.
+    """
+    key = output_dir.resolve()
+    epoch = _epochs.get(key)
+    if epoch is None:
+        epoch = commit.claim(
+            output_dir,
+            run_id=settings.run_id or "default",
+            clusters=clusters,
+            expected_clusters=expected_clusters,
+            take_over=settings.take_over,
+        )
+        _epochs[key] = epoch
+    epoch.check()
+    return epoch
+
+
+def epoch_of(output_dir: Path) -> commit.Epoch:
+    """The claim that this process made on `output_dir`; it must have made one."""
+    return _epochs[output_dir.resolve()]
+
+
+# --- what is pending -----------------------------------------------------------------------------------------
+
+_pending: list[Save] = []
+_pending_lock = threading.Lock()
+_pid = os.getpid()
+
+
+def _remember(save: Save) -> None:
+    global _pid
+    with _pending_lock:
+        if _pid != os.getpid():
+            _pending.clear()
+            _pid = os.getpid()
+        same = [s for s in _pending if s.attempt.output_dir == save.attempt.output_dir]
+        save._after = same[-1] if same else None
+        _pending.append(save)
+
+
+def _forget(save: Save) -> None:
+    save._after = None
+    with _pending_lock:
+        if save in _pending:
+            _pending.remove(save)
+
+
+def pending() -> list[Save]:
+    """Saves of this process that are not finished, oldest first; none in a forked child."""
+    with _pending_lock:
+        return list(_pending) if _pid == os.getpid() else []
+
+
+def wait_pending(output_dir: Path | None = None, name: str | None = None) -> None:
+    """Block until pending saves (of one directory, of one name) are settled; failures stay with their saves."""
+    for save in pending():
+        attempt = save.attempt
+        if output_dir is not None and attempt.output_dir.resolve() != output_dir.resolve():
+            continue
+        if name is None or attempt.name == name:
+            save._settled.wait()
+
+
+def fence(saves: Iterable[Save] | None = None) -> None:
+    """Wait until no pending save reads training tensors any more; not for the disk.
+
+    Call it before changing parameters by other means than the optimizer that was wired.
+    """
+    for save in pending() if saves is None else saves:
+        save.fence()
+
+
+def _finish_at_exit() -> None:
+    for save in pending():
+        try:
+            save.wait(save.settings.exit_timeout_s, uploaded=True)
+        except (errors.RollCkptError, TimeoutError) as problem:
+            if not save.reported:
+                log.error("at exit: %s", problem)
+
+
+atexit.register(_finish_at_exit)
+
+
+# --- one file by itself --------------------------------------------------------------------------------------
+
+
+def write_file(path: Path, image: FileImage, settings: Settings) -> None:
+    """Write one file: temporary beside it, fsync, rename. Blocks; durable on return.
+
+    Raises:
+        OSError: the write failed; the temporary is removed and an older file of that name is untouched.
+    """
+    temporary = path.with_name(names.temporary_file(path.name))
+    staged = _stage(arena.mover(settings), temporary, image, overlap=False)
+    try:
+        staged.transfer.wait_written()
+        disk.rename(temporary, path)
+    except OSError:
+        disk.remove_file(temporary)
+        raise
+    disk.fsync_dir(path.parent)

@@ -1,0 +1,105 @@
+"""World: the ranks of one torchrun job, and the only rendezvous of a save.
+
+The ranks meet over a store connection of our own, never over the training process group.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from roll_ckpt import errors
+
+_SLACK_S = 30.0
+
+
+class World:
+    """`size` ranks that can agree on one small JSON value.
+
+    Calls on one World are made in the same order by every rank, from one thread.
+    """
+
+    def __init__(self, rank: int, size: int, store: dist.Store | None) -> None:
+        self.rank = rank
+        self.size = size
+        self._store = store
+        self._sequence = 0
+
+    @classmethod
+    def current(cls) -> World:
+        """The initialised default process group's ranks, or a world of one. No collective; does not block."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls(0, 1, None)
+        shared = dist.distributed_c10d._get_default_store()
+        own = shared.clone() if hasattr(shared, "clone") else shared
+        return cls(dist.get_rank(), dist.get_world_size(), dist.PrefixStore("roll_ckpt", own))
+
+    def agree(
+        self, mine: dict[str, Any], decide: Callable[[list[dict[str, Any]]], dict[str, Any]], timeout_s: float
+    ) -> dict[str, Any]:
+        """Give every rank the value that `decide`, run on rank 0, makes of all ranks' `mine`.
+
+        Every rank calls; blocks until rank 0 has decided. An error of ours that `decide` raises is raised,
+        with the same class and text, on every rank.
+
+        Raises:
+            RanksDisagree: a rank did not come within `timeout_s`; the message names it.
+        """
+        self._sequence += 1
+        prefix = str(self._sequence)
+        if self.rank == 0:
+            return self._unwrap(self._decide(prefix, mine, decide, timeout_s))
+        assert self._store is not None
+        self._store.set(f"{prefix}/{self.rank}", json.dumps(mine))
+        try:
+            self._store.wait([f"{prefix}/verdict"], timedelta(seconds=timeout_s + _SLACK_S))
+        except dist.DistError as problem:
+            raise errors.RanksDisagree(
+                f"rank {self.rank}: no answer from rank 0 within {timeout_s:g} s: {problem}"
+            ) from problem
+        return self._unwrap(json.loads(self._store.get(f"{prefix}/verdict")))
+
+    def _decide(
+        self,
+        prefix: str,
+        mine: dict[str, Any],
+        decide: Callable[[list[dict[str, Any]]], dict[str, Any]],
+        timeout_s: float,
+    ) -> dict[str, Any]:
+        try:
+            verdict: dict[str, Any] = {"value": decide([mine, *self._gather(prefix, timeout_s)])}
+        except errors.RollCkptError as problem:
+            verdict = {"error": type(problem).__name__, "text": str(problem)}
+        if self._store is not None:
+            self._store.set(f"{prefix}/verdict", json.dumps(verdict))
+            self._store.delete_key(f"{self._sequence - 1}/verdict")
+        return verdict
+
+    def _gather(self, prefix: str, timeout_s: float) -> list[dict[str, Any]]:
+        if self._store is None:
+            return []
+        keys = [f"{prefix}/{rank}" for rank in range(1, self.size)]
+        try:
+            if keys:
+                self._store.wait(keys, timedelta(seconds=timeout_s))
+        except dist.DistError as problem:
+            missing = [str(r) for r in range(1, self.size) if not self._store.check([f"{prefix}/{r}"])]
+            raise errors.RanksDisagree(
+                f"rank {', '.join(missing)} of {self.size} did not come to the save within {timeout_s:g} s; "
+                "every rank must call it, or one of them died"
+            ) from problem
+        posts = [json.loads(self._store.get(key)) for key in keys]
+        for key in keys:
+            self._store.delete_key(key)
+        return posts
+
+    @staticmethod
+    def _unwrap(verdict: dict[str, Any]) -> dict[str, Any]:
+        if "error" in verdict:
+            raise getattr(errors, verdict["error"])(verdict["text"])
+        value: dict[str, Any] = verdict["value"]
+        return value
