@@ -1,0 +1,204 @@
+"""One attempt to save a checkpoint, up to the last vote: begin, write (others do that), cast."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from . import disk, epoch, names
+from .errors import ConfigError, Damaged, NoRoom, RanksDisagree, SaveFailed
+from .manifest import SOFTWARE, Expected, Receipt, Vote, parse_decision
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What every rank knows of one attempt. Rank 0 gets it from begin(), others make it from its values."""
+
+    output_dir: Path
+    name: str
+    step: int | None
+    run_id: str
+    epoch: int
+    attempt: int
+    expected: Mapping[str, int]
+    save_latest: bool
+    pid: int = field(default_factory=os.getpid, compare=False, repr=False)
+
+    @property
+    def directory(self) -> Path:
+        """What stock code gets as its save directory; files directly in it are moved beside the unit."""
+        return self.output_dir / names.attempt_dir(self.name, self.epoch, self.attempt)
+
+    @property
+    def unit(self) -> Path:
+        """The checkpoint while it is being written."""
+        return self.directory / self.name
+
+    @property
+    def final(self) -> Path:
+        """The checkpoint once it is committed."""
+        return self.output_dir / self.name
+
+    @property
+    def label(self) -> str:
+        """For messages."""
+        return f"{self.final} (attempt {self.epoch}.{self.attempt})"
+
+    def refuse_fork(self) -> None:
+        """RuntimeError in a process that was forked from the one that made this attempt."""
+        if self.pid != os.getpid():
+            raise RuntimeError(
+                f"{self.label}: process {os.getpid()} was forked from {self.pid}, whose save this is; "
+                "a forked child neither votes nor commits"
+            )
+
+
+def begin(
+    claimed: epoch.Epoch,
+    name: str,
+    *,
+    step: int | None,
+    expected: Mapping[str, int],
+    save_latest: bool = True,
+    needed_bytes: int = 0,
+) -> Attempt:
+    """Make the directory of a new attempt to save `name`. Rank 0 of each world only; durable on return.
+
+    `expected` are the clusters, with their world sizes, whose every rank must vote. Worlds that save together
+    call this the same number of times for each name, so that they meet in one directory; whether the call
+    succeeds or not, the next one makes another attempt.
+
+    Raises:
+        ConfigError, NoRoom, EpochLost: nothing was touched on disk.
+        RanksDisagree: another world has begun the same attempt with other values.
+        SaveFailed: another world has abandoned this attempt already.
+    """
+    names.check_name("tag", name)
+    for cluster, world_size in expected.items():
+        names.check_name("cluster", cluster)
+        if cluster == name:
+            raise ConfigError(f"the checkpoint and a cluster have the same name {name!r}; rename the cluster")
+        if world_size < 1:
+            raise ConfigError(f"cluster {cluster!r}: a world size of {world_size} is no world")
+    if not expected:
+        raise ConfigError(f"{name}: no cluster is expected to vote")
+    number = claimed.attempts[name] = claimed.attempts.get(name, 0) + 1
+    attempt = Attempt(
+        claimed.output_dir, name, step, claimed.run_id, claimed.number, number, dict(expected), save_latest,
+        claimed.pid,
+    )  # fmt: skip
+    attempt.refuse_fork()
+    claimed.check()
+    free = disk.free_bytes(claimed.output_dir)
+    if free < needed_bytes:
+        raise NoRoom(
+            f"{attempt.final}: the checkpoint needs {needed_bytes:,} bytes and {claimed.output_dir} has "
+            f"{free:,} left. Make room, or keep fewer checkpoints (max_ckpt_to_keep). Nothing was touched"
+        )
+    try:
+        _make(attempt)
+    except FileNotFoundError as error:
+        raise abandoned(attempt) from error
+    if abort_reason(attempt) is not None:
+        # Another world gave up before we made the directory, perhaps anew: it must not be left behind.
+        disk.remove_tree(attempt.directory)
+        raise abandoned(attempt)
+    disk.reach("begin.made", name=name, epoch=attempt.epoch, attempt=number)
+    return attempt
+
+
+def _make(attempt: Attempt) -> None:
+    for directory in (attempt.directory, attempt.unit, attempt.unit / names.VOTES):
+        disk.make_dir(directory)  # the other world may have made it
+    expected = Expected(
+        name=attempt.name,
+        step=attempt.step,
+        run_id=attempt.run_id,
+        epoch=attempt.epoch,
+        attempt=attempt.attempt,
+        clusters=dict(attempt.expected),
+        save_latest=attempt.save_latest,
+        software=SOFTWARE,
+    ).to_bytes()
+    path = attempt.unit / names.EXPECTED
+    if not disk.link_durable(path, expected, scratch=attempt.directory) and disk.read_bytes(path) != expected:
+        raise RanksDisagree(
+            f"{attempt.label}: another world has begun it with another step, other clusters or world sizes, "
+            f"another save_latest, or another roll_ckpt than {SOFTWARE}; compare {path} with "
+            f"step {attempt.step}, clusters {dict(attempt.expected)}, save_latest {attempt.save_latest}"
+        )
+    for directory in (attempt.unit, attempt.directory, attempt.output_dir):
+        disk.fsync_dir(directory)
+
+
+def cast(attempt: Attempt, vote: Vote) -> None:
+    """Cast one rank's vote; durable on return. The files of its receipts must have been fsynced before.
+
+    Their directories are fsynced here. Casting the same vote again is fine.
+
+    Raises:
+        ConfigError: the vote is not of this attempt, or not of an expected rank.
+        SaveFailed: this rank has voted otherwise before, or the attempt was abandoned meanwhile.
+        EpochLost: a newer run owns the directory.
+    """
+    attempt.refuse_fork()
+    who = f"cluster {vote.cluster!r} rank {vote.rank}"
+    if (vote.epoch, vote.attempt) != (attempt.epoch, attempt.attempt):
+        raise ConfigError(f"{attempt.label}: {who} votes for attempt {vote.epoch}.{vote.attempt}")
+    if not 0 <= vote.rank < attempt.expected.get(vote.cluster, 0):
+        raise ConfigError(f"{attempt.label}: no vote of {who} is expected, only of {dict(attempt.expected)}")
+    try:
+        if vote.error is None:
+            # The vote refers to the files, so their names become durable before it.
+            durable = [disk.fsync_dir(path) for path in _directories(attempt.unit, vote.receipts)]
+            vote = replace(vote, directories_durable=vote.directories_durable and all(durable))
+        epoch.check(attempt.output_dir, attempt.epoch)
+        disk.reach("vote.before", name=attempt.name, cluster=vote.cluster, rank=vote.rank)
+        path = attempt.unit / names.VOTES / names.vote_file(vote.cluster, vote.rank)
+        data = vote.to_bytes()
+        if not disk.link_durable(path, data, scratch=attempt.directory) and disk.read_bytes(path) != data:
+            raise SaveFailed(f"{attempt.label}: {who} has voted already, and otherwise; a vote never changes")
+    except FileNotFoundError as error:
+        if disk.is_dir(attempt.unit):
+            raise SaveFailed(
+                f"{attempt.label}: {who} lists a file that is not there: {error.filename}"
+            ) from error
+        raise abandoned(attempt) from error
+    except OSError as error:
+        raise SaveFailed(
+            f"{attempt.label}: {who} could not vote: {error.strerror} ({error.filename})"
+        ) from error
+    disk.reach("vote.cast", name=attempt.name, cluster=vote.cluster, rank=vote.rank)
+
+
+def _directories(unit: Path, receipts: Iterable[Receipt]) -> list[Path]:
+    """The directories of all files up to the unit, each once, the deepest first."""
+    found = {unit}
+    for receipt in receipts:
+        folder = (unit / receipt.path).parent
+        while folder not in found:
+            found.add(folder)
+            folder = folder.parent
+    return sorted(found, key=lambda path: (-len(path.parts), path))
+
+
+def abort_reason(attempt: Attempt) -> str | None:
+    """Why this attempt was aborted in this epoch; None if no process has recorded that."""
+    path = (
+        attempt.output_dir / names.EPOCHS / names.aborted_file(attempt.name, attempt.epoch, attempt.attempt)
+    )
+    try:
+        return parse_decision(disk.read_bytes(path), path).reason
+    except FileNotFoundError:
+        return None
+    except Damaged as error:
+        return f"the record of the reason is damaged: {error}"
+
+
+def abandoned(attempt: Attempt) -> SaveFailed:
+    """The error of a process whose attempt has vanished under it; EpochLost is raised if that is why."""
+    epoch.check(attempt.output_dir, attempt.epoch)
+    reason = abort_reason(attempt) or "its directory is gone"
+    return SaveFailed(f"{attempt.label} was abandoned: {reason}")

@@ -1,0 +1,599 @@
+"""Commit: how the votes of all ranks become a checkpoint under its final name, or nothing.
+
+    claim → begin → (write, fsync) → cast → settle            and, at the next start:  claim → recover
+
+Any process may carry out a decision, and two may do so at once; what each step finds done is done. Links and
+renames decide, never a lock or a time. A checkpoint under its final name is complete; `latest` names no
+other.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import disk, names
+from . import epoch as epochs
+from .attempt import Attempt, abort_reason, begin, cast
+from .epoch import Epoch
+from .errors import ConfigError, Damaged, EpochLost, NotFound, SaveFailed
+from .lease import is_being_read, reading, removing
+from .manifest import (
+    Decision,
+    Expected,
+    Manifest,
+    build,
+    objection,
+    parse_decision,
+    parse_expected,
+    parse_vote,
+)
+from .manifest import read as read_manifest
+from .seal import sha256
+from .trash import empty_trash, retire_trash, trash
+
+__all__ = [
+    "Attempt", "Epoch", "Outcome", "Recovery", "begin", "cast", "claim", "committed", "empty_trash", "find",
+    "is_being_read", "read_manifest", "reading", "recover", "removing", "settle", "trash", "write_latest",
+]  # fmt: skip
+
+log = logging.getLogger("roll_ckpt")
+
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.2
+_PATIENCE_S = (
+    1.0  # how long a process that replaces a checkpoint is left alone by another that would do the same
+)
+_NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+_TAKEN = (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
+_OLD = ".old"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt ended. `reason` says why it was abandoned, or what a committed one left to wish for."""
+
+    committed: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What became of an attempt that an older epoch had left: `action` is "finished" or "discarded"."""
+
+    name: str
+    epoch: int
+    attempt: int
+    action: str
+    reason: str
+
+
+# --- claiming -----------------------------------------------------------------------------------------------
+
+
+def claim(
+    output_dir: Path,
+    *,
+    run_id: str,
+    clusters: Mapping[str, int],
+    expected_clusters: Mapping[str, int] | None = None,
+    take_over: bool = False,
+) -> Epoch:
+    """Make this world the one (or one of those) that may write in `output_dir`, and recover what lies there.
+
+    Rank 0 of each world only. Blocks: up to epoch.SILENCE_S if an earlier run on another host has not said
+    goodbye. With `expected_clusters`, worlds of the same `run_id` join one epoch.
+
+    Raises:
+        RunIsLive: another live run owns it; the message names host and process. Nothing was touched.
+        ConfigError: names that cannot be, clusters that are not among the expected, a directory that cannot
+            be written.
+    """
+    for cluster in {*clusters, *(expected_clusters or {})}:
+        names.check_name("cluster", cluster)
+    if not clusters:
+        raise ConfigError("a world without clusters cannot claim an output directory")
+    if expected_clusters is not None:
+        for cluster, world_size in clusters.items():
+            if expected_clusters.get(cluster) != world_size:
+                raise ConfigError(
+                    f"cluster {cluster!r} with {world_size} ranks is not among expected_clusters "
+                    f"{dict(expected_clusters)}; give every world the same expected_clusters"
+                )
+    output_dir = Path(output_dir)
+    claimed = epochs.claim_number(output_dir, run_id, clusters, expected_clusters, take_over)
+    try:
+        for found in recover(output_dir, epoch=claimed):
+            log.warning("%s of attempt %s.%s: %s (%s)", output_dir / found.name, found.epoch, found.attempt,
+                        found.action, found.reason)  # fmt: skip
+    except BaseException:
+        claimed.release()
+        raise
+    return claimed
+
+
+# --- settling -----------------------------------------------------------------------------------------------
+
+
+def settle(
+    attempt: Attempt, *, lead: bool, timeout_s: float, clock: Callable[[], float] = time.monotonic
+) -> Outcome:
+    """Wait until the attempt is committed or abandoned. Blocks; a commit is durable on return.
+
+    A lead (rank 0 of each world) collects the votes, decides and carries out; two may do so at once. The
+    others wait, and do the same once `timeout_s` has passed. Any thread may call.
+
+    Raises:
+        EpochLost: a newer run owns the directory, and did not finish this attempt.
+        SaveFailed: the disk refused; the message names the path. If the decision was made, the next start
+            carries it out.
+    """
+    attempt.refuse_fork()
+    try:
+        return _settle(attempt, lead, timeout_s, clock)
+    except EpochLost:
+        if _carries(attempt.final, attempt):
+            return Outcome(True, "a newer run has finished it")
+        raise
+    except OSError as error:
+        raise SaveFailed(
+            f"{attempt.label}: {error.strerror} ({error.filename}); older checkpoints are untouched, and "
+            "what was decided is carried out at the next start"
+        ) from error
+
+
+def _settle(attempt: Attempt, lead: bool, timeout_s: float, clock: Callable[[], float]) -> Outcome:
+    limit = clock() + timeout_s
+    votes: dict[str, bytes] = {}
+    decision: Decision | None = None
+    pause, vanished = _FIRST_PAUSE_S, 0
+    while attempt.directory.name in disk.list_dir(attempt.output_dir):
+        over = clock() >= limit
+        try:
+            decision = decision or _decided(attempt)
+            if lead or over:
+                decision = decision or _decide(attempt, votes, attempt.epoch, over)
+                if decision is not None:
+                    note = _carry_out(attempt, decision, attempt.epoch, save_latest=attempt.save_latest)
+                    return Outcome(decision.commit, decision.reason or note)
+        except FileNotFoundError:
+            # Another process is carrying it out: look again. If nobody is, somebody deletes by hand.
+            vanished += 1
+            if vanished > 50:
+                raise
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE_S)
+    return _afterwards(attempt, decision)
+
+
+def _afterwards(attempt: Attempt, decision: Decision | None) -> Outcome:
+    """What was the end of an attempt that somebody else has carried out."""
+    if _carries(attempt.final, attempt):
+        return Outcome(True)
+    reason = abort_reason(attempt)
+    if reason is None and decision is not None:
+        return Outcome(decision.commit, decision.reason)
+    epochs.check(attempt.output_dir, attempt.epoch)
+    return Outcome(False, reason or f"{attempt.directory} vanished; somebody removed it by hand")
+
+
+# --- deciding -----------------------------------------------------------------------------------------------
+
+
+def _decide(attempt: Attempt, votes: dict[str, bytes], epoch: int, over: bool) -> Decision | None:
+    """Decide if the votes that are there, or the time, suffice; return what was decided, by whomever."""
+    path = attempt.unit / names.EXPECTED
+    expected = disk.read_bytes(path)
+    told = parse_expected(expected, path)
+    _collect(attempt, told, votes)
+    reason = _refusal(attempt, told, votes)
+    if not reason and len(votes) < len(told.voters()):
+        if not over:
+            return None
+        reason = f"no vote came from {_missing(told, votes)}; see the log of those processes"
+    reason = reason or _unsound(attempt.unit, told, votes)
+    epochs.check(attempt.output_dir, epoch)
+    sealed = ""
+    if not reason:
+        try:
+            sealed = _write_manifest(attempt, votes, expected)
+        except Damaged as error:
+            reason = str(error)
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                raise
+            reason = f"the manifest could not be written: {error.strerror} ({error.filename})"
+    ours = Decision(not reason, attempt.name, attempt.epoch, attempt.attempt, sealed, reason)
+    epochs.check(attempt.output_dir, epoch)
+    try:
+        disk.link_durable(attempt.unit / names.DECISION, ours.to_bytes(), scratch=attempt.directory)
+    except OSError:
+        if (won := _decided(attempt)) is not None:
+            return won
+        raise
+    disk.reach("decision.linked", name=attempt.name, epoch=attempt.epoch, attempt=attempt.attempt)
+    return _decided(attempt)
+
+
+def _collect(attempt: Attempt, told: Expected, votes: dict[str, bytes]) -> None:
+    folder = attempt.unit / names.VOTES
+    entries = set(disk.list_dir(folder))
+    for file in told.voters():
+        if file in entries and file not in votes:
+            votes[file] = disk.read_bytes(folder / file)
+
+
+def _refusal(attempt: Attempt, told: Expected, votes: Mapping[str, bytes]) -> str:
+    """The first vote's objection to a commit, "" if there is none."""
+    for file in sorted(votes):
+        path = attempt.unit / names.VOTES / file
+        try:
+            if problem := objection(parse_vote(votes[file], path), told, file):
+                return problem
+        except Damaged as error:
+            return str(error)
+    return ""
+
+
+def _missing(told: Expected, votes: Mapping[str, bytes]) -> str:
+    absent: dict[str, list[int]] = {}
+    for file in told.voters():
+        if file not in votes and (parsed := names.parse_vote_file(file)):
+            absent.setdefault(parsed[0], []).append(parsed[1])
+    return ", ".join(f"cluster {cluster!r} rank {_ranks(ranks)}" for cluster, ranks in absent.items())
+
+
+def _ranks(ranks: list[int]) -> str:
+    shown = ", ".join(str(rank) for rank in ranks[:8])
+    return shown if len(ranks) <= 8 else f"{shown} and {len(ranks) - 8} more"
+
+
+def _unsound(unit: Path, told: Expected, votes: Mapping[str, bytes]) -> str:
+    """Why the files in the unit are not those that the votes list, "" if they are."""
+    listed: dict[str, tuple[int, str]] = {}
+    for file in told.voters():
+        vote = parse_vote(votes[file], file)
+        for receipt in vote.receipts:
+            listed[receipt.path] = (receipt.nbytes, f"cluster {vote.cluster!r} rank {vote.rank}")
+    ours = {names.MANIFEST, names.DECISION, names.EXPECTED, *(f"{names.VOTES}/{file}" for file in votes)}
+    found = dict(disk.walk_all(unit))
+    for path, (nbytes, who) in sorted(listed.items()):
+        if not found.get(path):
+            return f"{who} lists {unit / path}, which is not there as a file"
+        if (size := disk.file_bytes(unit / path)) != nbytes:
+            return f"{who} lists {unit / path} with {nbytes} bytes, and it has {size}"
+    if extra := sorted(set(found) - set(listed) - ours):
+        return f"no vote lists {unit / extra[0]}" + (f" and {len(extra) - 1} more" if extra[1:] else "")
+    return ""
+
+
+def _write_manifest(attempt: Attempt, votes: Mapping[str, bytes], expected: bytes) -> str:
+    """Make manifest.json durable; return its SHA-256. A second committer writes the same bytes."""
+    data = build(votes, expected)
+    disk.reach("manifest.before", name=attempt.name, epoch=attempt.epoch, attempt=attempt.attempt)
+    disk.write_durable(attempt.unit / names.MANIFEST, data, scratch=attempt.directory)
+    disk.reach("manifest.written", name=attempt.name, epoch=attempt.epoch, attempt=attempt.attempt)
+    return sha256(data)
+
+
+def _decided(attempt: Attempt) -> Decision | None:
+    """The decision of this attempt, wherever its unit lies by now."""
+    for unit in _places(attempt):
+        path = unit / names.DECISION
+        with suppress(FileNotFoundError, NotADirectoryError):
+            decision = parse_decision(disk.read_bytes(path), path)
+            if (decision.epoch, decision.attempt) == (attempt.epoch, attempt.attempt):
+                return decision
+    return None
+
+
+def _places(attempt: Attempt) -> Iterator[Path]:
+    """Where the unit may be: written, in the hands of a process that replaces a checkpoint, or committed."""
+    entries = disk.list_dir(attempt.directory)
+    if attempt.name in entries:
+        yield attempt.unit
+    yield from (attempt.directory / e / attempt.name for e in entries if e.startswith(names.SUPERSEDED))
+    yield attempt.final
+
+
+def _carries(unit: Path, attempt: Attempt) -> bool:
+    """Whether the checkpoint in `unit` is the one of this attempt."""
+    try:
+        found = read_manifest(unit)
+    except (NotFound, Damaged):
+        return False
+    return (found.name, found.epoch, found.attempt) == (attempt.name, attempt.epoch, attempt.attempt)
+
+
+# --- carrying out -------------------------------------------------------------------------------------------
+
+
+def _carry_out(attempt: Attempt, decision: Decision, epoch: int, *, save_latest: bool) -> str:
+    """Commit or abandon, as decided; return a note for the user, if there is one. Idempotent."""
+    if not decision.commit:
+        _abandon(attempt, epoch)
+        return ""
+    _publish(attempt, epoch)
+    return _finish(attempt, epoch, save_latest=save_latest)
+
+
+def _publish(attempt: Attempt, epoch: int) -> None:
+    """Give the unit its final name; durable on return."""
+    epochs.check(attempt.output_dir, epoch)
+    try:
+        disk.rename(attempt.unit, attempt.final)
+    except OSError as error:
+        if error.errno not in _TAKEN:
+            raise
+        # A retransmitted rename, another committer, or an older checkpoint of this name: only what lies
+        # there can tell.
+        if not _carries(attempt.final, attempt):
+            _replace(attempt, epoch)
+    disk.fsync_dir(attempt.output_dir)
+    disk.reach("commit.renamed", name=attempt.name, epoch=attempt.epoch, attempt=attempt.attempt)
+
+
+def _replace(attempt: Attempt, epoch: int) -> None:
+    """Put the unit in the place of another checkpoint of that name.
+
+    A second exchange would bring the old one back. So whoever replaces first renames the unit into a private
+    directory; who takes over after a crash renames that directory, and the former owner's paths vanish.
+    """
+    began = time.monotonic()
+    while not _carries(attempt.final, attempt):
+        own = _take(attempt, patient=time.monotonic() - began < _PATIENCE_S)
+        if own is None:
+            time.sleep(_FIRST_PAUSE_S)
+            continue
+        try:
+            epochs.check(attempt.output_dir, epoch)
+            _swap(attempt, own, epoch)
+        except OSError as error:
+            if error.errno not in _TAKEN:
+                raise
+
+
+def _take(attempt: Attempt, *, patient: bool) -> Path | None:
+    """The private directory that now holds the unit; None while another process has it. ENOENT if nobody."""
+    own = attempt.directory / names.unique(names.SUPERSEDED)
+    entries = disk.list_dir(attempt.directory)
+    if attempt.name in entries:
+        disk.make_dir(own)
+        with suppress(FileNotFoundError):
+            disk.rename(attempt.unit, own / attempt.name)
+            return own
+    for entry in entries:
+        if entry.startswith(names.SUPERSEDED) and disk.exists(attempt.directory / entry / attempt.name):
+            if patient:
+                return None
+            disk.rename(attempt.directory / entry, own)
+            return own
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(attempt.unit))
+
+
+def _swap(attempt: Attempt, own: Path, epoch: int) -> None:
+    new = own / attempt.name
+    if not _carries(new, attempt):
+        raise SaveFailed(f"{attempt.label}: {new} should hold it, and does not; see `verify` of {own}")
+    if not disk.exists(attempt.final):
+        disk.rename(new, attempt.final)
+        return
+    try:
+        disk.exchange(new, attempt.final)
+    except OSError as error:
+        if error.errno not in _NO_EXCHANGE:
+            raise
+        _step_aside(attempt, own)
+        disk.rename(new, attempt.final)
+
+
+def _step_aside(attempt: Attempt, own: Path) -> None:
+    """Without an exchange: move the old checkpoint away. `latest` does not name it while it is absent."""
+    if read_latest(attempt.output_dir) == attempt.name:
+        others = [found.name for found in committed(attempt.output_dir) if found.name != attempt.name]
+        if others:
+            write_latest(attempt.output_dir, others[-1], scratch=attempt.directory)
+        else:
+            disk.discard_file(attempt.output_dir / names.LATEST)
+            disk.fsync_dir(attempt.output_dir)
+    disk.make_dir(own / _OLD)
+    disk.rename(attempt.final, own / _OLD / attempt.name)
+    for directory in (own / _OLD, own, attempt.output_dir):
+        disk.fsync_dir(directory)
+
+
+def _finish(attempt: Attempt, epoch: int, *, save_latest: bool) -> str:
+    """After the rename: `latest`, helper files beside the unit, and the attempt's directory goes."""
+    note = ""
+    where = {"name": attempt.name, "epoch": attempt.epoch, "attempt": attempt.attempt}
+    try:
+        if save_latest:
+            epochs.check(attempt.output_dir, epoch)
+            # Prepared in the attempt's directory: a late process, after another one has finished all this,
+            # finds it gone, and cannot turn `latest` back.
+            write_latest(attempt.output_dir, attempt.name, scratch=attempt.directory)
+            disk.reach("latest.written", **where)
+        note = _place_beside(attempt)
+    except FileNotFoundError:
+        if disk.is_dir(attempt.directory):
+            raise
+    _throw_away(attempt, epoch)
+    disk.reach("attempt.removed", **where)
+    return note
+
+
+def _place_beside(attempt: Attempt) -> str:
+    """Move what stock code left in its save directory (helper scripts) beside the checkpoint; durable."""
+    left: list[str] = []
+    moved = False
+    for entry in disk.list_dir(attempt.directory):
+        path = attempt.directory / entry
+        if entry.startswith(".") or entry == names.LATEST:  # stock code's own `latest` has done its duty
+            continue
+        if not disk.is_file(path) or disk.is_dir(attempt.output_dir / entry):
+            left.append(entry)
+            continue
+        with suppress(FileNotFoundError):  # another committer was faster
+            disk.fsync_file(path)
+            disk.rename(path, attempt.output_dir / entry)
+            moved = True
+    if moved:
+        disk.fsync_dir(attempt.output_dir)
+    return f"{', '.join(left)} in the save directory was not kept, only files are" if left else ""
+
+
+def _abandon(attempt: Attempt, epoch: int) -> None:
+    """Throw the attempt away; those who wait for it find the reason in `.epochs/`."""
+    if attempt.epoch == epoch:
+        record = names.aborted_file(attempt.name, attempt.epoch, attempt.attempt)
+        with suppress(FileNotFoundError):
+            disk.link(attempt.unit / names.DECISION, attempt.output_dir / names.EPOCHS / record)
+    _throw_away(attempt, epoch)
+    disk.reach("attempt.removed", name=attempt.name, epoch=attempt.epoch, attempt=attempt.attempt)
+
+
+def _throw_away(attempt: Attempt, epoch: int) -> None:
+    try:
+        place = trash(attempt.output_dir, attempt.directory, epoch)
+    except FileNotFoundError:
+        epochs.check(attempt.output_dir, epoch)
+        return
+    disk.fsync_dir(attempt.output_dir)
+    disk.remove_tree(place)
+
+
+# --- recovering ---------------------------------------------------------------------------------------------
+
+
+def recover(output_dir: Path, *, epoch: Epoch) -> list[Recovery]:
+    """Finish or discard every attempt of an older epoch, and remove all garbage. claim() calls it.
+
+    Idempotent; a crash anywhere in it, or two processes in it at once, are fine. No committed checkpoint is
+    touched.
+    """
+    retire_trash(output_dir, epoch.number)
+    done = []
+    for entry in disk.list_dir(output_dir):
+        parsed = names.parse_attempt_dir(entry)
+        if parsed is not None and parsed[1] < epoch.number:
+            done.append(_recover_one(output_dir, *parsed, epoch.number))
+        elif names.parse_temporary_file(entry) == names.LATEST:
+            disk.discard_file(output_dir / entry)
+    _sweep_epochs(output_dir / names.EPOCHS, epoch.number)
+    empty_trash(output_dir, epoch.number)
+    return done
+
+
+def _recover_one(output_dir: Path, name: str, old_epoch: int, number: int, epoch: int) -> Recovery:
+    bare = Attempt(output_dir, name, None, "", old_epoch, number, {}, False)
+    for _ in range(50):
+        try:
+            decision = _decided(bare) or _decide(bare, {}, epoch, over=True)
+            if decision is not None:
+                save_latest = decision.commit and _is_newest(bare)
+                _carry_out(bare, decision, epoch, save_latest=save_latest)
+                action = "finished" if decision.commit else "discarded"
+                return Recovery(name, old_epoch, number, action, decision.reason or "all votes were there")
+        except Damaged as error:
+            return _discard(bare, epoch, str(error))
+        except FileNotFoundError as error:
+            if not disk.is_dir(bare.directory):  # another world's recovery was faster
+                action = "finished" if _carries(bare.final, bare) else "discarded"
+                return Recovery(name, old_epoch, number, action, "by another world of this run")
+            if not any(disk.exists(unit / names.EXPECTED) for unit in _places(bare) if unit != bare.final):
+                return _discard(bare, epoch, f"it was interrupted at its beginning, before {error.filename}")
+        time.sleep(_FIRST_PAUSE_S)
+    raise SaveFailed(f"{bare.label}: it cannot be recovered; another process keeps changing {bare.directory}")
+
+
+def _is_newest(attempt: Attempt) -> bool:
+    """Whether `latest` is to name this committed attempt: it wished so, and no newer one is named."""
+    for unit in _places(attempt):
+        with suppress(NotFound, Damaged):
+            found = read_manifest(unit)
+            if (found.epoch, found.attempt) != (attempt.epoch, attempt.attempt):
+                continue
+            named = read_latest(attempt.output_dir)
+            known = {other.name: other for other in committed(attempt.output_dir) if other.name != found.name}
+            return found.save_latest and (named not in known or known[named].age < found.age)
+    return False
+
+
+def _discard(attempt: Attempt, epoch: int, reason: str) -> Recovery:
+    """Throw an attempt away that cannot be finished; a checkpoint that stepped aside for it comes back."""
+    for entry in disk.list_dir(attempt.directory):
+        old = attempt.directory / entry / _OLD / attempt.name
+        if entry.startswith(names.SUPERSEDED) and disk.exists(old) and not disk.exists(attempt.final):
+            disk.rename(old, attempt.final)
+            disk.fsync_dir(attempt.output_dir)
+    _throw_away(attempt, epoch)
+    return Recovery(attempt.name, attempt.epoch, attempt.attempt, "discarded", reason)
+
+
+def _sweep_epochs(folder: Path, epoch: int) -> None:
+    """Remove the records of older epochs, their aborts' reasons, and what a killed claimant had prepared."""
+    for entry in disk.list_dir(folder):
+        member, aborted = names.parse_epoch_file(entry), names.parse_aborted_file(entry)
+        number = member[0] if member else aborted[1] if aborted else None
+        if names.parse_temporary_file(entry) is not None or (number is not None and number < epoch):
+            disk.discard_file(folder / entry)
+
+
+# --- finding ------------------------------------------------------------------------------------------------
+
+
+def _warn(problem: Damaged) -> None:
+    log.warning("%s; this checkpoint is left out", problem)
+
+
+def committed(output_dir: Path, report: Callable[[Damaged], None] = _warn) -> list[Manifest]:
+    """The committed checkpoints, the oldest first (by step, epoch, attempt).
+
+    `report` is told of each directory whose manifest cannot be trusted. File contents are not read.
+    """
+    found = []
+    for entry in disk.list_dir(output_dir):
+        unit = output_dir / entry
+        if entry.startswith(".") or not disk.is_real_dir(unit):
+            continue
+        try:
+            manifest = read_manifest(unit)
+        except NotFound:
+            continue
+        except Damaged as error:
+            report(error)
+            continue
+        if manifest.name == entry:
+            found.append(manifest)
+        else:
+            report(Damaged(f"{unit}: its manifest is the one of {manifest.name}; is it a copy?"))
+    return sorted(found, key=lambda manifest: manifest.age)
+
+
+def find(output_dir: Path) -> Manifest | None:
+    """The newest committed checkpoint, None if there is none."""
+    found = committed(output_dir)
+    return found[-1] if found else None
+
+
+def read_latest(output_dir: Path) -> str | None:
+    """What `latest` names, None if there is no such file. Damaged if it is no name."""
+    path = output_dir / names.LATEST
+    try:
+        text = disk.read_bytes(path).decode()
+        return names.check_name("tag", text)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise Damaged(f"{path}: it does not name a checkpoint: {error}") from error
+
+
+def write_latest(output_dir: Path, name: str, *, scratch: Path | None = None) -> None:
+    """Let `latest` name a committed checkpoint, else NotFound; atomic, durable on return."""
+    read_manifest(output_dir / name)
+    disk.write_durable(output_dir / names.LATEST, name.encode(), scratch=scratch)

@@ -1,0 +1,92 @@
+"""A lease on a committed checkpoint: what somebody reads is not pruned under them.
+
+A reader holds a shared POSIX lock on votes/expected.json, the pruner an exclusive one while it renames the
+checkpoint away. It spares a reader an error and nothing more: bytes are checked by their digests anyway, and
+where a file system has no locks readers of other processes are not seen.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from . import disk, names
+from .errors import NotFound
+
+_here: Counter[Path] = Counter()
+_guard = threading.Lock()
+
+
+@contextmanager
+def reading(unit: Path) -> Iterator[None]:
+    """Keep `unit` from being pruned inside the block. While it lasts, nobody in this process may open
+    votes/expected.json but through disk.py: closing it would drop the lock.
+
+    NotFound if it is not there or is being removed.
+    """
+    key = unit.resolve()
+    lock = _lock(unit, exclusive=False)
+    if lock is False:
+        raise NotFound(
+            f"{unit}: it is being removed or replaced just now; look for the newest checkpoint again"
+        )
+    with _guard:
+        _here[key] += 1
+    try:
+        yield
+    finally:
+        with _guard:
+            _here[key] -= 1
+            if not _here[key]:
+                del _here[key]
+        if lock is not None:
+            lock.release()
+
+
+@contextmanager
+def removing(unit: Path) -> Iterator[bool]:
+    """Whether `unit` may be renamed away inside the block: False while anybody reads it."""
+    with _guard:
+        read_here = _here[unit.resolve()] > 0
+    lock = False if read_here else _lock(unit, exclusive=True)
+    try:
+        yield lock is not False
+    finally:
+        if isinstance(lock, disk.Lock):
+            lock.release()
+
+
+def is_being_read(unit: Path) -> bool:
+    """Whether this process, or another one of this host, is inside `reading(unit)`."""
+    with _guard:
+        if _here[unit.resolve()]:
+            return True
+    try:
+        return disk.is_locked(unit / names.EXPECTED)
+    except FileNotFoundError:
+        return False
+
+
+def _lock(unit: Path, *, exclusive: bool) -> disk.Lock | Literal[False] | None:
+    """A lock, False if somebody else's forbids it, None if the file system has none."""
+    path = unit / names.EXPECTED
+    try:
+        lock = disk.try_lock(path, exclusive=exclusive)
+    except FileNotFoundError:
+        if exclusive:
+            return None  # no record to lock: nobody reads it
+        raise NotFound(f"{unit}: no checkpoint of roll_ckpt is there") from None
+    except OSError as error:
+        if error.errno not in disk.NO_LOCKS and not exclusive:
+            raise
+        return None
+    if lock is None:
+        return False
+    if not disk.same_file(lock, path):
+        lock.release()
+        return False
+    return lock

@@ -1,0 +1,178 @@
+"""Every name on disk: built here, parsed here, nowhere else. Touches no disk."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import secrets
+
+from .errors import ConfigError
+
+MANIFEST = "manifest.json"
+VOTES = "votes"
+DECISION = "decision"
+EXPECTED = "votes/expected.json"
+DIGESTS = "digests"
+TENSORS = "tensors"
+PIPELINE = "pipeline"
+LATEST = "latest"
+EPOCHS = ".epochs"
+TRASH = ".trash"
+SUPERSEDED = ".superseded"
+
+NAME_BYTES = 200
+
+_RESERVED = {
+    "tag": {LATEST},
+    "cluster": {LATEST, MANIFEST, VOTES, DECISION, DIGESTS, TENSORS, PIPELINE},
+}
+_NUMBER = r"(0|[1-9][0-9]{0,17})"
+_CHECKPOINT = re.compile(rf"checkpoint-{_NUMBER}")
+_ATTEMPT_DIR = re.compile(rf"\.(.+)\.{_NUMBER}\.{_NUMBER}\.tmp", re.DOTALL)
+_RANK_FILE = re.compile(rf"(.+)\.{_NUMBER}\.json", re.DOTALL)
+_EPOCH_FILE = re.compile(rf"{_NUMBER}(?:\.(.+))?", re.DOTALL)
+_ABORTED = re.compile(rf"aborted\.{_NUMBER}\.{_NUMBER}\.(.+)", re.DOTALL)
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9]+\.[0-9a-f]{8}\.[0-9]+\.new", re.DOTALL)
+
+_counter = itertools.count(1)
+
+
+def check_name(kind: str, name: str) -> str:
+    """Return `name` if it can be one path component of a checkpoint, else raise ConfigError that says why.
+
+    `kind` is "tag" (the name of a checkpoint) or "cluster"; it stands in the message.
+    """
+    if problem := _objection(kind, name):
+        raise ConfigError(f"{kind} {name!r} cannot be used as a name: {problem}; choose another {kind}")
+    return name
+
+
+def _objection(kind: str, name: str) -> str:
+    if not name:
+        return "it is empty"
+    try:
+        encoded = name.encode()
+    except UnicodeEncodeError:
+        return "it is not valid Unicode"
+    if len(encoded) > NAME_BYTES:
+        return f"it has {len(encoded)} bytes, more than {NAME_BYTES}"
+    if name.startswith("."):
+        return "it starts with a dot, as roll_ckpt's own temporary names do"
+    if "/" in name or "\\" in name:
+        return "it is more than one path component"
+    if not name.isprintable():
+        return "it holds a control or other unprintable character"
+    if name in _RESERVED.get(kind, _RESERVED["cluster"]):
+        return "roll_ckpt uses that name itself"
+    return ""
+
+
+def checkpoint(step: int) -> str:
+    """The name of a pipeline's checkpoint: `checkpoint-<step>`."""
+    return f"checkpoint-{step}"
+
+
+def step_of(name: str) -> int | None:
+    """The step of `checkpoint-<step>`, None for any other name."""
+    found = _CHECKPOINT.fullmatch(name)
+    return int(found[1]) if found else None
+
+
+def attempt_dir(name: str, epoch: int, attempt: int) -> str:
+    """The directory that one attempt to save `name` is written in: `.<name>.<epoch>.<attempt>.tmp`."""
+    return f".{name}.{epoch}.{attempt}.tmp"
+
+
+def parse_attempt_dir(entry: str) -> tuple[str, int, int] | None:
+    """(name, epoch, attempt) of an attempt directory, None for any other entry."""
+    found = _ATTEMPT_DIR.fullmatch(entry)
+    return (found[1], int(found[2]), int(found[3])) if found else None
+
+
+def vote_file(cluster: str, rank: int) -> str:
+    """The name, inside votes/, of one rank's vote: `<cluster>.<rank>.json`."""
+    return f"{cluster}.{rank}.json"
+
+
+def parse_vote_file(entry: str) -> tuple[str, int] | None:
+    """(cluster, rank) of a vote's name, None for any other entry."""
+    found = _RANK_FILE.fullmatch(entry)
+    return (found[1], int(found[2])) if found else None
+
+
+def digest_file(cluster: str, rank: int) -> str:
+    """The path, relative to the unit, of one rank's per-block digests."""
+    return f"{DIGESTS}/{cluster}.{rank}.json"
+
+
+def parse_digest_file(path: str) -> tuple[str, int] | None:
+    """(cluster, rank) of a digest file's path, None for any other path."""
+    folder, _, entry = path.partition("/")
+    return parse_vote_file(entry) if folder == DIGESTS else None
+
+
+def tensor_file(cluster: str, rank: int) -> str:
+    """The path, relative to the unit, of one rank's tensor index."""
+    return f"{TENSORS}/{cluster}.{rank}.json"
+
+
+def parse_tensor_file(path: str) -> tuple[str, int] | None:
+    """(cluster, rank) of a tensor index's path, None for any other path."""
+    folder, _, entry = path.partition("/")
+    return parse_vote_file(entry) if folder == TENSORS else None
+
+
+def epoch_file(number: int, cluster: str | None = None) -> str:
+    """The name, inside .epochs/, of an epoch's founder, or of the world that joined it with `cluster`."""
+    return str(number) if cluster is None else f"{number}.{cluster}"
+
+
+def parse_epoch_file(entry: str) -> tuple[int, str | None] | None:
+    """(number, cluster or None) of an entry of .epochs/, None for any other entry."""
+    found = _EPOCH_FILE.fullmatch(entry)
+    return (int(found[1]), found[2]) if found else None
+
+
+def aborted_file(name: str, epoch: int, attempt: int) -> str:
+    """The name, inside .epochs/, of the record that says why an attempt was aborted."""
+    return f"aborted.{epoch}.{attempt}.{name}"
+
+
+def parse_aborted_file(entry: str) -> tuple[str, int, int] | None:
+    """(name, epoch, attempt) of an abort's record, None for any other entry."""
+    found = _ABORTED.fullmatch(entry)
+    return (found[3], int(found[1]), int(found[2])) if found else None
+
+
+def trash_dir(epoch: int) -> str:
+    """The path, relative to the output directory, of what one epoch has thrown away."""
+    return f"{TRASH}/{epoch}"
+
+
+def unique(prefix: str) -> str:
+    """`prefix` made unique among all processes and threads, here and on other hosts."""
+    # The random part keeps equal process ids of two hosts, or of two containers, apart.
+    return f"{prefix}.{os.getpid()}.{secrets.token_hex(4)}.{next(_counter)}"
+
+
+def temporary_file(name: str) -> str:
+    """A unique hidden name for what will become `name`."""
+    return unique(f".{name}") + ".new"
+
+
+def parse_temporary_file(entry: str) -> str | None:
+    """The name that a temporary file was to get, None for any other entry."""
+    found = _TEMPORARY.fullmatch(entry)
+    return found[1] if found else None
+
+
+def check_relative(path: str) -> str:
+    """Return `path` if it is a plain POSIX path below the unit, else raise ValueError that says why."""
+    if not path or path.startswith("/"):
+        raise ValueError("it is empty or absolute")
+    if "\\" in path or not path.isprintable():
+        raise ValueError("it holds a backslash or an unprintable character")
+    if any(part in ("", ".", "..") for part in path.split("/")):
+        raise ValueError('it has an empty, "." or ".." part')
+    return path
