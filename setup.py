@@ -43,9 +43,7 @@ def find_cuda() -> Path | None:
         if wish == "auto":
             print(f"roll_ckpt: {nvcc} does not say where its toolkit lies; building without CUDA")
     if wish == "1":
-        raise SystemExit(
-            "ROLL_CKPT_CUDA=1, but there is no CUDA toolkit: set CUDA_HOME or put nvcc on the PATH"
-        )
+        raise SystemExit("ROLL_CKPT_CUDA=1, but there is no CUDA toolkit: set CUDA_HOME")
     return None
 
 

@@ -26,8 +26,9 @@ uint64_t checked_capacity(uint64_t capacity, uint64_t block) {
                                     std::to_string(block));
     }
     if (capacity / block < 2) {
-        throw std::invalid_argument("an arena of " + std::to_string(capacity) + " bytes cannot hold two blocks of " +
-                                    std::to_string(block) + " bytes: enlarge capacity_bytes or shrink block_bytes");
+        throw std::invalid_argument("an arena of " + std::to_string(capacity) +
+                                    " bytes cannot hold two blocks of " + std::to_string(block) +
+                                    " bytes: enlarge capacity_bytes or shrink block_bytes");
     }
     return capacity / block * block;
 }
@@ -42,7 +43,8 @@ void fault_in(uint8_t* data, uint64_t nbytes) {
 
 Mapping::Mapping(uint64_t nbytes) : mapped_(round_up(std::max<uint64_t>(nbytes, 1), kPage)) {
     if (nbytes >= kHugePage) mapped_ = round_up(nbytes, kHugePage);
-    void* data = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* data =
+        mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (data == MAP_FAILED) throw std::bad_alloc();
     data_ = static_cast<uint8_t*>(data);
     madvise(data_, mapped_, MADV_HUGEPAGE);
@@ -51,7 +53,9 @@ Mapping::Mapping(uint64_t nbytes) : mapped_(round_up(std::max<uint64_t>(nbytes, 
 Mapping::~Mapping() { munmap(data_, mapped_); }
 
 Arena::Arena(uint64_t capacity_bytes, uint64_t block_bytes)
-    : block_bytes_(block_bytes), capacity_(checked_capacity(capacity_bytes, block_bytes)), mapping_(capacity_) {
+    : block_bytes_(block_bytes),
+      capacity_(checked_capacity(capacity_bytes, block_bytes)),
+      mapping_(capacity_) {
     madvise(mapping_.data(), mapping_.mapped_bytes(), MADV_DONTFORK);
     for (uint64_t offset = capacity_; offset > 0; offset -= block_bytes_) {
         free_.push_back(mapping_.data() + offset - block_bytes_);

@@ -43,9 +43,9 @@ class Arena {
     uint64_t leased_bytes() const;
     uint64_t peak_bytes() const;
 
-    bool try_lease(uint64_t count, std::vector<uint8_t*>& slots);    // all of them at once, or none
-    void lease_free(uint64_t most, std::vector<uint8_t*>& slots);    // what is free, perhaps nothing
-    bool wait_free(Clock::time_point deadline);                      // until a slot may be free
+    bool try_lease(uint64_t count, std::vector<uint8_t*>& slots);  // all of them at once, or none
+    void lease_free(uint64_t most, std::vector<uint8_t*>& slots);  // what is free, perhaps nothing
+    bool wait_free(Clock::time_point deadline);                    // until a slot may be free
     void give_back(uint8_t* slot);
     void nudge();  // wakes wait_free
 

@@ -48,8 +48,9 @@ class Owned {
     void leak() { new std::shared_ptr<T>(std::move(object_)); }
     const std::shared_ptr<T>& get() const {
         if (!ours()) {
-            throw std::runtime_error("a forked child of process " + std::to_string(pid_) +
-                                     " cannot use its parent's arena, mover or transfers: save in the parent");
+            throw std::runtime_error(
+                "a forked child of process " + std::to_string(pid_) +
+                " cannot use its parent's arena, mover or transfers: save in the parent");
         }
         return object_;
     }
@@ -244,16 +245,22 @@ PYBIND11_MODULE(_native, m) {
         py::gil_scoped_release released;
         return cuda::table().status();
     });
-    m.def("crc32", [](const py::object& buffer, uint32_t start, bool portable) {
-        Bytes bytes(buffer);
-        py::gil_scoped_release released;
-        return (portable ? crc32_portable : crc32)(bytes.data(), bytes.nbytes(), start);
-    }, py::arg("buffer"), py::arg("start") = 0, py::arg("portable") = false);
+    m.def(
+        "crc32",
+        [](const py::object& buffer, uint32_t start, bool portable) {
+            Bytes bytes(buffer);
+            py::gil_scoped_release released;
+            return (portable ? crc32_portable : crc32)(bytes.data(), bytes.nbytes(), start);
+        },
+        py::arg("buffer"), py::arg("start") = 0, py::arg("portable") = false);
     m.def("crc32_combine", &crc32_combine, py::arg("a"), py::arg("b"), py::arg("nbytes_b"));
-    m.def("address_of", [](const py::object& buffer) {
-        Bytes bytes(buffer);
-        return py::make_tuple(reinterpret_cast<uintptr_t>(bytes.data()), bytes.nbytes());
-    }, py::arg("buffer"));
+    m.def(
+        "address_of",
+        [](const py::object& buffer) {
+            Bytes bytes(buffer);
+            return py::make_tuple(reinterpret_cast<uintptr_t>(bytes.data()), bytes.nbytes());
+        },
+        py::arg("buffer"));
 
     py::class_<Digest>(m, "Digest")
         .def_readonly("nbytes", &Digest::nbytes)
@@ -271,20 +278,26 @@ PYBIND11_MODULE(_native, m) {
 
     py::class_<PyArena>(m, "Arena")
         .def(py::init([](uint64_t capacity_bytes, uint64_t block_bytes) {
-            return std::unique_ptr<PyArena>(
-                new PyArena{Owned(std::make_shared<Arena>(capacity_bytes, block_bytes))});
-        }), py::arg("capacity_bytes"), py::arg("block_bytes"))
+                 return std::unique_ptr<PyArena>(
+                     new PyArena{Owned(std::make_shared<Arena>(capacity_bytes, block_bytes))});
+             }),
+             py::arg("capacity_bytes"), py::arg("block_bytes"))
         .def_property_readonly("block_bytes", [](const PyArena& a) { return a.arena.get()->block_bytes(); })
-        .def_property_readonly("capacity_bytes", [](const PyArena& a) { return a.arena.get()->capacity_bytes(); })
+        .def_property_readonly("capacity_bytes",
+                               [](const PyArena& a) { return a.arena.get()->capacity_bytes(); })
         .def_property_readonly("leased_bytes", [](const PyArena& a) { return a.arena.get()->leased_bytes(); })
         .def_property_readonly("peak_bytes", [](const PyArena& a) { return a.arena.get()->peak_bytes(); })
         .def_property_readonly("pinned", [](const PyArena& a) { return a.arena.get()->pinned(); })
-        .def_property_readonly("pinned_reason", [](const PyArena& a) { return a.arena.get()->pinned_reason(); })
-        .def("warm", [](const PyArena& a, uint64_t nbytes, int device) {
-            auto arena = a.arena.get();
-            py::gil_scoped_release released;
-            arena->warm(nbytes, device);
-        }, py::arg("nbytes"), py::arg("device") = -1)
+        .def_property_readonly("pinned_reason",
+                               [](const PyArena& a) { return a.arena.get()->pinned_reason(); })
+        .def(
+            "warm",
+            [](const PyArena& a, uint64_t nbytes, int device) {
+                auto arena = a.arena.get();
+                py::gil_scoped_release released;
+                arena->warm(nbytes, device);
+            },
+            py::arg("nbytes"), py::arg("device") = -1)
         .def("wait_warm", [](const PyArena& a) {
             auto arena = a.arena.get();
             py::gil_scoped_release released;
@@ -292,21 +305,25 @@ PYBIND11_MODULE(_native, m) {
         });
 
     py::class_<Image, std::shared_ptr<Image>>(m, "Image")
-        .def(py::init(&make_image), py::arg("nbytes"), py::arg("extents"), py::arg("records"), py::arg("patches"),
-             py::arg("serials"), py::arg("streams"))
+        .def(py::init(&make_image), py::arg("nbytes"), py::arg("extents"), py::arg("records"),
+             py::arg("patches"), py::arg("serials"), py::arg("streams"))
         .def_property_readonly("nbytes", &Image::nbytes)
         .def_property_readonly("eager_bytes", &Image::eager_bytes)
         .def_property_readonly("lazy_bytes", &Image::lazy_bytes);
 
     py::class_<PyTransfer>(m, "Transfer")
-        .def_property_readonly("overlapped", [](const PyTransfer& t) { return t.transfer.get()->overlapped(); })
+        .def_property_readonly("overlapped",
+                               [](const PyTransfer& t) { return t.transfer.get()->overlapped(); })
         .def_property_readonly("copied", [](const PyTransfer& t) { return t.transfer.get()->copied(); })
         .def_property_readonly("written", [](const PyTransfer& t) { return t.transfer.get()->written(); })
         .def_property_readonly("stats", &stats)
-        .def("wait_copied", [](const PyTransfer& t, std::optional<double> timeout) {
-            auto transfer = t.transfer.get();
-            return wait_for(timeout, [&](auto until) { return transfer->wait_copied(until); });
-        }, py::arg("timeout") = py::none())
+        .def(
+            "wait_copied",
+            [](const PyTransfer& t, std::optional<double> timeout) {
+                auto transfer = t.transfer.get();
+                return wait_for(timeout, [&](auto until) { return transfer->wait_copied(until); });
+            },
+            py::arg("timeout") = py::none())
         .def("wait_written", &wait_written, py::arg("timeout") = py::none())
         .def("abandon", [](const PyTransfer& t) {
             auto transfer = t.transfer.get();
@@ -316,26 +333,37 @@ PYBIND11_MODULE(_native, m) {
 
     py::class_<PyMover>(m, "Mover")
         .def(py::init([](const PyArena& arena, int copy_threads, int io_threads, bool direct) {
-            if (copy_threads < 1 || io_threads < 1) throw py::value_error("a Mover needs at least one thread of each kind");
-            return std::unique_ptr<PyMover>(
-                new PyMover{Owned(std::make_shared<Mover>(arena.arena.get(), copy_threads, io_threads, direct))});
-        }), py::arg("arena"), py::arg("copy_threads"), py::arg("io_threads"), py::arg("direct"))
+                 if (copy_threads < 1 || io_threads < 1)
+                     throw py::value_error("a Mover needs at least one thread of each kind");
+                 return std::unique_ptr<PyMover>(new PyMover{
+                     Owned(std::make_shared<Mover>(arena.arena.get(), copy_threads, io_threads, direct))});
+             }),
+             py::arg("arena"), py::arg("copy_threads"), py::arg("io_threads"), py::arg("direct"))
         .def("save", &save, py::arg("path"), py::arg("image"), py::arg("overlap"))
-        .def("shutdown", [](const PyMover& m, double timeout_s) {
-            auto mover = m.mover.get();
-            auto deadline = deadline_after(timeout_s);
-            py::gil_scoped_release released;
-            return mover->shutdown(deadline);
-        }, py::arg("timeout_s"));
+        .def(
+            "shutdown",
+            [](const PyMover& m, double timeout_s) {
+                auto mover = m.mover.get();
+                auto deadline = deadline_after(timeout_s);
+                py::gil_scoped_release released;
+                return mover->shutdown(deadline);
+            },
+            py::arg("timeout_s"));
 
-    m.def("read_file", [](const std::string& path, uint64_t nbytes, uint64_t block_bytes,
-                          const std::optional<std::vector<uint32_t>>& crcs, int threads, bool direct) {
-        py::gil_scoped_release released;
-        return read_file(path, nbytes, block_bytes, crcs, threads, direct, signalled);
-    }, py::arg("path"), py::arg("nbytes"), py::arg("block_bytes"), py::arg("crcs"), py::arg("threads"),
-       py::arg("direct"));
-    m.def("digest_file", [](const std::string& path, uint64_t block_bytes, int threads, bool direct) {
-        py::gil_scoped_release released;
-        return digest_file(path, block_bytes, threads, direct, signalled);
-    }, py::arg("path"), py::arg("block_bytes"), py::arg("threads"), py::arg("direct"));
+    m.def(
+        "read_file",
+        [](const std::string& path, uint64_t nbytes, uint64_t block_bytes,
+           const std::optional<std::vector<uint32_t>>& crcs, int threads, bool direct) {
+            py::gil_scoped_release released;
+            return read_file(path, nbytes, block_bytes, crcs, threads, direct, signalled);
+        },
+        py::arg("path"), py::arg("nbytes"), py::arg("block_bytes"), py::arg("crcs"), py::arg("threads"),
+        py::arg("direct"));
+    m.def(
+        "digest_file",
+        [](const std::string& path, uint64_t block_bytes, int threads, bool direct) {
+            py::gil_scoped_release released;
+            return digest_file(path, block_bytes, threads, direct, signalled);
+        },
+        py::arg("path"), py::arg("block_bytes"), py::arg("threads"), py::arg("direct"));
 }

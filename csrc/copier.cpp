@@ -9,8 +9,8 @@ namespace {
 
 bool wanted(const Extent& extent, Pass pass) { return (pass & (extent.lazy ? kLazy : kEager)) != 0; }
 
-// Visits the extents and gaps of [start, end) in order: on_extent(extent, from, to), on_gap(from, to). A visitor
-// returns false to stop.
+// Visits the extents and gaps of [start, end) in order: on_extent(extent, from, to), on_gap(from, to). A
+// visitor returns false to stop.
 template <class OnExtent, class OnGap>
 void walk(const Image& image, uint64_t start, uint64_t end, OnExtent on_extent, OnGap on_gap) {
     auto extent = std::partition_point(image.extents().begin(), image.extents().end(),
@@ -66,8 +66,8 @@ void copy_host_bytes(const Image& image, uint64_t start, uint64_t end, Pass pass
         });
 }
 
-std::vector<cuda::Region> device_regions(const Image& image, uint64_t start, uint64_t end, Pass pass, int device,
-                                         uint8_t* target) {
+std::vector<cuda::Region> device_regions(const Image& image, uint64_t start, uint64_t end, Pass pass,
+                                         int device, uint8_t* target) {
     std::vector<cuda::Region> regions;
     walk(
         image, start, end,

@@ -1,9 +1,9 @@
-// Moves the bytes of an image into the slots of its blocks. Nothing but copies runs here, so that whoever waits
-// for a copy waits for memory, never for a digest or a disk.
+// Moves the bytes of an image into the slots of its blocks. Nothing but copies runs here, so that whoever
+// waits for a copy waits for memory, never for a digest or a disk.
 #pragma once
 
-#include <cstdint>
 #include <condition_variable>
+#include <cstdint>
 #include <deque>
 #include <map>
 #include <memory>
@@ -32,8 +32,8 @@ constexpr uint64_t kChunkBytes = 2 << 20;
 // Whether a pass over [start, end) of the file would write any host byte.
 bool has_host_bytes(const Image& image, uint64_t start, uint64_t end, Pass pass);
 void copy_host_bytes(const Image& image, uint64_t start, uint64_t end, Pass pass, uint8_t* target);
-std::vector<cuda::Region> device_regions(const Image& image, uint64_t start, uint64_t end, Pass pass, int device,
-                                         uint8_t* target);
+std::vector<cuda::Region> device_regions(const Image& image, uint64_t start, uint64_t end, Pass pass,
+                                         int device, uint8_t* target);
 
 // Someone whose chunks are to be copied.
 class CopyJob {
@@ -51,7 +51,8 @@ class Copier {
     void submit(const std::shared_ptr<CopyJob>& job, const std::vector<Chunk>& chunks);
     // Copies one chunk of this job on the calling thread; false if none waits in the queue.
     bool help(const CopyJob* job, bool urgent_only);
-    // Runs task(stream) on a thread of that device; `stream` is null when it could not be made (error says why).
+    // Runs task(stream) on a thread of that device; `stream` is null when it could not be made (error says
+    // why).
     void submit_device(int device, std::function<void(void* stream, const std::string& error)> task);
     bool finish(Clock::time_point deadline);  // as ThreadPool::finish
 

@@ -25,7 +25,9 @@ void check(cudaError_t code, const char* call) {
 // Lets this thread make CUDA calls while some thread captures a graph; puts the old mode back.
 class RelaxedCapture {
   public:
-    RelaxedCapture() { check(cudaThreadExchangeStreamCaptureMode(&mode_), "cudaThreadExchangeStreamCaptureMode"); }
+    RelaxedCapture() {
+        check(cudaThreadExchangeStreamCaptureMode(&mode_), "cudaThreadExchangeStreamCaptureMode");
+    }
     ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
 
   private:
@@ -69,7 +71,8 @@ void* open_stream() {
     int least = 0, greatest = 0;
     check(cudaDeviceGetStreamPriorityRange(&least, &greatest), "cudaDeviceGetStreamPriorityRange");
     cudaStream_t stream = nullptr;
-    check(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, least), "cudaStreamCreateWithPriority");
+    check(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, least),
+          "cudaStreamCreateWithPriority");
     return stream;
 }
 
@@ -139,13 +142,14 @@ void finish(void* stream) {
 }
 
 void pin(void* data, uint64_t nbytes) {
-    check(cudaHostRegister(data, nbytes, cudaHostRegisterPortable | cudaHostRegisterMapped), "cudaHostRegister");
+    check(cudaHostRegister(data, nbytes, cudaHostRegisterPortable | cudaHostRegisterMapped),
+          "cudaHostRegister");
 }
 
 void unpin(void* data) { cudaHostUnregister(data); }
 
-constexpr Table kTable{true,   status, use,  open_stream, close_stream, record, drop,
-                       follow, copy,   finish, pin,         unpin};
+constexpr Table kTable{true, status, use,  open_stream, close_stream, record,
+                       drop, follow, copy, finish,      pin,          unpin};
 
 #else
 

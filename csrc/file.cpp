@@ -90,7 +90,8 @@ void File::write_at(const void* data, uint64_t nbytes, uint64_t offset) {
             // A direct write goes on at a page: the bytes before it are written once more, unchanged.
             if (was_direct && done < nbytes) {
                 uint64_t aligned = done / kPage * kPage;
-                if (aligned + static_cast<uint64_t>(count) <= done) fail(EIO, "writing " + span(nbytes, offset));
+                if (aligned + static_cast<uint64_t>(count) <= done)
+                    fail(EIO, "writing " + span(nbytes, offset));
                 done = aligned;
             }
             continue;
@@ -102,7 +103,8 @@ void File::write_at(const void* data, uint64_t nbytes, uint64_t offset) {
         fail(code, "writing " + span(nbytes - done, offset + done));
     }
     // Through the page cache: start the disk now, so that dirty pages do not pile up until fsync.
-    if (!direct_) sync_file_range(fd_, static_cast<off_t>(offset), static_cast<off_t>(nbytes), SYNC_FILE_RANGE_WRITE);
+    if (!direct_)
+        sync_file_range(fd_, static_cast<off_t>(offset), static_cast<off_t>(nbytes), SYNC_FILE_RANGE_WRITE);
 }
 
 uint64_t File::read_at(void* data, uint64_t nbytes, uint64_t offset) {

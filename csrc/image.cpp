@@ -15,8 +15,8 @@ std::string range(uint64_t start, uint64_t nbytes) {
 
 // Ranges must come in order, without overlap, inside the file.
 template <class Range>
-void check_order(const std::vector<Range>& ranges, uint64_t file_bytes, const char* kind, uint64_t Range::*start,
-                 auto nbytes_of) {
+void check_order(const std::vector<Range>& ranges, uint64_t file_bytes, const char* kind,
+                 uint64_t Range::* start, auto nbytes_of) {
     uint64_t end = 0;
     for (size_t i = 0; i < ranges.size(); ++i) {
         uint64_t first = ranges[i].*start, nbytes = nbytes_of(ranges[i]);
@@ -24,21 +24,23 @@ void check_order(const std::vector<Range>& ranges, uint64_t file_bytes, const ch
         if (nbytes > file_bytes || first > file_bytes - nbytes) {
             refuse(name + " leaves the file of " + std::to_string(file_bytes) + " bytes");
         }
-        if (first < end) refuse(name + " starts before byte " + std::to_string(end) + ", where the one before it ends");
+        if (first < end)
+            refuse(name + " starts before byte " + std::to_string(end) + ", where the one before it ends");
         end = first + nbytes;
     }
 }
 
 }  // namespace
 
-Image::Image(uint64_t nbytes, std::vector<Extent> extents, std::vector<Record> records, std::vector<Stamp> stamps,
-             std::map<int, int64_t> streams)
+Image::Image(uint64_t nbytes, std::vector<Extent> extents, std::vector<Record> records,
+             std::vector<Stamp> stamps, std::map<int, int64_t> streams)
     : nbytes_(nbytes),
       extents_(std::move(extents)),
       records_(std::move(records)),
       stamps_(std::move(stamps)),
       streams_(std::move(streams)) {
-    if (nbytes_ > static_cast<uint64_t>(std::numeric_limits<int64_t>::max()) / 2) refuse("impossible file size");
+    if (nbytes_ > static_cast<uint64_t>(std::numeric_limits<int64_t>::max()) / 2)
+        refuse("impossible file size");
     check_order(extents_, nbytes_, "extent", &Extent::offset, [](const Extent& e) { return e.nbytes; });
     check_order(records_, nbytes_, "record", &Record::start, [](const Record& r) { return r.nbytes; });
     std::stable_sort(stamps_.begin(), stamps_.end(),
@@ -50,7 +52,8 @@ Image::Image(uint64_t nbytes, std::vector<Extent> extents, std::vector<Record> r
         }
         // Records are in order, so the last one ends last.
         if (stamp.count > 0 && records_[stamp.first + stamp.count - 1].end() > stamp.offset) {
-            refuse("patch at " + std::to_string(stamp.offset) + " lies before the end of a record it depends on");
+            refuse("patch at " + std::to_string(stamp.offset) +
+                   " lies before the end of a record it depends on");
         }
     }
     std::erase_if(extents_, [](const Extent& e) { return e.nbytes == 0; });
@@ -58,7 +61,8 @@ Image::Image(uint64_t nbytes, std::vector<Extent> extents, std::vector<Record> r
         (extent.lazy ? lazy_bytes_ : eager_bytes_) += extent.nbytes;
         if (extent.device < -1) refuse("device " + std::to_string(extent.device));
         if (extent.address == 0) refuse("extent at " + std::to_string(extent.offset) + " has a null address");
-        if (extent.device >= 0 && std::find(devices_.begin(), devices_.end(), extent.device) == devices_.end()) {
+        if (extent.device >= 0 &&
+            std::find(devices_.begin(), devices_.end(), extent.device) == devices_.end()) {
             devices_.push_back(extent.device);
         }
     }
@@ -115,8 +119,8 @@ uint32_t Sealer::seal(uint64_t block, uint8_t* data) {
         if (piece.stamp) {
             uint8_t* target = data + (piece.start - block * block_bytes_);
             // A stamp may begin in the block before this one.
-            stamp_bytes(*piece.stamp).copy(reinterpret_cast<char*>(target), piece.nbytes,
-                                           piece.start - piece.stamp->offset);
+            stamp_bytes(*piece.stamp)
+                .copy(reinterpret_cast<char*>(target), piece.nbytes, piece.start - piece.stamp->offset);
             crc = crc32(target, piece.nbytes);
         } else {
             crc = *scanned++;

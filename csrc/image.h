@@ -33,12 +33,13 @@ struct Stamp {
     uint64_t end() const { return offset + nbytes(); }
 };
 
-// The constructor throws std::invalid_argument for extents, records or stamps that are out of order, overlap or
-// leave the file, and for a stamp that does not lie behind all records it depends on. Bytes of no extent are 0.
+// The constructor throws std::invalid_argument for extents, records or stamps that are out of order, overlap
+// or leave the file, and for a stamp that does not lie behind all records it depends on. Bytes of no extent
+// are 0.
 class Image {
   public:
-    Image(uint64_t nbytes, std::vector<Extent> extents, std::vector<Record> records, std::vector<Stamp> stamps,
-          std::map<int, int64_t> streams);
+    Image(uint64_t nbytes, std::vector<Extent> extents, std::vector<Record> records,
+          std::vector<Stamp> stamps, std::map<int, int64_t> streams);
 
     uint64_t nbytes() const { return nbytes_; }
     uint64_t lazy_bytes() const { return lazy_bytes_; }

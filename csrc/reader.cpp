@@ -27,7 +27,8 @@ std::string block_name(const std::string& path, uint64_t block, uint64_t start, 
            std::to_string(end) + ")";
 }
 
-[[noreturn]] void truncated(const std::string& path, uint64_t block, uint64_t start, uint64_t end, uint64_t count) {
+[[noreturn]] void truncated(const std::string& path, uint64_t block, uint64_t start, uint64_t end,
+                            uint64_t count) {
     throw DamagedFile(block_name(path, block, start, end) + " is cut short: the file ended " +
                       std::to_string(count) + " bytes into it while it was read");
 }
@@ -64,8 +65,8 @@ std::unique_ptr<Buffer> read_file(const std::string& path, uint64_t nbytes, uint
     }
     File file = File::open(path, direct && pages_only(block_bytes));
     if (uint64_t size = file.size(); size != nbytes) {
-        throw DamagedFile(path + ": " + std::to_string(size) + " bytes on disk where " + std::to_string(nbytes) +
-                          " were written");
+        throw DamagedFile(path + ": " + std::to_string(size) + " bytes on disk where " +
+                          std::to_string(nbytes) + " were written");
     }
     auto buffer = std::make_unique<Buffer>(nbytes);
     uint8_t* data = buffer->mapping.data();
@@ -88,18 +89,19 @@ Digest digest_file(const std::string& path, uint64_t block_bytes, int threads, b
     Digest digest{file.size(), block_bytes, {}};
     digest.crcs.resize(blocks_of(digest.nbytes, block_bytes));
     const uint64_t piece = std::min(block_bytes, kPiece);
-    for_each_block(digest.nbytes, block_bytes, threads, poll, [&](uint64_t block, uint64_t start, uint64_t end) {
-        thread_local std::unique_ptr<Buffer> scratch;
-        if (!scratch || scratch->nbytes < piece) scratch = std::make_unique<Buffer>(piece);
-        uint32_t crc = 0;
-        for (uint64_t at = start; at < end; at += piece) {
-            uint64_t wanted = std::min(piece, end - at);
-            uint64_t count = read_piece(file, scratch->mapping.data(), wanted, at);
-            if (count < wanted) truncated(path, block, start, end, at - start + count);
-            crc = crc32(scratch->mapping.data(), wanted, crc);
-        }
-        digest.crcs[block] = crc;
-    });
+    for_each_block(digest.nbytes, block_bytes, threads, poll,
+                   [&](uint64_t block, uint64_t start, uint64_t end) {
+                       thread_local std::unique_ptr<Buffer> scratch;
+                       if (!scratch || scratch->nbytes < piece) scratch = std::make_unique<Buffer>(piece);
+                       uint32_t crc = 0;
+                       for (uint64_t at = start; at < end; at += piece) {
+                           uint64_t wanted = std::min(piece, end - at);
+                           uint64_t count = read_piece(file, scratch->mapping.data(), wanted, at);
+                           if (count < wanted) truncated(path, block, start, end, at - start + count);
+                           crc = crc32(scratch->mapping.data(), wanted, crc);
+                       }
+                       digest.crcs[block] = crc;
+                   });
     return digest;
 }
 

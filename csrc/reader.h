@@ -28,8 +28,9 @@ struct Buffer {
     uint64_t nbytes;
 };
 
-// Reads `nbytes` with one read in flight per thread, each byte once. Throws DamagedFile, with path and block, if
-// the file has another size or a block another CRC; FileError if it cannot be read; Cancelled once poll() is true.
+// Reads `nbytes` with one read in flight per thread, each byte once. Throws DamagedFile, with path and block,
+// if the file has another size or a block another CRC; FileError if it cannot be read; Cancelled once poll()
+// is true.
 std::unique_ptr<Buffer> read_file(const std::string& path, uint64_t nbytes, uint64_t block_bytes,
                                   const std::optional<std::vector<uint32_t>>& crcs, int threads, bool direct,
                                   const std::function<bool()>& poll);

@@ -10,7 +10,9 @@ namespace {
 constexpr int kBackgroundNice = 10;
 constexpr auto kGrace = std::chrono::seconds(5);  // for one write in flight, after a transfer was stopped
 
-double seconds_since(Clock::time_point begin) { return std::chrono::duration<double>(Clock::now() - begin).count(); }
+double seconds_since(Clock::time_point begin) {
+    return std::chrono::duration<double>(Clock::now() - begin).count();
+}
 
 }  // namespace
 
@@ -134,8 +136,8 @@ void Transfer::copy_from_device(const DeviceCopy& copy, void* stream, const std:
         }
     }
     if (!failure.empty()) {
-        fail(std::make_exception_ptr(
-            FileError(EIO, "copying from CUDA device " + std::to_string(copy.device) + ": " + failure, path_)));
+        fail(std::make_exception_ptr(FileError(
+            EIO, "copying from CUDA device " + std::to_string(copy.device) + ": " + failure, path_)));
     }
     copy_ended(copy.block, copy.urgent);
 }
@@ -152,7 +154,8 @@ void Transfer::copy_ended(uint64_t block, bool urgent) {
     if (block_is_full) mover_.digests_.submit([self = shared_from_this(), block] { self->scan(block); });
 }
 
-// Digests one block, then seals those whose turn has come. Whoever finds another thread sealing leaves it to it.
+// Digests one block, then seals those whose turn has come. Whoever finds another thread sealing leaves it to
+// it.
 void Transfer::scan(uint64_t block) noexcept {
     try {
         if (!stopped_) sealer_.scan(block, blocks_[block].slot);
@@ -333,7 +336,8 @@ Digest Transfer::digest() const {
 
 TransferStats Transfer::stats() const {
     std::lock_guard lock(mutex_);
-    return {image_->nbytes(), image_->eager_bytes(), image_->lazy_bytes(), save_s_, copy_s_, write_s_, direct_held_};
+    return {image_->nbytes(), image_->eager_bytes(), image_->lazy_bytes(), save_s_, copy_s_,
+            write_s_,         direct_held_};
 }
 
 Mover::Mover(std::shared_ptr<Arena> arena, int copy_threads, int io_threads, bool direct)
@@ -349,7 +353,8 @@ std::shared_ptr<Transfer> Mover::begin(std::string path, std::shared_ptr<const I
     auto transfer = std::make_shared<Transfer>(*this, std::move(path), std::move(image));
     {
         std::lock_guard lock(mutex_);
-        if (closed_) throw std::runtime_error("this Mover was shut down: make a new one to save " + transfer->path());
+        if (closed_)
+            throw std::runtime_error("this Mover was shut down: make a new one to save " + transfer->path());
         std::erase_if(transfers_, [](const auto& other) { return other.expired(); });
         transfers_.push_back(transfer);
     }
@@ -371,8 +376,8 @@ bool Mover::shutdown(Clock::time_point deadline) {
         transfer->changed_.wait_until(lock, deadline, [&] { return transfer->written_; });
     }
     for (const auto& transfer : running) {
-        transfer->fail(std::make_exception_ptr(
-            FileError(ECANCELED, "the transfer was stopped by a shutdown before it was durable", transfer->path_)));
+        transfer->fail(std::make_exception_ptr(FileError(
+            ECANCELED, "the transfer was stopped by a shutdown before it was durable", transfer->path_)));
     }
     const auto last = Clock::now() + kGrace;
     for (const auto& transfer : running) {

@@ -78,7 +78,9 @@ class Transfer : public CopyJob, public std::enable_shared_from_this<Transfer> {
     File& opened();
 
     uint64_t start_of(uint64_t block) const { return block * block_bytes_; }
-    uint64_t end_of(uint64_t block) const { return std::min(start_of(block) + block_bytes_, image_->nbytes()); }
+    uint64_t end_of(uint64_t block) const {
+        return std::min(start_of(block) + block_bytes_, image_->nbytes());
+    }
     // With mutex_ held:
     bool may_return() const;
     bool all_copied() const;
@@ -110,18 +112,19 @@ class Transfer : public CopyJob, public std::enable_shared_from_this<Transfer> {
     double save_s_ = -1, copy_s_ = -1, write_s_ = -1;
 };
 
-// The threads that carry transfers. Make it once for an arena; any thread may save. Several transfers share the
-// arena without deadlock: slots go to a file's blocks in order, and a block that has one needs nothing else.
+// The threads that carry transfers. Make it once for an arena; any thread may save. Several transfers share
+// the arena without deadlock: slots go to a file's blocks in order, and a block that has one needs nothing
+// else.
 class Mover {
   public:
     Mover(std::shared_ptr<Arena> arena, int copy_threads, int io_threads, bool direct);
     ~Mover();
 
-    // Begins a transfer and returns at once; the caller then drives advance() until it is true. Sources of lazy
-    // extents must stay as they are until wait_copied, all others until advance() is true.
+    // Begins a transfer and returns at once; the caller then drives advance() until it is true. Sources of
+    // lazy extents must stay as they are until wait_copied, all others until advance() is true.
     std::shared_ptr<Transfer> begin(std::string path, std::shared_ptr<const Image> image, bool overlap);
-    // Lets running transfers end until the deadline, then stops them. True: all threads have ended. False: some
-    // hang in the operating system, and this object must never be destroyed.
+    // Lets running transfers end until the deadline, then stops them. True: all threads have ended. False:
+    // some hang in the operating system, and this object must never be destroyed.
     bool shutdown(Clock::time_point deadline);
     bool closed() const { return closed_; }
 

@@ -1,8 +1,8 @@
 """The native half: staging arena, copies, digests, direct I/O. Sole importer of the extension; no torch.
 
 Every call that waits lets other Python threads run and still answers to Ctrl-C. Arenas, movers and transfers
-belong to the process that made them; a forked child that calls one gets a RuntimeError. A failed operation on a
-file is an OSError (of the subclass that fits errno) with errno and path, and the offset in the text.
+belong to the process that made them; a forked child that calls one gets a RuntimeError. A failed operation on
+a file is an OSError (of the subclass that fits errno) with errno and path, and the offset in the text.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ def cuda_status() -> str:
 class NativeImage:
     """What one file will hold: its size, and for each byte where it comes from; bytes of no extent are zero.
 
-    Build it with the methods below, in file order (patches in any order), then pass it to Mover.save. Addresses
-    are plain numbers: who gives one keeps its memory alive and in place (see Mover.save). Only what add_bytes
-    was given is kept by the image itself.
+    Build it with the methods below, in file order (patches in any order), then pass it to Mover.save.
+    Addresses are plain numbers: who gives one keeps its memory alive and in place (see Mover.save). Only what
+    add_bytes was given is kept by the image itself.
     """
 
     def __init__(self, nbytes: int) -> None:
@@ -164,8 +164,8 @@ class Transfer:
 
     @property
     def stats(self) -> dict[str, float]:
-        """nbytes, eager_bytes, lazy_bytes; direct: whether direct I/O held to the end; and seconds from the begin
-        of save until it could return (save_s), the last byte was copied (copy_s), the file was durable
+        """nbytes, eager_bytes, lazy_bytes; direct: whether direct I/O held to the end; and seconds since
+        save began until it could return (save_s), the last byte was copied (copy_s), the file was durable
         (write_s), each -1 until then."""
         return self._transfer.stats
 
@@ -264,7 +264,7 @@ def read_file(
 
 
 def digest_file(path: StrOrBytesPath, block_bytes: int, *, threads: int = 4, direct: bool = True) -> Digest:
-    """The CRC-32 of each block of the file as it is now. OSError if it cannot be read, Damaged if it shrinks."""
+    """The CRC-32 of each block of the file as it is now. OSError: unreadable; Damaged: it shrinks."""
     try:
         return _native.digest_file(os.fsencode(path), block_bytes, threads, direct)
     except _native.DamagedFile as error:
