@@ -1,0 +1,61 @@
+"""Which committed checkpoints go, and how: decided by a pure function, then renamed away, then deleted."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from . import commit, disk
+from .errors import Damaged
+
+log = logging.getLogger("roll_ckpt")
+
+
+def plan(names: Sequence[str], keep: int, protected: Collection[str] = ()) -> list[str]:
+    """The names to remove, the oldest first, of `names` given newest last. Pure.
+
+    The newest `keep` stay (0 keeps all), so the newest one always does; `protected` ones stay beside them.
+    """
+    if keep < 0:
+        raise ValueError(f"cannot keep {keep} checkpoints; 0 keeps all")
+    old = names[:-keep] if keep else []
+    return [name for name in old if name not in protected]
+
+
+def prune(
+    output_dir: Path, epoch: commit.Epoch, keep: int, protected: Collection[str] = frozenset()
+) -> list[str]:
+    """Remove all but the newest `keep` committed checkpoints; return the names that are gone for good.
+
+    Blocks while it deletes. What is protected, being read, or named by `latest` stays. One with a damaged
+    manifest is neither counted nor touched.
+
+    Raises:
+        EpochLost: a newer run owns the directory. OSError: the disk refused; what is left is removed later.
+    """
+    try:
+        latest = commit.read_latest(output_dir)
+    except Damaged as error:
+        log.warning("%s; pruning goes on without it", error)
+        latest = None
+    known = {found.name: found for found in commit.committed(output_dir)}
+    doomed = plan(list(known), keep, {*protected, *([latest] if latest else [])})
+    removed = []
+    for name in doomed:
+        with commit.removing(output_dir / name) as allowed:
+            if not allowed:
+                log.info("%s is being read; it is pruned later", output_dir / name)
+                continue
+            epoch.check()
+            try:
+                place = commit.trash(output_dir, output_dir / name, epoch.number)
+            except FileNotFoundError:
+                epoch.check()  # or else another world of this run has pruned it
+                continue
+            disk.fsync_dir(output_dir)
+        disk.reach("prune.renamed", name=name)
+        disk.remove_tree(place)
+        disk.reach("prune.deleted", name=name)
+        removed.append(name)
+    return removed

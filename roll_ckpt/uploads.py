@@ -1,0 +1,145 @@
+"""Copies of committed checkpoints in another directory (checkpoint_config.type: file_system)."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from . import commit, disk, manifest, names, native
+from .errors import ConfigError, Damaged
+from .seal import sha256
+
+_NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+_OLD = ".old"
+
+
+def owed(output_dir: Path, upload_dir: Path) -> list[str]:
+    """The names of committed checkpoints that `upload_dir` has not, or not completely, the oldest first.
+
+    Compares manifests and sizes; contents were checked when they were copied.
+    """
+    return [
+        told.name
+        for told in commit.committed(output_dir)
+        if not is_complete(output_dir / told.name, upload_dir / told.name)
+    ]
+
+
+def is_complete(unit: Path, copy: Path) -> bool:
+    """Whether `copy` has the manifest of `unit`, and every file in its size."""
+    try:
+        if disk.read_bytes(copy / names.MANIFEST) != disk.read_bytes(unit / names.MANIFEST):
+            return False
+        told = manifest.read(copy)
+        return all(disk.file_bytes(copy / r.path) == r.nbytes for r in told.files) and all(
+            disk.is_file(copy / path) for path in _records(told)
+        )
+    except (OSError, Damaged):
+        return False
+
+
+def upload(unit: Path, upload_dir: Path, progress: Callable[[int], None] | None = None) -> None:
+    """Copy a committed checkpoint to `<upload_dir>/<name>`: complete under that name or not there; durable.
+
+    Blocks. Idempotent: a complete copy is left alone, what a killed upload left is removed, a damaged copy or
+    one of another attempt is replaced. `progress` is told of bytes as they are copied. The unit is not pruned
+    meanwhile.
+
+    Raises:
+        Damaged: a file is not as it was committed; nothing appears under the final name.
+        NotFound: the unit is not there. ConfigError: `upload_dir` lies inside the run's directory.
+    """
+    source = unit.parent.resolve()
+    if upload_dir.resolve() == source or source in upload_dir.resolve().parents:
+        raise ConfigError(f"uploads to {upload_dir} would lie inside {unit.parent}; choose another directory")
+    with commit.reading(unit):
+        told = manifest.read(unit)
+        _remove_leftovers(upload_dir, told.name)
+        if is_complete(unit, upload_dir / told.name):
+            return
+        staging = upload_dir / names.attempt_dir(told.name, told.epoch, told.attempt)
+        disk.make_dirs(upload_dir)
+        disk.make_dir(staging)
+        _copy_all(unit, staging / told.name, told, progress or (lambda _: None))
+    disk.reach("upload.copied", name=told.name)
+    _publish(staging, upload_dir / told.name)
+    disk.reach("upload.renamed", name=told.name)
+    disk.remove_tree(staging)
+
+
+def _remove_leftovers(upload_dir: Path, name: str) -> None:
+    for entry in disk.list_dir(upload_dir):
+        parsed = names.parse_attempt_dir(entry)
+        if parsed is not None and parsed[0] == name:
+            disk.remove_tree(upload_dir / entry)
+
+
+def _records(told: manifest.Manifest) -> list[str]:
+    return [*(f"{names.VOTES}/{file}" for file in sorted(told.votes)), names.DECISION]
+
+
+def _copy_all(unit: Path, copy: Path, told: manifest.Manifest, progress: Callable[[int], None]) -> None:
+    folders = {copy}
+    for path in [*(receipt.path for receipt in told.files), *_records(told)]:
+        folders.update(parent for parent in (copy / path).parents if copy in parent.parents)
+    for folder in sorted(folders):
+        disk.make_dir(folder)
+    for receipt in told.files:
+        crcs = _copy(unit / receipt.path, copy / receipt.path, receipt.block_bytes, progress)
+        nbytes = disk.file_bytes(copy / receipt.path)
+        if nbytes != receipt.nbytes or manifest.root_of(nbytes, receipt.block_bytes, crcs) != receipt.root:
+            raise Damaged(f"{unit / receipt.path}: not as it was committed; the upload was abandoned")
+    for path in [*_records(told), names.MANIFEST]:
+        _copy(unit / path, copy / path, manifest.BLOCK_BYTES, progress)
+    _check_records(copy, told)
+    for folder in sorted(folders, reverse=True):  # what refers to something becomes durable after it
+        disk.fsync_dir(folder)
+    disk.fsync_dir(copy.parent)
+
+
+def _copy(source: Path, target: Path, block_bytes: int, progress: Callable[[int], None]) -> list[int]:
+    """Copy one file, fsync it, and return the CRC-32 of each block that went by."""
+    crcs = []
+    descriptor = disk.create(target)
+    try:
+        for block in disk.read_blocks(source, block_bytes):
+            crcs.append(native.crc32(block))
+            disk.write_all(descriptor, block, target)
+            progress(len(block))
+        disk.fsync(descriptor, target)
+    finally:
+        os.close(descriptor)
+    return crcs
+
+
+def _check_records(copy: Path, told: manifest.Manifest) -> None:
+    record = disk.read_bytes(copy / names.MANIFEST)
+    if manifest.parse_manifest(record, copy / names.MANIFEST) != told:
+        raise Damaged(f"{copy / names.MANIFEST}: it changed while it was copied; upload again")
+    for file, digest in told.votes.items():
+        if sha256(disk.read_bytes(copy / names.VOTES / file)) != digest:
+            raise Damaged(f"{copy / names.VOTES / file}: it is not the vote that the manifest rests on")
+    decision = manifest.parse_decision(disk.read_bytes(copy / names.DECISION), copy / names.DECISION)
+    if not decision.commit or decision.manifest != sha256(record):
+        raise Damaged(f"{copy / names.DECISION}: it is not the decision to commit this manifest")
+
+
+def _publish(staging: Path, target: Path) -> None:
+    """Rename the copy into place; what was there under that name goes with the staging directory."""
+    new = staging / target.name
+    try:
+        disk.rename(new, target)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise
+        try:
+            disk.exchange(new, target)
+        except OSError as refusal:
+            if refusal.errno not in _NO_EXCHANGE:
+                raise
+            disk.make_dir(staging / _OLD)
+            disk.rename(target, staging / _OLD / target.name)
+            disk.rename(new, target)
+    disk.fsync_dir(target.parent)

@@ -1,0 +1,221 @@
+"""Is what lies on disk what was committed? Re-reads every byte; changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from . import commit, disk, epoch, manifest, names, native
+from .errors import Damaged, NotFound
+from .seal import sha256
+
+
+@dataclass(frozen=True, order=True)
+class Problem:
+    """One thing that is not as it was committed. `path` is relative to what was verified.
+
+    `kind`: "missing", "extra", "link" (or special file), "size", "digest" (or any record that contradicts
+    itself or another), "unreadable".
+    """
+
+    path: str
+    kind: str
+    detail: str
+
+
+def verify(unit: Path, *, part: int = 0, parts: int = 1) -> list[Problem]:
+    """All problems of one checkpoint, sorted by path; [] if every byte is as it was committed.
+
+    Several processes share the reading: each of `parts` reads its `part` of the large files, and all records.
+    A process that holds `commit.reading(unit)` may call it.
+    """
+    try:
+        record = disk.read_bytes(unit / names.MANIFEST)
+        told = manifest.parse_manifest(record, unit / names.MANIFEST)
+    except (FileNotFoundError, NotADirectoryError):
+        return [Problem(names.MANIFEST, "missing", "there is no manifest, so nothing can be verified")]
+    except Damaged as error:
+        return [Problem(names.MANIFEST, "digest", str(error))]
+    except OSError as error:
+        return [_unreadable(names.MANIFEST, error)]
+    problems = _listing(unit, told)
+    bad = {problem.path for problem in problems}
+    records = {names.EXPECTED, names.DECISION, *(f"{names.VOTES}/{file}" for file in told.votes)}
+    if not bad & records:
+        problems += _records(unit, told, record)
+    for receipt in _share([r for r in told.files if r.path not in bad], part, parts):
+        problems += _contents(unit, receipt)
+    return sorted(set(problems))
+
+
+def _listing(unit: Path, told: manifest.Manifest) -> list[Problem]:
+    listed = {receipt.path: receipt.nbytes for receipt in told.files}
+    ours = {names.MANIFEST, names.DECISION, *(f"{names.VOTES}/{file}" for file in told.votes)}
+    found = dict(disk.walk_all(unit))
+    problems = []
+    for path, regular in found.items():
+        if not regular:
+            problems.append(Problem(path, "link", "it is a symbolic link or a special file"))
+        elif path not in listed and path not in ours:
+            problems.append(Problem(path, "extra", "it was not there when the checkpoint was committed"))
+        elif path in listed and (size := disk.file_bytes(unit / path)) != listed[path]:
+            problems.append(Problem(path, "size", f"it has {size} bytes instead of {listed[path]}"))
+    missing = sorted(({*listed} | ours) - {*found})
+    return problems + [Problem(path, "missing", "it was committed and is not there") for path in missing]
+
+
+def _records(unit: Path, told: manifest.Manifest, record: bytes) -> list[Problem]:
+    """Votes, expected.json and decision, each against its own digest and against the manifest."""
+    problems: list[Problem] = []
+    votes: dict[str, bytes] = {}
+    for file, digest in told.votes.items():
+        path = f"{names.VOTES}/{file}"
+        votes[file] = _read(unit, path, problems)
+        if sha256(votes[file]) != digest:
+            problems.append(Problem(path, "digest", "it is not the vote that the manifest rests on"))
+    expected = _read(unit, names.EXPECTED, problems)
+    decision = _read(unit, names.DECISION, problems)
+    problems += _damage(names.EXPECTED, lambda: manifest.parse_expected(expected, names.EXPECTED))
+    problems += _damage(names.DECISION, lambda: _check_decision(decision, told, record))
+    if not problems:
+        problems += _damage(names.MANIFEST, lambda: _check_rebuilt(votes, expected, record))
+    return problems
+
+
+def _check_decision(data: bytes, told: manifest.Manifest, record: bytes) -> None:
+    decision = manifest.parse_decision(data, names.DECISION)
+    same = (decision.name, decision.epoch, decision.attempt) == (told.name, told.epoch, told.attempt)
+    if not decision.commit or not same or decision.manifest != sha256(record):
+        raise Damaged("it is not the decision to commit this manifest")
+
+
+def _check_rebuilt(votes: dict[str, bytes], expected: bytes, record: bytes) -> None:
+    if manifest.build(votes, expected) != record:
+        raise Damaged("it is not what the votes amount to")
+
+
+def _contents(unit: Path, receipt: manifest.Receipt) -> list[Problem]:
+    path = unit / receipt.path
+    try:
+        if disk.is_held(path):
+            # Our own lock is on it: an open by anybody else here would drop it.
+            data = disk.read_bytes(path)
+            nbytes, crcs = len(data), manifest.digest_bytes(data, receipt.block_bytes)
+        else:
+            digest = native.digest_file(str(path), receipt.block_bytes)
+            nbytes, crcs = digest.nbytes, list(digest.crcs)
+    except OSError as error:
+        return [_unreadable(receipt.path, error)]
+    if nbytes != receipt.nbytes:
+        return [Problem(receipt.path, "size", f"it has {nbytes} bytes instead of {receipt.nbytes}")]
+    if manifest.root_of(nbytes, receipt.block_bytes, crcs) != receipt.root:
+        return [Problem(receipt.path, "digest", "its bytes are not those that were written")]
+    return []
+
+
+def _share(receipts: Iterable[manifest.Receipt], part: int, parts: int) -> list[manifest.Receipt]:
+    """This part's receipts: the largest first, each to the part with the fewest bytes so far."""
+    loads = [0] * parts
+    mine = []
+    for receipt in sorted(receipts, key=lambda r: (-r.nbytes, r.path)):
+        lightest = loads.index(min(loads))
+        loads[lightest] += receipt.nbytes + 1
+        if lightest == part:
+            mine.append(receipt)
+    return mine
+
+
+def verify_run(output_dir: Path) -> list[Problem]:
+    """All problems of all committed checkpoints of a run, of `latest`, and of the records in `.epochs/`."""
+    problems = []
+    sound: dict[str, manifest.Manifest] = {}
+    for entry in disk.list_dir(output_dir):
+        unit = output_dir / entry
+        if entry.startswith(".") or not _looks_committed(unit):
+            continue
+        problems += [Problem(f"{entry}/{p.path}", p.kind, p.detail) for p in verify(unit)]
+        try:
+            told = manifest.read(unit)
+        except (Damaged, NotFound):
+            continue  # verify has told
+        if told.name == entry:
+            sound[entry] = told
+        else:
+            problems.append(Problem(entry, "extra", f"its manifest is the one of {told.name}"))
+    problems += _latest(output_dir, sound)
+    problems += _epochs(output_dir, sound.values())
+    return sorted(problems)
+
+
+def _looks_committed(unit: Path) -> bool:
+    if not disk.is_dir(unit):
+        return False
+    ours = (names.MANIFEST, names.DECISION, names.EXPECTED)
+    return names.step_of(unit.name) is not None or any(disk.exists(unit / path) for path in ours)
+
+
+def _latest(output_dir: Path, sound: dict[str, manifest.Manifest]) -> list[Problem]:
+    try:
+        named = commit.read_latest(output_dir)
+    except Damaged as error:
+        return [Problem(names.LATEST, "digest", str(error))]
+    if named is None and any(told.save_latest for told in sound.values()):
+        return [Problem(names.LATEST, "missing", "there are checkpoints that it should name")]
+    if named is not None and named not in sound:
+        return [Problem(names.LATEST, "digest", f"it names {named!r}, which is no committed checkpoint")]
+    return []
+
+
+def _epochs(output_dir: Path, committed: Iterable[manifest.Manifest]) -> list[Problem]:
+    problems = []
+    for entry in disk.list_dir(output_dir / names.EPOCHS):
+        path = output_dir / names.EPOCHS / entry
+        relative = f"{names.EPOCHS}/{entry}"
+        if names.parse_temporary_file(entry) is not None:
+            continue  # of a run that starts just now
+        if parsed := names.parse_epoch_file(entry):
+            problems += _damage(relative, partial(_check_member, path, parsed[0]))
+        elif names.parse_aborted_file(entry):
+            problems += _damage(relative, partial(_check_aborted, path))
+        else:
+            problems.append(Problem(relative, "extra", "roll_ckpt writes no such file"))
+    newest = max((told.epoch for told in committed), default=0)
+    if epoch.newest_number(output_dir) < newest:
+        relative = f"{names.EPOCHS}/{newest}"
+        problems.append(Problem(relative, "missing", f"a checkpoint of epoch {newest} is there"))
+    return problems
+
+
+def _check_member(path: Path, number: int) -> None:
+    if epoch.parse_member(disk.read_bytes(path), path).number != number:
+        raise Damaged(f"{path}: it is the record of another epoch")
+
+
+def _check_aborted(path: Path) -> None:
+    decision = manifest.parse_decision(disk.read_bytes(path), path)
+    if names.parse_aborted_file(path.name) != (decision.name, decision.epoch, decision.attempt):
+        raise Damaged(f"{path}: it is the record of another attempt")
+
+
+def _damage(path: str, check: Callable[[], object]) -> list[Problem]:
+    try:
+        check()
+    except Damaged as error:
+        return [Problem(path, "digest", str(error))]
+    except OSError as error:
+        return [_unreadable(path, error)]
+    return []
+
+
+def _read(unit: Path, path: str, problems: list[Problem]) -> bytes:
+    try:
+        return disk.read_bytes(unit / path)
+    except OSError as error:
+        problems.append(_unreadable(path, error))
+        return b""
+
+
+def _unreadable(path: str, error: OSError) -> Problem:
+    return Problem(path, "unreadable", error.strerror or str(error))
