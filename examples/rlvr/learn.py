@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from rollout import Rollout
+
+from examples.rlvr.rollout import Rollout
 
 CLIP = 0.2
 

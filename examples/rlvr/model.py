@@ -32,7 +32,7 @@ def _alphabet() -> dict[int, str]:
 
 
 class WideLinear(nn.Linear):
-    """A bf16 layer that multiplies in fp32: most CPUs have no bf16 arithmetic and are 30 times slower in it."""
+    """A bf16 layer that multiplies in fp32: most CPUs lack bf16 arithmetic and are 30 times slower in it."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bias = None if self.bias is None else self.bias.float()

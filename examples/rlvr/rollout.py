@@ -1,4 +1,4 @@
-"""Where the experience comes from: real text for the prompts, sampled answers, and a reward that a program checks."""
+"""Where experience comes from: prompts of real text, sampled answers, a reward that a program checks."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from model import BYTES
 from transformers import LlamaForCausalLM
+
+from examples.rlvr.model import BYTES
 
 
 def text_of_python() -> bytes:
@@ -67,7 +68,7 @@ def returns(rewards: torch.Tensor, discount: float) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Rollout:
-    """`tokens` are prompt and answer together; the other three have one column for each token of the answer."""
+    """`tokens` are prompt and answer together; the others have one column for each token of the answer."""
 
     tokens: torch.Tensor
     logprobs: torch.Tensor

@@ -1,0 +1,63 @@
+"""The job's settings: a `PipelineConfig` with a section of its own, and where its by-products lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field
+
+from roll_ckpt import PipelineConfig
+from roll_ckpt.config import Section
+from roll_ckpt.errors import ConfigError
+
+
+class Training(Section):
+    """What is sampled and how it is weighed."""
+
+    seed: int
+    """Of the initial weights, and with the rank added of all sampling and dropout."""
+    prompts_per_rank: int = Field(ge=1)
+    prompt_bytes: int = Field(ge=1)
+    answer_bytes: int = Field(ge=1)
+    discount: float = Field(ge=0, lt=1)
+    """Weight of the next byte's reward in what a byte earned."""
+    kl_weight: float = Field(ge=0)
+    """Weight of the distance to the reference in the actor's loss."""
+
+
+class RlvrConfig(PipelineConfig):
+    """The whole YAML file."""
+
+    clusters: dict[str, Path]
+    """DeepSpeed config of each cluster."""
+    training: Training
+
+    @property
+    def work_dir(self) -> Path:
+        """Logs, figures and uploads: beside the output directory, which holds checkpoints only."""
+        return self.output_dir.with_name(self.output_dir.name + "-work")
+
+
+def read_settings(path: Path, output_dir: Path | None, assignments: list[str]) -> RlvrConfig:
+    """The settings of `path`, with `output_dir` (and the uploads beside it) and `KEY=VALUE`s in their place.
+
+    Raises:
+        ConfigError: names the wrong key or value.
+    """
+    changes: dict[str, Any] = {}
+    if output_dir is not None:
+        uploads = output_dir.with_name(output_dir.name + "-work") / "uploads"
+        changes |= {
+            "output_dir": output_dir,
+            "checkpoint_config": {"type": "file_system", "output_dir": uploads},
+        }
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"{assignment!r}: expected KEY=VALUE, for example max_steps=20")
+        changes[key] = yaml.safe_load(value)
+    config = RlvrConfig.from_yaml(path, **changes)
+    assert isinstance(config, RlvrConfig)
+    return config
