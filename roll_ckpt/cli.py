@@ -1,0 +1,603 @@
+"""roll-ckpt: list, show, verify, prune, recover. Imports nothing heavy, so that it answers at once.
+
+Tables for people go to stdout, or JSON with --json; errors and progress go to stderr.
+Exit codes: 0 fine, 1 error, 2 wrong usage, 3 something is damaged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import commit, disk, epoch, manifest, names, retention, uploads, verify
+from .errors import Damaged, NotFound, RollCkptError
+
+FINE, ERROR, DAMAGED = 0, 1, 3  # argparse itself ends with 2
+
+_HEARD_S = 60.0  # a run on another host that was heard of so recently is shown as live
+
+
+# --- where a path leads -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a path means: an output directory, perhaps one checkpoint in it, perhaps a part of that."""
+
+    output_dir: Path
+    name: str | None = None
+    part: str = ""
+
+    @property
+    def unit(self) -> Path:
+        """The checkpoint's directory; the output directory where no checkpoint was named."""
+        return self.output_dir / (self.name or "")
+
+
+def locate(given: str) -> Place:
+    """The place a path leads to; any path inside a checkpoint leads to it. NotFound, saying why."""
+    path = Path(os.path.abspath(given))
+    if not disk.exists(path):
+        raise NotFound(f"{given} does not exist")
+    for unit in (path, *path.parents):
+        if names.parse_attempt_dir(unit.name):
+            raise NotFound(
+                f"{given} is being written, or was left by a crash: no checkpoint yet. See {unit.parent}; "
+                "the next start of the run, or `roll-ckpt recover`, finishes or discards it"
+            )
+        if _is_checkpoint(unit):
+            part = path.relative_to(unit).as_posix()
+            return Place(unit.parent, unit.name, "" if part == "." else part)
+        if unit == path and _holds_checkpoints(path):
+            return Place(path)
+    raise NotFound(
+        f"{given}: no checkpoint of roll_ckpt is there. Give the output_dir of a run, the save_dir of a "
+        "DeepSpeed script, or one checkpoint in it"
+    )
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether a directory is one, also if one of its records is gone. Other people have a manifest.json, too."""
+    return sum(disk.exists(path / record) for record in (names.MANIFEST, names.EXPECTED, names.DECISION)) > 1
+
+
+def _holds_checkpoints(path: Path) -> bool:
+    return disk.is_dir(path) and any(
+        entry == names.EPOCHS
+        or names.parse_attempt_dir(entry) is not None
+        or _is_checkpoint(path / entry)
+        or _is_foreign(path / entry)
+        for entry in disk.list_dir(path)
+    )
+
+
+# --- what lies in an output directory -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pending:
+    """An attempt that is not committed. `fate` is what recovery would do with it as it lies here."""
+
+    name: str
+    epoch: int
+    attempt: int
+    votes: int
+    expected: int
+    fate: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What lies in an output directory; `foreign` are DeepSpeed checkpoints that somebody else wrote."""
+
+    checkpoints: list[manifest.Manifest]
+    damaged: list[str]
+    pending: list[Pending]
+    foreign: list[str]
+    latest: str | None
+    live: list[str] = field(default_factory=list)
+
+
+def survey(output_dir: Path) -> Survey:
+    """Look at an output directory. Reads records only, no contents, and waits for nobody."""
+    damaged: list[str] = []
+    checkpoints = commit.committed(output_dir, report=lambda problem: damaged.append(str(problem)))
+    try:
+        latest = commit.read_latest(output_dir)
+    except Damaged as error:
+        latest = None
+        damaged.append(str(error))
+    entries = disk.list_dir(output_dir)
+    attempts = [parsed for entry in entries if (parsed := names.parse_attempt_dir(entry))]
+    return Survey(
+        checkpoints=checkpoints,
+        damaged=damaged,
+        pending=[_look_at_attempt(output_dir, *parsed) for parsed in attempts],
+        foreign=[entry for entry in entries if _is_foreign(output_dir / entry)],
+        latest=latest,
+        live=_live(output_dir),
+    )
+
+
+def look(place: Place) -> Survey:
+    """The survey of a place: of the one checkpoint that it names, else of its output directory."""
+    if place.name is None:
+        return survey(place.output_dir)
+    checkpoints, damaged, latest = [], [], None
+    try:
+        checkpoints.append(manifest.read(place.unit))
+        latest = commit.read_latest(place.output_dir)
+    except (Damaged, NotFound) as error:
+        damaged.append(str(error))
+    return Survey(checkpoints, damaged, [], [], latest)
+
+
+def _is_foreign(path: Path) -> bool:
+    if path.name.startswith(".") or not disk.is_dir(path) or disk.exists(path / names.MANIFEST):
+        return False
+    return any(entry.endswith("_states.pt") for entry in disk.list_dir(path))
+
+
+def _look_at_attempt(output_dir: Path, name: str, number: int, attempt: int) -> Pending:
+    unit = output_dir / names.attempt_dir(name, number, attempt) / name
+    votes = needed = 0
+    try:
+        told = manifest.parse_expected(disk.read_bytes(unit / names.EXPECTED), unit / names.EXPECTED)
+        needed = len(told.voters())
+        cast = set(disk.list_dir(unit / names.VOTES)) & set(told.voters())
+        votes = len(cast)
+        if disk.exists(unit / names.DECISION):
+            decision = manifest.parse_decision(disk.read_bytes(unit / names.DECISION), unit / names.DECISION)
+            fate, reason = ("finish", "committed") if decision.commit else ("discard", decision.reason)
+            return Pending(name, number, attempt, votes, needed, fate, reason)
+        for file in sorted(cast):
+            path = unit / names.VOTES / file
+            if problem := manifest.objection(manifest.parse_vote(disk.read_bytes(path), path), told, file):
+                return Pending(name, number, attempt, votes, needed, "discard", problem)
+    except Damaged as error:
+        return Pending(name, number, attempt, votes, needed, "discard", str(error))
+    except FileNotFoundError as error:
+        # It was made, renamed or removed while we looked; or its process was killed at its very beginning.
+        return Pending(name, number, attempt, votes, needed, "discard", f"{error.filename} is not there")
+    fate = "finish" if votes == needed else "discard"
+    return Pending(name, number, attempt, votes, needed, fate, f"{votes} of {needed} votes")
+
+
+def _live(output_dir: Path) -> list[str]:
+    """Who saves there now, as far as can be told without waiting for a heartbeat."""
+    found = []
+    for path, member in epoch.members(output_dir, epoch.newest_number(output_dir)).items():
+        if isinstance(member, Damaged):
+            continue
+        try:
+            if member.locked and member.boot_id == disk.boot_id():
+                alive = epoch.is_alive(path, member)
+            else:
+                alive = time.time() - disk.mtime_ns(path) / 1e9 < _HEARD_S
+        except FileNotFoundError:
+            continue
+        if alive:
+            found.append(member.who)
+    return found
+
+
+# --- ls -----------------------------------------------------------------------------------------------------
+
+
+def ls(args: argparse.Namespace) -> int:
+    """One row for each committed checkpoint; what is being written stands apart."""
+    place = locate(args.path)
+    found = look(place)
+    if args.json:
+        _print_json(
+            {
+                "path": str(place.output_dir),
+                "latest": found.latest,
+                "checkpoints": [_row(told, found.latest) for told in found.checkpoints],
+                "pending": [asdict(pending) for pending in found.pending],
+                "foreign": found.foreign,
+                "damaged": found.damaged,
+                "live": found.live,
+            }
+        )
+    else:
+        _print_listing(place, found)
+    for problem in found.damaged:
+        _say(f"damaged: {problem}")
+    return DAMAGED if found.damaged else FINE
+
+
+def _row(told: manifest.Manifest, latest: str | None) -> dict[str, Any]:
+    return {
+        "name": told.name,
+        "step": told.step,
+        "clusters": {name: facts["world_size"] for name, facts in told.clusters.items()},
+        "files": len(told.files),
+        "bytes": told.nbytes(),
+        "run_id": told.run_id,
+        "epoch": told.epoch,
+        "attempt": told.attempt,
+        "latest": told.name == latest,
+    }
+
+
+def _print_listing(place: Place, found: Survey) -> None:
+    rows = [["", "NAME", "STEP", "CLUSTERS (RANKS)", "FILES", "SIZE", "EPOCH.ATTEMPT"]]
+    for row in (_row(told, found.latest) for told in found.checkpoints):
+        clusters = ", ".join(f"{name} ({size})" for name, size in row["clusters"].items())
+        step = "-" if row["step"] is None else str(row["step"])
+        attempt = f"{row['epoch']}.{row['attempt']}"
+        mark = "*" if row["latest"] else ""
+        rows.append([mark, row["name"], step, clusters, str(row["files"]), _size(row["bytes"]), attempt])
+    if found.checkpoints:
+        _print_table(rows, right={2, 4, 5, 6})
+        if any(told.name == found.latest for told in found.checkpoints):
+            print("* `latest` names it")
+    else:
+        print(f"{place.output_dir}: no committed checkpoint yet")
+    for pending in found.pending:
+        votes = f"attempt {pending.epoch}.{pending.attempt}, {pending.votes} of {pending.expected} votes"
+        if found.live:
+            print(f"being written: {pending.name} ({votes})")
+        else:
+            print(f"left by a crash: {pending.name} ({votes}); recovery will {pending.fate} it")
+    for name in found.foreign:
+        print(f"not ours: {name} has no manifest and cannot be verified")
+    for who in found.live:
+        print(f"live: {who} saves there")
+
+
+# --- show ---------------------------------------------------------------------------------------------------
+
+
+def show(args: argparse.Namespace) -> int:
+    """The manifest of one checkpoint in readable form."""
+    place = locate(args.path)
+    if place.name is None:
+        newest = commit.find(place.output_dir)
+        if newest is None:
+            raise NotFound(f"{args.path}: no committed checkpoint is there; see `roll-ckpt ls`")
+        place = Place(place.output_dir, newest.name)
+    told = manifest.read(place.unit)
+    files = [f for f in told.files if f"{f.path}/".startswith(f"{place.part}/" if place.part else "")]
+    nbytes = sum(file.nbytes for file in files)
+    if args.json:
+        shown = {**asdict(told), "files": [asdict(file) for file in files]}
+        _print_json({"path": str(place.unit), **shown, "bytes": nbytes})
+        return FINE
+    step = "no step" if told.step is None else f"step {told.step}"
+    print(f"{place.unit / place.part}")
+    print(f"  {step}, epoch {told.epoch}, attempt {told.attempt}, run_id {told.run_id!r}")
+    print(f"  written by {told.software}; {len(files)} files, {_size(nbytes)}")
+    if not told.directories_durable:
+        print("  weaker guarantee: its file system cannot make directory entries durable")
+    print("clusters")
+    facts = [
+        [f"  {name}", ", ".join(f"{key} {_fact(value)}" for key, value in sorted(known.items()))]
+        for name, known in told.clusters.items()
+    ]
+    _print_table(facts)
+    print("files")
+    _print_table([[f"  {_size(file.nbytes)}", file.path] for file in files], right={0})
+    return FINE
+
+
+def _fact(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+# --- verify -------------------------------------------------------------------------------------------------
+
+
+def check(args: argparse.Namespace) -> int:
+    """Read every byte again and compare it with what was committed."""
+    place = locate(args.path)
+    found = look(place)
+    units = [place.unit] if place.name else [place.output_dir / told.name for told in found.checkpoints]
+    names_read = [told.name for told in found.checkpoints]
+    if place.name is None and not (names_read or found.damaged):
+        raise NotFound(f"{args.path}: no committed checkpoint is there; see `roll-ckpt ls`")
+    for name in found.foreign:
+        _say(f"not verified: {name} was not written by roll_ckpt and has no digests")
+    nbytes = sum(told.nbytes() for told in found.checkpoints)
+    with _leases(units), _notice(f"reading {_size(nbytes)} ..."):
+        problems = verify.verify(place.unit) if place.name else verify.verify_run(place.output_dir)
+    if args.json:
+        _print_json(
+            {
+                "path": str(place.unit),
+                "sound": not problems,
+                "checkpoints": names_read,
+                "bytes": nbytes,
+                "problems": [asdict(problem) for problem in problems],
+            }
+        )
+    else:
+        _print_table([["damaged", problem.path, f"{problem.kind}: {problem.detail}"] for problem in problems])
+        if not problems:
+            print(f"sound: {', '.join(names_read)} ({_size(nbytes)} read)")
+    return DAMAGED if problems else FINE
+
+
+@contextmanager
+def _leases(units: Sequence[Path]) -> Iterator[None]:
+    """Keep a live run from pruning what is read. What is gone, or lacks its record, has no lease."""
+    with ExitStack() as stack:
+        for unit in units:
+            with suppress(NotFound, Damaged):
+                stack.enter_context(commit.reading(unit))
+        yield
+
+
+# --- prune and recover --------------------------------------------------------------------------------------
+
+
+def prune(args: argparse.Namespace) -> int:
+    """Remove all but the newest checkpoints of a run that is not running."""
+    output_dir = _run_directory(args)
+    sizes = {told.name: told.nbytes() for told in survey(output_dir).checkpoints}
+    protected = set(uploads.owed(output_dir, args.upload_dir)) if args.upload_dir else set()
+    recovered: list[commit.Recovery] = []
+    if args.dry_run:
+        found = survey(output_dir)
+        kept = {*protected, *([found.latest] if found.latest else [])}
+        kept.update(name for name in sizes if commit.is_being_read(output_dir / name))
+        removed = retention.plan(list(sizes), args.keep, kept)
+    else:
+        with _claimed(output_dir, args) as (claim, recovered):
+            removed = retention.prune(output_dir, claim, args.keep, protected)
+    kept_names = [told.name for told in survey(output_dir).checkpoints if told.name not in removed]
+    if args.json:
+        _print_json(
+            {
+                "path": str(output_dir),
+                "dry_run": args.dry_run,
+                "removed": removed,
+                "kept": kept_names,
+                "recovered": [asdict(recovery) for recovery in recovered],
+            }
+        )
+        return FINE
+    _print_recovered(recovered)
+    for name in removed:
+        print(f"{'would remove' if args.dry_run else 'removed'} {name} ({_size(sizes.get(name, 0))})")
+    print(f"{'would keep' if args.dry_run else 'kept'} {', '.join(kept_names) or 'nothing'}")
+    return FINE
+
+
+def recover(args: argparse.Namespace) -> int:
+    """Finish or discard what a killed run has left behind."""
+    output_dir = _run_directory(args)
+    if args.dry_run:
+        pending = survey(output_dir).pending
+        if args.json:
+            _print_json({"path": str(output_dir), "dry_run": True, "pending": [asdict(p) for p in pending]})
+            return FINE
+        for left in pending:
+            print(f"would {left.fate} {left.name}, attempt {left.epoch}.{left.attempt}: {left.reason}")
+        if not pending:
+            print("nothing to recover")
+        return FINE
+    with _claimed(output_dir, args) as (_, recovered):
+        pass
+    if args.json:
+        done = [asdict(recovery) for recovery in recovered]
+        _print_json({"path": str(output_dir), "dry_run": False, "recovered": done})
+        return FINE
+    _print_recovered(recovered)
+    if not recovered:
+        print("nothing to recover")
+    return FINE
+
+
+def _run_directory(args: argparse.Namespace) -> Path:
+    place = locate(args.path)
+    if place.name is not None:
+        raise NotFound(
+            f"{args.path} is one checkpoint; {args.command} works on a whole directory: {place.output_dir}"
+        )
+    return place.output_dir
+
+
+@contextmanager
+def _claimed(
+    output_dir: Path, args: argparse.Namespace
+) -> Iterator[tuple[epoch.Epoch, list[commit.Recovery]]]:
+    """Own the directory like a run, which is refused while one is live; recover it first, like a run."""
+    mine = epoch.claim_number(
+        output_dir, f"roll-ckpt {args.command}", {"command line": 1}, None, take_over=args.take_over
+    )
+    try:
+        yield mine, commit.recover(output_dir, epoch=mine)
+    finally:
+        mine.release()
+
+
+def _print_recovered(recovered: Sequence[commit.Recovery]) -> None:
+    for found in recovered:
+        print(f"{found.action} {found.name}, attempt {found.epoch}.{found.attempt}: {found.reason}")
+
+
+# --- printing -----------------------------------------------------------------------------------------------
+
+
+def _say(text: str) -> None:
+    print(f"roll-ckpt: {text}", file=sys.stderr)
+
+
+@contextmanager
+def _notice(text: str) -> Iterator[None]:
+    """Show what is going on while it goes on, to a person."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    print(text, end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    print(json.dumps(document, indent=2, ensure_ascii=True))
+
+
+def _print_table(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [
+            cell.rjust(width) if at in right else cell.ljust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())
+
+
+def _size(nbytes: int) -> str:
+    size = float(nbytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+# --- the command line ---------------------------------------------------------------------------------------
+
+_ABOUT = """\
+Look after the checkpoints of roll_ckpt: list and show them, read every byte
+again, remove old ones, clean up after a crash. PATH is the output_dir of a run,
+the save_dir of a DeepSpeed script, or one checkpoint in it.
+
+  roll-ckpt ls runs/demo
+  roll-ckpt verify runs/demo/checkpoint-9
+"""
+_EXIT_CODES = "Exit codes: 0 fine, 1 error, 2 wrong usage, 3 something is damaged."
+
+_LS = """\
+List the committed checkpoints, the oldest first, one row each. Attempts that are
+being written, or that a crash has left, stand below the table: they are no
+checkpoints yet. Reads records only, no contents.
+
+  roll-ckpt ls runs/demo
+  roll-ckpt ls runs/demo --json | jq '.checkpoints[].name'
+"""
+_SHOW = """\
+Show what one checkpoint holds: its clusters with their world sizes, and every
+file with its size. Given a run's directory it shows the newest checkpoint; given
+a cluster's directory in a checkpoint, the files of that cluster.
+
+  roll-ckpt show runs/demo/checkpoint-9
+  roll-ckpt show runs/demo/checkpoint-9/actor_train
+"""
+_VERIFY = """\
+Read every byte of a checkpoint, or of all checkpoints of a run, and compare it
+with the digests taken on the way to disk. Names each file that is damaged,
+missing, too long or too short, or that does not belong there; then the exit code
+is 3. Changes nothing. The digests catch accidents, not forgery.
+
+  roll-ckpt verify runs/demo
+  roll-ckpt verify runs/demo/checkpoint-9 --json
+"""
+_PRUNE = """\
+Remove all but the newest N committed checkpoints. The one that `latest` names and
+those that somebody reads just now stay in any case. Refuses while a live run owns
+the directory (a run prunes by itself: max_ckpt_to_keep); recovers the directory
+first, as the next start of the run would.
+
+  roll-ckpt prune runs/demo --keep 2 --dry-run
+  roll-ckpt prune runs/demo --keep 2 --upload-dir /mnt/archive/demo
+"""
+_RECOVER = """\
+Finish what a killed run had decided to commit, or for which all votes are there;
+discard all else that it left. Committed checkpoints are not touched. The next
+start of the run does the same by itself. Refuses while a live run owns the
+directory.
+
+  roll-ckpt recover runs/demo --dry-run
+  roll-ckpt recover runs/demo
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="roll-ckpt",
+        description=_ABOUT,
+        epilog=_EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int], short: str, about: str
+    ) -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name,
+            help=short,
+            description=about,
+            epilog=_EXIT_CODES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        added.add_argument("path", metavar="PATH", help="an output directory, or one checkpoint in it")
+        added.add_argument("--json", action="store_true", help="print one JSON document instead of text")
+        added.set_defaults(run=run)
+        return added
+
+    command("ls", ls, "list the checkpoints", _LS)
+    command("show", show, "show what one checkpoint holds", _SHOW)
+    command("verify", check, "read every byte again", _VERIFY)
+    pruning = command("prune", prune, "remove all but the newest", _PRUNE)
+    pruning.add_argument(
+        "--keep", type=_positive, required=True, metavar="N", help="how many checkpoints stay"
+    )
+    pruning.add_argument(
+        "--upload-dir", type=Path, metavar="DIR", help="keep also what has no complete copy in this directory"
+    )
+    recovering = command("recover", recover, "clean up after a crash", _RECOVER)
+    for changing in (pruning, recovering):
+        changing.add_argument("--dry-run", action="store_true", help="say what would be done, change nothing")
+        changing.add_argument(
+            "--take-over", action="store_true", help="although a run seems live: it is known to be dead"
+        )
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of checkpoints; at least 1 stays")
+    return int(text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code. SystemExit(2) on wrong usage."""
+    # `roll-ckpt ls | head` ends quietly.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    args = _parser().parse_args(argv)
+    try:
+        code: int = args.run(args)
+        sys.stdout.flush()
+        return code
+    except Damaged as error:
+        _say(str(error))
+        return DAMAGED
+    except RollCkptError as error:
+        _say(str(error))
+        return ERROR
+    except OSError as error:
+        _say(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        return ERROR
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
