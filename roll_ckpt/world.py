@@ -31,12 +31,19 @@ class World:
 
     @classmethod
     def current(cls) -> World:
-        """The initialised default process group's ranks, or a world of one. No collective; does not block."""
+        """The initialised default process group's ranks, or a world of one. No collective; does not block.
+
+        One for each process group: its rendezvous are numbered, and all engines of a process share the numbers.
+        """
+        global _current
         if not (dist.is_available() and dist.is_initialized()):
             return cls(0, 1, None)
         shared = dist.distributed_c10d._get_default_store()
-        own = shared.clone() if hasattr(shared, "clone") else shared
-        return cls(dist.get_rank(), dist.get_world_size(), dist.PrefixStore("roll_ckpt", own))
+        if _current is None or _current[0] is not shared:
+            own = shared.clone() if hasattr(shared, "clone") else shared
+            ranks = cls(dist.get_rank(), dist.get_world_size(), dist.PrefixStore("roll_ckpt", own))
+            _current = shared, ranks
+        return _current[1]
 
     def agree(
         self, mine: dict[str, Any], decide: Callable[[list[dict[str, Any]]], dict[str, Any]], timeout_s: float
@@ -103,3 +110,6 @@ class World:
             raise getattr(errors, verdict["error"])(verdict["text"])
         value: dict[str, Any] = verdict["value"]
         return value
+
+
+_current: tuple[dist.Store, World] | None = None

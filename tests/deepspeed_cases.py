@@ -1,0 +1,342 @@
+"""What the ranks of a test world do in tests/test_deepspeed.py: real engines, real saves."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tiny import engine, train
+
+from roll_ckpt import arena, disk, errors, native, saver
+from roll_ckpt.backends import deepspeed as backend
+
+BLOCK = 1 << 16
+SMALL_IO = {"block_bytes": BLOCK}
+OURS: dict[str, Any] = {"async_save": True, "io": SMALL_IO, "staging": {"arena_bytes": 64 << 20}}
+
+
+def settings(**more: Any) -> dict[str, Any]:
+    return {**OURS, **more}
+
+
+@contextlib.contextmanager
+def new_arena():  # type: ignore[no-untyped-def]
+    """Let the block make an arena of other sizes; a process has one, so the old is put back afterwards."""
+    saver.wait_pending()
+    kept = arena._mover, arena._made_for
+    arena._mover = None
+    try:
+        yield
+    finally:
+        saver.wait_pending()
+        arena._mover, arena._made_for = kept
+
+
+def save_with_us_load_with_all(out: str, stage: int, precision: str, **more: Any) -> dict[str, list[float]]:
+    """Train, save with us while training goes on, then load with stock DeepSpeed and with us."""
+    ours = engine(stage, precision, settings(), **more)
+    train(ours, 3, seed=1)
+    ours.save_checkpoint(out, tag="ours", client_state={"note": "kept", "tensor": torch.arange(5)})
+    losses = {"unbroken": train(ours, 3, seed=2)}
+    saver.wait_pending()
+    stock = engine(stage, precision, None, seed=7, **more)
+    path, state = stock.load_checkpoint(out)
+    assert path is not None and path.startswith(out) and state["note"] == "kept"
+    assert torch.equal(state["tensor"], torch.arange(5))
+    losses["stock"] = train(stock, 3, seed=2)
+    again = engine(stage, precision, settings(), seed=8, **more)
+    assert again.load_checkpoint(out)[1]["note"] == "kept"
+    losses["ours"] = train(again, 3, seed=2)
+    return losses
+
+
+def save_with_stock_load_with_us(out: str, stage: int, precision: str, **more: Any) -> dict[str, list[float]]:
+    stock = engine(stage, precision, None, **more)
+    train(stock, 3, seed=1)
+    stock.save_checkpoint(out, client_state={"note": "kept"})
+    losses = {"unbroken": train(stock, 3, seed=2)}
+    ours = engine(stage, precision, settings(), seed=9, **more)
+    assert ours.load_checkpoint(out)[1]["note"] == "kept"
+    losses["ours"] = train(ours, 3, seed=2)
+    return losses
+
+
+def write_for_tools(out: str, stage: int) -> dict[str, list[float]]:
+    """A checkpoint for zero_to_fp32 and ds_to_universal; returns the full fp32 weights' sums by name."""
+    made = engine(stage, "bf16", settings(async_save=False))
+    train(made, 2, seed=1)
+    made.save_checkpoint(out)
+    return {"step": [float(made.global_steps)]}
+
+
+def stream_through_a_quarter(out: str, stage: int) -> dict[str, Any]:
+    """Save a state four times the arena, then load it back."""
+    width = 256
+    share = {"LOCAL_WORLD_SIZE": 2}["LOCAL_WORLD_SIZE"]
+    made = engine(stage, "bf16", None, width=width)
+    train(made, 2, seed=1)
+    state_bytes = max(gathered(backend.estimate_bytes(made)))
+    cap = max(2 * BLOCK, state_bytes // 4 // BLOCK * BLOCK)
+    ours = settings(staging={"arena_bytes": cap * share})
+    with new_arena():
+        backend.attach(made, backend.DeepSpeedConfig.parse(ours, "test"), "model")
+        made.save_checkpoint(out)
+        losses = train(made, 2, seed=2)
+        saver.wait_pending()
+        used = arena.mover(backend.attached(made).settings).arena  # type: ignore[union-attr]
+        peak, capacity = used.peak_bytes, used.capacity_bytes
+    stock = engine(stage, "bf16", None, seed=3, width=width)
+    stock.load_checkpoint(out)
+    return {
+        "peak": peak,
+        "capacity": capacity,
+        "state": state_bytes,
+        "same": train(stock, 2, seed=2) == losses,
+    }
+
+
+def gathered(value: Any) -> list[Any]:
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def overlapping_saves(out: str) -> dict[str, Any]:
+    """Save at every step, asynchronously, and load each of them."""
+    made = engine(2, "bf16", settings())
+    losses: list[list[float]] = []
+    for step in range(4):
+        made.save_checkpoint(out, tag=f"t{step}", save_latest=step != 3)
+        losses.append(train(made, 1, seed=step))
+    saver.wait_pending()
+    again = [None] * 4
+    loaded = engine(2, "bf16", settings(), seed=4)
+    for step in range(4):
+        loaded.load_checkpoint(out, tag=f"t{step}")
+        again[step] = train(loaded, 1, seed=step)
+    return {"losses": losses, "again": again, "latest": (Path(out) / "latest").read_text()}
+
+
+def save_one_tag_twice(out: str, asynchronous: bool) -> dict[str, Any]:
+    made = engine(3, "bf16", settings(async_save=asynchronous))
+    train(made, 1, seed=1)
+    made.save_checkpoint(out, tag="same")
+    train(made, 1, seed=2)
+    made.save_checkpoint(out, tag="same")
+    losses = train(made, 2, seed=3)
+    loaded = engine(3, "bf16", settings(), seed=4)
+    loaded.load_checkpoint(out)
+    return {"losses": losses, "again": train(loaded, 2, seed=3), "step": loaded.global_steps - 2}
+
+
+def leave_frozen_out(out: str) -> dict[str, Any]:
+    made = engine(2, "bf16", settings(async_save=False))
+    train(made, 1, seed=1)
+    made.save_checkpoint(out, exclude_frozen_parameters=True)
+    state = torch.load(Path(out) / "global_step1" / "mp_rank_00_model_states.pt", weights_only=True)
+    return {"frozen": [name for name in state["module"] if "frozen" in name], "names": len(state["module"])}
+
+
+def write_16bit_model(out: str, stage: int) -> dict[str, Any]:
+    more = {"zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True}}
+    made = engine(stage, "bf16", settings(), **more)
+    train(made, 1, seed=1)
+    assert made.save_16bit_model(out, "weights.bin") is True
+    weights = torch.load(Path(out) / "weights.bin", weights_only=True)
+    stock = backend.stock("save_16bit_model")
+    before = made.checkpoint_engine
+    made.checkpoint_engine = engine(0, "bf16", None).checkpoint_engine
+    stock(made, out, "stock.bin")
+    made.checkpoint_engine = before
+    dist.barrier()
+    reference = torch.load(Path(out) / "stock.bin", weights_only=True)
+    return {
+        "same": list(weights) == list(reference) and all(torch.equal(weights[n], reference[n]) for n in reference),
+        "files": sorted(p.name for p in Path(out).iterdir()),
+    }
+
+
+def fail_16bit_model(out: str) -> str:
+    made = engine(2, "bf16", settings())
+    Path(out).mkdir(parents=True, exist_ok=True)
+    (Path(out) / "weights.bin").mkdir(exist_ok=True)
+    return raised(lambda: made.save_16bit_model(out, "weights.bin"))
+
+
+def raised(action: Any) -> str:
+    """Class and text of the error of ours that `action` raises."""
+    try:
+        action()
+    except errors.RollCkptError as problem:
+        return f"{type(problem).__name__}: {problem}"
+    return "nothing was raised"
+
+
+def fail_on_one_rank(out: str, asynchronous: bool) -> dict[str, Any]:
+    """Rank 1 cannot pickle its client state: nobody hangs, nobody commits, the next save works."""
+    made = engine(3, "bf16", settings(async_save=asynchronous))
+    train(made, 1, seed=1)
+    made.save_checkpoint(out, tag="good")
+    state: dict[str, Any] = {"bad": (lambda: 0)} if dist.get_rank() == 1 else {}
+    told = raised(lambda: made.save_checkpoint(out, tag="bad", client_state=state))
+    pending = saver.pending()
+    saver.wait_pending()
+    failures = [str(save.failure) for save in pending if save.failure is not None]
+    train(made, 1, seed=2)
+    latest = (Path(out) / "latest").read_text()
+    made.save_checkpoint(out, tag="next")
+    saver.wait_pending()
+    entries = sorted(p.name for p in Path(out).iterdir() if not p.name.startswith(".epochs"))
+    return {"told": told, "failures": failures, "latest": latest, "entries": entries}
+
+
+def raise_at_the_fence(out: str) -> str:
+    made = engine(3, "bf16", settings(fail_training=True))
+    state: dict[str, Any] = {"bad": (lambda: 0)} if dist.get_rank() == 1 else {}
+    made.save_checkpoint(out, tag="bad", client_state=state)
+    saver.wait_pending()
+    return raised(lambda: train(made, 1, seed=1))
+
+
+def disagree_on_the_tag(out: str) -> dict[str, Any]:
+    made = engine(2, "bf16", settings())
+    told = raised(lambda: made.save_checkpoint(out, tag=f"rank{dist.get_rank()}"))
+    return {"told": told, "touched": Path(out).exists()}
+
+
+def bad_tag(out: str, tag: str) -> dict[str, Any]:
+    made = engine(0, "bf16", settings())
+    told = raised(lambda: made.save_checkpoint(out, tag=tag))
+    return {"told": told, "touched": Path(out).exists()}
+
+
+def lack_of_room(out: str) -> dict[str, Any]:
+    """The file system's answer is replaced: a full one is made for real in the fault tests."""
+    made = engine(2, "bf16", settings())
+    real = disk.free_bytes
+    disk.free_bytes = lambda path: 1000  # type: ignore[assignment]
+    try:
+        told = raised(lambda: made.save_checkpoint(out))
+    finally:
+        disk.free_bytes = real
+    return {"told": told, "touched": Path(out).exists()}
+
+
+def another_model(out: str) -> dict[str, Any]:
+    made = engine(2, "bf16", settings(async_save=False))
+    made.save_checkpoint(out)
+    other = engine(2, "bf16", settings(), width=32)
+    before = [p.clone() for p in other.module.parameters()]
+    told = raised(lambda: other.load_checkpoint(out))
+    same = all(torch.equal(a, b) for a, b in zip(before, other.module.parameters(), strict=True))
+    return {"told": told, "untouched": same}
+
+
+def load_after_flip(out: str, file: str) -> str:
+    """Flip one bit of `file` in the newest checkpoint and load it; rank 0 flips."""
+    made = engine(2, "bf16", settings(async_save=False))
+    train(made, 1, seed=1)
+    made.save_checkpoint(out, tag="flip")
+    path = Path(out) / "flip" / file
+    if dist.get_rank() == 0:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    dist.barrier()
+    return raised(lambda: made.load_checkpoint(out, tag="flip"))
+
+
+def refuse(section: dict[str, Any], more: dict[str, Any], stage: int = 2) -> str:
+    return raised(lambda: engine(stage, "bf16", section, **more))
+
+
+def loads_with_edited_latest(out: str) -> dict[str, Any]:
+    made = engine(2, "bf16", settings(async_save=False))
+    for step in range(2):
+        train(made, 1, seed=step)
+        made.save_checkpoint(out)
+    latest = Path(out) / "latest"
+    found = {}
+    for told in ("global_step1", "no_such_tag", None):
+        dist.barrier()
+        if dist.get_rank() == 0:
+            latest.unlink() if told is None else latest.write_text(told)
+        dist.barrier()
+        found[told] = made.load_checkpoint(out)[0].split("/")[-2]
+    return found
+
+
+def two_engines(out: str) -> bool:
+    """Two engines of one process save at once, train on, and load back."""
+    first, second = engine(2, "bf16", settings()), engine(3, "bf16", settings(cluster="critic"), seed=1)
+    train(first, 1, seed=1), train(second, 1, seed=1)
+    first.save_checkpoint(f"{out}/a")
+    second.save_checkpoint(f"{out}/b")
+    losses = train(first, 2, seed=2), train(second, 2, seed=2)
+    first.load_checkpoint(f"{out}/a")
+    again = engine(3, "bf16", settings(cluster="critic"), seed=5)
+    again.load_checkpoint(f"{out}/b")
+    return losses == (train(first, 2, seed=2), train(again, 2, seed=2))
+
+
+def collectives_of_one_save(out: str) -> dict[str, int]:
+    """Calls that a warm save makes on the process group, and rendezvous of ours."""
+    made = engine(2, "bf16", settings())
+    train(made, 1, seed=1)
+    made.save_checkpoint(out)
+    train(made, 1, seed=1)
+    counted = {"barrier": 0, "all_reduce": 0, "other": 0}
+    kept = {}
+    watched = ("barrier", "all_reduce", "all_gather_object", "broadcast_object_list", "broadcast", "all_gather")
+    for name in watched:
+        kept[name] = getattr(dist, name)
+
+        def count(*a: Any, _name: str = name, **k: Any) -> Any:
+            counted[_name if _name in counted else "other"] += 1
+            return kept[_name](*a, **k)
+
+        setattr(dist, name, count)
+    rendezvous = backend.attached(made).world._sequence  # type: ignore[union-attr]
+    try:
+        made.save_checkpoint(out, tag="warm")
+    finally:
+        for name in watched:
+            setattr(dist, name, kept[name])
+    saver.wait_pending()
+    return {**counted, "ours": backend.attached(made).world._sequence - rendezvous}  # type: ignore[union-attr]
+
+
+def changes_after_save_stay_out(out: str) -> dict[str, bool]:
+    """Buffers and client tensors may change as soon as save_checkpoint returned, parameters after the fence."""
+    made = engine(2, "bf16", settings())
+    train(made, 1, seed=1)
+    calls = made.module.calls.clone()
+    mine = torch.full((1000,), 7.0)
+    made.save_checkpoint(out, tag="t", client_state={"mine": mine})
+    made.module.calls.fill_(-1)
+    mine.fill_(-1)
+    backend.attached(made).fence()  # type: ignore[union-attr]
+    weight = made.module.norm.weight.detach().clone()
+    made.module.norm.weight.data.fill_(-1)
+    saver.wait_pending()
+    state = torch.load(Path(out) / "t" / "mp_rank_00_model_states.pt", weights_only=True)
+    return {
+        "buffer": torch.equal(state["module"]["calls"], calls),
+        "client": bool((state["mine"] == 7).all()),
+        "weight": torch.equal(state["module"]["norm.weight"], weight),
+    }
+
+
+def clean(path: str) -> None:
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(path, ignore_errors=True)
+    dist.barrier()
+
+
+def cuda_reason() -> str:
+    return native.cuda_status()

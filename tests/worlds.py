@@ -1,0 +1,98 @@
+"""Real torchrun worlds that tests send work to, started once and reused.
+
+`World(2).call("module:function", ...)` runs a function of a module in tests/ on every rank and returns the ranks'
+results; an exception on any rank fails the test with that rank's traceback. The caller imports no framework.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from multiprocessing.connection import Connection, Listener
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+CALL_TIMEOUT_S = 90.0
+START_TIMEOUT_S = 240.0
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """The environment of a torchrun job on CPU and gloo."""
+    path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    return {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONWARNINGS": "ignore", "DEEPSPEED_LOG_LEVEL": "error", **extra}
+
+
+class RankFailed(AssertionError):
+    """A rank of the world raised; its traceback is the message."""
+
+
+class World:
+    """A torchrun job of `size` ranks that waits for calls."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._folder = tempfile.TemporaryDirectory(prefix="roll_ckpt_world_")
+        self._log = open(Path(self._folder.name) / "log", "w+b")  # noqa: SIM115
+        self._listener = Listener(str(Path(self._folder.name) / "socket"), "AF_UNIX")
+        self._job = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+                *("--nproc-per-node", str(size), str(ROOT / "tests" / "worker.py"), self._listener.address),
+            ],
+            env=environment(),
+            cwd=self._folder.name,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        self._ranks: dict[int, Connection] = {}
+        self._accept()
+
+    def _accept(self) -> None:
+        self._listener._listener._socket.settimeout(START_TIMEOUT_S)  # type: ignore[attr-defined]
+        for _ in range(self.size):
+            connection = self._listener.accept()
+            self._ranks[connection.recv()] = connection
+
+    def call(self, function: str, *args: Any, **kwargs: Any) -> list[Any]:
+        """Run `function`, given as "module:name", on every rank; results in the order of ranks."""
+        module, _, name = function.partition(":")
+        for connection in self._ranks.values():
+            connection.send((module, name, args, kwargs))
+        results: dict[int, Any] = {}
+        failures: dict[int, str] = {}
+        limit = time.monotonic() + CALL_TIMEOUT_S
+        for rank in sorted(self._ranks):
+            if not self._ranks[rank].poll(max(0.0, limit - time.monotonic())):
+                failures[rank] = f"no answer within {CALL_TIMEOUT_S} s"
+                continue
+            try:
+                fine, value = self._ranks[rank].recv()
+            except EOFError:
+                fine, value = False, "the process died"
+            (results if fine else failures)[rank] = value
+        if failures:
+            told = "\n".join(f"--- rank {rank}: {text}" for rank, text in failures.items())
+            raise RankFailed(f"{function}:\n{told}\n--- log\n{self.log()[-6000:]}")
+        return [results[rank] for rank in range(self.size)]
+
+    def log(self) -> str:
+        """What the ranks printed so far."""
+        return (Path(self._folder.name) / "log").read_text(errors="replace")
+
+    def close(self) -> None:
+        for connection in self._ranks.values():
+            connection.close()
+        try:
+            self._job.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._job.pid, signal.SIGKILL)
+            self._job.wait()
+        self._listener.close()
+        self._log.close()
+        self._folder.cleanup()
