@@ -66,7 +66,7 @@ def locate(given: str) -> Place:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    """Whether a directory is one, also if one of its records is gone. Other people have a manifest.json, too."""
+    """Whether a directory is one, perhaps with a record gone. Others have a manifest.json, too."""
     return sum(disk.exists(path / record) for record in (names.MANIFEST, names.EXPECTED, names.DECISION)) > 1
 
 
@@ -579,8 +579,8 @@ def _positive(text: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code. SystemExit(2) on wrong usage."""
-    # `roll-ckpt ls | head` ends quietly.
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    if argv is None:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `roll-ckpt ls | head` ends quietly
     args = _parser().parse_args(argv)
     try:
         code: int = args.run(args)
