@@ -24,7 +24,7 @@ runs.other_ranks(attempt, "new", runs.RANKS[:{votes}])
 
 def python(script: str, *arguments: object) -> subprocess.Popen[str]:
     """A process of its own, without torch, so that it may fork."""
-    head = "import sys; from pathlib import Path; import runs; from roll_ckpt import commit\nout = Path(sys.argv[1])"
+    head = "import sys, runs; from pathlib import Path; from roll_ckpt import commit; out = Path(sys.argv[1])"
     return subprocess.Popen(
         [sys.executable, "-c", f"{head}\n{script}", *map(str, arguments)],
         cwd=HERE,
