@@ -84,7 +84,7 @@ def _killed_and_resumed() -> None:
         console.show_cursor()
     console.print(f"\n  SIGKILL to torchrun ({pids[0]}) and its workers ({', '.join(map(str, pids[1:]))}).")
     console.print(
-        f"  actor_train has voted for checkpoint-{KILL_STEP} on every rank, critic has not. On disk now:\n"
+        f"  Every rank of actor_train has voted for checkpoint-{KILL_STEP}, none of critic. On disk now:\n"
     )
     console.print(disk_tree(output_dir))
     _must_not_exist(output_dir / names.checkpoint(KILL_STEP))

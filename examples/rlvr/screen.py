@@ -44,11 +44,13 @@ class Screen:
         self._prefix = f"{world:<12}" if not bar else ""
         self._progress = Progress(
             TextColumn("  {task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.completed:>2}/{task.total} steps"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.completed}/{task.total} steps"),
             TextColumn("{task.fields[figures]}"),
             TimeElapsedColumn(),
             console=console,
+            redirect_stdout=False,
+            redirect_stderr=False,
             disable=not (bar and console.is_terminal),
         )
         self._task = self._progress.add_task("starting", total=max_steps, figures="")
@@ -65,10 +67,10 @@ class Screen:
         self._progress.update(self._task, description="training", completed=(resumed_from or -1) + 1)
 
     def step(self, step: int, figures: dict[str, float], metrics: dict[str, Any]) -> None:
-        shown = "  ".join(f"{_LABELS[name]} {figures[name]:.3f}" for name in _LABELS if name in figures)
+        shown = [f"{_LABELS[name]} {figures[name]:.3f}" for name in _LABELS if name in figures]
         if self._progress.disable:
-            self.say(f"step {step:>2}  {shown}")
-        self._progress.update(self._task, completed=step + 1, figures=shown)
+            self.say(f"step {step:>2}  {'  '.join(shown)}")
+        self._progress.update(self._task, completed=step + 1, figures="  ".join(shown[:2]))
         for line in _checkpoint_lines(step, metrics):
             self.say(f"         {line}" if self._progress.disable else line)
 

@@ -11,6 +11,7 @@ from rich.tree import Tree
 
 from examples.rlvr.journal import Launch
 from examples.rlvr.screen import seconds, size
+from roll_ckpt import names
 
 
 @dataclass
@@ -74,8 +75,17 @@ def _count(
 
 def save_table(rows: list[SaveRow], output_dir: Path, uploads: Path) -> Table:
     table = Table(title=f"Every save of {output_dir}", title_justify="left", title_style="bold", box=None)
-    for heading, justify in _HEADINGS.items():
-        table.add_column(heading, justify=justify)
+    for heading in (
+        "step",
+        "clusters",
+        "bytes",
+        "blocked",
+        "to durable",
+        "uploaded in",
+        "pruned",
+        "resumed from",
+    ):
+        table.add_column(heading, justify="left" if heading in ("clusters", "pruned") else "right")
     for row in rows:
         if row.durable_s is None:
             fate = ["[red]killed[/]", "", "[red]discarded[/]"]
@@ -95,20 +105,8 @@ def save_table(rows: list[SaveRow], output_dir: Path, uploads: Path) -> Table:
     return table
 
 
-_HEADINGS = {
-    "step": "right",
-    "clusters": "left",
-    "bytes": "right",
-    "training blocked": "right",
-    "to durable": "right",
-    "uploaded in": "right",
-    "pruned": "left",
-    "resumed from": "left",
-}
-
-
 def disk_tree(root: Path) -> Tree:
-    """What lies below `root`: small files by name, the rest with its size."""
+    """What lies below `root`; in a checkpoint each folder's files are summed up, but the votes are shown."""
     tree = Tree(f"[bold]{root}/[/]", guide_style="dim")
     _grow(tree, root, depth=0)
     return tree
@@ -118,9 +116,16 @@ def _grow(tree: Tree, directory: Path, depth: int) -> None:
     for path in sorted(directory.iterdir()):
         if not path.is_dir():
             tree.add(f"{path.name}  [dim]{size(path.stat().st_size)}[/]")
-        elif depth == 0 and path.name.startswith("checkpoint-"):
-            files = [file.stat().st_size for file in path.rglob("*") if file.is_file()]
-            tree.add(f"[green]{path.name}/[/]  [dim]complete: {len(files)} files, {size(sum(files))}[/]")
+        elif depth == 0 and names.step_of(path.name) is not None:
+            tree.add(f"[green]{path.name}/[/]  [dim]complete: {_sum(path)}[/]")
+        elif depth == 2 and path.name != names.VOTES:
+            tree.add(f"{path.name}/  [dim]{_sum(path)}[/]")
         else:
-            style = "red" if depth == 0 and path.name.endswith(".tmp") else "none"
-            _grow(tree.add(f"[{style}]{path.name}/[/]"), path, depth + 1)
+            temporary = names.parse_attempt_dir(path.name) is not None
+            shown = f"[red]{path.name}/[/]  [dim]not a checkpoint[/]" if temporary else f"{path.name}/"
+            _grow(tree.add(shown), path, depth + 1)
+
+
+def _sum(directory: Path) -> str:
+    sizes = [path.stat().st_size for path in directory.rglob("*") if path.is_file()]
+    return f"{len(sizes)} files, {size(sum(sizes))}"
