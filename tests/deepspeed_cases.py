@@ -340,3 +340,141 @@ def clean(path: str) -> None:
 
 def cuda_reason() -> str:
     return native.cuda_status()
+
+
+# --- engines that save without overlap ---
+
+
+def offloaded(out: str) -> list[bool]:
+    """CPU offload of the optimizer: copied before save returns, continued alike by stock and by us."""
+    more = {
+        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": False}},
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    assert not backend.overlappable(engine(2, "bf16", settings(), **more))
+    losses = save_with_us_load_with_all(out, 2, "bf16", **more)
+    return [losses["unbroken"] == losses["stock"], losses["unbroken"] == losses["ours"]]
+
+
+def with_lora(out: str) -> list[bool]:
+    """A PEFT model: only the adapters train; merged and unmerged behind a fence."""
+    import deepspeed
+    import peft
+    from tiny import Net, config
+
+    def made(seed: int, ours: dict[str, Any] | None) -> Any:
+        torch.manual_seed(seed)
+        lora = peft.LoraConfig(target_modules=["layers.0", "layers.1", "layers.2"], r=4)
+        model = peft.get_peft_model(Net(), lora)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return deepspeed.initialize(model=model, model_parameters=trained, config=config(2, "bf16", ours))[0]
+
+    first = made(0, settings())
+    assert not backend.overlappable(first)
+    train(first, 2, seed=1)
+    first.save_checkpoint(out)
+    unbroken = train(first, 2, seed=2)
+    found = []
+    for seed, ours in ((3, None), (4, settings())):
+        again = made(seed, ours)
+        again.load_checkpoint(out)
+        found.append(train(again, 2, seed=2) == unbroken)
+    return found
+
+
+def with_experts(out: str) -> list[bool]:
+    """A mixture of experts over two ranks."""
+    import deepspeed
+    from deepspeed.moe.layer import MoE
+    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+    from tiny import config
+
+    class Experts(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside = torch.nn.Linear(16, 16)
+            self.moe = MoE(16, torch.nn.Linear(16, 16), num_experts=2, ep_size=2, k=1, min_capacity=8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.moe(torch.relu(self.inside(x)))[0].float().pow(2).mean()
+
+    def made(seed: int, ours: dict[str, Any] | None) -> Any:
+        torch.manual_seed(seed)
+        model = Experts()
+        group = {"params": list(model.parameters()), "name": "all"}
+        groups = split_params_into_different_moe_groups_for_optimizer(group)
+        optimizer = torch.optim.AdamW(groups, lr=1e-3)
+        settings_ = config(2, "bf16", ours)
+        del settings_["optimizer"]
+        return deepspeed.initialize(model=model, optimizer=optimizer, config=settings_)[0]
+
+    def steps(trained: Any, seed: int) -> list[float]:
+        losses = []
+        for step in range(2):
+            torch.manual_seed(100 * seed + 10 * step + dist.get_rank())
+            loss = trained(torch.randn(4, 8, 16).bfloat16())
+            trained.backward(loss)
+            trained.step()
+            losses.append(float(loss))
+        return losses
+
+    first = made(0, settings())
+    assert first.has_moe_layers and not backend.overlappable(first)
+    steps(first, 1)
+    first.save_checkpoint(out)
+    unbroken = steps(first, 2)
+    found = []
+    for seed, ours in ((3, None), (4, settings())):
+        again = made(seed, ours)
+        again.load_checkpoint(out)
+        found.append(steps(again, 2) == unbroken)
+    return found
+
+
+def with_stages(out: str) -> list[bool]:
+    """A PipelineModule with one stage on each rank."""
+    import deepspeed
+    from deepspeed.pipe import PipelineModule
+    from tiny import config
+
+    def made(seed: int, ours: dict[str, Any] | None) -> Any:
+        torch.manual_seed(seed)
+        layers = [torch.nn.Linear(16, 16) for _ in range(4)]
+        model = PipelineModule(layers=layers, loss_fn=torch.nn.MSELoss(), num_stages=2)
+        settings_ = config(1, "bf16", ours, train_batch_size=8, gradient_accumulation_steps=2)
+        settings_["zero_optimization"] = {"stage": 1}
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return deepspeed.initialize(model=model, model_parameters=trained, config=settings_)[0]
+
+    def steps(trained: Any, seed: int) -> list[float]:
+        torch.manual_seed(seed)
+        data = [(torch.randn(4, 16).bfloat16(), torch.randn(4, 16).bfloat16()) for _ in range(8)]
+        batches = iter(data)
+        return [float(trained.train_batch(data_iter=batches)) for _ in range(2)]
+
+    first = made(0, settings())
+    assert not backend.overlappable(first)
+    steps(first, 1)
+    first.save_checkpoint(out)
+    unbroken = steps(first, 2)
+    found = []
+    for seed, ours in ((3, None), (4, settings())):
+        again = made(seed, ours)
+        again.load_checkpoint(out)
+        found.append(steps(again, 2) == unbroken)
+    deepspeed.utils.groups.mpu = None  # PipelineEngine leaves its grid there for every later engine
+    return found
+
+
+def without_optimizer(out: str, stage: int) -> str:
+    """An engine that only infers: it starts with our section, and its save is refused with the reason."""
+    import deepspeed
+    from tiny import Net, config
+
+    made = config(stage, "bf16", settings())
+    del made["optimizer"], made["scheduler"]
+    made["zero_optimization"] = {"stage": stage}
+    with deepspeed.zero.Init(config_dict_or_path=made, enabled=stage == 3):
+        net = Net()
+    idle = deepspeed.initialize(model=net, config=made)[0]
+    return raised(lambda: idle.save_checkpoint(out))

@@ -215,3 +215,15 @@ def launch(*arguments: str) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("case", ["offloaded", "with_lora", "with_experts", "with_stages"])
+def test_what_saves_without_overlap_is_continued_by_stock_and_by_us(two_ranks: World, tmp_path: Path, case: str) -> None:
+    assert two_ranks.call(f"{CASES}:{case}", str(tmp_path)) == [[True, True], [True, True]]
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_an_engine_without_optimizer_starts_and_its_save_is_refused(two_ranks: World, tmp_path: Path, stage: int) -> None:
+    for told in two_ranks.call(f"{CASES}:without_optimizer", str(tmp_path / "run"), stage):
+        assert told.startswith("UnsupportedError") and "optimizer" in told
+    assert not (tmp_path / "run").exists()

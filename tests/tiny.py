@@ -49,7 +49,7 @@ def config(stage: int, precision: str, ours: dict[str, Any] | None = None, **mor
     if precision == "bf16":
         made["bf16"] = {"enabled": True}
     if ours is not None:
-        made["checkpoint"] = {"roll_ckpt": ours}
+        made.setdefault("checkpoint", {})["roll_ckpt"] = ours
     return made
 
 

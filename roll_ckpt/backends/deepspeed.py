@@ -286,9 +286,14 @@ def parameters_of(engine: DeepSpeedEngine) -> dict[str, dict[str, Any]]:
     }
 
 
+def _base_optimizer(engine: DeepSpeedEngine) -> Any:
+    """The torch optimizer under DeepSpeed's wrapper; without one a `DummyOptim`, None or an offload hook."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
 def _optimizer_tensors(engine: DeepSpeedEngine) -> Iterator[torch.Tensor]:
     """The flat partitions (or plain parameters) that the optimizer owns, and its state for them."""
-    base = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    base = _base_optimizer(engine)
     for group in base.param_groups:
         yield from (parameter.data for parameter in group["params"])
     for state in base.state.values():
@@ -356,15 +361,23 @@ def refuse_unsupported(engine: DeepSpeedEngine) -> None:
     """Raise for what this version does not support, by name and with the reason.
 
     Raises:
-        UnsupportedError, ConfigError
+        UnsupportedError
     """
     for name, (found, reason) in _refusals(engine).items():
         if found:
             raise errors.UnsupportedError(f"roll_ckpt does not support {name} in this version: {reason}")
-    config = engine._config
+
+
+def refuse_rivals(engine: DeepSpeedEngine) -> None:
+    """Raise if the config also asks for another checkpoint engine.
+
+    Raises:
+        ConfigError: names both keys.
+    """
+    values = engine._config._param_dict
     for key, present in {
-        "checkpoint.writer": bool((config._param_dict.get("checkpoint") or {}).get("writer")),
-        "datastates_ckpt": "datastates_ckpt" in config._param_dict,
+        "checkpoint.writer": bool((values.get("checkpoint") or {}).get("writer")),
+        "datastates_ckpt": "datastates_ckpt" in values,
     }.items():
         if present:
             raise errors.ConfigError(
@@ -378,7 +391,8 @@ def _refusals(engine: DeepSpeedEngine) -> dict[str, tuple[bool, str]]:
     offloads = [zero.offload_optimizer, zero.offload_param]
     subset = engine.seq_dp_world_size * engine.mp_world_size
     if isinstance(engine, PipelineEngine):
-        subset = engine.grid.data_parallel_size * engine.grid.pipe_parallel_size * engine.grid.model_parallel_size
+        grid = engine.module.mpu()
+        subset = grid.data_parallel_size * grid.pipe_parallel_size * grid.model_parallel_size
     return {
         "NVMe offload": (
             any(o is not None and o.device == "nvme" for o in offloads),
@@ -419,7 +433,8 @@ def _refusals(engine: DeepSpeedEngine) -> dict[str, tuple[bool, str]]:
 
 
 def _without_optimizer(engine: DeepSpeedEngine) -> bool:
-    return engine.optimizer is None or isinstance(engine.optimizer, DummyOptim)
+    base = _base_optimizer(engine)
+    return isinstance(base, DummyOptim) or not hasattr(base, "param_groups")
 
 
 # --- installation --------------------------------------------------------------------------------------------
@@ -429,7 +444,7 @@ def attach(engine: DeepSpeedEngine, settings: Settings, cluster: str) -> RollChe
     """Put our checkpoint engine into `engine`; every rank calls. No collective.
 
     Raises:
-        UnsupportedError, ConfigError: see `refuse_unsupported`; the engine is left as it was.
+        UnsupportedError, ConfigError: see `refuse_unsupported` and `refuse_rivals`; the engine is left as it was.
     """
     install()
     if _without_optimizer(engine) or engine.checkpoint_engine is None:
@@ -437,6 +452,7 @@ def attach(engine: DeepSpeedEngine, settings: Settings, cluster: str) -> RollChe
             f"cluster {cluster}: DeepSpeed cannot save an engine without an optimizer at any ZeRO stage; "
             "keep frozen models out of the checkpoint clusters"
         )
+    refuse_rivals(engine)
     refuse_unsupported(engine)
     engine.checkpoint_engine.cleanup()
     engine.checkpoint_engine = RollCheckpointEngine(engine, settings, cluster)
@@ -484,8 +500,10 @@ def install() -> None:
 
 
 def _configure_checkpointing(original: Callable[..., Any], engine: DeepSpeedEngine, *args: Any, **kw: Any) -> None:
-    original(engine, *args, **kw)
     settings = section_of(engine)
+    if settings is not None:
+        refuse_rivals(engine)
+    original(engine, *args, **kw)
     if settings is not None and not _without_optimizer(engine):
         attach(engine, settings, settings.cluster)
 
