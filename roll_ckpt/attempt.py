@@ -101,8 +101,9 @@ def begin(
         _make(attempt)
     except FileNotFoundError as error:
         raise abandoned(attempt) from error
-    if abort_reason(attempt) is not None:
-        # Another world gave up before we made the directory, perhaps anew: it must not be left behind.
+    if abort_reason(attempt) is not None or epoch.newest_number(attempt.output_dir) != attempt.epoch:
+        # Another world, or a newer run, gave it up before we made the directory, perhaps anew: nobody else
+        # will look for it now.
         disk.remove_tree(attempt.directory)
         raise abandoned(attempt)
     disk.reach("begin.made", name=name, epoch=attempt.epoch, attempt=number)

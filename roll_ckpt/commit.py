@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import disk, names
@@ -28,6 +28,7 @@ from .manifest import (
     Decision,
     Expected,
     Manifest,
+    Vote,
     build,
     objection,
     parse_decision,
@@ -107,6 +108,7 @@ def claim(
                 )
     output_dir = Path(output_dir)
     claimed = epochs.claim_number(output_dir, run_id, clusters, expected_clusters, take_over)
+    disk.reach("epoch.claimed", number=claimed.number)
     try:
         for found in recover(output_dir, epoch=claimed):
             log.warning("%s of attempt %s.%s: %s (%s)", output_dir / found.name, found.epoch, found.attempt,
@@ -149,7 +151,7 @@ def settle(
 
 def _settle(attempt: Attempt, lead: bool, timeout_s: float, clock: Callable[[], float]) -> Outcome:
     limit = clock() + timeout_s
-    votes: dict[str, bytes] = {}
+    ballot = _Ballot()
     decision: Decision | None = None
     pause, vanished = _FIRST_PAUSE_S, 0
     while attempt.directory.name in disk.list_dir(attempt.output_dir):
@@ -157,7 +159,7 @@ def _settle(attempt: Attempt, lead: bool, timeout_s: float, clock: Callable[[], 
         try:
             decision = decision or _decided(attempt)
             if lead or over:
-                decision = decision or _decide(attempt, votes, attempt.epoch, over)
+                decision = decision or _decide(attempt, ballot, attempt.epoch, over)
                 if decision is not None:
                     note = _carry_out(attempt, decision, attempt.epoch, save_latest=attempt.save_latest)
                     return Outcome(decision.commit, decision.reason or note)
@@ -185,23 +187,34 @@ def _afterwards(attempt: Attempt, decision: Decision | None) -> Outcome:
 # --- deciding -----------------------------------------------------------------------------------------------
 
 
-def _decide(attempt: Attempt, votes: dict[str, bytes], epoch: int, over: bool) -> Decision | None:
+@dataclass
+class _Ballot:
+    """The votes that have come so far: each is read and parsed once."""
+
+    data: dict[str, bytes] = field(default_factory=dict)
+    votes: dict[str, Vote] = field(default_factory=dict)
+    refusal: str = ""
+
+
+def _decide(attempt: Attempt, ballot: _Ballot, epoch: int, over: bool) -> Decision | None:
     """Decide if the votes that are there, or the time, suffice; return what was decided, by whomever."""
     path = attempt.unit / names.EXPECTED
     expected = disk.read_bytes(path)
     told = parse_expected(expected, path)
-    _collect(attempt, told, votes)
-    reason = _refusal(attempt, told, votes)
-    if not reason and len(votes) < len(told.voters()):
+    voters = told.voters()
+    _collect(attempt, told, voters, ballot)
+    reason = ballot.refusal
+    if not reason and len(ballot.votes) < len(voters):
         if not over:
             return None
-        reason = f"no vote came from {_missing(told, votes)}; see the log of those processes"
-    reason = reason or _unsound(attempt.unit, told, votes)
+        missing = [file for file in voters if file not in ballot.votes]
+        reason = f"no vote came from {_ranks_of(missing)}; see the log of those processes"
+    reason = reason or _unsound(attempt.unit, ballot)
     epochs.check(attempt.output_dir, epoch)
     sealed = ""
     if not reason:
         try:
-            sealed = _write_manifest(attempt, votes, expected)
+            sealed = _write_manifest(attempt, ballot.data, expected)
         except Damaged as error:
             reason = str(error)
         except OSError as error:
@@ -220,30 +233,26 @@ def _decide(attempt: Attempt, votes: dict[str, bytes], epoch: int, over: bool) -
     return _decided(attempt)
 
 
-def _collect(attempt: Attempt, told: Expected, votes: dict[str, bytes]) -> None:
+def _collect(attempt: Attempt, told: Expected, voters: list[str], ballot: _Ballot) -> None:
     folder = attempt.unit / names.VOTES
     entries = set(disk.list_dir(folder))
-    for file in told.voters():
-        if file in entries and file not in votes:
-            votes[file] = disk.read_bytes(folder / file)
-
-
-def _refusal(attempt: Attempt, told: Expected, votes: Mapping[str, bytes]) -> str:
-    """The first vote's objection to a commit, "" if there is none."""
-    for file in sorted(votes):
-        path = attempt.unit / names.VOTES / file
+    for file in voters:
+        if file not in entries or file in ballot.votes:
+            continue
+        data = disk.read_bytes(folder / file)
         try:
-            if problem := objection(parse_vote(votes[file], path), told, file):
-                return problem
+            vote = parse_vote(data, folder / file)
         except Damaged as error:
-            return str(error)
-    return ""
+            ballot.refusal = ballot.refusal or str(error)
+            continue
+        ballot.data[file], ballot.votes[file] = data, vote
+        ballot.refusal = ballot.refusal or objection(vote, told, file)
 
 
-def _missing(told: Expected, votes: Mapping[str, bytes]) -> str:
+def _ranks_of(files: list[str]) -> str:
     absent: dict[str, list[int]] = {}
-    for file in told.voters():
-        if file not in votes and (parsed := names.parse_vote_file(file)):
+    for file in files:
+        if parsed := names.parse_vote_file(file):
             absent.setdefault(parsed[0], []).append(parsed[1])
     return ", ".join(f"cluster {cluster!r} rank {_ranks(ranks)}" for cluster, ranks in absent.items())
 
@@ -253,14 +262,18 @@ def _ranks(ranks: list[int]) -> str:
     return shown if len(ranks) <= 8 else f"{shown} and {len(ranks) - 8} more"
 
 
-def _unsound(unit: Path, told: Expected, votes: Mapping[str, bytes]) -> str:
+def _unsound(unit: Path, ballot: _Ballot) -> str:
     """Why the files in the unit are not those that the votes list, "" if they are."""
     listed: dict[str, tuple[int, str]] = {}
-    for file in told.voters():
-        vote = parse_vote(votes[file], file)
+    for vote in ballot.votes.values():
         for receipt in vote.receipts:
             listed[receipt.path] = (receipt.nbytes, f"cluster {vote.cluster!r} rank {vote.rank}")
-    ours = {names.MANIFEST, names.DECISION, names.EXPECTED, *(f"{names.VOTES}/{file}" for file in votes)}
+    ours = {
+        names.MANIFEST,
+        names.DECISION,
+        names.EXPECTED,
+        *(f"{names.VOTES}/{file}" for file in ballot.votes),
+    }
     found = dict(disk.walk_all(unit))
     for path, (nbytes, who) in sorted(listed.items()):
         if not found.get(path):
@@ -493,7 +506,7 @@ def _recover_one(output_dir: Path, name: str, old_epoch: int, number: int, epoch
     bare = Attempt(output_dir, name, None, "", old_epoch, number, {}, False)
     for _ in range(50):
         try:
-            decision = _decided(bare) or _decide(bare, {}, epoch, over=True)
+            decision = _decided(bare) or _decide(bare, _Ballot(), epoch, over=True)
             if decision is not None:
                 save_latest = decision.commit and _is_newest(bare)
                 _carry_out(bare, decision, epoch, save_latest=save_latest)

@@ -1,7 +1,7 @@
 """Sealed records: canonical JSON that carries its own SHA-256, so that any flipped bit shows.
 
     {
-     "epoch": 3,                    keys sorted, one space of indent, ASCII, one newline at the end
+     "epoch": 3,                    keys sorted, one line each, ASCII, one newline at the end
      ...
      "sha256": "..."                of the same text without this key
     }
@@ -22,8 +22,23 @@ T = TypeVar("T")
 
 
 def canonical(record: dict[str, Any]) -> bytes:
-    """The one spelling of `record`. ValueError or TypeError if it is not plain JSON (NaN, foreign types)."""
-    return (json.dumps(record, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False) + "\n").encode()
+    """The one spelling of `record`. ValueError or TypeError if it is not plain JSON (NaN, foreign types).
+
+    One line a key, and one line an entry where a value is an object: a person can read it, and only the
+    fast encoder of json (which cannot indent) walks the values.
+    """
+    lines = [f" {_spell(key)}: {_spell_value(record[key])}" for key in sorted(record)]
+    return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+
+
+def _spell_value(value: object) -> str:
+    if not isinstance(value, dict) or not value:
+        return _spell(value)
+    return "{\n" + ",\n".join(f"  {_spell(key)}: {_spell(value[key])}" for key in sorted(value)) + "\n }"
+
+
+def _spell(value: object) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=True, allow_nan=False)
 
 
 def seal(record: dict[str, Any]) -> bytes:

@@ -11,6 +11,8 @@ from . import commit, disk, epoch, manifest, names, native
 from .errors import Damaged, NotFound
 from .seal import sha256
 
+_SMALL_BYTES = 1 << 20  # below it, starting native threads takes longer than reading
+
 
 @dataclass(frozen=True, order=True)
 class Problem:
@@ -99,13 +101,15 @@ def _check_rebuilt(votes: dict[str, bytes], expected: bytes, record: bytes) -> N
 def _contents(unit: Path, receipt: manifest.Receipt) -> list[Problem]:
     path = unit / receipt.path
     try:
-        if disk.is_held(path):
-            # Our own lock is on it: an open by anybody else here would drop it.
+        if receipt.nbytes <= _SMALL_BYTES or disk.is_held(path):
+            # Under our own lock an open by anybody but disk.py would drop it.
             data = disk.read_bytes(path)
             nbytes, crcs = len(data), manifest.digest_bytes(data, receipt.block_bytes)
         else:
             digest = native.digest_file(str(path), receipt.block_bytes)
             nbytes, crcs = digest.nbytes, list(digest.crcs)
+    except Damaged as error:
+        return [Problem(receipt.path, "size", str(error))]
     except OSError as error:
         return [_unreadable(receipt.path, error)]
     if nbytes != receipt.nbytes:

@@ -1,0 +1,140 @@
+"""A run in miniature, without torch: two clusters of two ranks, each rank a process, small files."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import NoReturn
+
+from roll_ckpt import commit, disk, manifest, names, retention, verify
+
+CLUSTERS = {"actor": 2, "critic": 2}
+RANKS = [(cluster, rank) for cluster in CLUSTERS for rank in range(CLUSTERS[cluster])]
+RUN = "run-1"
+
+
+def contents(salt: str, cluster: str, rank: int) -> bytes:
+    return f"{salt} {cluster} {rank}\n".encode() * (rank + 1)
+
+
+def write(attempt: commit.Attempt, salt: str, cluster: str, rank: int) -> manifest.Vote:
+    """Write one rank's files durably; return its vote."""
+    disk.make_dirs(attempt.unit / cluster / "deep")
+    files = {f"{cluster}/rank_{rank}.pt": contents(salt, cluster, rank)}
+    if not rank:
+        files[f"{cluster}/deep/empty"] = b""
+    for path, data in files.items():
+        disk.write_durable(attempt.unit / path, data)
+    receipts = tuple(manifest.receipt_of_bytes(path, data) for path, data in files.items())
+    return manifest.Vote(cluster, rank, attempt.epoch, attempt.attempt, receipts, facts={"framework": "none"})
+
+
+def vote(attempt: commit.Attempt, salt: str, cluster: str, rank: int) -> None:
+    commit.cast(attempt, write(attempt, salt, cluster, rank))
+
+
+def forked(work: Callable[[], object]) -> int:
+    """Run `work` in a child that exits 0, or 1 with a traceback; return its process id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    _leave(work)
+
+
+def _leave(work: Callable[[], object]) -> NoReturn:
+    code = 1
+    try:
+        work()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def ended(pid: int) -> int:
+    """Wait for a child; its exit code, or minus the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def other_ranks(attempt: commit.Attempt, salt: str, ranks: list[tuple[str, int]]) -> None:
+    """Let other processes write and vote, and wait for them."""
+
+    def work(cluster: str, rank: int) -> None:
+        disk.observer = disk.listener = None
+        vote(replace(attempt, pid=os.getpid()), salt, cluster, rank)
+
+    pids = [forked(lambda c=c, r=r: work(c, r)) for c, r in ranks]  # type: ignore[misc]
+    assert [ended(pid) for pid in pids] == [0] * len(pids)
+
+
+def save(epoch: commit.Epoch, step: int, salt: str, *, alone: bool = False) -> commit.Outcome:
+    """One whole checkpoint; this process is the first rank and the lead, and all other ranks if `alone`."""
+    attempt = commit.begin(epoch, names.checkpoint(step), step=step, expected=CLUSTERS)
+    (attempt.directory / "helper.py").write_text(salt)
+    if alone:
+        for cluster, rank in RANKS[1:]:
+            vote(attempt, salt, cluster, rank)
+    else:
+        other_ranks(attempt, salt, RANKS[1:])
+    vote(attempt, salt, *RANKS[0])
+    return commit.settle(attempt, lead=True, timeout_s=10)
+
+
+def claim(output_dir: Path, **options: object) -> commit.Epoch:
+    return commit.claim(output_dir, run_id=RUN, clusters=CLUSTERS, **options)  # type: ignore[arg-type]
+
+
+def history(output_dir: Path, steps: list[int], salt: str = "old") -> None:
+    """A run that has saved these steps and has ended."""
+
+    def work() -> None:
+        epoch = claim(output_dir)
+        for step in steps:
+            assert save(epoch, step, salt, alone=True).committed
+
+    assert ended(forked(work)) == 0
+
+
+def salts(output_dir: Path, *, whole: bool = True) -> dict[str, str]:
+    """The salt of each committed checkpoint. Fails if one is not sound, or is a mixture of two saves."""
+    found = {}
+    for told in commit.committed(output_dir, report=_refuse):
+        unit = output_dir / told.name
+        assert not whole or verify.verify(unit) == []
+        salt = (unit / "actor/rank_0.pt").read_text().split()[0]
+        for cluster, rank in RANKS:
+            assert (unit / cluster / f"rank_{rank}.pt").read_bytes() == contents(salt, cluster, rank), (
+                told.name
+            )
+        found[told.name] = salt
+    return found
+
+
+def _refuse(problem: Exception) -> None:
+    raise problem
+
+
+def assert_sound(output_dir: Path) -> dict[str, str]:
+    """What holds at every instant: whole checkpoints only, and `latest` names one of them."""
+    found = salts(output_dir)
+    latest = output_dir / names.LATEST
+    assert not latest.exists() or latest.read_text() in found, (latest.read_text(), found)
+    return found
+
+
+def assert_clean(output_dir: Path, epoch: commit.Epoch) -> None:
+    """What holds after recovery: no garbage at all."""
+    hidden = sorted(path.name for path in output_dir.iterdir() if path.name.startswith("."))
+    assert hidden == [names.EPOCHS, names.TRASH], hidden
+    assert disk.list_dir(output_dir / names.TRASH) == [str(epoch.number)]
+    assert disk.list_dir(output_dir / names.trash_dir(epoch.number)) == []
+    assert disk.list_dir(output_dir / names.EPOCHS) == [str(epoch.number)]
+    assert verify.verify_run(output_dir) == []
+
+
+def prune(epoch: commit.Epoch, keep: int) -> list[str]:
+    return retention.prune(epoch.output_dir, epoch, keep)
