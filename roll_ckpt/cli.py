@@ -264,10 +264,13 @@ def show(args: argparse.Namespace) -> int:
     """The manifest of one checkpoint in readable form."""
     place = locate(args.path)
     if place.name is None:
-        newest = commit.find(place.output_dir)
-        if newest is None:
-            raise NotFound(f"{args.path}: no committed checkpoint is there; see `roll-ckpt ls`")
-        place = Place(place.output_dir, newest.name)
+        found = survey(place.output_dir)
+        for problem in found.damaged:
+            _say(f"damaged: {problem}")
+        if not found.checkpoints:
+            _say(f"{args.path}: no committed checkpoint can be shown; see `roll-ckpt ls`")
+            return DAMAGED if found.damaged else ERROR
+        place = Place(place.output_dir, found.checkpoints[-1].name)
     told = manifest.read(place.unit)
     files = [f for f in told.files if f"{f.path}/".startswith(f"{place.part}/" if place.part else "")]
     nbytes = sum(file.nbytes for file in files)
