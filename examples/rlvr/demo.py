@@ -39,12 +39,20 @@ class DemoFailed(Exception):
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m examples.rlvr.demo", description=__doc__.split("\n")[0])
     parser.add_argument("--worlds", action="store_true", help="actor and critic as two torchrun jobs")
-    worlds = parser.parse_args().worlds
+    parser.add_argument(
+        "--forget-rng",
+        action="store_true",
+        help="resume without the random numbers: the comparison must fail",
+    )
+    arguments = parser.parse_args()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)
     began = time.monotonic()
     try:
-        (_two_worlds if worlds else _killed_and_resumed)()
+        if arguments.worlds:
+            _two_worlds()
+        else:
+            _killed_and_resumed(["--forget-rng"] if arguments.forget_rng else [])
     except (DemoFailed, JobFailed) as problem:
         console.print(f"\n[bold red]The demonstration failed:[/] {problem}", soft_wrap=True, markup=True)
         return 1
@@ -64,7 +72,7 @@ def _leave(number: int, _: object) -> NoReturn:
 # --- one world, killed and resumed ------------------------------------------------------------------------
 
 
-def _killed_and_resumed() -> None:
+def _killed_and_resumed(resume_with: list[str]) -> None:
     output_dir, work_dir = Path("runs/demo"), Path("runs/demo-work")
     marker = _empty(output_dir, work_dir)
     unbroken = work_dir / "unbroken"
@@ -90,7 +98,7 @@ def _killed_and_resumed() -> None:
     _must_not_exist(output_dir / names.checkpoint(KILL_STEP))
 
     _heading("3. The same command again")
-    with Job([*settings, str(output_dir)], work_dir) as job:
+    with Job([*settings, str(output_dir), *resume_with], work_dir) as job:
         _command(job)
         wait(job)
 

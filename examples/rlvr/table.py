@@ -75,6 +75,10 @@ def _count(
 
 def save_table(rows: list[SaveRow], output_dir: Path, uploads: Path) -> Table:
     table = Table(title=f"Every save of {output_dir}", title_justify="left", title_style="bold", box=None)
+    table.caption = (
+        "blocked: the longest that a rank's training stood still; at the last step until all is uploaded"
+    )
+    table.caption_justify = "left"
     for heading in (
         "step",
         "clusters",
