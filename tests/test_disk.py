@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+import pytest
+import runs
+
+from roll_ckpt import disk
+from roll_ckpt.errors import Damaged
+
+
+def test_a_durable_write_is_synced_before_its_name_and_its_name_before_it_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operations: list[str] = []
+    monkeypatch.setattr(disk, "observer", lambda operation, paths: operations.append(operation))
+    disk.write_durable(tmp_path / "f", b"data")
+    assert operations == ["create", "write", "fsync", "rename", "fsync_dir"]
+    assert (tmp_path / "f").read_bytes() == b"data" and len(os.listdir(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("failing", ["write", "fsync", "rename"])
+def test_a_write_that_fails_leaves_the_old_file_and_no_temporary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    (tmp_path / "f").write_bytes(b"old")
+
+    def fail(operation: str, paths: tuple[str, ...]) -> None:
+        if operation == failing:
+            raise OSError(errno.ENOSPC, "No space left on device", paths[0])
+
+    monkeypatch.setattr(disk, "observer", fail)
+    with pytest.raises(OSError, match="No space left"):
+        disk.write_durable(tmp_path / "f", b"new")
+    assert os.listdir(tmp_path) == ["f"] and (tmp_path / "f").read_bytes() == b"old"
+
+
+def test_the_first_link_wins(tmp_path: Path) -> None:
+    assert disk.link_durable(tmp_path / "f", b"first")
+    assert not disk.link_durable(tmp_path / "f", b"second")
+    assert (tmp_path / "f").read_bytes() == b"first" and os.listdir(tmp_path) == ["f"]
+
+
+def test_exchange_swaps_two_directories(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    disk.exchange(tmp_path / "a", tmp_path / "b")
+    assert os.listdir(tmp_path / "a") == ["b"] and os.listdir(tmp_path / "b") == ["a"]
+    with pytest.raises(FileNotFoundError):
+        disk.exchange(tmp_path / "a", tmp_path / "c")
+
+
+def test_a_late_writer_does_not_bring_an_abandoned_attempt_back(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="abandoned"):
+        disk.make_dirs(tmp_path / ".checkpoint-1.1.1.tmp" / "checkpoint-1" / "actor")
+    assert os.listdir(tmp_path) == []
+
+
+def test_links_and_special_files_are_no_files(tmp_path: Path) -> None:
+    (tmp_path / "f").touch()
+    (tmp_path / "link").symlink_to("f")
+    os.mkfifo(tmp_path / "pipe")
+    assert dict(disk.walk_all(tmp_path)) == {"f": True, "link": False, "pipe": False}
+    for name in ("link", "pipe"):
+        with pytest.raises(Damaged, match=name):
+            disk.read_bytes(tmp_path / name)
+    with pytest.raises(Damaged, match="link"):
+        list(disk.walk(tmp_path))
+
+
+def test_a_lock_is_seen_by_others_survives_reading_and_ends_with_its_process(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    ready, go = os.pipe(), os.pipe()
+
+    def hold() -> None:
+        lock = disk.lock_new(path, lambda locked: b"locked" if locked else b"")
+        assert disk.read_bytes(path) == b"locked" and disk.mtime_ns(path) and disk.is_locked(path)
+        assert disk.try_lock(path, exclusive=True) is None
+        assert lock.exclusive
+        os.write(ready[1], b"1")
+        os.read(go[0], 1)
+
+    holder = runs.forked(hold)
+    os.read(ready[0], 1)
+    assert disk.is_locked(path) and disk.try_lock(path, exclusive=False) is None
+    os.write(go[1], b"1")
+    assert runs.ended(holder) == 0
+    assert not disk.is_locked(path)
+    lock = disk.try_lock(path, exclusive=False)
+    assert lock is not None and disk.try_lock(path, exclusive=False) is lock
+    child = runs.forked(lambda: (disk.read_bytes(path), lock.release()))  # a child's close is not ours
+    assert runs.ended(child) == 0
+    assert runs.ended(runs.forked(lambda: _expect(disk.is_locked(path)))) == 0
+    lock.release()
+    lock.release()
+    assert runs.ended(runs.forked(lambda: _expect(not disk.is_locked(path)))) == 0
+
+
+def _expect(true: bool) -> None:
+    assert true
+
+
+def test_new_directories_are_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, str]] = []
+    monkeypatch.setattr(
+        disk, "observer", lambda operation, paths: seen.append((operation, Path(paths[0]).name))
+    )
+    disk.make_dirs(tmp_path / "a" / "b")
+    assert seen == [("mkdir", "a"), ("fsync_dir", tmp_path.name), ("mkdir", "b"), ("fsync_dir", "a")]
+    assert stat.S_ISDIR((tmp_path / "a/b").stat().st_mode)
+
+
+def test_a_file_system_that_cannot_sync_directories_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(descriptor: int) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    assert disk.fsync_dir(tmp_path) is False

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import runs
+
+from roll_ckpt import commit, retention
+from roll_ckpt.errors import EpochLost
+
+NAMES = ["c1", "c2", "c3", "c4"]
+
+
+def test_the_plan_keeps_the_newest_and_the_protected() -> None:
+    assert retention.plan(NAMES, 2) == ["c1", "c2"]
+    assert retention.plan(NAMES, 1, {"c2"}) == ["c1", "c3"]
+    assert retention.plan(NAMES, 0) == [] == retention.plan(NAMES, 9) == retention.plan([], 1)
+    with pytest.raises(ValueError, match="-1"):
+        retention.plan(NAMES, -1)
+
+
+def test_pruning_leaves_alone_what_is_read_protected_or_named_by_latest(tmp_path: Path) -> None:
+    epoch = runs.claim(tmp_path)
+    for step in (1, 2, 3, 4, 5):
+        assert runs.save(epoch, step, "x", alone=True).committed
+    commit.write_latest(tmp_path, "checkpoint-1")
+    with commit.reading(tmp_path / "checkpoint-2"):
+        assert retention.prune(tmp_path, epoch, 1, {"checkpoint-3"}) == ["checkpoint-4"]
+    assert set(runs.salts(tmp_path)) == {"checkpoint-1", "checkpoint-2", "checkpoint-3", "checkpoint-5"}
+    assert retention.prune(tmp_path, epoch, 1) == ["checkpoint-2", "checkpoint-3"]
+    epoch.release()
+
+
+def test_what_another_process_reads_is_not_pruned(tmp_path: Path) -> None:
+    runs.history(tmp_path, [1, 2])
+    with commit.reading(tmp_path / "checkpoint-1"):
+        assert commit.is_being_read(tmp_path / "checkpoint-1")
+        runs.salts(tmp_path)  # verifying reads every file, and must not lose the lease
+
+        def other() -> None:
+            assert commit.is_being_read(tmp_path / "checkpoint-1")
+            assert runs.prune(runs.claim(tmp_path), 1) == []
+
+        assert runs.ended(runs.forked(other)) == 0
+    assert not commit.is_being_read(tmp_path / "checkpoint-1")
+    assert runs.ended(runs.forked(lambda: runs.prune(runs.claim(tmp_path), 1))) == 0
+    assert set(runs.salts(tmp_path)) == {"checkpoint-2"}
+
+
+def test_a_run_that_lost_its_epoch_prunes_nothing(tmp_path: Path) -> None:
+    epoch = runs.claim(tmp_path)
+    for step in (1, 2):
+        runs.save(epoch, step, "x", alone=True)
+    assert runs.ended(runs.forked(lambda: runs.claim(tmp_path, take_over=True))) == 0
+    with pytest.raises(EpochLost):
+        retention.prune(tmp_path, epoch, 1)
+    assert len(runs.salts(tmp_path)) == 2
+    epoch.release()
