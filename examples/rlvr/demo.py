@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NoReturn, TextIO
 
 from rich.console import Console
+from rich.markup import escape
 
 from examples.rlvr.job import RANKS, Job, JobFailed, wait
 from examples.rlvr.journal import Launch, Place, read_journal
@@ -54,7 +55,7 @@ def main() -> int:
         else:
             _killed_and_resumed(["--forget-rng"] if arguments.forget_rng else [])
     except (DemoFailed, JobFailed) as problem:
-        console.print(f"\n[bold red]The demonstration failed:[/] {problem}", soft_wrap=True, markup=True)
+        console.print("\n[bold red]The demonstration failed:[/]", escape(str(problem)), soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         console.print("\nInterrupted; every process of the job is ended.")
@@ -140,6 +141,10 @@ def _compare_step(expected: dict[str, str], found: dict[str, str], where: str) -
             )
 
 
+def _step_of(unit: Path) -> int:
+    return names.step_of(unit.name) or 0
+
+
 def _must_not_exist(path: Path) -> None:
     if path.exists():
         raise DemoFailed(f"{path} exists although the critic never voted for it")
@@ -162,7 +167,7 @@ def _two_worlds() -> None:
         wait(actor, critic)
 
     _heading("2. What came of it")
-    console.print(disk_tree(output_dir))
+    console.print(disk_tree(output_dir, opened=max(output_dir.glob("checkpoint-*"), key=_step_of)))
     console.print()
     _verify(output_dir)
     _show_saves(output_dir, work_dir, clusters)

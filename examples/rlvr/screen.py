@@ -91,10 +91,10 @@ def _checkpoint_lines(step: int, metrics: dict[str, Any]) -> list[str]:
     if "time/do_checkpoint/total" in metrics:
         waited = seconds(metrics["time/do_checkpoint/total"])
         lines.append(f"[cyan]checkpoint-{step}[/]: training waited {waited} for it")
-    durable = {key: value for key, value in metrics.items() if key.endswith("/do_checkpoint/durable")}
-    for key, value in list(durable.items())[:1]:
+    durable = [key for key, value in metrics.items() if key.endswith("/do_checkpoint/durable") and value]
+    for key in durable[:1]:
         saved = metrics[key.replace("/durable", "/step")]
-        text = f"[cyan]checkpoint-{saved}[/]: durable {seconds(value)} after the save began"
+        text = f"[cyan]checkpoint-{saved}[/]: durable {seconds(metrics[key])} after the save began"
         if "checkpoint/upload" in metrics:
             text += f", uploaded in {seconds(metrics['checkpoint/upload'])}"
         if metrics.get("checkpoint/pruned"):

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.table import Table
 from rich.tree import Tree
 
-from examples.rlvr.journal import Launch
+from examples.rlvr.journal import Launch, Step
 from examples.rlvr.screen import seconds, size
-from roll_ckpt import names
+from roll_ckpt import manifest, names
 
 
 @dataclass
@@ -20,16 +20,13 @@ class SaveRow:
 
     step: int
     resumed_from: int | None
-    clusters: dict[str, int] = field(default_factory=dict)
-    """Bytes of each cluster that began the save."""
+    clusters: set[str] = field(default_factory=set)
+    """Those that began the save."""
     blocked_s: float = 0.0
     """The longest that a rank's training stood still for it, waits at the optimizer step included."""
     durable_s: float | None = None
+    """From when the last world began the save; None if it was never committed."""
     upload_s: float | None = None
-
-    @property
-    def name(self) -> str:
-        return f"checkpoint-{self.step}"
 
 
 def save_rows(journals: Iterable[list[Launch]]) -> list[SaveRow]:
@@ -39,97 +36,105 @@ def save_rows(journals: Iterable[list[Launch]]) -> list[SaveRow]:
         for number, launch in enumerate(launches):
             blocked: dict[int, float] = {}
             for step in launch.steps.values():
-                _count(step.step, step.metrics, (rows, number, launch.resumed_from), blocked)
+                for saved in _saves_in(step):
+                    rows.setdefault((number, saved), SaveRow(saved, launch.resumed_from))
+                _count(step, {saved: row for (start, saved), row in rows.items() if start == number}, blocked)
             for saved, waited in blocked.items():
-                row = rows[number, saved]
-                row.blocked_s = max(row.blocked_s, waited)
+                rows[number, saved].blocked_s = max(rows[number, saved].blocked_s, waited)
     return [rows[key] for key in sorted(rows)]
 
 
-def _count(
-    step: int,
-    metrics: Mapping[str, float],
-    where: tuple[dict[tuple[int, int], SaveRow], int, int | None],
-    blocked: dict[int, float],
-) -> None:
-    rows, launch, resumed_from = where
+def _saves_in(step: Step) -> set[int]:
+    """The saves that this step's metrics speak of: its own, and an earlier one that ended meanwhile."""
+    own = {step.step} if "time/do_checkpoint/total" in step.metrics else set()
+    return own | {int(value) for key, value in step.metrics.items() if key.rpartition("/")[2] == "step"}
 
-    def row(saved: int) -> SaveRow:
-        return rows.setdefault((launch, saved), SaveRow(saved, resumed_from))
 
+def _count(step: Step, rows: dict[int, SaveRow], blocked: dict[int, float]) -> None:
+    """Add one step's metrics to the saves they belong to, and to the seconds that this rank was `blocked`."""
+    metrics = step.metrics
     if "time/do_checkpoint/total" in metrics:
-        blocked[step] = metrics["time/do_checkpoint/total"]
+        blocked[step.step] = metrics["time/do_checkpoint/total"]
     if "checkpoint/upload" in metrics:
-        row(int(metrics["checkpoint/step"])).upload_s = metrics["checkpoint/upload"]
+        rows[metrics["checkpoint/step"]].upload_s = metrics["checkpoint/upload"]
     for key, value in metrics.items():
         prefix, _, item = key.rpartition("/")
-        cluster = prefix.removeprefix("time/").removesuffix("/do_checkpoint")
         if item == "stage":
-            row(step).clusters.setdefault(cluster, 0)
-        elif item == "bytes":
-            saved = row(int(metrics[f"{prefix}/step"]))
-            saved.clusters[cluster] = saved.clusters.get(cluster, 0) + int(value)
-            saved.durable_s = max(saved.durable_s or 0.0, metrics[f"{prefix}/durable"])
-            blocked[saved.step] = blocked.get(saved.step, 0.0) + metrics[f"{prefix}/fence"]
+            rows[step.step].clusters.add(prefix.removeprefix("time/").removesuffix("/do_checkpoint"))
+        elif item == "durable" and value is not None:
+            row = rows[metrics[f"{prefix}/step"]]
+            row.durable_s = min(value, row.durable_s or value)
+            blocked[row.step] = blocked.get(row.step, 0.0) + metrics[f"{prefix}/fence"]
 
 
 def save_table(rows: list[SaveRow], output_dir: Path, uploads: Path) -> Table:
-    table = Table(title=f"Every save of {output_dir}", title_justify="left", title_style="bold", box=None)
+    table = Table(box=None, pad_edge=False, caption_justify="left")
     table.caption = (
         "blocked: the longest that a rank's training stood still; at the last step until all is uploaded"
     )
-    table.caption_justify = "left"
-    for heading in (
-        "step",
-        "clusters",
-        "bytes",
-        "blocked",
-        "to durable",
-        "uploaded in",
-        "pruned",
-        "resumed from",
-    ):
-        table.add_column(heading, justify="left" if heading in ("clusters", "pruned") else "right")
+    for heading in _HEADINGS:
+        table.add_column(heading, justify="left" if heading == "clusters" else "right")
     for row in rows:
+        kept, uploaded = output_dir / names.checkpoint(row.step), uploads / names.checkpoint(row.step)
         if row.durable_s is None:
-            fate = ["[red]killed[/]", "", "[red]discarded[/]"]
+            fate = ["-", seconds(row.blocked_s), "[red]killed[/]", "-", "-"]
         else:
-            uploaded = seconds(row.upload_s) if (uploads / row.name).is_dir() else "[red]no[/]"
-            pruned = "no" if (output_dir / row.name).is_dir() else "yes"
-            fate = [seconds(row.durable_s), uploaded, pruned]
-        nbytes = sum(row.clusters.values())
-        table.add_row(
-            str(row.step),
-            ", ".join(row.clusters),
-            size(nbytes) if nbytes else "",
-            seconds(row.blocked_s),
-            *fate,
-            "" if row.resumed_from is None else f"step {row.resumed_from}",
-        )
+            files = manifest.read(kept if kept.is_dir() else uploaded).files
+            fate = [
+                size(sum(file.nbytes for file in files)),
+                seconds(row.blocked_s),
+                seconds(row.durable_s),
+                seconds(row.upload_s) if uploaded.is_dir() else "[red]no[/]",
+                "no" if kept.is_dir() else "yes",
+            ]
+        resumed = "-" if row.resumed_from is None else f"step {row.resumed_from}"
+        table.add_row(str(row.step), ", ".join(sorted(row.clusters)), *fate, resumed)
     return table
 
 
-def disk_tree(root: Path) -> Tree:
-    """What lies below `root`; in a checkpoint each folder's files are summed up, but the votes are shown."""
+_HEADINGS = (
+    "step",
+    "clusters",
+    "bytes",
+    "blocked\nfor",
+    "durable\nafter",
+    "uploaded\nin",
+    "pruned",
+    "resumed\nfrom",
+)
+
+
+def disk_tree(root: Path, opened: Path | None = None) -> Tree:
+    """What lies below `root`: checkpoints as one line, but `opened` and unfinished ones with their votes."""
     tree = Tree(f"[bold]{root}/[/]", guide_style="dim")
-    _grow(tree, root, depth=0)
+    for path in sorted(root.iterdir()):
+        if names.parse_attempt_dir(path.name) is not None:
+            attempt = tree.add(f"[red]{path.name}/[/]  [dim]no checkpoint: it never came to a decision[/]")
+            for unit in sorted(path.iterdir()):
+                _open_unit(attempt.add(f"{unit.name}/"), unit)
+        elif path == opened:
+            _open_unit(tree.add(f"[green]{path.name}/[/]  [dim]complete: {_content(path)}[/]"), path)
+        elif names.step_of(path.name) is not None:
+            tree.add(f"[green]{path.name}/[/]  [dim]complete: {_content(path)}[/]")
+        else:
+            _add(tree, path)
     return tree
 
 
-def _grow(tree: Tree, directory: Path, depth: int) -> None:
-    for path in sorted(directory.iterdir()):
-        if not path.is_dir():
-            tree.add(f"{path.name}  [dim]{size(path.stat().st_size)}[/]")
-        elif depth == 0 and names.step_of(path.name) is not None:
-            tree.add(f"[green]{path.name}/[/]  [dim]complete: {_sum(path)}[/]")
-        elif depth == 2 and path.name != names.VOTES:
-            tree.add(f"{path.name}/  [dim]{_sum(path)}[/]")
-        else:
-            temporary = names.parse_attempt_dir(path.name) is not None
-            shown = f"[red]{path.name}/[/]  [dim]not a checkpoint[/]" if temporary else f"{path.name}/"
-            _grow(tree.add(shown), path, depth + 1)
+def _open_unit(tree: Tree, unit: Path) -> None:
+    for path in sorted(unit.iterdir()):
+        below = _add(tree, path)
+        if path.name == names.VOTES:
+            for vote in sorted(path.iterdir()):
+                _add(below, vote)
 
 
-def _sum(directory: Path) -> str:
-    sizes = [path.stat().st_size for path in directory.rglob("*") if path.is_file()]
-    return f"{len(sizes)} files, {size(sum(sizes))}"
+def _add(tree: Tree, path: Path) -> Tree:
+    return tree.add(f"{path.name}{'/' if path.is_dir() else ''}  [dim]{_content(path)}[/]")
+
+
+def _content(path: Path) -> str:
+    if not path.is_dir():
+        return size(path.stat().st_size)
+    sizes = [file.stat().st_size for file in path.rglob("*") if file.is_file()]
+    return f"{len(sizes)} file{'s' * (len(sizes) != 1)}, {size(sum(sizes))}" if sizes else "empty"
