@@ -107,7 +107,12 @@ def claim(
                     f"{dict(expected_clusters)}; give every world the same expected_clusters"
                 )
     output_dir = Path(output_dir)
-    claimed = epochs.claim_number(output_dir, run_id, clusters, expected_clusters, take_over)
+    try:
+        claimed = epochs.claim_number(output_dir, run_id, clusters, expected_clusters, take_over)
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir {output_dir} cannot be written: {error.strerror} ({error.filename}); choose another"
+        ) from error
     disk.reach("epoch.claimed", number=claimed.number)
     try:
         for found in recover(output_dir, epoch=claimed):

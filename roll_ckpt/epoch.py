@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from . import disk, names
-from .errors import ConfigError, Damaged, EpochLost, RunIsLive
+from .errors import Damaged, EpochLost, RunIsLive
 from .seal import Fields, seal, unseal
 
 HEARTBEAT_S = 5.0
@@ -231,14 +231,9 @@ def is_alive(path: Path, member: Member) -> bool:
 
 
 def _make(output_dir: Path, number: int) -> None:
-    try:
-        disk.make_dirs(output_dir / names.EPOCHS)
-        # Before the epoch has a name, so that whoever joins it finds where to throw things away.
-        disk.make_dirs(output_dir / names.trash_dir(number))
-    except OSError as error:
-        raise ConfigError(
-            f"output_dir {output_dir} cannot be written: {error.strerror} ({error.filename}); choose another"
-        ) from error
+    disk.make_dirs(output_dir / names.EPOCHS)
+    # Before the epoch has a name, so that whoever joins it finds where to throw things away.
+    disk.make_dirs(output_dir / names.trash_dir(number))
 
 
 def _enter(mine: Epoch, entry: str, clusters: Mapping[str, int], expected: Mapping[str, int] | None) -> bool:

@@ -60,8 +60,9 @@ def test_a_path_that_leaves_the_unit_is_refused(path: str) -> None:
 
 
 HOSTILE: list[tuple[str, Any]] = [
-    ("format", 99), ("name", "../up"), ("name", 3), ("step", -1), ("step", True), ("epoch", 1.5), ("attempt", -1),
-    ("clusters", {}), ("clusters", {"a": {}}), ("clusters", {"a": {"world_size": 10**9}}), ("clusters", []),
+    ("format", 99), ("name", "../up"), ("name", 3), ("step", -1), ("step", True), ("epoch", 1.5),
+    ("attempt", -1), ("clusters", {}), ("clusters", {"a": {}}), ("clusters", {"a": {"world_size": 10**9}}),
+    ("clusters", []),
     ("files", {"a": {}}), ("files", {"a": []}), ("files", []), ("votes", {"x": "y"}), ("votes", {}),
     ("save_latest", 1), ("directories_durable", None), ("run_id", None), ("unknown", 1),
 ]  # fmt: skip

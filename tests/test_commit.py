@@ -1,0 +1,390 @@
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import runs
+
+from roll_ckpt import attempt as attempts
+from roll_ckpt import commit, disk, manifest, names, verify
+from roll_ckpt import epoch as epochs
+from roll_ckpt.errors import ConfigError, EpochLost, NoRoom, RanksDisagree, RunIsLive, SaveFailed
+
+
+@pytest.fixture
+def epoch(tmp_path: Path) -> commit.Epoch:
+    return runs.claim(tmp_path / "run")
+
+
+def begin(epoch: commit.Epoch, step: int = 1) -> commit.Attempt:
+    return commit.begin(epoch, names.checkpoint(step), step=step, expected=runs.CLUSTERS)
+
+
+def vote_all(attempt: commit.Attempt, salt: str = "x", but: int = 0) -> None:
+    for cluster, rank in runs.RANKS[: len(runs.RANKS) - but]:
+        runs.vote(attempt, salt, cluster, rank)
+
+
+def entries(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def test_a_commit_is_invisible_until_every_rank_of_every_cluster_has_voted(epoch: commit.Epoch) -> None:
+    attempt = begin(epoch)
+    vote_all(attempt, but=1)
+    settled: list[commit.Outcome] = []
+    lead = threading.Thread(target=lambda: settled.append(commit.settle(attempt, lead=True, timeout_s=30)))
+    lead.start()
+    time.sleep(0.3)
+    assert entries(epoch.output_dir) == [] and not settled
+    runs.vote(attempt, "x", *runs.RANKS[-1])
+    lead.join()
+    assert settled == [commit.Outcome(True)]
+    assert runs.assert_sound(epoch.output_dir) == {"checkpoint-1": "x"}
+    runs.assert_clean(epoch.output_dir, epoch)
+
+
+def test_a_rank_that_waits_learns_the_outcome_and_the_reason(epoch: commit.Epoch) -> None:
+    def wait(attempt: commit.Attempt, outcomes: list[commit.Outcome]) -> None:
+        outcomes.append(commit.settle(attempt, lead=False, timeout_s=9))
+
+    for but in (0, 1):
+        attempt = begin(epoch)
+        vote_all(attempt, but=but)
+        waiter: list[commit.Outcome] = []
+        thread = threading.Thread(target=wait, args=(attempt, waiter))
+        thread.start()
+        outcome = commit.settle(attempt, lead=True, timeout_s=0.2)
+        thread.join()
+        assert waiter == [outcome] and outcome.committed == (not but)
+    assert "cluster 'critic' rank 1" in waiter[0].reason
+
+
+def test_a_no_vote_abandons_the_attempt_at_once_and_says_why(epoch: commit.Epoch) -> None:
+    attempt = begin(epoch)
+    vote_all(attempt, but=2)
+    commit.cast(attempt, manifest.Vote("critic", 1, epoch.number, 1, (), error="write of x.pt: disk full"))
+    began = time.monotonic()
+    outcome = commit.settle(attempt, lead=True, timeout_s=60)
+    assert time.monotonic() - began < 5
+    assert outcome == commit.Outcome(False, "cluster 'critic' rank 1 failed: write of x.pt: disk full")
+    runs_left = [path.name for path in epoch.output_dir.iterdir()]
+    assert sorted(runs_left) == [names.EPOCHS, names.TRASH]
+    with pytest.raises(SaveFailed, match="abandoned: cluster 'critic' rank 1 failed"):
+        runs.vote(attempt, "x", "critic", 0) if attempt.unit.exists() else commit.cast(
+            attempt, manifest.Vote("critic", 0, epoch.number, 1, ())
+        )
+    assert runs.save(epoch, 1, "y", alone=True).committed
+
+
+def test_missing_votes_are_named_after_the_time_limit(epoch: commit.Epoch) -> None:
+    outcome = commit.settle(begin(epoch), lead=False, timeout_s=0.05)
+    assert not outcome.committed
+    assert "cluster 'actor' rank 0, 1, cluster 'critic' rank 0, 1" in outcome.reason
+
+
+def test_a_vote_never_changes(epoch: commit.Epoch) -> None:
+    attempt = begin(epoch)
+    vote = runs.write(attempt, "x", "actor", 0)
+    commit.cast(attempt, vote)
+    commit.cast(attempt, vote)
+    with pytest.raises(SaveFailed, match="'actor' rank 0 has voted already"):
+        commit.cast(attempt, replace(vote, error="no"))
+    for wrong in (replace(vote, epoch=9), replace(vote, rank=2), replace(vote, cluster="other")):
+        with pytest.raises(ConfigError):
+            commit.cast(attempt, wrong)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda unit: (unit / "actor/rank_1.pt").unlink(), "cluster 'actor' rank 1 lists .*not there"),
+        (lambda unit: (unit / "actor/rank_1.pt").write_bytes(b""), "cluster 'actor' rank 1 .* and it has 0"),
+        (lambda unit: (unit / "critic/extra.pt").touch(), "no vote lists .*critic/extra.pt"),
+        (lambda unit: (unit / "critic/link").symlink_to("x"), "no vote lists .*critic/link"),
+        (lambda unit: (unit / "votes/actor.1.json").write_bytes(b"{}"), "votes/actor.1.json"),
+    ],
+)
+def test_files_that_are_not_as_the_votes_say_are_not_committed(
+    epoch: commit.Epoch, damage: Callable[[Path], object], reason: str
+) -> None:
+    attempt = begin(epoch)
+    vote_all(attempt)
+    damage(attempt.unit)
+    outcome = commit.settle(attempt, lead=True, timeout_s=9)
+    assert not outcome.committed and re.search(reason, outcome.reason), outcome
+    assert entries(epoch.output_dir) == []
+
+
+def test_stock_code_s_files_beside_the_unit_are_moved_and_its_latest_is_not(epoch: commit.Epoch) -> None:
+    attempt = commit.begin(epoch, "tag", step=None, expected=runs.CLUSTERS, save_latest=False)
+    (attempt.directory / "zero_to_fp32.py").write_text("script")
+    (attempt.directory / "latest").write_text("tag")
+    vote_all(attempt)
+    assert commit.settle(attempt, lead=True, timeout_s=9) == commit.Outcome(True)
+    assert entries(epoch.output_dir) == ["tag", "zero_to_fp32.py"]
+
+
+def test_everything_is_synced_before_the_decision_that_refers_to_it(
+    epoch: commit.Epoch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempt = begin(epoch)
+    unit = str(attempt.unit)
+    dirty: set[str] = set()
+    decided = []
+
+    def watch(operation: str, paths: tuple[str, ...]) -> None:
+        if operation == "link" and paths[1] == f"{unit}/decision":
+            assert not {path for path in dirty if path.startswith(unit)}, dirty
+            decided.append(operation)
+        if operation in ("rename",) and paths == (unit, str(attempt.final)):
+            assert decided and not {path for path in dirty if path.startswith(unit)}, dirty
+        if operation in ("fsync", "fsync_dir"):
+            dirty.discard(paths[0])
+        elif operation == "write":
+            dirty.add(paths[0])
+        elif operation in ("create", "link", "rename", "mkdir", "unlink"):
+            for path in paths:
+                dirty.discard(path) if operation != "mkdir" else None
+                dirty.add(str(Path(path).parent))
+            if operation == "mkdir":
+                dirty.add(paths[0])
+
+    monkeypatch.setattr(disk, "observer", watch)
+    vote_all(attempt)
+    assert commit.settle(attempt, lead=True, timeout_s=9).committed and decided
+
+
+def test_begin_refuses_what_cannot_be_before_it_touches_anything(epoch: commit.Epoch) -> None:
+    before = sorted(epoch.output_dir.rglob("*"))
+    with pytest.raises(NoRoom, match=r"needs 9,000,000,000,000,000,000 bytes and .* has [\d,]+"):
+        commit.begin(epoch, "c", step=1, expected=runs.CLUSTERS, needed_bytes=9 * 10**18)
+    for name in ("latest", "../up", ".x"):
+        with pytest.raises(ConfigError):
+            commit.begin(epoch, name, step=1, expected=runs.CLUSTERS)
+    assert sorted(epoch.output_dir.rglob("*")) == before
+
+
+def test_a_forked_child_neither_votes_nor_commits(epoch: commit.Epoch) -> None:
+    attempt = begin(epoch)
+
+    def child() -> None:
+        for work in (lambda: runs.vote(attempt, "x", "actor", 0), lambda: begin(epoch, 2)):
+            with pytest.raises(RuntimeError, match="forked"):
+                work()
+        with pytest.raises(RuntimeError, match="forked"):
+            commit.settle(attempt, lead=True, timeout_s=0)
+        epoch.release()
+
+    assert runs.ended(runs.forked(child)) == 0
+    epoch.check()
+    assert disk.is_locked(epoch.output_dir / names.EPOCHS / "1")
+
+
+# --- worlds -------------------------------------------------------------------------------------------------
+
+
+class Other:
+    """Another process, that does what it is told and then lives on until it is killed."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        ready, told = os.pipe()
+
+        def live() -> None:
+            work()
+            os.write(told, b"1")
+            time.sleep(60)
+
+        self.pid = runs.forked(live)
+        os.close(told)
+        assert os.read(ready, 1) == b"1", "it failed"
+        os.close(ready)
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        runs.ended(self.pid)
+
+
+def world(output_dir: Path, cluster: str) -> commit.Epoch:
+    return commit.claim(output_dir, run_id="shared", clusters={cluster: 2}, expected_clusters=runs.CLUSTERS)
+
+
+def world_saves(epoch: commit.Epoch, cluster: str, step: int, timeout_s: float = 20) -> commit.Outcome:
+    attempt = begin(epoch, step)
+    for rank in range(2):
+        runs.vote(attempt, "x", cluster, rank)
+    return commit.settle(attempt, lead=True, timeout_s=timeout_s)
+
+
+def test_a_second_run_is_refused_by_name_and_touches_nothing(tmp_path: Path) -> None:
+    first = Other(lambda: runs.claim(tmp_path / "run"))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    with pytest.raises(RunIsLive, match=f"process {first.pid} on host .*run-1"):
+        commit.claim(tmp_path / "run", run_id="run-2", clusters={"actor": 2})
+    with pytest.raises(RunIsLive, match=f"process {first.pid} "):
+        runs.claim(tmp_path / "run")
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    first.kill()
+    began = time.monotonic()
+    assert runs.claim(tmp_path / "run").number == 2
+    assert time.monotonic() - began < 2, "a restart after SIGKILL works at once"
+
+
+def test_the_same_process_cannot_claim_twice_but_after_a_release(tmp_path: Path) -> None:
+    epoch = runs.claim(tmp_path)
+    with pytest.raises(RunIsLive, match=f"process {os.getpid()} "):
+        runs.claim(tmp_path)
+    epoch.release()
+    assert runs.claim(tmp_path).number == 2
+
+
+def test_a_run_that_is_taken_over_fails_by_name(tmp_path: Path) -> None:
+    epoch = runs.claim(tmp_path)
+    attempt = begin(epoch)
+    other = Other(lambda: runs.claim(tmp_path, take_over=True))
+    for work in (
+        epoch.check,
+        lambda: begin(epoch, 2),
+        lambda: commit.settle(attempt, lead=True, timeout_s=1),
+    ):
+        with pytest.raises(
+            EpochLost, match=f"epoch 1 was taken over by epoch 2, process {other.pid} on host"
+        ):
+            work()
+    with pytest.raises((EpochLost, FileNotFoundError)):
+        runs.vote(attempt, "x", "actor", 0)
+    other.kill()
+
+
+def test_two_worlds_commit_one_checkpoint_together(tmp_path: Path) -> None:
+    def critic() -> None:
+        epoch = world(tmp_path, "critic")
+        for step in range(1, 9):
+            assert world_saves(epoch, "critic", step).committed
+
+    epoch = world(tmp_path, "actor")
+    other = runs.forked(critic)
+    for step in range(1, 9):
+        assert world_saves(epoch, "actor", step).committed
+    assert runs.ended(other) == 0
+    assert len(runs.salts(tmp_path)) == 8 and verify.verify_run(tmp_path) == []
+    assert epoch.number == 1
+
+
+def test_a_world_that_is_missing_aborts_the_attempt(tmp_path: Path) -> None:
+    outcome = world_saves(world(tmp_path, "actor"), "actor", 1, timeout_s=0.1)
+    assert not outcome.committed and "no vote came from cluster 'critic' rank 0, 1" in outcome.reason
+    with pytest.raises(SaveFailed, match="no vote came from cluster 'critic'"):
+        begin(world(tmp_path, "critic"), 1)  # it comes late, and does not wait for nothing
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_worlds_that_disagree_about_a_save_are_told(tmp_path: Path) -> None:
+    begin(world(tmp_path, "actor"))
+    with pytest.raises(RanksDisagree, match="another world has begun it"):
+        commit.begin(world(tmp_path, "critic"), "checkpoint-1", step=2, expected=runs.CLUSTERS)
+
+
+def test_worlds_must_tell_the_same_run_and_clusters(tmp_path: Path) -> None:
+    world(tmp_path, "actor")
+    with pytest.raises(RunIsLive, match="cluster 'actor' of run_id 'shared' is already running"):
+        world(tmp_path, "actor")
+    for run_id, expected in (("other", runs.CLUSTERS), ("shared", {"critic": 2}), ("shared", None)):
+        with pytest.raises(RunIsLive, match="need the same run_id"):
+            commit.claim(tmp_path, run_id=run_id, clusters={"critic": 2}, expected_clusters=expected)
+    with pytest.raises(ConfigError, match="not among expected_clusters"):
+        commit.claim(tmp_path, run_id="shared", clusters={"critic": 3}, expected_clusters=runs.CLUSTERS)
+
+
+def test_a_world_that_restarts_claims_a_new_epoch_and_the_survivor_is_told(tmp_path: Path) -> None:
+    critic = Other(lambda: world(tmp_path, "critic"))
+    actor = world(tmp_path, "actor")
+    assert actor.number == 1
+    critic.kill()
+    restarted = Other(lambda: world(tmp_path, "critic"))
+    with pytest.raises(EpochLost, match=f"epoch 2, process {restarted.pid} on host .*cluster 'critic'"):
+        world_saves(actor, "actor", 1)
+    actor.release()
+    assert world(tmp_path, "actor").number == 2
+    restarted.kill()
+
+
+def test_a_run_on_another_host_is_known_by_its_heartbeat(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(epochs, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(epochs, "SILENCE_S", 0.6)
+
+    def elsewhere() -> None:
+        disk.boot_id = lambda: "another boot"
+        runs.claim(tmp_path)
+
+    other = Other(elsewhere)
+    with pytest.raises(RunIsLive, match=f"process {other.pid}"):
+        runs.claim(tmp_path)
+    other.kill()
+    began = time.monotonic()
+    assert runs.claim(tmp_path).number == 2
+    assert 0.6 <= time.monotonic() - began < 5
+
+
+def test_a_run_on_another_host_that_has_said_goodbye_is_not_waited_for(tmp_path: Path) -> None:
+    def elsewhere() -> None:
+        disk.boot_id = lambda: "another boot"
+        runs.claim(tmp_path).release()
+
+    assert runs.ended(runs.forked(elsewhere)) == 0
+    began = time.monotonic()
+    runs.claim(tmp_path)
+    assert time.monotonic() - began < 2
+
+
+def test_a_directory_that_cannot_be_made_is_a_configuration_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot be written"):
+        runs.claim(tmp_path / "file" / "run")
+
+
+# --- finding ------------------------------------------------------------------------------------------------
+
+
+def test_a_damaged_manifest_is_reported_and_left_out(epoch: commit.Epoch) -> None:
+    for step in (1, 2):
+        assert runs.save(epoch, step, "x", alone=True).committed
+    path = epoch.output_dir / "checkpoint-2" / names.MANIFEST
+    path.write_bytes(path.read_bytes().replace(b'"step": 2', b'"step": 3'))
+    reported: list[Exception] = []
+    assert [told.step for told in commit.committed(epoch.output_dir, reported.append)] == [1]
+    assert "checkpoint-2" in str(reported[0])
+    newest = commit.find(epoch.output_dir)
+    assert newest is not None and newest.name == "checkpoint-1"
+    assert runs.save(epoch, 2, "again", alone=True).committed  # in place of the damaged one
+    assert runs.salts(epoch.output_dir) == {"checkpoint-1": "x", "checkpoint-2": "again"}
+    runs.assert_clean(epoch.output_dir, epoch)
+
+
+def test_many_leads_at_once_replace_a_checkpoint_once(epoch: commit.Epoch) -> None:
+    for salt in ("a", "b", "c"):
+        attempt = begin(epoch)
+        vote_all(attempt, salt)
+
+        def lead(attempt: commit.Attempt = attempt) -> None:
+            mine = replace(attempt, pid=os.getpid())
+            assert commit.settle(mine, lead=True, timeout_s=9).committed
+
+        leads = [runs.forked(lead) for _ in range(6)]
+        assert [runs.ended(pid) for pid in leads] == [0] * 6
+        assert runs.assert_sound(epoch.output_dir) == {"checkpoint-1": salt}
+        runs.assert_clean(epoch.output_dir, epoch)
+
+
+def test_attempts_of_one_name_are_counted(epoch: commit.Epoch) -> None:
+    assert [begin(epoch).attempt, begin(epoch).attempt, begin(epoch, 2).attempt] == [1, 2, 1]
+    assert attempts.abort_reason(begin(epoch)) is None

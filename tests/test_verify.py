@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import runs
+
+from roll_ckpt import manifest, names, verify
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two checkpoints, and a record of an attempt that was abandoned."""
+    output_dir = tmp_path_factory.mktemp("verify") / "run"
+    epoch = runs.claim(output_dir)
+    for step in (10, 33):
+        assert runs.save(epoch, step, f"salt{step}", alone=True).committed
+    attempt = runs.commit.begin(epoch, "checkpoint-44", step=44, expected=runs.CLUSTERS)
+    assert not runs.commit.settle(attempt, lead=True, timeout_s=0).committed
+    epoch.release()
+    assert verify.verify_run(output_dir) == []
+    return output_dir
+
+
+def files(run: Path) -> list[Path]:
+    return sorted(path for path in run.rglob("*") if path.is_file() and path.name != "helper.py")
+
+
+def test_every_kind_of_file_is_there(run: Path) -> None:
+    found = {str(path.relative_to(run)) for path in files(run)}
+    assert {"latest", ".epochs/1", ".epochs/aborted.1.1.checkpoint-44"} <= found
+    assert {f"checkpoint-10/{path}" for path in (names.MANIFEST, names.DECISION, names.EXPECTED)} <= found
+    assert len(found) == 3 + 2 * (3 + 4 + 6)
+
+
+def test_a_flipped_bit_in_any_file_is_found_and_named(run: Path) -> None:
+    dice = random.Random(7)
+    for path in files(run):
+        sound = path.read_bytes()
+        for _ in range(4 if sound else 0):
+            at, bit = dice.randrange(len(sound)), dice.randrange(8)
+            path.write_bytes(sound[:at] + bytes([sound[at] ^ 1 << bit]) + sound[at + 1 :])
+            found = verify.verify_run(run)
+            path.write_bytes(sound)
+            assert str(path.relative_to(run)) in {p.path for p in found}, (path, at, bit, found)
+    assert verify.verify_run(run) == []
+
+
+@pytest.mark.parametrize("harm", ["missing", "truncated", "extended", "link", "empty"])
+def test_harm_to_any_file_is_found_and_named(run: Path, tmp_path: Path, harm: str) -> None:
+    for path in files(run):
+        sound = path.read_bytes()
+        if not sound and harm in ("truncated", "empty"):
+            continue
+        if harm == "missing" and path.name.startswith("aborted"):
+            continue  # nothing refers to it
+        (tmp_path / "elsewhere").write_bytes(sound)
+        if harm in ("missing", "link"):
+            path.unlink()
+        if harm == "link":
+            path.symlink_to(tmp_path / "elsewhere")
+        elif harm != "missing":
+            path.write_bytes({"truncated": sound[:-1], "extended": sound + b"\n", "empty": b""}[harm])
+        found = verify.verify_run(run)
+        path.unlink(missing_ok=True)
+        path.write_bytes(sound)
+        assert str(path.relative_to(run)) in {p.path for p in found}, (path, found)
+    assert verify.verify_run(run) == []
+
+
+@pytest.mark.parametrize(
+    "path", ["extra", "actor/extra.pt", "votes/actor.2.json", "pipeline/x", "manifest.json.bak"]
+)
+def test_an_extra_file_is_found_and_named(run: Path, path: str) -> None:
+    extra = run / "checkpoint-10" / path
+    made = not extra.parent.exists()
+    extra.parent.mkdir(exist_ok=True)
+    extra.touch()
+    assert verify.verify(run / "checkpoint-10") == [
+        verify.Problem(path, "extra", "it was not there when the checkpoint was committed")
+    ]
+    extra.unlink()
+    if made:
+        extra.parent.rmdir()
+
+
+def test_files_of_another_checkpoint_are_found(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run / "checkpoint-10", tmp_path / "c")
+    for path in (names.DECISION, "votes/actor.0.json", names.EXPECTED):
+        shutil.copy(run / "checkpoint-33" / path, tmp_path / "c" / path)
+        assert path in {problem.path for problem in verify.verify(tmp_path / "c")}
+        shutil.copy(run / "checkpoint-10" / path, tmp_path / "c" / path)
+    assert verify.verify(tmp_path / "c") == []
+
+
+def test_a_copy_under_another_name_is_not_a_second_checkpoint(run: Path) -> None:
+    copy = run / "checkpoint-77"
+    shutil.copytree(run / "checkpoint-10", copy)
+    assert [problem.path for problem in verify.verify_run(run)] == ["checkpoint-77"]
+    shutil.rmtree(copy)
+
+
+def test_the_parts_together_read_every_file_once(run: Path) -> None:
+    told = manifest.read(run / "checkpoint-10")
+    parts = [verify._share(told.files, part, 3) for part in range(3)]
+    assert sorted(receipt for part in parts for receipt in part) == sorted(told.files)
+    assert all(parts)
+    path = run / "checkpoint-10/critic/rank_1.pt"
+    sound = path.read_bytes()
+    path.write_bytes(b"X" + sound[1:])
+    found = [verify.verify(run / "checkpoint-10", part=part, parts=3) for part in range(3)]
+    path.write_bytes(sound)
+    assert sorted(len(problems) for problems in found) == [0, 0, 1]
+
+
+def test_large_files_are_verified_by_the_native_reader(tmp_path: Path) -> None:
+    data = bytes(range(256)) * 4096 * 3
+    (tmp_path / "f").write_bytes(data)
+    receipt = manifest.receipt_of_bytes("f", data, 1 << 20)
+    assert verify._contents(tmp_path, receipt) == []
+    (tmp_path / "f").write_bytes(data[:-1] + b"x")
+    assert [problem.kind for problem in verify._contents(tmp_path, receipt)] == ["digest"]
