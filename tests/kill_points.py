@@ -92,7 +92,7 @@ def job_rank(output_dir: Path) -> None:
 # is the same in all.
 SCENARIOS: dict[str, tuple[Job, list[int], str]] = {
     "first": (job_first, [], ""),
-    "save": (job_save, [1, 2], ""),
+    "save": (job_save, [1, 2], "vote.cast"),
     "again": (job_again, [1, 2], "vote.cast"),
     "only": (job_again_without_exchange, [2], "vote.cast"),
     "fallback": (job_again_without_exchange, [1, 2], "vote.cast"),
@@ -218,11 +218,16 @@ def zombies(folder: Path, stride: int) -> int:
     template = folder / "template"
     runs.history(template, [1, 2])
     stops = 0
-    for job in (job_save, job_again, job_again_without_exchange):
-        for at in itertools.count(0, stride):
+    for job, after, step in (
+        (job_save, "decision.linked", 1),
+        (job_save, "epoch.claimed", stride),
+        (job_again, "epoch.claimed", stride),
+        (job_again_without_exchange, "epoch.claimed", stride),
+    ):
+        for at in itertools.count(0, step):
             output_dir = fresh(template, folder)
             work = functools.partial(lose, functools.partial(job, alone=True))
-            pid = interrupted(work, output_dir, signal.SIGSTOP, at, after="epoch.claimed")
+            pid = interrupted(work, output_dir, signal.SIGSTOP, at, after=after)
             if os.WIFEXITED(os.waitpid(pid, os.WUNTRACED)[1]):
                 break
             assert runs.ended(runs.forked(lambda: take_over(output_dir))) == 0  # noqa: B023

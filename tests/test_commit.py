@@ -158,7 +158,17 @@ def test_everything_is_synced_before_the_decision_that_refers_to_it(
                 dirty.add(paths[0])
 
     monkeypatch.setattr(disk, "observer", watch)
-    vote_all(attempt)
+    vote_all(attempt, but=1)
+    cluster, rank = runs.RANKS[-1]
+    for folder in (attempt.unit / cluster / "made", attempt.unit / cluster / "made/late"):
+        disk.make_dir(folder)  # by stock code, which syncs no directory
+    descriptor = disk.create(folder / "f")
+    disk.write_all(descriptor, b"x", folder / "f")
+    disk.fsync(descriptor, folder / "f")
+    os.close(descriptor)
+    receipt = manifest.receipt_of_bytes(f"{cluster}/made/late/f", b"x")
+    vote = runs.write(attempt, "x", cluster, rank)
+    commit.cast(attempt, replace(vote, receipts=(*vote.receipts, receipt)))
     assert commit.settle(attempt, lead=True, timeout_s=9).committed and decided
 
 
@@ -350,6 +360,34 @@ def test_a_directory_that_cannot_be_made_is_a_configuration_error(tmp_path: Path
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot be written"):
         runs.claim(tmp_path / "file" / "run")
+
+
+# --- recovering ---------------------------------------------------------------------------------------------
+
+
+def left_behind(output_dir: Path, but: int) -> list[commit.Recovery]:
+    """What recovery says of a save whose process died with all votes cast `but` so many."""
+    other = Other(lambda: vote_all(begin(runs.claim(output_dir)), but=but))
+    other.kill()
+    epoch = epochs.claim_number(output_dir, runs.RUN, runs.CLUSTERS, None, False)
+    found = commit.recover(output_dir, epoch=epoch)
+    runs.assert_clean(output_dir, epoch)
+    assert commit.recover(output_dir, epoch=epoch) == []
+    return found
+
+
+def test_a_save_with_all_votes_is_finished_by_the_next_start(tmp_path: Path) -> None:
+    assert left_behind(tmp_path, 0) == [
+        commit.Recovery("checkpoint-1", 1, 1, "finished", "all votes were there")
+    ]
+    assert runs.assert_sound(tmp_path) == {"checkpoint-1": "x"}
+    assert (tmp_path / names.LATEST).read_text() == "checkpoint-1"
+
+
+def test_a_save_without_all_votes_is_discarded_by_the_next_start(tmp_path: Path) -> None:
+    (found,) = left_behind(tmp_path, 1)
+    assert found.action == "discarded" and "no vote came from cluster 'critic' rank 1" in found.reason
+    assert runs.assert_sound(tmp_path) == {}
 
 
 # --- finding ------------------------------------------------------------------------------------------------
