@@ -8,6 +8,11 @@ from pathlib import Path
 from typing import Any
 
 
+def work_dir_of(output_dir: Path) -> Path:
+    """Logs, figures and uploads lie beside the output directory, which holds checkpoints only."""
+    return output_dir.with_name(output_dir.name + "-work")
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a rank of a torchrun world keeps by-products; `world` is `rlvr` or the only cluster's name."""

@@ -1,4 +1,4 @@
-"""The job's settings: a `PipelineConfig` with a section of its own, and where its by-products lie."""
+"""The job's settings: a `PipelineConfig` with a section of its own, read from YAML and the command line."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from pydantic import Field
 
+from examples.rlvr.journal import work_dir_of
 from roll_ckpt import PipelineConfig
 from roll_ckpt.config import Section
 from roll_ckpt.errors import ConfigError
@@ -34,11 +35,6 @@ class RlvrConfig(PipelineConfig):
     """DeepSpeed config of each cluster."""
     training: Training
 
-    @property
-    def work_dir(self) -> Path:
-        """Logs, figures and uploads: beside the output directory, which holds checkpoints only."""
-        return self.output_dir.with_name(self.output_dir.name + "-work")
-
 
 def read_settings(path: Path, output_dir: Path | None, assignments: list[str]) -> RlvrConfig:
     """The settings of `path`, with `output_dir` (and the uploads beside it) and `KEY=VALUE`s in their place.
@@ -48,7 +44,7 @@ def read_settings(path: Path, output_dir: Path | None, assignments: list[str]) -
     """
     changes: dict[str, Any] = {}
     if output_dir is not None:
-        uploads = output_dir.with_name(output_dir.name + "-work") / "uploads"
+        uploads = work_dir_of(output_dir) / "uploads"
         changes |= {
             "output_dir": output_dir,
             "checkpoint_config": {"type": "file_system", "output_dir": uploads},

@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from examples.rlvr.journal import Journal, Place
+from examples.rlvr.journal import Journal, Place, work_dir_of
 from examples.rlvr.screen import Screen, move_noise_to
 from examples.rlvr.settings import RlvrConfig, read_settings
 from examples.rlvr.stopping import StopAt
@@ -30,7 +30,7 @@ def main() -> int:
         if rank == 0:
             print(f"error: {problem}", file=sys.stderr)
         return 2
-    place = Place(config.work_dir, arguments.only or "rlvr", rank)
+    place = Place(work_dir_of(config.output_dir), arguments.only or "rlvr", rank)
     terminal = move_noise_to(place.log)
     if arguments.stop_at:
         arguments.stop_at.arm(place.stopped)
