@@ -91,12 +91,7 @@ def begin(
     )  # fmt: skip
     attempt.refuse_fork()
     claimed.check()
-    free = disk.free_bytes(claimed.output_dir)
-    if free < needed_bytes:
-        raise NoRoom(
-            f"{attempt.final}: the checkpoint needs {needed_bytes:,} bytes and {claimed.output_dir} has "
-            f"{free:,} left. Make room, or keep fewer checkpoints (max_ckpt_to_keep). Nothing was touched"
-        )
+    check_room(claimed.output_dir, name, needed_bytes)
     try:
         _make(attempt)
     except FileNotFoundError as error:
@@ -108,6 +103,20 @@ def begin(
         raise abandoned(attempt)
     disk.reach("begin.made", name=name, epoch=attempt.epoch, attempt=number)
     return attempt
+
+
+def check_room(output_dir: Path, name: str, needed_bytes: int) -> None:
+    """Refuse a checkpoint that the file system cannot hold; `output_dir` need not exist yet.
+
+    Raises:
+        NoRoom: with both figures.
+    """
+    free = disk.free_bytes(output_dir)
+    if free < needed_bytes:
+        raise NoRoom(
+            f"{output_dir / name}: the checkpoint needs {needed_bytes:,} bytes and {output_dir} has "
+            f"{free:,} left. Make room, or keep fewer checkpoints (max_ckpt_to_keep). Nothing was touched"
+        )
 
 
 def _make(attempt: Attempt) -> None:

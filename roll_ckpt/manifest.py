@@ -244,8 +244,12 @@ class Manifest:
 
     @property
     def age(self) -> tuple[int, int, int, str]:
-        """Sorts checkpoints from the oldest to the newest; one without a step is older than any with one."""
-        return (-1 if self.step is None else self.step, self.epoch, self.attempt, self.name)
+        """Sorts checkpoints from the oldest to the newest.
+
+        The epoch comes first: a run that resumed from an older step leaves the later steps of its predecessor
+        behind it. Within an epoch the step, then the attempt.
+        """
+        return (self.epoch, -1 if self.step is None else self.step, self.attempt, self.name)
 
     def nbytes(self) -> int:
         """The bytes of all listed files."""

@@ -240,6 +240,12 @@ class BasePipeline:
             ModelMismatch: it holds another model. RunIsLive: another live run owns the output directory.
         """
         committed = self._claim_and_list()
+        step = self._restore(committed)
+        if self._ranks.rank == 0:
+            self._after_commit.catch_up()
+        return step
+
+    def _restore(self, committed: list[str]) -> int | None:
         wanted = self.config.resume_from_checkpoint
         if wanted is False:
             return None
@@ -248,6 +254,7 @@ class BasePipeline:
         for name in reversed(committed):
             step = self._resume_from(self.config.output_dir / name, only=False)
             if step is not None:
+                self._after_commit.resumed_from = name
                 return step
         if committed:
             raise errors.Damaged(
@@ -260,7 +267,6 @@ class BasePipeline:
         def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
             config = self.config
             saver.claim(config.output_dir, config, self._world_clusters, config.expected_clusters)
-            self._after_commit.upload_owed()
             return {"names": [found.name for found in commit.committed(config.output_dir)]}
 
         found = self._ranks.agree({}, decide, self.config.commit_timeout_s)
@@ -320,12 +326,15 @@ class _AfterCommit:
         self._config = config
         self._one_at_a_time = threading.Lock()
         self.report: dict[str, dict[str, Any]] = {}
+        self.resumed_from: str | None = None
+        """Sound for sure, so it stays until this run has committed a checkpoint of its own."""
 
     def __call__(self, save: saver.Save) -> None:
         if not save.lead:
             return
         with self._one_at_a_time:
             began = time.monotonic()
+            self.resumed_from = None
             report: dict[str, Any] = {"checkpoint/step": save.attempt.step}
             if self._config.checkpoint_config is not None:
                 self._upload(save.attempt.name)
@@ -333,22 +342,25 @@ class _AfterCommit:
             report["checkpoint/pruned"] = self._prune()
             self.report[save.attempt.name] = report
 
-    def upload_owed(self) -> None:
-        """Start uploading, in the background, what an earlier run committed and did not upload."""
-        if self._owed():
-            threading.Thread(target=self._upload_all, name="roll_ckpt owed uploads", daemon=True).start()
+    def catch_up(self) -> None:
+        """Upload and prune, in the background, what an earlier run committed and then was killed."""
+        threading.Thread(target=self._catch_up, name="roll_ckpt catching up", daemon=True).start()
 
     def _owed(self) -> list[str]:
         upload = self._config.checkpoint_config
         return [] if upload is None else uploads.owed(self._config.output_dir, upload.output_dir)
 
-    def _upload_all(self) -> None:
+    def _catch_up(self) -> None:
         with self._one_at_a_time:
             for name in self._owed():
                 try:
                     self._upload(name)
                 except (OSError, errors.RollCkptError) as problem:
                     log.error("upload of %s: %s. It stays on the local disk and is tried again.", name, problem)
+            try:
+                self._prune()
+            except (OSError, errors.RollCkptError) as problem:
+                log.error("pruning %s: %s. It is tried again.", self._config.output_dir, problem)
 
     def _upload(self, name: str) -> None:
         upload = self._config.checkpoint_config
@@ -359,8 +371,9 @@ class _AfterCommit:
         if not self._config.max_ckpt_to_keep:
             return []
         output_dir = self._config.output_dir
+        protected = {*self._owed(), *([self.resumed_from] if self.resumed_from else [])}
         return retention.prune(
-            output_dir, saver.epoch_of(output_dir), keep=self._config.max_ckpt_to_keep, protected=set(self._owed())
+            output_dir, saver.epoch_of(output_dir), keep=self._config.max_ckpt_to_keep, protected=protected
         )
 
 

@@ -339,6 +339,8 @@ def begin(
 
     def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
         _check_agreement(posts)
+        needed_bytes = sum(post["nbytes"] for post in posts)
+        commit.check_room(request.output_dir, request.name, needed_bytes)
         epoch = claim(request.output_dir, settings, request.clusters, request.expected_clusters)
         made = commit.begin(
             epoch,
@@ -346,7 +348,7 @@ def begin(
             step=request.step,
             expected=request.expected_clusters or request.clusters,
             save_latest=request.save_latest,
-            needed_bytes=sum(post["nbytes"] for post in posts),
+            needed_bytes=needed_bytes,
         )
         return {"epoch": made.epoch, "attempt": made.attempt, "run_id": made.run_id}
 

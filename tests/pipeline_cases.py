@@ -1,0 +1,87 @@
+"""What the ranks of a test world do in tests/test_pipeline.py."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed_cases import OURS, raised
+from tiny import engine, train
+
+from roll_ckpt import BasePipeline, Cluster, PipelineConfig, disk
+
+_held: list[BasePipeline] = []
+
+
+def pipeline(out: str, *clusters: Cluster, **more: Any) -> BasePipeline:
+    values = {"output_dir": out, "save_steps": 1, "max_steps": 4, "staging": OURS["staging"], "io": OURS["io"]}
+    made = BasePipeline(PipelineConfig.parse({**values, **more}, "test"))
+    if clusters:
+        made.set_checkpoint_clusters(*clusters)
+    return made
+
+
+def bad_input(out: str) -> dict[str, str]:
+    made = engine(2, "bf16", None)
+    told = {"twice": raised(lambda: pipeline(out, Cluster("actor", made), Cluster("actor", made)))}
+    asked = pipeline(out, Cluster("actor", made))
+    told["step"] = raised(lambda: asked.do_checkpoint(1 + dist.get_rank()))
+    real = disk.free_bytes
+    disk.free_bytes = lambda path: 10  # type: ignore[assignment]
+    told["room"] = raised(lambda: asked.do_checkpoint(1))
+    disk.free_bytes = real
+    nowhere = pipeline(out + ".none", Cluster("actor", made), resume_from_checkpoint=out + "/checkpoint-7")
+    told["path"] = raised(nowhere.resume)
+    file = Path(out).with_name("file")
+    if dist.get_rank() == 0:
+        file.write_text("not a directory")
+    dist.barrier()
+    told["unwritable"] = raised(lambda: pipeline(str(file / "run"), Cluster("actor", made)).resume())
+    return told
+
+
+def hold(out: str) -> int:
+    """Claim the directory and stay alive."""
+    made = pipeline(out, Cluster("actor", engine(2, "bf16", None)))
+    made.resume()
+    _held.append(made)
+    return os.getpid()
+
+
+def another_model(out: str, checkpoint: str) -> str:
+    clusters = [Cluster("actor", engine(2, "bf16", None, width=32)), Cluster("critic", engine(3, "bf16", None))]
+    return raised(pipeline(out, *clusters, resume_from_checkpoint=checkpoint).resume)
+
+
+class Config:
+    def save_pretrained(self, directory: str) -> None:
+        Path(directory, "config.json").write_text("{}")
+
+
+def companions(out: str) -> dict[str, Any]:
+    made = engine(2, "bf16", None)
+    train(made, 1, seed=1)
+    saved = pipeline(out, Cluster("actor", made, config=Config(), client_state=lambda: {"epochs": 3}))
+    saved.resume()
+    saved.do_checkpoint(1, is_last_step=True)
+    dist.barrier()
+    cluster = Cluster("actor", engine(2, "bf16", None, seed=5))
+    again = pipeline(out, cluster)
+    assert again.resume() == 1
+    same = [
+        torch.equal(a, b) for a, b in zip(made.module.parameters(), cluster.engine.module.parameters(), strict=True)
+    ]
+    assert all(same)
+    return {"client": {key: cluster.loaded_client_state[key] for key in ("epochs",)}}
+
+
+def only_model(out: str) -> str:
+    made = engine(2, "bf16", None)
+    saved = pipeline(out, Cluster("actor", made, save_only_model=True))
+    saved.resume()
+    saved.do_checkpoint(1, is_last_step=True)
+    dist.barrier()
+    return raised(pipeline(out, Cluster("actor", made)).resume)
