@@ -41,10 +41,9 @@ def mover(settings: Settings) -> native.Mover:
 
 def arena_bytes(settings: Settings) -> int:
     """This rank's share of the host's cap, in bytes; at least two blocks."""
-    total = settings.staging.arena_bytes
-    if total is None:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
-    share = int(total) // local_world_size()
+    told = settings.staging.arena_bytes
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    share = (memory // 4 if told is None else int(told)) // local_world_size()
     if share < 2 * settings.io.block_bytes:
         raise errors.ConfigError(
             f"staging.arena_bytes gives each of {local_world_size()} local ranks {share} bytes, less than two "

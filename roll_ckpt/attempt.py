@@ -172,14 +172,10 @@ def cast(attempt: Attempt, vote: Vote) -> None:
             raise SaveFailed(f"{attempt.label}: {who} has voted already, and otherwise; a vote never changes")
     except FileNotFoundError as error:
         if disk.is_dir(attempt.unit):
-            raise SaveFailed(
-                f"{attempt.label}: {who} lists a file that is not there: {error.filename}"
-            ) from error
+            raise SaveFailed(f"{attempt.label}: {who} lists a file that is not there: {error.filename}") from error
         raise abandoned(attempt) from error
     except OSError as error:
-        raise SaveFailed(
-            f"{attempt.label}: {who} could not vote: {error.strerror} ({error.filename})"
-        ) from error
+        raise SaveFailed(f"{attempt.label}: {who} could not vote: {error.strerror} ({error.filename})") from error
     disk.reach("vote.cast", name=attempt.name, cluster=vote.cluster, rank=vote.rank)
 
 
@@ -196,9 +192,7 @@ def _directories(unit: Path, receipts: Iterable[Receipt]) -> list[Path]:
 
 def abort_reason(attempt: Attempt) -> str | None:
     """Why this attempt was aborted in this epoch; None if no process has recorded that."""
-    path = (
-        attempt.output_dir / names.EPOCHS / names.aborted_file(attempt.name, attempt.epoch, attempt.attempt)
-    )
+    path = attempt.output_dir / names.EPOCHS / names.aborted_file(attempt.name, attempt.epoch, attempt.attempt)
     try:
         return parse_decision(disk.read_bytes(path), path).reason
     except FileNotFoundError:

@@ -406,16 +406,12 @@ def recover(args: argparse.Namespace) -> int:
 def _run_directory(args: argparse.Namespace) -> Path:
     place = locate(args.path)
     if place.name is not None:
-        raise NotFound(
-            f"{args.path} is one checkpoint; {args.command} works on a whole directory: {place.output_dir}"
-        )
+        raise NotFound(f"{args.path} is one checkpoint; {args.command} works on a whole directory: {place.output_dir}")
     return place.output_dir
 
 
 @contextmanager
-def _claimed(
-    output_dir: Path, args: argparse.Namespace
-) -> Iterator[tuple[epoch.Epoch, list[commit.Recovery]]]:
+def _claimed(output_dir: Path, args: argparse.Namespace) -> Iterator[tuple[epoch.Epoch, list[commit.Recovery]]]:
     """Own the directory like a run, which is refused while one is live; recover it first, like a run."""
     mine = epoch.claim_number(
         output_dir, f"roll-ckpt {args.command}", {"command line": 1}, None, take_over=args.take_over
@@ -540,9 +536,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(
-        name: str, run: Callable[[argparse.Namespace], int], short: str, about: str
-    ) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable[[argparse.Namespace], int], short: str, about: str) -> argparse.ArgumentParser:
         added = commands.add_parser(
             name,
             help=short,
@@ -559,9 +553,7 @@ def _parser() -> argparse.ArgumentParser:
     command("show", show, "show what one checkpoint holds", _SHOW)
     command("verify", check, "read every byte again", _VERIFY)
     pruning = command("prune", prune, "remove all but the newest", _PRUNE)
-    pruning.add_argument(
-        "--keep", type=_positive, required=True, metavar="N", help="how many checkpoints stay"
-    )
+    pruning.add_argument("--keep", type=_positive, required=True, metavar="N", help="how many checkpoints stay")
     pruning.add_argument(
         "--upload-dir", type=Path, metavar="DIR", help="keep also what has no complete copy in this directory"
     )

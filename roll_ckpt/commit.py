@@ -40,16 +40,14 @@ from .seal import sha256
 from .trash import empty_trash, retire_trash, trash
 
 __all__ = [
-    "Attempt", "Epoch", "Outcome", "Recovery", "begin", "cast", "check_room", "claim", "committed", "empty_trash", "find",
-    "is_being_read", "read_manifest", "reading", "recover", "removing", "settle", "trash", "write_latest",
+    "Attempt", "Epoch", "Outcome", "Recovery", "begin", "cast", "check_room", "claim", "committed", "empty_trash",
+    "find", "is_being_read", "read_manifest", "reading", "recover", "removing", "settle", "trash", "write_latest",
 ]  # fmt: skip
 
 log = logging.getLogger("roll_ckpt")
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.2
-_PATIENCE_S = (
-    1.0  # how long a process that replaces a checkpoint is left alone by another that would do the same
-)
+_PATIENCE_S = 1.0  # how long a process that replaces a checkpoint is left alone by another that would do the same
 _NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 _TAKEN = (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 _OLD = ".old"
@@ -127,9 +125,7 @@ def claim(
 # --- settling -----------------------------------------------------------------------------------------------
 
 
-def settle(
-    attempt: Attempt, *, lead: bool, timeout_s: float, clock: Callable[[], float] = time.monotonic
-) -> Outcome:
+def settle(attempt: Attempt, *, lead: bool, timeout_s: float, clock: Callable[[], float] = time.monotonic) -> Outcome:
     """Wait until the attempt is committed or abandoned. Blocks; a commit is durable on return.
 
     A lead (rank 0 of each world) collects the votes, decides and carries out; two may do so at once. The

@@ -31,9 +31,7 @@ def reading(unit: Path) -> Iterator[None]:
     key = unit.resolve()
     lock = _lock(unit, exclusive=False)
     if lock is False:
-        raise NotFound(
-            f"{unit}: it is being removed or replaced just now; look for the newest checkpoint again"
-        )
+        raise NotFound(f"{unit}: it is being removed or replaced just now; look for the newest checkpoint again")
     with _guard:
         _here[key] += 1
     try:

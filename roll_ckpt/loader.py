@@ -48,9 +48,7 @@ class Unit:
         relative = path.resolve().relative_to(self.directory.resolve()).as_posix()
         receipt = self._files.get(relative)
         if receipt is None:
-            raise errors.Damaged(
-                f"{path}: not listed in {self.directory / names.MANIFEST}; it does not belong there"
-            )
+            raise errors.Damaged(f"{path}: not listed in {self.directory / names.MANIFEST}; it does not belong there")
         blocks = self._blocks(relative)
         root = manifest.root_of(receipt.nbytes, receipt.block_bytes, blocks)
         if root != receipt.root:
@@ -179,7 +177,5 @@ def compare_models(saved: dict[str, Any], live: dict[str, Any], where: str) -> N
     if differences:
         more = f"\n  ... and {len(differences) - 10} more" if len(differences) > 10 else ""
         raise errors.ModelMismatch(
-            f"{where} holds another model; nothing was loaded. Differences:\n  "
-            + "\n  ".join(differences[:10])
-            + more
+            f"{where} holds another model; nothing was loaded. Differences:\n  " + "\n  ".join(differences[:10]) + more
         )

@@ -329,9 +329,7 @@ def parse_manifest(data: bytes, where: object) -> Manifest:
     )
     fields.end()
     clusters = manifest.clusters
-    if set(manifest.votes) != {
-        names.vote_file(c, r) for c in clusters for r in range(clusters[c]["world_size"])
-    }:
+    if set(manifest.votes) != {names.vote_file(c, r) for c in clusters for r in range(clusters[c]["world_size"])}:
         raise Damaged(f"{where}: its votes are not those of its clusters")
     return manifest
 

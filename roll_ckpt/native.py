@@ -114,9 +114,7 @@ class NativeImage:
         self._streams[device] = stream
 
     def _freeze(self) -> _native.Image:
-        return _native.Image(
-            self.nbytes, self._extents, self._records, self._patches, self._serials, self._streams
-        )
+        return _native.Image(self.nbytes, self._extents, self._records, self._patches, self._serials, self._streams)
 
 
 class Transfer:

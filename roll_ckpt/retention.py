@@ -23,9 +23,7 @@ def plan(names: Sequence[str], keep: int, protected: Collection[str] = ()) -> li
     return [name for name in old if name not in protected]
 
 
-def prune(
-    output_dir: Path, epoch: commit.Epoch, keep: int, protected: Collection[str] = frozenset()
-) -> list[str]:
+def prune(output_dir: Path, epoch: commit.Epoch, keep: int, protected: Collection[str] = frozenset()) -> list[str]:
     """Remove all but the newest `keep` committed checkpoints; return the names that are gone for good.
 
     Blocks while it deletes. What is protected, being read, or named by `latest` stays. One with a damaged

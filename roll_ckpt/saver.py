@@ -179,9 +179,7 @@ def native_image(image: FileImage) -> native.NativeImage:
         if isinstance(source, bytes):
             made.add_bytes(extent.offset, source)
         else:
-            made.add(
-                extent.offset, source.address, source.nbytes, lazy=extent.stable, device=source.device
-            )
+            made.add(extent.offset, source.address, source.nbytes, lazy=extent.stable, device=source.device)
             if source.device != HOST:
                 made.stream(source.device, source.stream)
     for record in image.records:

@@ -11,6 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
 
 from roll_ckpt import errors
 
@@ -23,7 +24,7 @@ class World:
     Calls on one World are made in the same order by every rank, from one thread.
     """
 
-    def __init__(self, rank: int, size: int, store: dist.Store | None) -> None:
+    def __init__(self, rank: int, size: int, store: Store | None) -> None:
         self.rank = rank
         self.size = size
         self._store = store
@@ -41,7 +42,7 @@ class World:
         shared = dist.distributed_c10d._get_default_store()
         if _current is None or _current[0] is not shared:
             own = shared.clone() if hasattr(shared, "clone") else shared
-            ranks = cls(dist.get_rank(), dist.get_world_size(), dist.PrefixStore("roll_ckpt", own))
+            ranks = cls(dist.get_rank(), dist.get_world_size(), PrefixStore("roll_ckpt", own))
             _current = shared, ranks
         return _current[1]
 
@@ -112,4 +113,4 @@ class World:
         return value
 
 
-_current: tuple[dist.Store, World] | None = None
+_current: tuple[Store, World] | None = None

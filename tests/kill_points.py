@@ -4,7 +4,8 @@
     python kill_points.py recovery DIRECTORY STRIDE     die in a save, then die again in the recovery
     python kill_points.py zombies DIRECTORY STRIDE      stop, let another run take over and save, wake up
 
-A stride of 1 means every operation. A process of its own, so that forking stays cheap whatever the test session has imported.
+A stride of 1 means every operation. A process of its own, so that forking stays cheap whatever the test session
+has imported.
 """
 
 from __future__ import annotations

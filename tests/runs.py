@@ -107,9 +107,7 @@ def salts(output_dir: Path, *, whole: bool = True) -> dict[str, str]:
         assert not whole or verify.verify(unit) == []
         salt = (unit / "actor/rank_0.pt").read_text().split()[0]
         for cluster, rank in RANKS:
-            assert (unit / cluster / f"rank_{rank}.pt").read_bytes() == contents(salt, cluster, rank), (
-                told.name
-            )
+            assert (unit / cluster / f"rank_{rank}.pt").read_bytes() == contents(salt, cluster, rank), told.name
         found[told.name] = salt
     return found
 

@@ -172,9 +172,7 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-def test_verify_names_every_file_in_which_a_bit_was_flipped(
-    run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_verify_names_every_file_in_which_a_bit_was_flipped(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     unit = run / "checkpoint-1"
     for path, data in files(unit).items():
         if data:
@@ -330,9 +328,7 @@ def test_ls_loads_nothing_heavy(run: Path) -> None:
         "heavy = {'torch', 'deepspeed', 'numpy', 'pydantic', 'rich', 'yaml'} & set(sys.modules);"
         "assert not heavy, heavy"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, run], cwd=HERE.parent, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", script, run], cwd=HERE.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

@@ -264,9 +264,7 @@ def test_a_run_that_is_taken_over_fails_by_name(tmp_path: Path) -> None:
         lambda: begin(epoch, 2),
         lambda: commit.settle(attempt, lead=True, timeout_s=1),
     ):
-        with pytest.raises(
-            EpochLost, match=f"epoch 1 was taken over by epoch 2, process {other.pid} on host"
-        ):
+        with pytest.raises(EpochLost, match=f"epoch 1 was taken over by epoch 2, process {other.pid} on host"):
             work()
     with pytest.raises((EpochLost, FileNotFoundError)):
         runs.vote(attempt, "x", "actor", 0)
@@ -326,9 +324,7 @@ def test_a_world_that_restarts_claims_a_new_epoch_and_the_survivor_is_told(tmp_p
     restarted.kill()
 
 
-def test_a_run_on_another_host_is_known_by_its_heartbeat(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_on_another_host_is_known_by_its_heartbeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(epochs, "HEARTBEAT_S", 0.05)
     monkeypatch.setattr(epochs, "SILENCE_S", 0.6)
 
@@ -377,9 +373,7 @@ def left_behind(output_dir: Path, but: int) -> list[commit.Recovery]:
 
 
 def test_a_save_with_all_votes_is_finished_by_the_next_start(tmp_path: Path) -> None:
-    assert left_behind(tmp_path, 0) == [
-        commit.Recovery("checkpoint-1", 1, 1, "finished", "all votes were there")
-    ]
+    assert left_behind(tmp_path, 0) == [commit.Recovery("checkpoint-1", 1, 1, "finished", "all votes were there")]
     assert runs.assert_sound(tmp_path) == {"checkpoint-1": "x"}
     assert (tmp_path / names.LATEST).read_text() == "checkpoint-1"
 

@@ -16,7 +16,9 @@ MATRIX = [(stage, precision) for stage in (0, 1, 2, 3) for precision in ("bf16",
 
 
 @pytest.mark.parametrize(("stage", "precision"), MATRIX)
-def test_stock_and_we_continue_alike_from_what_we_saved(two_ranks: World, tmp_path: Path, stage: int, precision: str) -> None:
+def test_stock_and_we_continue_alike_from_what_we_saved(
+    two_ranks: World, tmp_path: Path, stage: int, precision: str
+) -> None:
     out = str(tmp_path / "run")
     for losses in two_ranks.call(f"{CASES}:save_with_us_load_with_all", out, stage, precision):
         assert losses["stock"] == losses["unbroken"]
@@ -92,7 +94,9 @@ def test_a_failed_16bit_model_is_raised_on_every_rank(two_ranks: World, tmp_path
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
-def test_an_error_on_one_rank_hangs_nobody_and_commits_nothing(two_ranks: World, tmp_path: Path, asynchronous: bool) -> None:
+def test_an_error_on_one_rank_hangs_nobody_and_commits_nothing(
+    two_ranks: World, tmp_path: Path, asynchronous: bool
+) -> None:
     for found in two_ranks.call(f"{CASES}:fail_on_one_rank", str(tmp_path / "run"), asynchronous):
         told = found["failures"][0] if asynchronous else found["told"]
         assert "rank 1" in told and "bad" in told and "abandoned" in told
@@ -218,12 +222,16 @@ def launch(*arguments: str) -> None:
 
 
 @pytest.mark.parametrize("case", ["offloaded", "with_lora", "with_experts", "with_stages"])
-def test_what_saves_without_overlap_is_continued_by_stock_and_by_us(two_ranks: World, tmp_path: Path, case: str) -> None:
+def test_what_saves_without_overlap_is_continued_by_stock_and_by_us(
+    two_ranks: World, tmp_path: Path, case: str
+) -> None:
     assert two_ranks.call(f"{CASES}:{case}", str(tmp_path)) == [[True, True], [True, True]]
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-def test_an_engine_without_optimizer_starts_and_its_save_is_refused(two_ranks: World, tmp_path: Path, stage: int) -> None:
+def test_an_engine_without_optimizer_starts_and_its_save_is_refused(
+    two_ranks: World, tmp_path: Path, stage: int
+) -> None:
     for told in two_ranks.call(f"{CASES}:without_optimizer", str(tmp_path / "run"), stage):
         assert told.startswith("UnsupportedError") and "optimizer" in told
     assert not (tmp_path / "run").exists()

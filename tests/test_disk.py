@@ -106,17 +106,13 @@ def _expect(true: bool) -> None:
 
 def test_new_directories_are_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[str, str]] = []
-    monkeypatch.setattr(
-        disk, "observer", lambda operation, paths: seen.append((operation, Path(paths[0]).name))
-    )
+    monkeypatch.setattr(disk, "observer", lambda operation, paths: seen.append((operation, Path(paths[0]).name)))
     disk.make_dirs(tmp_path / "a" / "b")
     assert seen == [("mkdir", "a"), ("fsync_dir", tmp_path.name), ("mkdir", "b"), ("fsync_dir", "a")]
     assert stat.S_ISDIR((tmp_path / "a/b").stat().st_mode)
 
 
-def test_a_file_system_that_cannot_sync_directories_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_system_that_cannot_sync_directories_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(descriptor: int) -> None:
         raise OSError(errno.EINVAL, "Invalid argument")
 

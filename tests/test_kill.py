@@ -37,9 +37,7 @@ def survive(scenario: str, stride: int) -> int:
         ("rank", 5, 5),
     ],
 )
-def test_a_killed_run_leaves_the_old_checkpoint_or_the_new_one_whole(
-    scenario: str, stride: int, at_least: int
-) -> None:
+def test_a_killed_run_leaves_the_old_checkpoint_or_the_new_one_whole(scenario: str, stride: int, at_least: int) -> None:
     assert survive(scenario, stride) >= at_least
 
 

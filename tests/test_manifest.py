@@ -11,9 +11,7 @@ import pytest
 from roll_ckpt import manifest, seal
 from roll_ckpt.errors import Damaged
 
-EXPECTED = manifest.Expected(
-    "checkpoint-7", 7, "run", 2, 1, {"actor": 2, "critic": 1}, True, "roll_ckpt test"
-)
+EXPECTED = manifest.Expected("checkpoint-7", 7, "run", 2, 1, {"actor": 2, "critic": 1}, True, "roll_ckpt test")
 
 
 def vote(cluster: str, rank: int) -> manifest.Vote:
@@ -107,9 +105,7 @@ CHANGES: list[tuple[Callable[[manifest.Vote], manifest.Vote], str]] = [
 
 
 @pytest.mark.parametrize(("change", "reason"), CHANGES)
-def test_votes_that_contradict_build_no_manifest(
-    change: Callable[[manifest.Vote], manifest.Vote], reason: str
-) -> None:
+def test_votes_that_contradict_build_no_manifest(change: Callable[[manifest.Vote], manifest.Vote], reason: str) -> None:
     cast = {**votes(), "actor.1.json": change(vote("actor", 1)).to_bytes()}
     with pytest.raises(Damaged, match=reason):
         manifest.build(cast, EXPECTED.to_bytes())

@@ -27,9 +27,7 @@ def test_what_is_owed_is_uploaded_whole_and_owed_no_more(run: Path, tmp_path: Pa
     uploads.upload(run / "checkpoint-1", there, copied.append)
     assert uploads.owed(run, there) == ["checkpoint-2"]
     assert verify.verify(there / "checkpoint-1") == [] and os.listdir(there) == ["checkpoint-1"]
-    assert sum(copied) == sum(
-        path.stat().st_size for path in (there / "checkpoint-1").rglob("*") if path.is_file()
-    )
+    assert sum(copied) == sum(path.stat().st_size for path in (there / "checkpoint-1").rglob("*") if path.is_file())
     uploads.upload(run / "checkpoint-1", there, copied.clear)  # type: ignore[arg-type]  # not called
     assert copied
 

@@ -70,9 +70,7 @@ def test_harm_to_any_file_is_found_and_named(run: Path, tmp_path: Path, harm: st
     assert verify.verify_run(run) == []
 
 
-@pytest.mark.parametrize(
-    "path", ["extra", "actor/extra.pt", "votes/actor.2.json", "pipeline/x", "manifest.json.bak"]
-)
+@pytest.mark.parametrize("path", ["extra", "actor/extra.pt", "votes/actor.2.json", "pipeline/x", "manifest.json.bak"])
 def test_an_extra_file_is_found_and_named(run: Path, path: str) -> None:
     extra = run / "checkpoint-10" / path
     made = not extra.parent.exists()

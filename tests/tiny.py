@@ -53,7 +53,9 @@ def config(stage: int, precision: str, ours: dict[str, Any] | None = None, **mor
     return made
 
 
-def engine(stage: int, precision: str, ours: dict[str, Any] | None, seed: int = 0, width: int = WIDTH, **more: Any) -> Any:
+def engine(
+    stage: int, precision: str, ours: dict[str, Any] | None, seed: int = 0, width: int = WIDTH, **more: Any
+) -> Any:
     """A DeepSpeed engine around `Net`; `ours` is its `checkpoint.roll_ckpt`, None for stock DeepSpeed."""
     torch.manual_seed(seed)
     settings = config(stage, precision, copy.deepcopy(ours), **more)

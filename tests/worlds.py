@@ -24,7 +24,15 @@ START_TIMEOUT_S = 240.0
 def environment(**extra: str) -> dict[str, str]:
     """The environment of a torchrun job on CPU and gloo."""
     path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    return {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONWARNINGS": "ignore", "DEEPSPEED_LOG_LEVEL": "error", **extra}
+    return {
+        **os.environ,
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": path,
+        "PYTHONWARNINGS": "ignore",
+        "DEEPSPEED_LOG_LEVEL": "error",
+        **extra,
+    }
 
 
 class RankFailed(AssertionError):

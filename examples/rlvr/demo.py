@@ -124,9 +124,7 @@ def _compare(unbroken: Path, work_dir: Path) -> str:
             raise DemoFailed(f"rank {rank} did not train steps {sorted(missing)} after the resume")
         for launch, when in ((killed, "before the kill"), (resumed, "after the resume")):
             for step, record in launch.steps.items():
-                _compare_step(
-                    reference.steps[step].figures, record.figures, f"rank {rank}, step {step}, {when}"
-                )
+                _compare_step(reference.steps[step].figures, record.figures, f"rank {rank}, step {step}, {when}")
     steps = f"steps {BEFORE + 1} to {max(resumed.steps)}"
     return f"every loss of {steps} is that of the unbroken run, bit for bit, on every rank"
 
@@ -186,9 +184,7 @@ def _empty(output_dir: Path, work_dir: Path) -> TextIO:
     marker = work_dir / MARKER
     if work_dir.exists() and not marker.is_file() and any(work_dir.iterdir()):
         raise DemoFailed(f"{work_dir} was not made by this demonstration ({MARKER} is missing); move it away")
-    strange = (
-        [path.name for path in output_dir.iterdir() if not _is_ours(path.name)] if output_dir.exists() else []
-    )
+    strange = [path.name for path in output_dir.iterdir() if not _is_ours(path.name)] if output_dir.exists() else []
     if output_dir.is_symlink() or work_dir.is_symlink() or strange:
         what = f"holds {strange[0]}" if strange else "or its work folder is a link"
         raise DemoFailed(f"{output_dir} {what}, which is none of this demonstration's; move it away")

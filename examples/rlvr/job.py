@@ -26,9 +26,7 @@ class JobFailed(Exception):
 class Job:
     """`examples.rlvr.train` under torchrun. Use it as a context: on the way out no process of it is left."""
 
-    def __init__(
-        self, arguments: Sequence[str], work_dir: Path, world: str = "rlvr", limit_s: float = 300
-    ) -> None:
+    def __init__(self, arguments: Sequence[str], work_dir: Path, world: str = "rlvr", limit_s: float = 300) -> None:
         self._places = [Place(work_dir, world, rank) for rank in range(RANKS)]
         self._agent_log = work_dir / "logs" / f"{world}.torchrun.log"
         self._arguments = arguments

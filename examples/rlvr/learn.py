@@ -33,9 +33,7 @@ def learn_policy(
     return {"actor/loss": loss.item(), "actor/kl": kl.item(), "actor/reward": rollout.rewards.mean().item()}
 
 
-def learn_values(
-    engine: Any, tokens: torch.Tensor, targets: torch.Tensor
-) -> tuple[dict[str, float], torch.Tensor]:
+def learn_values(engine: Any, tokens: torch.Tensor, targets: torch.Tensor) -> tuple[dict[str, float], torch.Tensor]:
     """One optimizer step of the critic towards `targets`; returns its figures and what it had expected."""
     values = engine(tokens)[:, -targets.shape[1] - 1 : -1]
     loss = torch.nn.functional.mse_loss(values, targets)

@@ -64,9 +64,7 @@ class RlvrPipeline(BasePipeline):
         baseline = rollout.returns.mean()
         if self.critic is not None:
             figures, baseline = learn_values(self.critic, rollout.tokens, rollout.returns)
-        return figures | learn_policy(
-            self.actor, self.reference, rollout, baseline, kl_weight=settings.kl_weight
-        )
+        return figures | learn_policy(self.actor, self.reference, rollout, baseline, kl_weight=settings.kl_weight)
 
     def _learn_values_of_text(self) -> dict[str, float]:
         """A critic on its own judges text that people wrote, by the same rule."""

@@ -61,9 +61,7 @@ class Screen:
 
     def begin(self, resumed_from: int | None) -> None:
         if resumed_from is not None:
-            self.say(
-                f"[bold green]resumed from checkpoint-{resumed_from}[/]: on with step {resumed_from + 1}"
-            )
+            self.say(f"[bold green]resumed from checkpoint-{resumed_from}[/]: on with step {resumed_from + 1}")
         self._progress.update(self._task, description="training", completed=(resumed_from or -1) + 1)
 
     def step(self, step: int, figures: dict[str, float], metrics: dict[str, Any]) -> None:

@@ -34,9 +34,7 @@ class StopAt:
             if self.cluster is not None and where.get("cluster") != self.cluster:
                 return
             marker.parent.mkdir(parents=True, exist_ok=True)
-            marker.write_text(
-                json.dumps({"point": point, **{key: str(value) for key, value in where.items()}})
-            )
+            marker.write_text(json.dumps({"point": point, **{key: str(value) for key, value in where.items()}}))
             threading.Event().wait()
 
         disk.listener = listener

@@ -69,9 +69,7 @@ def _count(step: Step, rows: dict[int, SaveRow], blocked: dict[int, float]) -> N
 
 def save_table(rows: list[SaveRow], output_dir: Path, uploads: Path) -> Table:
     table = Table(box=None, pad_edge=False, caption_justify="left")
-    table.caption = (
-        "blocked: the longest that a rank's training stood still; at the last step until all is uploaded"
-    )
+    table.caption = "blocked: the longest that a rank's training stood still; at the last step until all is uploaded"
     for heading in _HEADINGS:
         table.add_column(heading, justify="left" if heading == "clusters" else "right")
     for row in rows:

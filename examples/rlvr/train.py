@@ -42,9 +42,7 @@ def main() -> int:
     except Exception as problem:
         if screen is not None:
             screen.close()
-        terminal.write(
-            f"rank {rank}: {type(problem).__name__}: {problem}\n  the whole story is in {place.log}\n"
-        )
+        terminal.write(f"rank {rank}: {type(problem).__name__}: {problem}\n  the whole story is in {place.log}\n")
         raise
     return 0
 
@@ -84,16 +82,10 @@ def _train(config: RlvrConfig, arguments: argparse.Namespace, place: Place, scre
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="torchrun … -m examples.rlvr.train", description=__doc__.split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="torchrun … -m examples.rlvr.train", description=__doc__.split("\n")[0])
     parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument(
-        "--output-dir", type=Path, help="instead of the file's; logs and uploads go to <it>-work"
-    )
-    parser.add_argument(
-        "--only", choices=("actor_train", "critic"), help="train this cluster alone, as one world"
-    )
+    parser.add_argument("--output-dir", type=Path, help="instead of the file's; logs and uploads go to <it>-work")
+    parser.add_argument("--only", choices=("actor_train", "critic"), help="train this cluster alone, as one world")
     parser.add_argument(
         "--stop-at",
         type=StopAt.parse,
@@ -108,9 +100,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("assignments", nargs="*", metavar="KEY=VALUE", help="settings in place of the file's")
     arguments = parser.parse_args()
     if "RANK" not in os.environ:
-        parser.error(
-            "start it with torchrun: torchrun --standalone --nproc-per-node 2 -m examples.rlvr.train …"
-        )
+        parser.error("start it with torchrun: torchrun --standalone --nproc-per-node 2 -m examples.rlvr.train …")
     if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
         # All ranks are here: gloo need not find out an address that other hosts could reach.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

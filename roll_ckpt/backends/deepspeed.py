@@ -30,7 +30,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import groups
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from roll_ckpt import commit, disk, errors, loader, manifest, names, retention, saver
+from roll_ckpt import commit, disk, errors, loader, names, retention, saver
 from roll_ckpt.config import DeepSpeedConfig, Settings
 from roll_ckpt.image import FileImage
 from roll_ckpt.layout import torch_zip
@@ -232,7 +232,9 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
     def _prune(self, save: saver.Save) -> None:
         if save.lead and self.settings.max_ckpt_to_keep:
             output_dir = save.attempt.output_dir
-            retention.prune(output_dir, saver.epoch_of(output_dir), keep=self.settings.max_ckpt_to_keep, protected=set())
+            retention.prune(
+                output_dir, saver.epoch_of(output_dir), keep=self.settings.max_ckpt_to_keep, protected=set()
+            )
 
     @contextmanager
     def _no_raise(self) -> Iterator[None]:
@@ -455,8 +457,9 @@ def attach(engine: DeepSpeedEngine, settings: Settings, cluster: str) -> RollChe
     refuse_rivals(engine)
     refuse_unsupported(engine)
     engine.checkpoint_engine.cleanup()
-    engine.checkpoint_engine = RollCheckpointEngine(engine, settings, cluster)
-    return engine.checkpoint_engine
+    ours = RollCheckpointEngine(engine, settings, cluster)
+    engine.checkpoint_engine = ours
+    return ours
 
 
 def attached(engine: DeepSpeedEngine) -> RollCheckpointEngine | None:

@@ -209,10 +209,10 @@ def _is_strided(obj: torch.Tensor) -> bool:
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
     """First and last-plus-one byte of its storage that a strided tensor shows."""
     itemsize = tensor.element_size()
-    start = tensor.storage_offset() * itemsize
+    start = int(tensor.storage_offset()) * itemsize
     if tensor.numel() == 0:
         return start, start
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    last: int = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return start, start + (last + 1) * itemsize
 
 
@@ -367,9 +367,7 @@ class _Archive:
         for entry in self.entries:
             self._add_directory_entry(entry)
         size, count, end_at = self._end - directory_at, len(self.entries), self._end
-        self._plain += struct.pack(
-            "<4sQ2H2I4Q", b"PK\x06\x06", 44, 798, 45, 0, 0, count, count, size, directory_at
-        )
+        self._plain += struct.pack("<4sQ2H2I4Q", b"PK\x06\x06", 44, 798, 45, 0, 0, count, count, size, directory_at)
         self._plain += struct.pack("<4sIQI", b"PK\x06\x07", 0, end_at, 1)
         self._plain += struct.pack(
             "<4s4H2IH",
@@ -451,7 +449,7 @@ def parse(buffer: Any, path: str, map_location: Any = "cpu", allow: Iterable[Any
         with torch.serialization.safe_globals(list(allow)):
             data_pkl = io.BytesIO(_slice(view, records["data.pkl"]))
             unpickler = safe_pickle.Unpickler(data_pkl, encoding="utf-8")
-            unpickler.persistent_load = storage_of  # type: ignore[attr-defined]
+            setattr(unpickler, "persistent_load", storage_of)  # noqa: B010 (torch sets it the same way)
             return unpickler.load()
     except (pickle.UnpicklingError, KeyError, EOFError, struct.error) as problem:
         raise errors.Damaged(
@@ -477,11 +475,11 @@ def _read_directory(view: memoryview, path: str) -> dict[str, tuple[int, int]]:
 
 def _directory_entries(view: memoryview, end: int, path: str) -> Iterator[tuple[str, tuple[int, int]]]:
     count, _, at = struct.unpack_from("<H2I", view, end + 10)
-    if end >= 20 and view[end - 20 : end - 16] == b"PK\x06\x07":
+    if end >= 20 and bytes(view[end - 20 : end - 16]) == b"PK\x06\x07":
         (wide,) = struct.unpack_from("<Q", view, end - 12)
         count, _, at = struct.unpack_from("<3Q", view, wide + 32)
     for _ in range(count):
-        if view[at : at + 4] != b"PK\x01\x02":
+        if bytes(view[at : at + 4]) != b"PK\x01\x02":
             raise errors.Damaged(f"{path}: its zip directory is broken at byte {at}")
         (method,) = struct.unpack_from("<H", view, at + 10)
         stored, nbytes, name_len, extra_len, comment_len = struct.unpack_from("<2I3H", view, at + 20)
