@@ -39,6 +39,16 @@ def mover(settings: Settings) -> native.Mover:
     return _mover
 
 
+def warm(settings: Settings, nbytes: int) -> None:
+    """Make the arena and have it faulted in (and pinned, where there is a GPU) in the background.
+
+    `nbytes` is what this rank's saves need; the cap stays the cap.
+    """
+    staging = mover(settings).arena
+    device = int(os.environ.get("LOCAL_RANK", "0")) if not native.cuda_status() else -1
+    staging.warm(min(nbytes + 2 * staging.block_bytes, staging.capacity_bytes), device)
+
+
 def arena_bytes(settings: Settings) -> int:
     """This rank's share of the host's cap, in bytes; at least two blocks."""
     told = settings.staging.arena_bytes

@@ -19,7 +19,7 @@ from roll_ckpt.layout import torch_zip
 
 log = logging.getLogger("roll_ckpt")
 
-_LEVELS_UP = 4
+_LEVELS_UP = 2  # checkpoint-N/actor_train/checkpoint-N
 
 
 class Unit:
@@ -34,8 +34,10 @@ class Unit:
     @classmethod
     def around(cls, path: Path) -> Unit | None:
         """The checkpoint that `path` lies in, or None for files without our manifest."""
-        for parent in [path, *path.parents][: _LEVELS_UP + 1]:
-            if disk.exists(parent / names.MANIFEST):
+        if disk.exists(path / names.MANIFEST):
+            return cls(path)
+        for parent in list(path.absolute().parents)[:_LEVELS_UP]:
+            if disk.exists(parent / names.MANIFEST) and disk.exists(parent / names.DECISION):
                 return cls(parent)
         return None
 

@@ -66,7 +66,7 @@ class BasePipeline:
         for cluster in clusters:
             cluster.attach(self.config)
         self._clusters = registered
-        arena.mover(self.config)
+        arena.warm(self.config, sum(cluster.estimate_bytes() for cluster in clusters))
 
     def register_stateful(self, name: str, component: Stateful) -> None:
         """Save and restore `component` on every rank with the pipeline; call it before `resume()`."""
@@ -147,7 +147,9 @@ class BasePipeline:
             save.seal()
         self._saves.append(save)
         if last or not self._async_save:
-            self._wait(save, last)
+            upload = self.config.checkpoint_config
+            whole = last or upload is None or not upload.async_upload
+            saver.wait_together(self._ranks, save, uploaded=whole)
             metrics |= self._late_metrics()
         metrics["time/do_checkpoint/total"] = time.monotonic() - began
         return metrics
@@ -177,26 +179,6 @@ class BasePipeline:
                 ticket.stage(directory / WORKER_STATE_FILE, bytes_image(self.state.to_json()), overlap=False)
         except Exception as problem:
             ticket.fail(problem)
-
-    def _wait(self, save: saver.Save, last: bool) -> None:
-        upload = self.config.checkpoint_config
-        whole = last or upload is None or not upload.async_upload
-        problem = None
-        try:
-            save.wait(uploaded=whole)
-        except errors.RollCkptError as failure:
-            problem = str(failure)
-
-        def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
-            problems = [post["problem"] for post in posts if post["problem"]]
-            if problems:
-                raise errors.SaveFailed(problems[0])
-            return {}
-
-        if whole:  # rank 0 alone uploads: the others learn of it here
-            self._ranks.agree({"problem": problem}, decide, _upload_timeout_s(self.config))
-        elif save.failure is not None:
-            raise save.failure
 
     def _late_metrics(self) -> dict[str, Any]:
         """Metrics of saves that ended since the last call, under the step that they belong to."""
@@ -298,7 +280,7 @@ class BasePipeline:
             return {"problems": sorted({problem for post in posts for problem in post["problems"]})}
 
         posted = {"problems": [f"{problem.path}: {problem.detail}" for problem in mine]}
-        found: list[str] = world.agree(posted, decide, _upload_timeout_s(self.config))["problems"]
+        found: list[str] = world.agree(posted, decide, saver.LONGEST_S)["problems"]
         return found
 
     def _restore_state(self, unit: Path) -> None:
@@ -344,7 +326,7 @@ class _AfterCommit:
 
     def catch_up(self) -> None:
         """Upload and prune, in the background, what an earlier run committed and then was killed."""
-        threading.Thread(target=self._catch_up, name="roll_ckpt catching up", daemon=True).start()
+        saver.in_background(self._catch_up, "catching up", self._config.exit_timeout_s)
 
     def _owed(self) -> list[str]:
         upload = self._config.checkpoint_config
@@ -385,7 +367,3 @@ def _checked_path(path: Path, output_dir: Path) -> Path:
         f"resume_from_checkpoint: {path} holds no complete checkpoint (no {names.MANIFEST} in it); give a committed "
         f"checkpoint-N directory; `roll-ckpt ls {output_dir}` lists them"
     )
-
-
-def _upload_timeout_s(config: PipelineConfig) -> float:
-    return max(24 * 3600.0, config.commit_timeout_s)

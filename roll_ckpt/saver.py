@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +201,9 @@ class Save:
 
     attempt: commit.Attempt
     settings: Settings
-    lead: bool
+    rank: int
+    clusters: tuple[str, ...]
+    """The clusters of this world, whose votes this process casts."""
     on_commit: CommitHook | None = None
     tickets: dict[str, Ticket] = field(default_factory=dict)
     failure: errors.RollCkptError | None = None
@@ -212,15 +214,22 @@ class Save:
     _finished: threading.Event = field(default_factory=threading.Event)
     _started: float = field(default_factory=time.monotonic)
 
-    def ticket(self, cluster: str, rank: int, facts: Mapping[str, Any]) -> Ticket:
-        """The part of `cluster`, whose rank this process is; `facts` go into the manifest."""
-        self.tickets[cluster] = Ticket(self, cluster, rank, facts)
+    def ticket(self, cluster: str, facts: Mapping[str, Any]) -> Ticket:
+        """The part of `cluster`; `facts` go into the manifest."""
+        self.tickets[cluster] = Ticket(self, cluster, self.rank, facts)
         return self.tickets[cluster]
 
     def seal(self) -> None:
-        """Nothing more will be staged: vote and commit in the background."""
-        thread = threading.Thread(target=self._run, name=f"roll_ckpt {self.attempt.name}", daemon=True)
-        thread.start()
+        """Nothing more will be staged: vote and commit in the background. A cluster without a ticket votes no."""
+        for cluster in self.clusters:
+            if cluster not in self.tickets:
+                self.ticket(cluster, {}).fail(RuntimeError("the trainer failed before this cluster was staged"))
+        threading.Thread(target=self._run, name=f"roll_ckpt {self.attempt.name}", daemon=True).start()
+
+    @property
+    def lead(self) -> bool:
+        """Whether this process collects the votes and decides: rank 0 of each world."""
+        return self.rank == 0
 
     @property
     def settled(self) -> bool:
@@ -326,6 +335,7 @@ def begin(
     Raises:
         RanksDisagree, NoRoom, RunIsLive, EpochLost, ConfigError: on every rank, with nothing on disk touched.
     """
+    request = replace(request, output_dir=request.output_dir.absolute())
     wait_pending(request.output_dir, request.name)
     wish = {
         "output_dir": str(request.output_dir),
@@ -362,9 +372,30 @@ def begin(
         expected=dict(request.expected_clusters or request.clusters),
         save_latest=request.save_latest,
     )
-    save = Save(attempt, settings, lead=world.rank == 0, on_commit=on_commit)
+    save = Save(attempt, settings, world.rank, tuple(request.clusters), on_commit=on_commit)
     _remember(save)
     return save
+
+
+def wait_together(world: World, save: Save, *, uploaded: bool) -> None:
+    """`Save.wait` on every rank of `world`: none returns before all know the outcome; one rendezvous.
+
+    Raises:
+        SaveFailed: on every rank, if it failed on any.
+    """
+    problem = None
+    try:
+        save.wait(uploaded=uploaded)
+    except errors.RollCkptError as failure:
+        problem = str(failure)
+
+    def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
+        problems = [post["problem"] for post in posts if post["problem"]]
+        if problems:
+            raise errors.SaveFailed(problems[0])
+        return {}
+
+    world.agree({"problem": problem}, decide, LONGEST_S)
 
 
 def _check_agreement(posts: list[dict[str, Any]]) -> None:
@@ -382,6 +413,9 @@ def _check_agreement(posts: list[dict[str, Any]]) -> None:
             )
 
 
+_EPOCHS_KEPT = 8
+LONGEST_S = 24 * 3600.0
+"""Longest that ranks wait for each other while one verifies or uploads."""
 _epochs: dict[Path, commit.Epoch] = {}
 
 
@@ -397,7 +431,7 @@ def claim(
         RunIsLive: another live run owns the directory. EpochLost: one has taken it over since.
     """
     key = output_dir.resolve()
-    epoch = _epochs.get(key)
+    epoch = _epochs.pop(key, None)
     if epoch is None:
         epoch = commit.claim(
             output_dir,
@@ -406,9 +440,18 @@ def claim(
             expected_clusters=expected_clusters,
             take_over=settings.take_over,
         )
-        _epochs[key] = epoch
+        _release_unused()
+    _epochs[key] = epoch  # the one used last stands last
     epoch.check()
     return epoch
+
+
+def _release_unused() -> None:
+    """Let go of directories of long ago: some hosts give every checkpoint a save directory of its own."""
+    busy = {save.attempt.output_dir.resolve() for save in pending()}
+    idle = [key for key in _epochs if key not in busy]
+    for key in idle[: max(0, len(_epochs) - _EPOCHS_KEPT)]:
+        _epochs.pop(key).release()
 
 
 def epoch_of(output_dir: Path) -> commit.Epoch:
@@ -466,13 +509,30 @@ def fence(saves: Iterable[Save] | None = None) -> None:
         save.fence()
 
 
+_background: list[tuple[threading.Thread, float]] = []
+
+
+def in_background(action: Callable[[], None], name: str, exit_timeout_s: float) -> None:
+    """Run `action` on a thread that the interpreter's exit waits for, at most `exit_timeout_s`."""
+    thread = threading.Thread(target=action, name=f"roll_ckpt {name}", daemon=True)
+    _background[:] = [(other, limit) for other, limit in _background if other.is_alive()]
+    _background.append((thread, exit_timeout_s))
+    thread.start()
+
+
 def _finish_at_exit() -> None:
+    if _pid != os.getpid():
+        return
     for save in pending():
         try:
             save.wait(save.settings.exit_timeout_s, uploaded=True)
         except (errors.RollCkptError, TimeoutError) as problem:
             if not save.reported:
                 log.error("at exit: %s", problem)
+    for thread, limit_s in _background:
+        thread.join(limit_s)
+    for epoch in _epochs.values():
+        epoch.release()
 
 
 atexit.register(_finish_at_exit)

@@ -168,14 +168,14 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
         finally:
             save.seal()
         if not self.settings.async_save:
-            save.wait(uploaded=True)
+            saver.wait_together(self.world, save, uploaded=True)
         return True
 
     def run_stock(
         self, stock: Callable[..., Any], save: saver.Save, directory: Path, tag: str, arguments: dict[str, Any]
     ) -> saver.Ticket:
         """Let stock `save_checkpoint` write into `directory`, inside the attempt of `save`."""
-        self._ticket = save.ticket(self.cluster, self.world.rank, describe(self.engine))
+        self._ticket = save.ticket(self.cluster, describe(self.engine))
         self._ticket.parameters = parameters_of(self.engine)
         self._stable = stable_storages(self.engine) if self.settings.staging.overlap else frozenset()
         self._saves.append(save)
