@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from roll_ckpt.pipeline_state import (
 from roll_ckpt.world import World
 
 log = logging.getLogger("roll_ckpt")
+
+_POLL_S = 0.2
 
 
 class BasePipeline:
@@ -125,7 +128,8 @@ class BasePipeline:
         self.state.step = global_step
         if self.state.log_history:
             self.state.log_history[-1]["system/step"] = global_step
-        metrics = self._late_metrics()
+        metrics: dict[str, Any] = {}
+        self._add_ended(metrics)
         if (global_step > 0 and global_step % self.config.save_steps == 0) or last:
             metrics |= self._save(global_step, last)
         if self.state.log_history:
@@ -150,7 +154,7 @@ class BasePipeline:
             upload = self.config.checkpoint_config
             whole = last or upload is None or not upload.async_upload
             saver.wait_together(self._ranks, save, uploaded=whole)
-            metrics |= self._late_metrics()
+            self._add_ended(metrics)
         metrics["time/do_checkpoint/total"] = time.monotonic() - began
         return metrics
 
@@ -180,30 +184,38 @@ class BasePipeline:
         except Exception as problem:
             ticket.fail(problem)
 
-    def _late_metrics(self) -> dict[str, Any]:
-        """Metrics of saves that ended since the last call, under the step that they belong to."""
-        metrics: dict[str, Any] = {}
+    def _add_ended(self, metrics: dict[str, Any]) -> None:
+        """Add the metrics of saves that ended since the last call, with the step that each belongs to.
+
+        Several may have ended: `checkpoint/ended` lists one record for each, the plain keys are the newest's.
+        """
         for save in [save for save in self._saves if save.settled]:
             if save.failure is None and not save.finished:
                 continue
             self._saves.remove(save)
-            metrics |= self._after_commit.report.pop(save.attempt.name, {})
-            for ticket in save.tickets.values():
-                prefix = f"time/{ticket.cluster}/do_checkpoint"
-                metrics |= {
-                    f"{prefix}/step": save.attempt.step,
-                    f"{prefix}/fence": ticket.timing.fence_s,
-                    f"{prefix}/write": ticket.timing.write_s,
-                    f"{prefix}/commit": ticket.timing.commit_s,
-                    f"{prefix}/durable": save.durable_s,
-                    f"{prefix}/bytes": ticket.nbytes,
-                }
-            if save.failure is not None:
-                metrics["checkpoint/failed"] = str(save.failure)
-                if self.config.fail_training and not save.reported:
-                    save.reported = True
-                    raise save.failure
-        return metrics
+            record = self._record(save)
+            metrics.setdefault("checkpoint/ended", []).append(record)
+            metrics |= record
+            if save.failure is not None and self.config.fail_training and not save.reported:
+                save.reported = True
+                raise save.failure
+
+    def _record(self, save: saver.Save) -> dict[str, Any]:
+        record: dict[str, Any] = {"checkpoint/step": save.attempt.step}
+        record |= self._after_commit.report.pop(save.attempt.name, {})
+        for ticket in save.tickets.values():
+            prefix = f"time/{ticket.cluster}/do_checkpoint"
+            record |= {
+                f"{prefix}/step": save.attempt.step,
+                f"{prefix}/fence": ticket.timing.fence_s,
+                f"{prefix}/write": ticket.timing.write_s,
+                f"{prefix}/commit": ticket.timing.commit_s,
+                f"{prefix}/durable": save.durable_s,
+                f"{prefix}/bytes": ticket.nbytes,
+            }
+        if save.failure is not None:
+            record["checkpoint/failed"] = str(save.failure)
+        return record
 
     # --- coming back
 
@@ -223,7 +235,7 @@ class BasePipeline:
         """
         committed = self._claim_and_list()
         step = self._restore(committed)
-        if self._ranks.rank == 0:
+        if self._ranks.rank == 0 and _uploads(self._world_clusters, self.config.expected_clusters):
             self._after_commit.catch_up()
         return step
 
@@ -314,15 +326,35 @@ class _AfterCommit:
     def __call__(self, save: saver.Save) -> None:
         if not save.lead:
             return
+        if not _uploads(save.tickets, save.attempt.expected):
+            self._await_other_world(save.attempt.name)
+            return
         with self._one_at_a_time:
             began = time.monotonic()
             self.resumed_from = None
-            report: dict[str, Any] = {"checkpoint/step": save.attempt.step}
+            report: dict[str, Any] = {}
             if self._config.checkpoint_config is not None:
                 self._upload(save.attempt.name)
                 report["checkpoint/upload"] = time.monotonic() - began
             report["checkpoint/pruned"] = self._prune()
             self.report[save.attempt.name] = report
+
+    def _await_other_world(self, name: str) -> None:
+        """Block until the uploading world has uploaded `name`, at most `exit_timeout_s`.
+
+        Raises:
+            SaveFailed: not uploaded by then. EpochLost: the run goes on elsewhere.
+        """
+        output_dir = self._config.output_dir
+        limit = time.monotonic() + self._config.exit_timeout_s
+        while name in self._owed():
+            if time.monotonic() > limit:
+                raise errors.SaveFailed(
+                    f"{output_dir / name}: committed, but the world that uploads has not done so within "
+                    f"{self._config.exit_timeout_s:g} s (exit_timeout_s); see its log"
+                )
+            saver.epoch_of(output_dir).check()
+            time.sleep(_POLL_S)
 
     def catch_up(self) -> None:
         """Upload and prune, in the background, what an earlier run committed and then was killed."""
@@ -357,6 +389,11 @@ class _AfterCommit:
         return retention.prune(
             output_dir, saver.epoch_of(output_dir), keep=self._config.max_ckpt_to_keep, protected=protected
         )
+
+
+def _uploads(clusters: Collection[str], expected: Collection[str] | None) -> bool:
+    """Whether this world uploads and prunes for the run: the one whose cluster comes first does."""
+    return expected is None or min(expected) in clusters
 
 
 def _checked_path(path: Path, output_dir: Path) -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 
@@ -89,15 +90,16 @@ def _checkpoint_lines(step: int, metrics: dict[str, Any]) -> list[str]:
     if "time/do_checkpoint/total" in metrics:
         waited = seconds(metrics["time/do_checkpoint/total"])
         lines.append(f"[cyan]checkpoint-{step}[/]: training waited {waited} for it")
-    durable = [key for key, value in metrics.items() if key.endswith("/do_checkpoint/durable") and value]
-    for key in durable[:1]:
-        saved = metrics[key.replace("/durable", "/step")]
-        text = f"[cyan]checkpoint-{saved}[/]: durable {seconds(metrics[key])} after the save began"
-        if "checkpoint/upload" in metrics:
-            text += f", uploaded in {seconds(metrics['checkpoint/upload'])}"
-        if metrics.get("checkpoint/pruned"):
-            text += f", pruned {', '.join(metrics['checkpoint/pruned'])}"
+    for record in metrics.get("checkpoint/ended", []):
+        name = f"[cyan]checkpoint-{record['checkpoint/step']}[/]"
+        durable = [value for key, value in record.items() if key.endswith("/do_checkpoint/durable")]
+        if "checkpoint/failed" in record:
+            lines.append(f"{name}: [bold red]{escape(record['checkpoint/failed'])}[/]")
+            continue
+        text = f"{name}: durable {seconds(max(durable))} after the save began"
+        if "checkpoint/upload" in record:
+            text += f", uploaded in {seconds(record['checkpoint/upload'])}"
+        if record.get("checkpoint/pruned"):
+            text += f", pruned {', '.join(record['checkpoint/pruned'])}"
         lines.append(text)
-    if "checkpoint/failed" in metrics:
-        lines.append(f"[bold red]{metrics['checkpoint/failed']}[/]")
     return lines

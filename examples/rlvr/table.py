@@ -45,26 +45,25 @@ def save_rows(journals: Iterable[list[Launch]]) -> list[SaveRow]:
 
 
 def _saves_in(step: Step) -> set[int]:
-    """The saves that this step's metrics speak of: its own, and an earlier one that ended meanwhile."""
+    """The saves that this step's metrics speak of: its own, and earlier ones that ended meanwhile."""
     own = {step.step} if "time/do_checkpoint/total" in step.metrics else set()
-    return own | {int(value) for key, value in step.metrics.items() if key.rpartition("/")[2] == "step"}
+    return own | {record["checkpoint/step"] for record in step.metrics.get("checkpoint/ended", [])}
 
 
 def _count(step: Step, rows: dict[int, SaveRow], blocked: dict[int, float]) -> None:
     """Add one step's metrics to the saves they belong to, and to the seconds that this rank was `blocked`."""
-    metrics = step.metrics
-    if "time/do_checkpoint/total" in metrics:
-        blocked[step.step] = metrics["time/do_checkpoint/total"]
-    if "checkpoint/upload" in metrics:
-        rows[metrics["checkpoint/step"]].upload_s = metrics["checkpoint/upload"]
-    for key, value in metrics.items():
-        prefix, _, item = key.rpartition("/")
-        if item == "stage":
-            rows[step.step].clusters.add(prefix.removeprefix("time/").removesuffix("/do_checkpoint"))
-        elif item == "durable" and value is not None:
-            row = rows[metrics[f"{prefix}/step"]]
-            row.durable_s = min(value, row.durable_s or value)
-            blocked[row.step] = blocked.get(row.step, 0.0) + metrics[f"{prefix}/fence"]
+    if "time/do_checkpoint/total" in step.metrics:
+        blocked[step.step] = step.metrics["time/do_checkpoint/total"]
+        staged = [key for key in step.metrics if key.endswith("/stage")]
+        rows[step.step].clusters |= {key.split("/")[1] for key in staged}
+    for record in step.metrics.get("checkpoint/ended", []):
+        row = rows[record["checkpoint/step"]]
+        row.upload_s = record.get("checkpoint/upload", row.upload_s)
+        for key, value in record.items():
+            if key.endswith("/durable") and value is not None:
+                row.durable_s = min(value, row.durable_s or value)
+            elif key.endswith("/fence"):
+                blocked[row.step] = blocked.get(row.step, 0.0) + value
 
 
 def save_table(rows: list[SaveRow], output_dir: Path, uploads: Path) -> Table:
