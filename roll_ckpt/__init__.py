@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from roll_ckpt.pipeline import BasePipeline as BasePipeline
     from roll_ckpt.pipeline_state import WorkerState as WorkerState
     from roll_ckpt.saver import fence as fence
+    from roll_ckpt.saver import wait_pending as wait_pending
 
 _HOME = {
     "BasePipeline": "roll_ckpt.pipeline",
@@ -20,9 +21,10 @@ _HOME = {
     "PipelineConfig": "roll_ckpt.config",
     "WorkerState": "roll_ckpt.pipeline_state",
     "fence": "roll_ckpt.saver",
+    "wait_pending": "roll_ckpt.saver",
 }
 
-__all__ = ["BasePipeline", "Cluster", "PipelineConfig", "WorkerState", "__version__", "fence"]
+__all__ = ["BasePipeline", "Cluster", "PipelineConfig", "WorkerState", "__version__", "fence", "wait_pending"]
 
 
 def __getattr__(name: str) -> Any:

@@ -57,8 +57,8 @@ def locate(given: str) -> Place:
         if _is_checkpoint(unit):
             part = path.relative_to(unit).as_posix()
             return Place(unit.parent, unit.name, "" if part == "." else part)
-        if unit == path and _holds_checkpoints(path):
-            return Place(path)
+    if _holds_checkpoints(path):
+        return Place(path)
     raise NotFound(
         f"{given}: no checkpoint of roll_ckpt is there. Give the output_dir of a run, the save_dir of a "
         "DeepSpeed script, or one checkpoint in it"

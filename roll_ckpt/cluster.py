@@ -172,6 +172,9 @@ class Cluster:
             raise errors.NotFound(
                 f"{unit}: cluster {self.name} was saved with save_only_model; it holds no optimizer to resume"
             )
+        backend.check_world(
+            opened.manifest.clusters[self.name], self._attached.world.size, f"{unit}: cluster {self.name}"
+        )
         live = backend.parameters_of(self.engine)
         saved = opened.parameters(self.name, self._attached.world.rank)
         loader.compare_models(saved, live, f"{unit}: cluster {self.name}")

@@ -43,11 +43,19 @@ class Section(BaseModel):
         """
         if not isinstance(values, dict):
             raise errors.ConfigError(f"{where}: expected a mapping of settings, got {type(values).__name__}")
+        strange = [key for key in values if not isinstance(key, str)]
+        if strange:
+            raise errors.ConfigError(f"{where}: the key {strange[0]!r} is no text")
         try:
-            return cls.model_validate(values)
+            return cls(**values)
+        except errors.ConfigError as problem:
+            raise errors.ConfigError(f"{where}: {problem}") from None
         except ValidationError as problem:
-            lines = [_explain(cls, item["loc"], item["type"], item["msg"]) for item in problem.errors()]
-            raise errors.ConfigError(f"{where}: " + "; ".join(lines)) from None
+            raise errors.ConfigError(f"{where}: {_explain_all(cls, problem)}") from None
+
+
+def _explain_all(section: type[BaseModel], problem: ValidationError) -> str:
+    return "; ".join(_explain(section, item["loc"], item["type"], item["msg"]) for item in problem.errors())
 
 
 def _explain(section: type[BaseModel], location: tuple[int | str, ...], kind: str, message: str) -> str:
@@ -121,6 +129,12 @@ class Settings(Section):
     io: IO = IO()
     load: Load = Load()
 
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as problem:
+            raise errors.ConfigError(_explain_all(type(self), problem)) from None
+
     @model_validator(mode="before")
     @classmethod
     def _one_name(cls, values: Any) -> Any:
@@ -184,7 +198,7 @@ class PipelineConfig(Settings):
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
         except OSError as problem:
             raise errors.ConfigError(f"cannot read the configuration {path}: {problem.strerror}") from problem
-        except yaml.YAMLError as problem:
+        except (yaml.YAMLError, UnicodeDecodeError) as problem:
             raise errors.ConfigError(f"{path} is not YAML: {problem}") from problem
         if not isinstance(values, dict):
             raise errors.ConfigError(f"{path}: expected a mapping of settings at the top level")

@@ -150,10 +150,11 @@ class BasePipeline:
         finally:
             save.seal()
         self._saves.append(save)
-        if last or not self._async_save:
-            upload = self.config.checkpoint_config
-            whole = last or upload is None or not upload.async_upload
-            saver.wait_together(self._ranks, save, uploaded=whole)
+        upload = self.config.checkpoint_config
+        uploaded = last or (upload is not None and not upload.async_upload)
+        if uploaded or not self._async_save:
+            metrics[f"time/{first.name}/do_checkpoint/host_collectives"] += 1
+            saver.wait_together(self._ranks, save, uploaded=uploaded)
             self._add_ended(metrics)
         metrics["time/do_checkpoint/total"] = time.monotonic() - began
         return metrics
@@ -370,11 +371,13 @@ class _AfterCommit:
                 try:
                     self._upload(name)
                 except (OSError, errors.RollCkptError) as problem:
-                    log.error("upload of %s: %s. It stays on the local disk and is tried again.", name, problem)
+                    log.error(
+                        "upload of %s: %s. It stays on the local disk; the next start tries again.", name, problem
+                    )
             try:
                 self._prune()
             except (OSError, errors.RollCkptError) as problem:
-                log.error("pruning %s: %s. It is tried again.", self._config.output_dir, problem)
+                log.error("pruning %s: %s. The next save tries again.", self._config.output_dir, problem)
 
     def _upload(self, name: str) -> None:
         upload = self._config.checkpoint_config

@@ -279,7 +279,9 @@ class Save:
             if self.failure is None and self.on_commit is not None:
                 self.on_commit(self)
         except Exception as problem:
-            self._fail(errors.SaveFailed(f"{self.attempt.label}: after the commit: {problem}"))
+            self._fail(
+                errors.SaveFailed(f"{self.attempt.label}: committed and sound, but what follows failed: {problem}")
+            )
         finally:
             self._finished.set()
             _forget(self)
@@ -292,15 +294,18 @@ class Save:
         began = time.monotonic()
         outcome = commit.settle(self.attempt, lead=self.lead, timeout_s=self.settings.commit_timeout_s)
         now = time.monotonic()
+        if not outcome.committed:
+            raise errors.SaveFailed(
+                f"{self.attempt.label}: abandoned: {outcome.reason}. Older checkpoints are untouched; the next save "
+                "starts afresh"
+            )
         self.durable_s = now - self._started
         for ticket in self.tickets.values():
             ticket.timing.commit_s = now - began
-        if not outcome.committed:
-            raise errors.SaveFailed(f"{self.attempt.label}: abandoned: {outcome.reason}")
 
     def _fail(self, problem: errors.RollCkptError) -> None:
         self.failure = problem
-        log.error("%s Older checkpoints are untouched; the next save starts afresh.", problem)
+        log.error("%s", problem)
 
 
 # --- beginning -----------------------------------------------------------------------------------------------
@@ -444,6 +449,19 @@ def claim(
     _epochs[key] = epoch  # the one used last stands last
     epoch.check()
     return epoch
+
+
+def recover(output_dir: Path, settings: Settings, clusters: Mapping[str, int]) -> None:
+    """Finish or discard what a killed run left in `output_dir`, if it left anything; rank 0 only.
+
+    A directory of a live run, or one that may not be written, is left alone: it can still be loaded from.
+    """
+    if not any(names.parse_attempt_dir(entry) for entry in disk.list_dir(output_dir)):
+        return
+    try:
+        claim(output_dir, settings, clusters)
+    except (errors.RunIsLive, errors.ConfigError, OSError) as problem:
+        log.warning("%s: an unfinished save lies there and is left alone: %s", output_dir, problem)
 
 
 def _release_unused() -> None:

@@ -255,7 +255,6 @@ def test_what_is_no_yaml_is_refused_by_name(tmp_path: Path, text: str) -> None:
     assert f"{path} is not YAML: " in str(caught.value)
 
 
-@pytest.mark.xfail(strict=True, reason="from_yaml does not catch UnicodeDecodeError")
 def test_a_file_that_is_not_text_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_bytes(b"output_dir: \xff\xfe\n")

@@ -11,6 +11,7 @@ Written against DeepSpeed 0.19 (`runtime/engine.py`, `runtime/checkpoint_engine/
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -211,23 +212,42 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
         saver.wait_pending()
         if self.engine.load_universal_checkpoint():
             return stock(self.engine, load_dir, tag, *args, **kwargs)
-        name = str(tag) if tag is not None else newest_tag(Path(load_dir))
+        name = self._agree_on_tag(Path(load_dir), None if tag is None else str(tag))
         if name is None or not disk.is_dir(Path(load_dir) / name):
             return stock(self.engine, load_dir, tag, *args, **kwargs)
         with loader.reading(Path(load_dir) / name, self.settings, ALLOWED_GLOBALS) as reader:
             if reader.unit is not None:
-                saved = reader.unit.parameters(self._saved_cluster(reader.unit, Path(load_dir)), self.world.rank)
-                loader.compare_models(saved, parameters_of(self.engine), str(Path(load_dir) / name))
+                told = inspect.signature(stock).bind(self.engine, load_dir, name, *args, **kwargs)
+                told.apply_defaults()
+                resuming = told.arguments["load_optimizer_states"] and not told.arguments["load_module_only"]
+                self._check(reader.unit, Path(load_dir), name, resuming)
             self._reader = reader
             try:
                 return stock(self.engine, load_dir, name, *args, **kwargs)
             finally:
                 self._reader = None
 
-    def _saved_cluster(self, unit: loader.Unit, load_dir: Path) -> str:
-        inside = load_dir.resolve().name
+    def _agree_on_tag(self, load_dir: Path, tag: str | None) -> str | None:
+        """The tag that every rank loads. What a killed run left there is finished or discarded first."""
+
+        def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
+            asked = {post["tag"] for post in posts}
+            if len(asked) > 1:
+                raise errors.RanksDisagree(f"{load_dir}: ranks ask to load different tags: {sorted(map(str, asked))}")
+            saver.recover(load_dir, self.settings, {self.cluster: self.world.size})
+            return {"tag": newest_tag(load_dir) if tag is None else tag}
+
+        found: str | None = self.world.agree({"tag": tag}, decide, self.settings.commit_timeout_s)["tag"]
+        return found
+
+    def _check(self, unit: loader.Unit, load_dir: Path, name: str, resuming: bool) -> None:
+        """Refuse another model, or optimizer partitions of another world, before anything is loaded."""
         clusters = unit.manifest.clusters
-        return inside if inside in clusters else next(iter(clusters))
+        cluster = load_dir.resolve().name if load_dir.resolve().name in clusters else next(iter(clusters))
+        if resuming and self.engine.zero_optimization():
+            check_world(clusters[cluster], self.world.size, str(load_dir / name))
+        saved = unit.parameters(cluster, self.world.rank)
+        loader.compare_models(saved, parameters_of(self.engine), str(load_dir / name))
 
     def _prune(self, save: saver.Save) -> None:
         if save.lead and self.settings.max_ckpt_to_keep:
@@ -322,6 +342,19 @@ def stable_storages(engine: DeepSpeedEngine) -> frozenset[int]:
     if engine.zero_optimization_stage() < ZeroStageEnum.weights:
         tensors += [parameter.data for parameter in engine.module.parameters()]
     return frozenset(tensor.untyped_storage()._cdata for tensor in tensors)
+
+
+def check_world(saved: Mapping[str, Any], world_size: int, where: str) -> None:
+    """Refuse to resume on another number of ranks than saved; `saved` are the cluster's facts in the manifest.
+
+    Raises:
+        UnsupportedError: names both sizes. Nothing was loaded.
+    """
+    if saved["world_size"] != world_size:
+        raise errors.UnsupportedError(
+            f"{where} was saved by {saved['world_size']} ranks and this job has {world_size}; this version resumes on "
+            "the same number of ranks only. Start that many, or convert it with DeepSpeed's ds_to_universal"
+        )
 
 
 def estimate_bytes(engine: DeepSpeedEngine) -> int:
