@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from . import disk, epoch, names
-from .errors import ConfigError, Damaged, NoRoom, RanksDisagree, SaveFailed
+from .errors import ConfigError, Damaged, NoRoom, NotFound, RanksDisagree, SaveFailed
 from .manifest import SOFTWARE, Expected, Receipt, Vote, parse_decision
+from .manifest import read as read_manifest
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,34 @@ def check_room(output_dir: Path, name: str, needed_bytes: int) -> None:
         raise NoRoom(
             f"{output_dir / name}: the checkpoint needs {needed_bytes:,} bytes and {output_dir} has "
             f"{free:,} left. Make room, or keep fewer checkpoints (max_ckpt_to_keep). Nothing was touched"
+        )
+
+
+def check_replaced(output_dir: Path, name: str) -> None:
+    """Refuse to replace a directory that holds files which no save wrote; they would be deleted with it.
+
+    Raises:
+        SaveFailed: names the first of them. Nothing was touched.
+    """
+    unit = output_dir / name
+    if not disk.exists(unit):
+        return
+    try:
+        told = read_manifest(unit)
+        known = {receipt.path for receipt in told.files} | {names.MANIFEST, names.DECISION}
+    except NotFound:
+        known = set()
+    except Damaged:
+        return  # ours, and to be replaced because it is damaged
+    foreign = [
+        path
+        for path in disk.walk(unit)
+        if path not in known and not path.startswith(names.VOTES + "/") and not path.endswith("_states.pt")
+    ]
+    if foreign:
+        raise SaveFailed(
+            f"{unit} exists and holds {len(foreign)} files that no save of ours wrote, such as {foreign[0]}. Saving "
+            f"{name!r} would delete them: move them away, or save under another name. Nothing was touched"
         )
 
 

@@ -49,6 +49,7 @@ class Cluster:
         self._save_only_model = save_only_model
         self._exclude_frozen = exclude_frozen_parameters
         self._client_state = client_state
+        self._client_state_now: dict[str, Any] = {}
         self._save: saver.Save | None = None
         self._ours: backend.RollCheckpointEngine | None = None
 
@@ -80,13 +81,15 @@ class Cluster:
                     )
         self._ours = backend.attach(self.engine, settings, self.name)
 
+    def prepare(self) -> int:
+        """Ask for the client state, before anything is begun; return about what this rank will write, in bytes."""
+        state = self._client_state() if callable(self._client_state) else self._client_state
+        self._client_state_now = dict(state or {})
+        return backend.estimate_bytes(self.engine)
+
     def bind(self, save: saver.Save) -> None:
         """The save that the next `do_checkpoint` is a part of."""
         self._save = save
-
-    def estimate_bytes(self) -> int:
-        """About what this rank will write for this cluster, in bytes."""
-        return backend.estimate_bytes(self.engine)
 
     def do_checkpoint(
         self, global_step: int, is_last_step: bool | None = None, blocking: bool = False
@@ -119,10 +122,9 @@ class Cluster:
         }
 
     def _run(self, method: str, save: saver.Save, directory: Path, tag: str) -> saver.Ticket:
-        state = self._client_state() if callable(self._client_state) else self._client_state
         arguments: dict[str, Any] = {"exclude_frozen_parameters": self._exclude_frozen}
         if method == "save_checkpoint":
-            arguments |= {"client_state": dict(state or {}), "save_latest": False}
+            arguments |= {"client_state": self._client_state_now, "save_latest": False}
         call = backend.stock(method)
         if method == "save_16bit_model":
 
@@ -149,13 +151,18 @@ class Cluster:
             ticket.fail(problem)
 
     def load(self, unit: Path, name: str) -> None:
-        """Restore the engine from this cluster's part of the checkpoint `unit`; every rank calls.
+        """Restore the engine from this cluster's part of the checkpoint `unit`, whose bytes were verified just now.
+
+        Every rank calls; blocks.
 
         Raises:
             NotFound: the checkpoint does not hold this cluster. ModelMismatch, Damaged: see `loader`.
         """
-        self.check(unit)
-        path, client_state = self.engine.load_checkpoint(str(unit / self.name), tag=name)
+        self._attached.verified = unit
+        try:
+            path, client_state = self.engine.load_checkpoint(str(unit / self.name), tag=name)
+        finally:
+            self._attached.verified = None
         if path is None:
             raise errors.NotFound(f"{unit / self.name}: DeepSpeed found nothing to load for cluster {self.name}")
         self.loaded_client_state = dict(client_state)

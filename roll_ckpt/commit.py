@@ -20,7 +20,7 @@ from pathlib import Path
 
 from . import disk, names
 from . import epoch as epochs
-from .attempt import Attempt, abort_reason, begin, cast, check_room
+from .attempt import Attempt, abort_reason, begin, cast, check_replaced, check_room
 from .epoch import Epoch
 from .errors import ConfigError, Damaged, EpochLost, NotFound, SaveFailed
 from .lease import is_being_read, reading, removing
@@ -40,8 +40,9 @@ from .seal import sha256
 from .trash import empty_trash, retire_trash, trash
 
 __all__ = [
-    "Attempt", "Epoch", "Outcome", "Recovery", "begin", "cast", "check_room", "claim", "committed", "empty_trash",
-    "find", "is_being_read", "read_manifest", "reading", "recover", "removing", "settle", "trash", "write_latest",
+    "Attempt", "Epoch", "Outcome", "Recovery", "begin", "cast", "check_replaced", "check_room", "claim", "committed",
+    "empty_trash", "find", "is_being_read", "read_manifest", "reading", "recover", "removing", "settle", "trash",
+    "write_latest",
 ]  # fmt: skip
 
 log = logging.getLogger("roll_ckpt")

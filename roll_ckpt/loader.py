@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from roll_ckpt import commit, disk, errors, manifest, names, native
+from roll_ckpt import commit, disk, errors, manifest, names, native, verify
 from roll_ckpt.config import Settings
 from roll_ckpt.layout import torch_zip
+from roll_ckpt.world import LONGEST_S, World
 
 log = logging.getLogger("roll_ckpt")
 
@@ -140,6 +141,22 @@ def reading(directory: Path, settings: Settings, allow: Iterable[Any] = ()) -> I
         yield reader
 
 
+def check_bytes(world: World, unit: Path) -> None:
+    """Re-read every file of a checkpoint, each rank its share. Every rank calls; blocks.
+
+    Raises:
+        Damaged: on every rank; names the first ten damaged files.
+    """
+
+    def check() -> None:
+        problems = verify.verify(unit, part=world.rank, parts=world.size)
+        if problems:
+            told = "; ".join(f"{problem.path}: {problem.detail}" for problem in problems[:10])
+            raise errors.Damaged(f"{unit}: damaged: {told}")
+
+    world.together(check, LONGEST_S)
+
+
 def allowed(settings: Settings) -> list[Any]:
     """The objects that `load.allow` names.
 
@@ -156,10 +173,11 @@ def allowed(settings: Settings) -> list[Any]:
     return found
 
 
-def compare_models(saved: dict[str, Any], live: dict[str, Any], where: str) -> None:
+def compare_models(saved: dict[str, Any], live: dict[str, Any], where: str, strict: bool = True) -> None:
     """Refuse a checkpoint of another model before anything is loaded.
 
-    Both map parameter names to a dict with `shape`; dtypes may differ, frameworks convert them.
+    Both map parameter names to a dict with `shape`; dtypes may differ, frameworks convert them. Unless `strict`,
+    names may be missing on either side.
 
     Raises:
         ModelMismatch: lists the first ten differences.
@@ -168,6 +186,8 @@ def compare_models(saved: dict[str, Any], live: dict[str, Any], where: str) -> N
         return
     differences = []
     for name in [*live, *(n for n in saved if n not in live)]:
+        if not strict and (name not in saved or name not in live):
+            continue
         if name not in saved:
             differences.append(f"{name}: not in the checkpoint")
         elif name not in live:

@@ -6,10 +6,11 @@ import logging
 import threading
 import time
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from roll_ckpt import arena, commit, disk, errors, loader, names, retention, saver, uploads, verify
+from roll_ckpt import arena, commit, disk, errors, loader, manifest, names, retention, saver, uploads
 from roll_ckpt.cluster import Cluster, bytes_image
 from roll_ckpt.config import PipelineConfig
 from roll_ckpt.layout import torch_zip
@@ -69,7 +70,7 @@ class BasePipeline:
         for cluster in clusters:
             cluster.attach(self.config)
         self._clusters = registered
-        arena.warm(self.config, sum(cluster.estimate_bytes() for cluster in clusters))
+        arena.warm(self.config, sum(cluster.prepare() for cluster in clusters))
 
     def register_stateful(self, name: str, component: Stateful) -> None:
         """Save and restore `component` on every rank with the pipeline; call it before `resume()`."""
@@ -140,15 +141,13 @@ class BasePipeline:
         began = time.monotonic()
         save = self._begin(step)
         metrics: dict[str, Any] = {}
-        try:
+        with save.staging():
             first = next(iter(self._clusters.values()))
             for cluster in self._clusters.values():
                 cluster.bind(save)
                 metrics |= cluster.do_checkpoint(global_step=step, is_last_step=last, blocking=False)
                 metrics[f"time/{cluster.name}/do_checkpoint/host_collectives"] = int(cluster is first)
             self._stage_state(save.tickets[first.name])
-        finally:
-            save.seal()
         self._saves.append(save)
         upload = self.config.checkpoint_config
         uploaded = last or (upload is not None and not upload.async_upload)
@@ -167,8 +166,14 @@ class BasePipeline:
             clusters=self._world_clusters,
             expected_clusters=self.config.expected_clusters,
         )
-        nbytes = sum(cluster.estimate_bytes() for cluster in self._clusters.values())
-        return saver.begin(self._ranks, request, self.config, nbytes=nbytes, on_commit=self._after_commit)
+        nbytes, problem = 0, None
+        try:
+            nbytes = sum(cluster.prepare() for cluster in self._clusters.values())
+        except Exception as found:
+            problem = f"{type(found).__name__}: {found}"
+        return saver.begin(
+            self._ranks, request, self.config, nbytes=nbytes, problem=problem, on_commit=self._after_commit
+        )
 
     def _stage_state(self, ticket: saver.Ticket) -> None:
         """Stage the pipeline's own files with the first cluster's; an error becomes this rank's no vote."""
@@ -249,7 +254,6 @@ class BasePipeline:
         for name in reversed(committed):
             step = self._resume_from(self.config.output_dir / name, only=False)
             if step is not None:
-                self._after_commit.resumed_from = name
                 return step
         if committed:
             raise errors.Damaged(
@@ -269,32 +273,22 @@ class BasePipeline:
 
     def _resume_from(self, unit: Path, only: bool) -> int | None:
         with commit.reading(unit):
-            problems = self._verify_together(unit)
-            if problems:
-                text = f"{unit}: damaged: " + "; ".join(problems[:10])
+            try:
+                loader.check_bytes(self._ranks, unit)
+            except errors.Damaged as problem:
                 if only:
-                    raise errors.Damaged(text + ". Resume from another checkpoint")
-                log.error("%s. Falling back to the one before it.", text)
+                    raise
+                log.error("%s. Falling back to the checkpoint before it.", problem)
                 return None
             for cluster in self._clusters.values():
-                cluster.check(unit)
-            opened = loader.Unit(unit)
+                self._ranks.together(partial(cluster.check, unit), self.config.commit_timeout_s)
+            name = manifest.read(unit).name
             for cluster in self._clusters.values():
-                cluster.load(unit, opened.manifest.name)
+                cluster.load(unit, name)
             self._restore_state(unit)
+        if unit.parent.resolve() == self.config.output_dir.resolve():
+            self._after_commit.resumed_from = unit.name
         return self.state.step
-
-    def _verify_together(self, unit: Path) -> list[str]:
-        """Each rank re-reads its share of the bytes; all learn what was found."""
-        world = self._ranks
-        mine = verify.verify(unit, part=world.rank, parts=world.size)
-
-        def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
-            return {"problems": sorted({problem for post in posts for problem in post["problems"]})}
-
-        posted = {"problems": [f"{problem.path}: {problem.detail}" for problem in mine]}
-        found: list[str] = world.agree(posted, decide, saver.LONGEST_S)["problems"]
-        return found
 
     def _restore_state(self, unit: Path) -> None:
         directory, rank = unit / self._pipeline_dir, self._ranks.rank

@@ -35,8 +35,15 @@ class WorkerState:
     kv: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> bytes:
-        """Raises: ConfigError: a value that JSON cannot hold, named by its type."""
+        """The file's bytes.
+
+        Raises:
+            ConfigError: a value that JSON cannot hold, or a key of `kv` whose value it would change.
+        """
         try:
+            for key, value in self.kv.items():
+                if json.loads(json.dumps({key: value}, default=_plain_number)) != {key: value}:
+                    raise ValueError(f"kv[{key!r}] would come back changed: {value!r}")
             return json.dumps(asdict(self), default=_plain_number, indent=1).encode()
         except (TypeError, ValueError) as problem:
             raise errors.ConfigError(

@@ -11,7 +11,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 from roll_ckpt import arena, commit, disk, errors, manifest, names, native, seal
 from roll_ckpt.config import Settings
 from roll_ckpt.image import HOST, FileImage
-from roll_ckpt.world import World
+from roll_ckpt.world import LONGEST_S, World
 
 log = logging.getLogger("roll_ckpt")
 
@@ -209,6 +210,7 @@ class Save:
     failure: errors.RollCkptError | None = None
     reported: bool = False
     durable_s: float | None = None
+    _sealed: bool = False
     _after: Save | None = None
     _settled: threading.Event = field(default_factory=threading.Event)
     _finished: threading.Event = field(default_factory=threading.Event)
@@ -219,12 +221,30 @@ class Save:
         self.tickets[cluster] = Ticket(self, cluster, self.rank, facts)
         return self.tickets[cluster]
 
-    def seal(self) -> None:
-        """Nothing more will be staged: vote and commit in the background. A cluster without a ticket votes no."""
+    @contextmanager
+    def staging(self) -> Iterator[None]:
+        """Stage every cluster inside the block; when it ends, vote and commit in the background.
+
+        Whatever is raised in it, an interrupt too, turns all votes of this rank into a no.
+        """
+        try:
+            yield
+        except BaseException as problem:
+            for ticket in self.tickets.values():
+                ticket.fail(problem)
+            raise
+        finally:
+            self._seal()
+
+    def _seal(self) -> None:
         for cluster in self.clusters:
             if cluster not in self.tickets:
                 self.ticket(cluster, {}).fail(RuntimeError("the trainer failed before this cluster was staged"))
-        threading.Thread(target=self._run, name=f"roll_ckpt {self.attempt.name}", daemon=True).start()
+        self._sealed = True
+        try:
+            threading.Thread(target=self._run, name=f"roll_ckpt {self.attempt.name}", daemon=True).start()
+        except RuntimeError:  # no thread to be had: blocking beats a save that nobody finishes
+            self._run()
 
     @property
     def lead(self) -> bool:
@@ -354,6 +374,7 @@ def begin(
         _check_agreement(posts)
         needed_bytes = sum(post["nbytes"] for post in posts)
         commit.check_room(request.output_dir, request.name, needed_bytes)
+        commit.check_replaced(request.output_dir, request.name)
         epoch = claim(request.output_dir, settings, request.clusters, request.expected_clusters)
         made = commit.begin(
             epoch,
@@ -388,19 +409,7 @@ def wait_together(world: World, save: Save, *, uploaded: bool) -> None:
     Raises:
         SaveFailed: on every rank, if it failed on any.
     """
-    problem = None
-    try:
-        save.wait(uploaded=uploaded)
-    except errors.RollCkptError as failure:
-        problem = str(failure)
-
-    def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
-        problems = [post["problem"] for post in posts if post["problem"]]
-        if problems:
-            raise errors.SaveFailed(problems[0])
-        return {}
-
-    world.agree({"problem": problem}, decide, LONGEST_S)
+    world.together(lambda: save.wait(uploaded=uploaded), LONGEST_S)
 
 
 def _check_agreement(posts: list[dict[str, Any]]) -> None:
@@ -419,8 +428,6 @@ def _check_agreement(posts: list[dict[str, Any]]) -> None:
 
 
 _EPOCHS_KEPT = 8
-LONGEST_S = 24 * 3600.0
-"""Longest that ranks wait for each other while one verifies or uploads."""
 _epochs: dict[Path, commit.Epoch] = {}
 
 
@@ -515,6 +522,10 @@ def wait_pending(output_dir: Path | None = None, name: str | None = None) -> Non
         if output_dir is not None and attempt.output_dir.resolve() != output_dir.resolve():
             continue
         if name is None or attempt.name == name:
+            if not save._sealed:
+                raise errors.SaveFailed(
+                    f"{attempt.label}: it is being staged by this very call; do not save or load inside of it"
+                )
             save._settled.wait()
 
 
@@ -570,7 +581,8 @@ def write_file(path: Path, image: FileImage, settings: Settings) -> None:
     try:
         staged.transfer.wait_written()
         disk.rename(temporary, path)
-    except OSError:
+    except BaseException:
+        staged.transfer.abandon()
         disk.remove_file(temporary)
         raise
     disk.fsync_dir(path.parent)

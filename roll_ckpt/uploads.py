@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from . import commit, disk, manifest, names, native
-from .errors import ConfigError, Damaged
+from .errors import ConfigError, Damaged, SaveFailed
 from .seal import sha256
 
 _NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
@@ -64,6 +64,8 @@ def upload(unit: Path, upload_dir: Path, progress: Callable[[int], None] | None 
         disk.make_dir(staging)
         _copy_all(unit, staging / told.name, told, progress or (lambda _: None))
     disk.reach("upload.copied", name=told.name)
+    if not is_complete(unit, staging / told.name):
+        raise SaveFailed(f"{staging}: another process changed it while it was copied; upload {told.name} again")
     _publish(staging, upload_dir / told.name)
     disk.reach("upload.renamed", name=told.name)
     disk.remove_tree(staging)

@@ -17,6 +17,9 @@ from roll_ckpt import errors
 
 _SLACK_S = 30.0
 
+LONGEST_S = 24 * 3600.0
+"""Longest that ranks wait for each other while one verifies or uploads."""
+
 
 class World:
     """`size` ranks that can agree on one small JSON value.
@@ -36,13 +39,15 @@ class World:
 
         One for each process group: its rendezvous are numbered, and all engines of a process share the numbers.
         """
-        global _current
+        global _current, _generation
         if not (dist.is_available() and dist.is_initialized()):
             return cls(0, 1, None)
         shared = dist.distributed_c10d._get_default_store()
         if _current is None or _current[0] is not shared:
             own = shared.clone() if hasattr(shared, "clone") else shared
-            ranks = cls(dist.get_rank(), dist.get_world_size(), PrefixStore("roll_ckpt", own))
+            # A group that is made again may live in the same store: its numbers must not meet old verdicts.
+            _generation += 1
+            ranks = cls(dist.get_rank(), dist.get_world_size(), PrefixStore(f"roll_ckpt/{_generation}", own))
             _current = shared, ranks
         return _current[1]
 
@@ -71,6 +76,24 @@ class World:
             ) from problem
         return self._unwrap(json.loads(self._store.get(f"{prefix}/verdict")))
 
+    def together(self, action: Callable[[], object], timeout_s: float) -> None:
+        """Run `action` on every rank; if it fails on one, that error is raised on all. Every rank calls; blocks."""
+        mine: dict[str, Any] = {}
+        try:
+            action()
+        except errors.RollCkptError as problem:
+            mine = {"error": type(problem).__name__, "text": str(problem)}
+        except Exception as problem:
+            mine = {"error": "SaveFailed", "text": f"rank {self.rank}: {type(problem).__name__}: {problem}"}
+
+        def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
+            for post in posts:
+                if post:
+                    raise getattr(errors, post["error"])(post["text"])
+            return {}
+
+        self.agree(mine, decide, timeout_s)
+
     def _decide(
         self,
         prefix: str,
@@ -82,6 +105,8 @@ class World:
             verdict: dict[str, Any] = {"value": decide([mine, *self._gather(prefix, timeout_s)])}
         except errors.RollCkptError as problem:
             verdict = {"error": type(problem).__name__, "text": str(problem)}
+        except Exception as problem:  # without a verdict the other ranks would wait for nothing
+            verdict = {"error": "SaveFailed", "text": f"rank 0: {type(problem).__name__}: {problem}"}
         if self._store is not None:
             self._store.set(f"{prefix}/verdict", json.dumps(verdict))
             self._store.delete_key(f"{self._sequence - 1}/verdict")
@@ -114,3 +139,4 @@ class World:
 
 
 _current: tuple[Store, World] | None = None
+_generation = 0

@@ -267,16 +267,11 @@ class Fresh:
         return {"x": torch.arange(4.0).clone()}
 
 
-ANEW = pytest.mark.xfail(strict=True, reason="lay_out pickles twice and knows no storage of the second time")
-
-
-@ANEW
 def test_an_object_that_makes_tensors_while_it_is_pickled_is_written(mover: native.Mover, tmp_path: Path) -> None:
     write(mover, tmp_path / "s.pt", {"f": Fresh()})
     assert bits(torch.load(tmp_path / "s.pt", weights_only=False)["f"].x) == bits(torch.arange(4.0))
 
 
-@ANEW
 def test_a_random_generator_is_written(mover: native.Mover, tmp_path: Path) -> None:
     made = torch.Generator().manual_seed(7)
     write(mover, tmp_path / "s.pt", {"g": made})
@@ -284,7 +279,6 @@ def test_a_random_generator_is_written(mover: native.Mover, tmp_path: Path) -> N
     assert bits(found.get_state()) == bits(made.get_state())
 
 
-@pytest.mark.xfail(strict=True, reason="the index asks for the storage of a wrapper, which has none")
 def test_a_wrapper_of_tensors_is_written(mover: native.Mover, tmp_path: Path) -> None:
     made = TwoTensor(torch.ones(3), torch.zeros(3))
     write(mover, tmp_path / "s.pt", {"t": made, "p": torch.rand(2)})
@@ -292,7 +286,6 @@ def test_a_wrapper_of_tensors_is_written(mover: native.Mover, tmp_path: Path) ->
     assert bits(found.a) == bits(made.a) and bits(found.b) == bits(made.b)
 
 
-@pytest.mark.xfail(strict=True, reason="the index walks a list that holds itself for ever")
 def test_a_state_that_holds_itself_is_written(mover: native.Mover, tmp_path: Path) -> None:
     state: list[Any] = [torch.ones(2)]
     state.append(state)
@@ -300,7 +293,6 @@ def test_a_state_that_holds_itself_is_written(mover: native.Mover, tmp_path: Pat
     assert found[1] is found and bits(found[0]) == bits(state[0])
 
 
-@pytest.mark.xfail(strict=True, reason="attributes of a plain tensor are left out, which stock keeps")
 def test_attributes_of_a_plain_tensor_are_kept(mover: native.Mover, tmp_path: Path) -> None:
     tensor = torch.ones(2)
     tensor.tag = "x"  # type: ignore[attr-defined]
@@ -308,7 +300,6 @@ def test_attributes_of_a_plain_tensor_are_kept(mover: native.Mover, tmp_path: Pa
     assert torch.load(tmp_path / "s.pt", weights_only=False)["t"].tag == "x"
 
 
-@pytest.mark.xfail(strict=True, reason="it loads back with the dtype of whichever view came first")
 @pytest.mark.parametrize("order", [1, -1])
 def test_one_memory_as_two_dtypes_is_refused_as_stock_refuses_it(order: int) -> None:
     base = torch.arange(16.0)
@@ -319,7 +310,6 @@ def test_one_memory_as_two_dtypes_is_refused_as_stock_refuses_it(order: int) -> 
         torch_zip.lay_out(state, "s")
 
 
-@pytest.mark.xfail(strict=True, reason="bytes behind a shrunken storage would be read")
 def test_a_tensor_whose_storage_was_freed_is_refused() -> None:
     tensor = torch.ones(1000)
     tensor.untyped_storage().resize_(16)
@@ -624,7 +614,6 @@ def test_a_truncated_file_is_refused_wherever_it_ends(sample: bytes) -> None:
         refused(sample[:length])
 
 
-@pytest.mark.xfail(strict=True, reason="the length of the archive's comment is not read")
 @pytest.mark.parametrize("lost", [1, 2])
 def test_a_file_without_its_last_bytes_is_refused(sample: bytes, lost: int) -> None:
     refused(sample[:-lost])
@@ -695,12 +684,7 @@ def test_a_hostile_directory_record_is_refused_or_harmless(sample: bytes, field:
         assert found["c"] == {"d": 2}
 
 
-OVERFLOWS = pytest.mark.xfail(strict=True, reason="an OverflowError escapes from the directory's reader")
-
-
-@pytest.mark.parametrize(
-    "value", [0, 1, 2**40, pytest.param(2**63, marks=OVERFLOWS), pytest.param(2**64 - 40, marks=OVERFLOWS)]
-)
+@pytest.mark.parametrize("value", [0, 1, 2**40, 2**63, 2**64 - 40])
 def test_a_hostile_locator_is_refused(sample: bytes, value: int) -> None:
     at = sample.rindex(b"PK\x06\x07")
     refused(sample[: at + 8] + struct.pack("<Q", value) + sample[at + 16 :])
@@ -715,10 +699,6 @@ def outcome_of(sample: bytes, data_pkl: bytes) -> str:
     return "loaded"
 
 
-ESCAPES = pytest.mark.xfail(strict=True, reason="parse lets IndexError, TypeError, ValueError, RuntimeError escape")
-
-
-@ESCAPES
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_pickle_with_a_flipped_byte_is_refused_or_loads(sample: bytes) -> None:
     pickled = contents(sample)["data.pkl"]
@@ -729,7 +709,6 @@ def test_a_pickle_with_a_flipped_byte_is_refused_or_loads(sample: bytes) -> None
     assert outcomes.count("refused") > len(pickled) // 3
 
 
-@ESCAPES
 def test_a_truncated_pickle_is_refused(sample: bytes) -> None:
     pickled = contents(sample)["data.pkl"]
     assert {outcome_of(sample, pickled[:length]) for length in range(0, len(pickled), 7)} == {"refused"}
@@ -777,7 +756,6 @@ def test_a_safe_load_refuses_a_storage_of_another_file(sample: bytes) -> None:
     assert outcome_of(sample, pickled.replace(b"\x01\x00\x00\x000", b"\x01\x00\x00\x009")) == "refused"
 
 
-@ESCAPES
 def test_a_tensor_that_leaves_its_storage_is_refused(sample: bytes) -> None:
     grown = contents(sample)["data.pkl"].replace(b"M\x58\x02\x85", b"M\x59\x02\x85")
     assert grown != contents(sample)["data.pkl"]

@@ -25,10 +25,11 @@ import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.hybrid_engine import DeepSpeedHybridEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.utils import DummyOptim
 from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils import groups
+from deepspeed.utils import groups, tensor_fragment
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from roll_ckpt import commit, disk, errors, loader, names, retention, saver
@@ -66,6 +67,8 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
         self._saves: list[saver.Save] = []
         self._loose_problem: str | None = None
         self._warned: set[str] = set()
+        self.verified: Path | None = None
+        """A checkpoint whose every byte all ranks have just read; loading from it reads it once."""
 
     @property
     def engine(self) -> DeepSpeedEngine:
@@ -151,23 +154,20 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
         request = saver.Request(
             Path(save_dir), name, self.engine.global_steps, {self.cluster: self.world.size}, None, save_latest
         )
-        save = saver.begin(
-            self.world,
-            request,
-            self.settings,
-            nbytes=estimate_bytes(self.engine),
-            problem=_problem_with(name),
-            on_commit=self._prune,
-        )
+        nbytes, problem = 0, None
         try:
+            names.check_name("tag", name)
+            nbytes = estimate_bytes(self.engine)
+        except Exception as found:
+            problem = str(found)
+        save = saver.begin(self.world, request, self.settings, nbytes=nbytes, problem=problem, on_commit=self._prune)
+        with save.staging():
             arguments = {
                 "client_state": client_state or {},
                 "save_latest": save_latest,
                 "exclude_frozen_parameters": exclude_frozen_parameters,
             }
             self.run_stock(stock, save, save.attempt.directory, name, arguments)
-        finally:
-            save.seal()
         if not self.settings.async_save:
             saver.wait_together(self.world, save, uploaded=True)
         return True
@@ -176,17 +176,17 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
         self, stock: Callable[..., Any], save: saver.Save, directory: Path, tag: str, arguments: dict[str, Any]
     ) -> saver.Ticket:
         """Let stock `save_checkpoint` write into `directory`, inside the attempt of `save`."""
-        self._ticket = save.ticket(self.cluster, describe(self.engine))
-        self._ticket.parameters = parameters_of(self.engine)
-        self._stable = stable_storages(self.engine) if self.settings.staging.overlap else frozenset()
+        ticket = save.ticket(self.cluster, {})
         self._saves.append(save)
         try:
+            with self._no_raise(ticket):
+                ticket.facts |= describe(self.engine)
+                ticket.parameters = parameters_of(self.engine)
+                self._stable = stable_storages(self.engine) if self.settings.staging.overlap else frozenset()
+            self._ticket = ticket
             stock(self.engine, str(directory), tag=tag, **arguments)
-        except BaseException as problem:
-            self._ticket.fail(problem)
-            raise
         finally:
-            ticket, self._ticket = self._ticket, None
+            self._ticket = None
             self._stable = frozenset()
         return ticket
 
@@ -195,13 +195,13 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
         self._loose_problem = None
         result = stock(self.engine, *args, **kwargs)
 
-        def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
-            bad = [f"rank {rank}: {post['problem']}" for rank, post in enumerate(posts) if post["problem"]]
-            if bad:
-                raise errors.SaveFailed("save_16bit_model: an older file is untouched; " + "; ".join(bad))
-            return {}
+        def report() -> None:
+            if self._loose_problem is not None:
+                raise errors.SaveFailed(
+                    f"save_16bit_model: rank {self.world.rank}: {self._loose_problem}; an older file is untouched"
+                )
 
-        self.world.agree({"problem": self._loose_problem}, decide, self.settings.commit_timeout_s)
+        self.world.together(report, self.settings.commit_timeout_s)
         return result
 
     def load_checkpoint(
@@ -219,8 +219,7 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
             if reader.unit is not None:
                 told = inspect.signature(stock).bind(self.engine, load_dir, name, *args, **kwargs)
                 told.apply_defaults()
-                resuming = told.arguments["load_optimizer_states"] and not told.arguments["load_module_only"]
-                self._check(reader.unit, Path(load_dir), name, resuming)
+                self._check_together(reader.unit, Path(load_dir), told.arguments)
             self._reader = reader
             try:
                 return stock(self.engine, load_dir, name, *args, **kwargs)
@@ -240,14 +239,22 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
         found: str | None = self.world.agree({"tag": tag}, decide, self.settings.commit_timeout_s)["tag"]
         return found
 
-    def _check(self, unit: loader.Unit, load_dir: Path, name: str, resuming: bool) -> None:
-        """Refuse another model, or optimizer partitions of another world, before anything is loaded."""
-        clusters = unit.manifest.clusters
+    def _check_together(self, unit: loader.Unit, load_dir: Path, told: Mapping[str, Any]) -> None:
+        """Refuse on every rank another model, another world's optimizer partitions, and damaged files."""
+        clusters, where = unit.manifest.clusters, str(load_dir / told["tag"])
         cluster = load_dir.resolve().name if load_dir.resolve().name in clusters else next(iter(clusters))
-        if resuming and self.engine.zero_optimization():
-            check_world(clusters[cluster], self.world.size, str(load_dir / name))
-        saved = unit.parameters(cluster, self.world.rank)
-        loader.compare_models(saved, parameters_of(self.engine), str(load_dir / name))
+
+        def check() -> None:
+            resuming = told["load_optimizer_states"] and not told["load_module_only"]
+            if resuming and self.engine.zero_optimization():
+                check_world(clusters[cluster], self.world.size, where)
+            if told["custom_load_fn"] is None:
+                saved = unit.parameters(cluster, self.world.rank)
+                loader.compare_models(saved, parameters_of(self.engine), where, strict=told["load_module_strict"])
+
+        self.world.together(check, self.settings.commit_timeout_s)
+        if self.verified != unit.directory:
+            loader.check_bytes(self.world, unit.directory)
 
     def _prune(self, save: saver.Save) -> None:
         if save.lead and self.settings.max_ckpt_to_keep:
@@ -257,12 +264,14 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
             )
 
     @contextmanager
-    def _no_raise(self) -> Iterator[None]:
+    def _no_raise(self, ticket: saver.Ticket | None = None) -> Iterator[None]:
+        """Inside stock code's barriers: an error becomes a no vote, or what `save_16bit_model` reports."""
         try:
             yield
         except Exception as problem:
-            if self._ticket is not None:
-                self._ticket.fail(problem)
+            ticket = ticket or self._ticket
+            if ticket is not None:
+                ticket.fail(problem)
             else:
                 self._loose_problem = f"{type(problem).__name__}: {problem}"
 
@@ -320,6 +329,15 @@ def _optimizer_tensors(engine: DeepSpeedEngine) -> Iterator[torch.Tensor]:
         yield from (parameter.data for parameter in group["params"])
     for state in base.state.values():
         yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+    # ZeRO-3 leaves its flat partitions in the base optimizer only while that steps.
+    yield from getattr(engine.optimizer, "fp32_partitioned_groups_flat", ())
+
+
+def _optimized_parameters(engine: DeepSpeedEngine) -> Iterator[torch.Tensor]:
+    """The module's parameters that this engine's optimizer writes; frozen ones and others' are not among them."""
+    for name in ("bit16_groups", "bf16_groups", "fp16_groups"):
+        for group in getattr(engine.optimizer, name, ()):
+            yield from (parameter for parameter in group if parameter.requires_grad)
 
 
 def overlappable(engine: DeepSpeedEngine) -> bool:
@@ -327,9 +345,9 @@ def overlappable(engine: DeepSpeedEngine) -> bool:
     zero = engine._config.zero_config
     offloads = [zero.offload_optimizer, zero.offload_param]
     return not (
-        isinstance(engine, PipelineEngine)
+        isinstance(engine, PipelineEngine | DeepSpeedHybridEngine)
         or engine.has_moe_layers
-        or hasattr(engine.module, "peft_config")
+        or any(hasattr(module, "peft_config") for module in engine.module.modules())
         or any(offload is not None and offload.device != "none" for offload in offloads)
     )
 
@@ -340,7 +358,7 @@ def stable_storages(engine: DeepSpeedEngine) -> frozenset[int]:
         return frozenset()
     tensors = list(_optimizer_tensors(engine))
     if engine.zero_optimization_stage() < ZeroStageEnum.weights:
-        tensors += [parameter.data for parameter in engine.module.parameters()]
+        tensors += [parameter.data for parameter in _optimized_parameters(engine)]
     return frozenset(tensor.untyped_storage()._cdata for tensor in tensors)
 
 
@@ -372,21 +390,20 @@ def newest_tag(load_dir: Path) -> str | None:
 
     A directory that `latest` names wins, because users edit it; otherwise our newest committed one.
     """
-    named = disk.read_text_or_none(load_dir / names.LATEST)
-    if named is not None and disk.is_dir(load_dir / named.strip()):
-        return named.strip()
+    named = (disk.read_text_or_none(load_dir / names.LATEST) or "").strip()
+    if named and _is_tag(named) and disk.is_dir(load_dir / named):
+        return named
     newest = commit.find(load_dir)
-    if newest is not None and named is not None:
+    if newest is not None and named:
         log.warning("%s names %s, which is not there; loading %s", load_dir / names.LATEST, named, newest.name)
     return None if newest is None else newest.name
 
 
-def _problem_with(tag: str) -> str | None:
+def _is_tag(name: str) -> bool:
     try:
-        names.check_name("tag", tag)
-    except errors.ConfigError as problem:
-        return str(problem)
-    return None
+        return bool(names.check_name("tag", name))
+    except errors.ConfigError:
+        return False
 
 
 # --- refusals ------------------------------------------------------------------------------------------------
@@ -531,8 +548,29 @@ def install() -> None:
     wrap("save_checkpoint", _save_checkpoint)
     wrap("load_checkpoint", _load_checkpoint)
     wrap("save_16bit_model", _save_16bit_model)
-    for name in ("_take_model_step", "offload_states", "reload_states", "destroy"):
+    for name in ("_take_model_step", "offload_states", "reload_states", "load_module_state_dict", "destroy"):
         wrap(name, _fence_first)
+    for name in _SETTERS:
+        for home in (deepspeed.utils, tensor_fragment):
+            if hasattr(home, name):
+                setattr(home, name, _fencing(getattr(home, name)))
+
+
+_SETTERS = (
+    "safe_set_full_fp32_param",
+    "safe_set_full_optimizer_state",
+    "safe_set_local_fp32_param",
+    "safe_set_local_optimizer_state",
+)
+
+
+def _fencing(setter: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(setter)
+    def fenced(*args: Any, **kwargs: Any) -> Any:
+        saver.fence()
+        return setter(*args, **kwargs)
+
+    return fenced
 
 
 def _configure_checkpointing(original: Callable[..., Any], engine: DeepSpeedEngine, *args: Any, **kw: Any) -> None:

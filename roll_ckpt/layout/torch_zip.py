@@ -93,6 +93,7 @@ class _Piece:
     start: int
     stop: int
     stable: bool
+    dtype: torch.dtype | None = None
     key: str | None = None
     offset: int = 0
 
@@ -137,8 +138,13 @@ class _StoragePieces:
         seen.dump(state)
         spans: dict[int, tuple[torch.UntypedStorage, list[tuple[int, int]]]] = {}
         for tensor in seen.tensors:
-            storage = tensor.untyped_storage()
-            spans.setdefault(storage._cdata, (storage, []))[1].append(_span(tensor))
+            storage, span = tensor.untyped_storage(), _span(tensor)
+            if span[1] > storage.nbytes():
+                raise errors.SaveFailed(
+                    f"a tensor of shape {list(tensor.shape)} needs {span[1]} bytes of a storage that has "
+                    f"{storage.nbytes()}: its memory was freed. Save it while it is gathered"
+                )
+            spans.setdefault(storage._cdata, (storage, []))[1].append(span)
         for storage in seen.storages:
             spans.setdefault(storage._cdata, (storage, []))[1].append((0, storage.nbytes()))
         for identity, (storage, wanted) in spans.items():
@@ -150,7 +156,9 @@ class _StoragePieces:
         return buffer.getvalue()
 
     def piece_of(self, storage: torch.UntypedStorage, start: int) -> _Piece:
-        runs = self._by_storage[storage._cdata]
+        runs = self._by_storage.get(storage._cdata)
+        if runs is None:  # a `__reduce__` made this tensor anew: nobody else will change it
+            runs = self._by_storage[storage._cdata] = [_Piece(storage, 0, storage.nbytes(), False)]
         piece = next(p for p in reversed(runs) if p.start <= start)
         if piece.key is None:
             piece.key = str(len(self.used))
@@ -162,6 +170,12 @@ class _StoragePieces:
         storage = tensor.untyped_storage()
         itemsize = tensor.element_size()
         piece = self.piece_of(storage, _span(tensor)[0])
+        if piece.dtype not in (None, tensor.dtype):
+            raise errors.SaveFailed(
+                f"two tensors of the state view the same data as different types, {piece.dtype} and {tensor.dtype}; "
+                "the file format cannot hold that: clone one of them"
+            )
+        piece.dtype = tensor.dtype
         offset = tensor.storage_offset() - piece.start // itemsize
         location = _location(storage)
         new_dtype = tensor.dtype in _NEW_DTYPES
@@ -179,7 +193,7 @@ class _StoragePieces:
         def build() -> tuple[TensorPiece, ...]:
             found = []
             for name, tensor in _named_tensors(state):
-                if not _is_strided(tensor):
+                if not (_is_plain(tensor) or type(tensor) is torch.nn.Parameter):
                     continue
                 start, stop = _span(tensor)
                 piece = self.piece_of(tensor.untyped_storage(), start)
@@ -192,12 +206,10 @@ class _StoragePieces:
 
 
 def _is_plain(obj: object) -> bool:
-    return type(obj) is torch.Tensor and _is_strided(obj)
-
-
-def _is_strided(obj: torch.Tensor) -> bool:
     return (
-        obj.layout is torch.strided
+        type(obj) is torch.Tensor
+        and not obj.__dict__  # stock keeps attributes, in a form of its own
+        and obj.layout is torch.strided
         and not obj.is_quantized
         and obj.device.type != "meta"
         and not obj.is_conj()
@@ -292,9 +304,13 @@ class _Writer(pickle.Pickler):
         return ("storage", torch.UntypedStorage, piece.key, location, storage.nbytes())
 
 
-def _named_tensors(state: object, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+def _named_tensors(
+    state: object, name: str = "", inside: frozenset[int] = frozenset()
+) -> Iterator[tuple[str, torch.Tensor]]:
     if isinstance(state, torch.Tensor):
         yield name, state
+        return
+    if id(state) in inside:  # a container that holds itself
         return
     items: Iterable[tuple[object, object]] = ()
     if isinstance(state, dict):
@@ -302,7 +318,7 @@ def _named_tensors(state: object, name: str = "") -> Iterator[tuple[str, torch.T
     elif isinstance(state, list | tuple):
         items = enumerate(state)
     for key, value in items:
-        yield from _named_tensors(value, f"{name}.{key}" if name else str(key))
+        yield from _named_tensors(value, f"{name}.{key}" if name else str(key), inside | {id(state)})
 
 
 # --- the archive ---------------------------------------------------------------------------------------------
@@ -451,10 +467,19 @@ def parse(buffer: Any, path: str, map_location: Any = "cpu", allow: Iterable[Any
             unpickler = safe_pickle.Unpickler(data_pkl, encoding="utf-8")
             setattr(unpickler, "persistent_load", storage_of)  # noqa: B010 (torch sets it the same way)
             return unpickler.load()
-    except (pickle.UnpicklingError, KeyError, EOFError, struct.error) as problem:
+    except errors.Damaged:
+        raise
+    except _BROKEN_PICKLE as problem:
         raise errors.Damaged(
             f"{path}: refused to load: {problem}. If you trust the file, add the name it needs to load.allow"
         ) from problem
+
+
+_BROKEN_PICKLE = (
+    *(pickle.UnpicklingError, struct.error, LookupError, EOFError, TypeError, ValueError, AttributeError),
+    *(RuntimeError, AssertionError, OverflowError, MemoryError),
+)
+"""What torch's unpickler raises on bytes that no pickler wrote."""
 
 
 def _slice(view: memoryview, record: tuple[int, int]) -> memoryview:
@@ -465,11 +490,11 @@ def _read_directory(view: memoryview, path: str) -> dict[str, tuple[int, int]]:
     """Start and size in bytes of each record, by its name without the archive's folder."""
     tail_at = max(0, len(view) - (1 << 16))
     end = bytes(view[tail_at:]).rfind(b"PK\x05\x06")
-    if end < 0:
+    if end < 0 or tail_at + end + 22 != len(view):
         raise errors.Damaged(f"{path}: no zip directory at its end; the file is truncated or not a checkpoint")
     try:
         return dict(_directory_entries(view, tail_at + end, path))
-    except (struct.error, IndexError, UnicodeDecodeError) as problem:
+    except (struct.error, IndexError, OverflowError, UnicodeDecodeError) as problem:
         raise errors.Damaged(f"{path}: its zip directory cannot be read: {problem}") from problem
 
 
