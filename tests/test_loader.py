@@ -1,0 +1,236 @@
+"""Loading: every byte is checked against the manifest, and another model is refused before anything changes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+# The fixtures and the one-process save of the saver's tests; a loader has nothing to load without one.
+from test_saver import SETTINGS, SMALL, begin, out, own_arena, save_now, seal, stage  # noqa: F401
+
+from roll_ckpt import commit, errors, loader, retention, saver
+from roll_ckpt import seal as sealed
+from roll_ckpt.config import Settings
+
+
+@pytest.fixture
+def unit(out: Path) -> Path:  # noqa: F811
+    """A committed checkpoint of two files of one size."""
+    save = begin(out)
+    ticket = (
+        stage(save, {"w": torch.arange(1000.0)}, file="a/x.pt") if (save.attempt.unit / "a").mkdir() is None else None
+    )
+    assert ticket is not None
+    ticket.parameters = {"w": {"dtype": "float32", "shape": [1000]}}
+    stage(save, {"w": torch.arange(1000.0) + 1}, file="x.pt")
+    seal(save)
+    save.wait(20)
+    return out / "t1"
+
+
+def read(path: Path, settings: Settings = SETTINGS, allow: tuple[Any, ...] = ()) -> Any:
+    with loader.reading(path.parent, settings, allow) as reader:
+        return reader.load(path, "cpu")
+
+
+def test_a_file_of_a_checkpoint_is_read_back(unit: Path) -> None:
+    assert torch.equal(read(unit / "x.pt")["w"], torch.arange(1000.0) + 1)
+    assert torch.equal(read(unit / "a" / "x.pt")["w"], torch.arange(1000.0))
+
+
+def test_names_and_shapes_of_the_model_are_kept(unit: Path) -> None:
+    assert loader.Unit(unit).parameters("model", 0) == {"w": {"dtype": "float32", "shape": [1000]}}
+    assert loader.Unit(unit).parameters("model", 5) == loader.Unit(unit).parameters("model", 0)
+    assert loader.Unit(unit).parameters("critic", 0) == {}
+
+
+def test_a_flipped_byte_anywhere_is_refused_by_the_name_of_its_file(unit: Path) -> None:
+    path = unit / "x.pt"
+    data = path.read_bytes()
+    for at in range(0, len(data), len(data) // 23):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 16]) + data[at + 1 :])
+        with pytest.raises(errors.Damaged, match=r"t1/x\.pt"):
+            read(path)
+    path.write_bytes(data)
+    read(path)
+
+
+@pytest.mark.parametrize("change", [-1, 1, -100_000])
+def test_a_file_of_another_size_is_refused(unit: Path, change: int) -> None:
+    path = unit / "x.pt"
+    os.truncate(path, max(0, path.stat().st_size + change))
+    with pytest.raises(errors.Damaged, match=r"t1/x\.pt"):
+        read(path)
+
+
+def test_two_files_that_changed_places_are_refused(unit: Path) -> None:
+    one, two = unit / "x.pt", unit / "a" / "x.pt"
+    assert one.stat().st_size == two.stat().st_size and one.read_bytes() != two.read_bytes()
+    first, second = one.read_bytes(), two.read_bytes()
+    one.write_bytes(second)
+    two.write_bytes(first)
+    for path in (one, two):
+        with pytest.raises(errors.Damaged, match=r"x\.pt"):
+            read(path)
+
+
+def test_digests_that_changed_places_are_refused_although_they_fit_the_bytes(unit: Path) -> None:
+    one, two = unit / "x.pt", unit / "a" / "x.pt"
+    first, second = one.read_bytes(), two.read_bytes()
+    one.write_bytes(second)
+    two.write_bytes(first)
+    digests = unit / "digests" / "model.0.json"
+    told = json.loads(digests.read_bytes())
+    told["x.pt"], told["a/x.pt"] = told["a/x.pt"], told["x.pt"]
+    digests.write_bytes(sealed.canonical(told))
+    with pytest.raises(errors.Damaged, match=r"digests/model\.0\.json"):
+        read(one)
+
+
+def test_digests_are_bound_to_the_manifest_by_their_root(unit: Path) -> None:
+    opened = loader.Unit(unit)
+    told = opened._json("digests/model.0.json")
+    told["x.pt"], told["a/x.pt"] = told["a/x.pt"], told["x.pt"]
+    opened._digests = told
+    with pytest.raises(errors.Damaged, match=r"x\.pt: its digests do not match the manifest"):
+        opened.read(unit / "x.pt", SETTINGS)
+
+
+def test_a_file_that_the_manifest_does_not_list_is_refused(unit: Path) -> None:
+    (unit / "stranger.pt").write_bytes((unit / "x.pt").read_bytes())
+    with pytest.raises(errors.Damaged, match=r"stranger\.pt: not listed in .*manifest\.json"):
+        read(unit / "stranger.pt")
+
+
+def test_a_listed_file_that_is_gone_is_told_as_such(unit: Path) -> None:
+    (unit / "x.pt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"x\.pt"):
+        read(unit / "x.pt")
+
+
+def test_a_damaged_manifest_is_refused(unit: Path) -> None:
+    path = unit / "manifest.json"
+    path.write_bytes(path.read_bytes().replace(b'"step": 1', b'"step": 2'))
+    with pytest.raises(errors.Damaged, match=r"manifest\.json"):
+        read(unit / "x.pt")
+
+
+def test_the_state_is_checked_again_when_it_is_loaded_again(unit: Path) -> None:
+    read(unit / "x.pt")
+    os.truncate(unit / "x.pt", 100)
+    with pytest.raises(errors.Damaged):
+        read(unit / "x.pt")
+
+
+def test_nobody_prunes_what_is_being_loaded(unit: Path, out: Path) -> None:  # noqa: F811
+    save_now(out, {"w": torch.ones(2)}, "t2")
+    with loader.reading(unit, SETTINGS) as reader:
+        assert retention.prune(out, saver.epoch_of(out), keep=1, protected=set()) == []
+        assert reader.load(unit / "x.pt", "cpu")["w"].shape == (1000,)
+    assert retention.prune(out, saver.epoch_of(out), keep=1, protected=set()) == ["t1"]
+    assert [told.name for told in commit.committed(out)] == ["t2"]
+
+
+# ---- files without a manifest
+
+
+def test_a_stock_file_is_loaded_and_the_log_says_that_nothing_was_verified(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.save({"w": torch.ones(3)}, tmp_path / "x.pt")
+    with caplog.at_level(logging.WARNING, "roll_ckpt"):
+        assert torch.equal(read(tmp_path / "x.pt")["w"], torch.ones(3))
+    assert f"{tmp_path} has no manifest.json of ours" in caplog.text and "cannot be verified" in caplog.text
+
+
+class Loose:
+    """A class that no safe load knows."""
+
+
+def test_a_stock_file_with_a_forbidden_name_is_refused(tmp_path: Path) -> None:
+    torch.save({"x": Loose()}, tmp_path / "x.pt")
+    with pytest.raises(errors.Damaged, match=r"(?s)x\.pt: refused to load: .*Loose"):
+        read(tmp_path / "x.pt")
+    assert isinstance(read(tmp_path / "x.pt", allow=(Loose,))["x"], Loose)
+
+
+def test_a_stock_file_that_is_not_there_is_told_as_such(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        read(tmp_path / "x.pt")
+
+
+@pytest.mark.xfail(strict=True, reason="torch.load's RuntimeError and EOFError are not turned into Damaged")
+@pytest.mark.parametrize("left", [0, 10, 300])
+def test_a_truncated_stock_file_is_refused_as_damaged(tmp_path: Path, left: int) -> None:
+    torch.save({"w": torch.ones(300)}, tmp_path / "x.pt")
+    os.truncate(tmp_path / "x.pt", left)
+    with pytest.raises(errors.Damaged, match=r"x\.pt"):
+        read(tmp_path / "x.pt")
+
+
+# ---- load.allow
+
+
+def allowing(*names: str) -> Settings:
+    return Settings.parse({**SMALL, "load": {"allow": names}}, "the test")
+
+
+def test_a_name_in_load_allow_is_imported_and_may_be_loaded(out: Path) -> None:  # noqa: F811
+    save_now(out, {"x": Loose()})
+    with pytest.raises(errors.Damaged, match=r"Loose.*load\.allow"):
+        read(out / "t1" / "model.pt")
+    found = read(out / "t1" / "model.pt", allowing(f"{__name__}.Loose"))
+    assert isinstance(found["x"], Loose)
+    assert loader.allowed(allowing("collections.OrderedDict")) == [OrderedDict]
+
+
+@pytest.mark.parametrize("name", ["no_such_module.Name", "collections.NoSuchName", "noname", "", ".x"])
+def test_an_unknown_name_in_load_allow_is_refused_by_name(name: str) -> None:
+    with pytest.raises(errors.ConfigError) as caught:
+        loader.allowed(allowing(name))
+    assert f"load.allow: cannot import {name!r}" in str(caught.value)
+
+
+# ---- another model
+
+
+def model(n: int, **changed: list[int]) -> dict[str, Any]:
+    return {f"p{i}": {"shape": changed.get(f"p{i}", [i, 2]), "dtype": "float32"} for i in range(n)}
+
+
+def test_the_same_model_is_taken_whatever_its_dtypes() -> None:
+    live = {name: {"shape": tuple(told["shape"]), "dtype": "bfloat16"} for name, told in model(5).items()}
+    loader.compare_models(model(5), live, "here")
+    loader.compare_models({}, live, "a checkpoint that recorded nothing")
+
+
+def test_another_model_is_refused_with_its_first_ten_differences() -> None:
+    live = model(30, **{f"p{i}": [7] for i in range(14)})
+    with pytest.raises(errors.ModelMismatch) as caught:
+        loader.compare_models(model(30), live, "run/t1")
+    told = str(caught.value)
+    assert told.startswith("run/t1 holds another model; nothing was loaded")
+    assert told.count("in the checkpoint, [7] here") == 10 and "... and 4 more" in told
+    assert "p0: shape [0, 2] in the checkpoint, [7] here" in told and "p10" not in told
+
+
+def test_parameters_that_only_one_side_has_are_named() -> None:
+    with pytest.raises(errors.ModelMismatch, match="p2: not in the checkpoint"):
+        loader.compare_models(model(2), model(3), "here")
+    with pytest.raises(errors.ModelMismatch, match="p2: not in this model") as caught:
+        loader.compare_models(model(3), model(2), "here")
+    assert "more" not in str(caught.value)
+
+
+def test_without_strict_names_may_be_missing_but_shapes_may_not_differ() -> None:
+    loader.compare_models(model(2), model(3), "here", strict=False)
+    loader.compare_models(model(3), model(2), "here", strict=False)
+    with pytest.raises(errors.ModelMismatch, match="p1: shape"):
+        loader.compare_models(model(3), model(2, p1=[9]), "here", strict=False)

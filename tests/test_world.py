@@ -1,0 +1,152 @@
+"""The rendezvous of two processes over a real store."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from runs import ended, forked
+
+from roll_ckpt import errors, world
+from roll_ckpt.world import World
+
+Pair = Callable[[Callable[[World], Any]], list[Any]]
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[Pair]:
+    """Runs a function on rank 0, this process, and on rank 1, a forked one; returns both results."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port = store.port
+    told = tmp_path / "rank1.json"
+
+    def run(work: Callable[[World], Any]) -> list[Any]:
+        def other() -> None:
+            own = dist.TCPStore("127.0.0.1", port, is_master=False)
+            told.write_text(json.dumps(outcome(work, World(1, 2, own))))
+
+        pid = forked(other)
+        mine = outcome(work, World(0, 2, store))
+        assert ended(pid) == 0
+        return [mine, json.loads(told.read_text())]
+
+    yield run
+
+
+def outcome(work: Callable[[World], Any], ranks: World) -> Any:
+    """What `work` returns, or the class and text of our error."""
+    try:
+        return work(ranks)
+    except errors.RollCkptError as problem:
+        return [type(problem).__name__, str(problem)]
+
+
+def collect(posts: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"posts": posts, "pid": os.getpid()}
+
+
+def test_every_rank_gets_what_rank_0_made_of_all_posts(pair: Pair) -> None:
+    found = pair(lambda ranks: ranks.agree({"rank": ranks.rank}, collect, 10))
+    assert found[0] == found[1] == {"posts": [{"rank": 0}, {"rank": 1}], "pid": os.getpid()}
+
+
+def test_rendezvous_do_not_mix_and_leave_little_behind(pair: Pair) -> None:
+    def many(ranks: World) -> list[Any]:
+        return [ranks.agree({"n": n, "rank": ranks.rank}, collect, 10)["posts"] for n in range(20)]
+
+    wanted = [[{"n": n, "rank": 0}, {"n": n, "rank": 1}] for n in range(20)]
+    assert pair(many) == [wanted, wanted]
+
+
+def test_a_rank_that_comes_late_is_waited_for(pair: Pair) -> None:
+    def late(ranks: World) -> Any:
+        time.sleep(0.3 * ranks.rank)
+        return ranks.agree({"rank": ranks.rank}, collect, 10)["posts"]
+
+    assert pair(late) == [[{"rank": 0}, {"rank": 1}]] * 2
+
+
+@pytest.mark.parametrize(
+    "kind", [errors.RanksDisagree, errors.NoRoom, errors.RunIsLive, errors.ConfigError, errors.SaveFailed]
+)
+def test_our_error_on_rank_0_is_raised_alike_on_all(pair: Pair, kind: type[errors.RollCkptError]) -> None:
+    def refuse(posts: list[dict[str, Any]]) -> dict[str, Any]:
+        raise kind("the reason, with figures: 1,234")
+
+    found = pair(lambda ranks: ranks.agree({}, refuse, 10))
+    assert found == [[kind.__name__, "the reason, with figures: 1,234"]] * 2
+
+
+def test_the_world_goes_on_after_an_error(pair: Pair) -> None:
+    def refuse(posts: list[dict[str, Any]]) -> dict[str, Any]:
+        raise errors.NoRoom("full")
+
+    def work(ranks: World) -> Any:
+        first = outcome(lambda same: same.agree({}, refuse, 10), ranks)
+        return [first, ranks.agree({"rank": ranks.rank}, collect, 10)["posts"]]
+
+    assert pair(work) == [[["NoRoom", "full"], [{"rank": 0}, {"rank": 1}]]] * 2
+
+
+def test_an_error_that_is_not_ours_reaches_every_rank_too(pair: Pair) -> None:
+    def break_(posts: list[dict[str, Any]]) -> dict[str, Any]:
+        raise PermissionError(13, "Permission denied", "/the/run")
+
+    began = time.monotonic()
+    for found in pair(lambda ranks: ranks.agree({}, break_, 10)):
+        assert found[0] == "SaveFailed" and "/the/run" in found[1]
+    assert time.monotonic() - began < 8, "a rank waited for a verdict that nobody would give"
+
+
+def test_a_rank_that_does_not_come_is_named(pair: Pair) -> None:
+    def work(ranks: World) -> Any:
+        return ranks.agree({}, collect, 0.3) if ranks.rank == 0 else "stayed away"
+
+    found = pair(work)
+    assert found[1] == "stayed away" and found[0][0] == "RanksDisagree"
+    assert "rank 1 of 2 did not come to the save within 0.3 s" in found[0][1]
+
+
+def test_a_rank_without_an_answer_says_so(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(world, "_SLACK_S", 0.1)
+
+    def work(ranks: World) -> Any:
+        return ranks.agree({}, collect, 0.3) if ranks.rank == 1 else "stayed away"
+
+    found = pair(work)
+    assert found[0] == "stayed away"
+    assert found[1][0] == "RanksDisagree" and "rank 1: no answer from rank 0 within 0.3 s" in found[1][1]
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_what_fails_on_one_rank_is_raised_on_all(pair: Pair, failing: int) -> None:
+    def work(ranks: World) -> Any:
+        def action() -> None:
+            if ranks.rank == failing:
+                raise errors.Damaged("file x")
+
+        ranks.together(action, 10)
+
+    assert pair(work) == [["Damaged", "file x"]] * 2
+
+
+def test_any_error_of_an_action_is_told_with_its_rank(pair: Pair) -> None:
+    def work(ranks: World) -> Any:
+        ranks.together(lambda: 1 // (1 - ranks.rank), 10)
+
+    for found in pair(work):
+        assert found[0] == "SaveFailed" and "rank 1: ZeroDivisionError" in found[1]
+
+
+def test_a_world_of_one_agrees_with_itself() -> None:
+    alone = World.current()
+    assert (alone.rank, alone.size) == (0, 1)
+    assert alone.agree({"a": 1}, lambda posts: {"n": len(posts), **posts[0]}, 1) == {"n": 1, "a": 1}
+    with pytest.raises(errors.NoRoom, match="full"):
+        alone.agree({}, lambda posts: (_ for _ in ()).throw(errors.NoRoom("full")), 1)
