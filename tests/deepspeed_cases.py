@@ -318,6 +318,7 @@ def changes_after_save_stay_out(out: str) -> dict[str, bool]:
     mine = torch.full((1000,), 7.0)
     made.save_checkpoint(out, tag="t", client_state={"mine": mine})
     made.module.calls.fill_(-1)
+    made.module.frozen.weight.data.fill_(-1)
     mine.fill_(-1)
     backend.attached(made).fence()  # type: ignore[union-attr]
     weight = made.module.norm.weight.detach().clone()
@@ -327,6 +328,7 @@ def changes_after_save_stay_out(out: str) -> dict[str, bool]:
     return {
         "buffer": torch.equal(state["module"]["calls"], calls),
         "client": bool((state["mine"] == 7).all()),
+        "frozen": not bool((state["module"]["frozen.weight"] == -1).any()),
         "weight": torch.equal(state["module"]["norm.weight"], weight),
     }
 
@@ -340,6 +342,67 @@ def clean(path: str) -> None:
 
 def cuda_reason() -> str:
     return native.cuda_status()
+
+
+def fails_before_staging(out: str) -> dict[str, Any]:
+    """Reading the engine fails on one rank, before stock code runs: nothing may be committed."""
+    made = engine(2, "bf16", settings(async_save=False))
+    real = backend.stable_storages
+    if dist.get_rank() == 0:
+        backend.stable_storages = lambda engine: 1 / 0  # type: ignore[assignment,return-value]
+    try:
+        told = raised(lambda: made.save_checkpoint(out, tag="t"))
+    finally:
+        backend.stable_storages = real
+    made.save_checkpoint(out, tag="next")
+    return {"told": told, "entries": sorted(p.name for p in Path(out).iterdir())}
+
+
+def setters_fence(out: str) -> bool:
+    """DeepSpeed's own setters change what overlaps: they wait for the copies of pending saves."""
+    from deepspeed.utils import safe_set_full_fp32_param
+
+    made = engine(2, "bf16", settings(), width=512)
+    train(made, 1, seed=1)
+    made.save_checkpoint(out, tag="t")
+    for parameter in made.module.parameters():
+        if parameter.requires_grad:
+            safe_set_full_fp32_param(parameter, torch.full(parameter.shape, 9.0))
+    saver.wait_pending()
+    for file in Path(out).glob("t/*optim_states.pt"):
+        with torch.serialization.safe_globals(list(backend.ALLOWED_GLOBALS)):
+            state = torch.load(file, weights_only=True)["optimizer_state_dict"]
+        if any(bool((group == 9.0).any()) for group in state["single_partition_of_fp32_groups"]):
+            return False
+    return True
+
+
+def foreign_files(out: str) -> str:
+    """A script's own file lies in the tag's directory: a save must not delete it."""
+    made = engine(2, "bf16", settings(async_save=False))
+    note = Path(out) / "t" / "notes.txt"
+    if dist.get_rank() == 0:
+        note.parent.mkdir(parents=True)
+        note.write_text("mine")
+    dist.barrier()
+    told = raised(lambda: made.save_checkpoint(out, tag="t"))
+    assert note.read_text() == "mine"
+    return told
+
+
+def os_error_in_begin(out: str) -> str:
+    """Rank 0 meets an error of the operating system before the attempt exists: both ranks hear of it."""
+    made = engine(2, "bf16", settings())
+    real = disk.make_dir
+
+    def refuse(path: Path) -> bool:
+        raise OSError(28, "No space left on device", str(path))
+
+    disk.make_dir = refuse  # type: ignore[assignment]
+    try:
+        return raised(lambda: made.save_checkpoint(out))
+    finally:
+        disk.make_dir = real
 
 
 # --- engines that save without overlap ---

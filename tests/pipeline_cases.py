@@ -11,7 +11,7 @@ import torch.distributed as dist
 from deepspeed_cases import OURS, raised
 from tiny import engine, train
 
-from roll_ckpt import BasePipeline, Cluster, PipelineConfig, disk
+from roll_ckpt import BasePipeline, Cluster, PipelineConfig, disk, saver
 
 _held: list[BasePipeline] = []
 
@@ -54,6 +54,56 @@ def hold(out: str) -> int:
 def another_model(out: str, checkpoint: str) -> str:
     clusters = [Cluster("actor", engine(2, "bf16", None, width=32)), Cluster("critic", engine(3, "bf16", None))]
     return raised(pipeline(out, *clusters, resume_from_checkpoint=checkpoint).resume)
+
+
+class Interrupted:
+    def state_dict(self) -> dict[str, Any]:
+        raise SystemExit("preempted")
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def interrupted(out: str) -> list[str]:
+    """A preemption arrives while the pipeline's own state is staged."""
+    made = pipeline(out, Cluster("actor", engine(2, "bf16", None)))
+    made.register_stateful("loader", Interrupted())
+    made.resume()
+    try:
+        made.do_checkpoint(1)
+    except SystemExit:
+        saver.wait_pending()
+    return sorted(p.name for p in Path(out).iterdir())
+
+
+def failing_client_state(out: str) -> str:
+    """Rank 1 cannot say its client state: nobody begins."""
+
+    def state() -> dict[str, Any]:
+        if dist.get_rank() == 1 and saves:
+            raise ValueError("no state today")
+        return {}
+
+    saves: list[int] = []
+    made = pipeline(out, Cluster("actor", engine(2, "bf16", None), client_state=state))
+    saves.append(1)
+    return raised(lambda: made.do_checkpoint(1))
+
+
+def resumed_by_path(out: str) -> list[str]:
+    """Resume from an old step by path: that step stays until this run has one of its own."""
+    cluster = Cluster("actor", engine(2, "bf16", None))
+    first = pipeline(out, cluster, max_steps=9)
+    first.resume()
+    for step in range(1, 4):
+        first.do_checkpoint(step)
+    saver.wait_pending()
+    dist.barrier()
+    again = pipeline(out, cluster, resume_from_checkpoint=out + "/checkpoint-1", max_ckpt_to_keep=1)
+    assert again.resume() == 1
+    for thread, _ in saver._background:
+        thread.join()
+    dist.barrier()
+    return sorted(p.name for p in Path(out).glob("checkpoint-*"))
 
 
 class Config:

@@ -133,10 +133,18 @@ def test_another_model_is_refused_with_ten_differences(two_ranks: World, tmp_pat
         assert found["told"].count("shape [") == 10 and "more" in found["told"]
 
 
-@pytest.mark.parametrize("file", ["mp_rank_00_model_states.pt", "digests/model.0.json", "manifest.json"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "mp_rank_00_model_states.pt",
+        "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt",
+        "digests/model.0.json",
+        "manifest.json",
+    ],
+)
 def test_a_flipped_bit_is_refused_by_name_at_load(two_ranks: World, tmp_path: Path, file: str) -> None:
-    told = two_ranks.call(f"{CASES}:load_after_flip", str(tmp_path), file)
-    assert told[0].startswith("Damaged") and file in told[0]
+    for told in two_ranks.call(f"{CASES}:load_after_flip", str(tmp_path), file):
+        assert told.startswith("Damaged") and file in told
 
 
 def test_latest_wins_when_it_names_a_tag_else_the_newest(two_ranks: World, tmp_path: Path) -> None:
@@ -156,7 +164,27 @@ def test_a_warm_save_adds_one_rendezvous_to_deepspeeds_own(two_ranks: World, tmp
 
 def test_what_changes_after_the_save_does_not_reach_the_file(two_ranks: World, tmp_path: Path) -> None:
     for found in two_ranks.call(f"{CASES}:changes_after_save_stay_out", str(tmp_path)):
-        assert found == {"buffer": True, "client": True, "weight": True}
+        assert found == {"buffer": True, "client": True, "frozen": True, "weight": True}
+
+
+def test_a_failure_before_staging_commits_nothing(two_ranks: World, tmp_path: Path) -> None:
+    for found in two_ranks.call(f"{CASES}:fails_before_staging", str(tmp_path)):
+        assert "ZeroDivisionError" in found["told"] and "rank 0" in found["told"]
+        assert "t" not in found["entries"] and "next" in found["entries"]
+
+
+def test_deepspeeds_setters_wait_for_the_copies(two_ranks: World, tmp_path: Path) -> None:
+    assert two_ranks.call(f"{CASES}:setters_fence", str(tmp_path)) == [True, True]
+
+
+def test_files_of_others_in_a_tag_are_not_deleted(two_ranks: World, tmp_path: Path) -> None:
+    for told in two_ranks.call(f"{CASES}:foreign_files", str(tmp_path)):
+        assert told.startswith("SaveFailed") and "notes.txt" in told
+
+
+def test_an_error_of_the_disk_in_begin_is_raised_on_every_rank(two_ranks: World, tmp_path: Path) -> None:
+    for told in two_ranks.call(f"{CASES}:os_error_in_begin", str(tmp_path)):
+        assert "No space left" in told
 
 
 REFUSED = {

@@ -225,3 +225,27 @@ def test_save_only_model_holds_the_weights_and_cannot_be_resumed(two_ranks: Worl
     for told in two_ranks.call(f"{CASES}:only_model", str(tmp_path / "run")):
         assert told.startswith("NotFound") and "save_only_model" in told
     assert (tmp_path / "run" / "checkpoint-1" / "actor" / "pytorch_model.bin").is_file()
+
+
+def test_an_interrupt_while_staging_commits_nothing(two_ranks: World, tmp_path: Path) -> None:
+    for entries in two_ranks.call(f"{CASES}:interrupted", str(tmp_path / "run")):
+        assert "checkpoint-1" not in entries
+
+
+def test_a_failing_client_state_is_told_on_every_rank(two_ranks: World, tmp_path: Path) -> None:
+    for told in two_ranks.call(f"{CASES}:failing_client_state", str(tmp_path / "run")):
+        assert "rank 1" in told and "no state today" in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_step_resumed_by_path_stays_until_the_run_has_its_own(two_ranks: World, tmp_path: Path) -> None:
+    for kept in two_ranks.call(f"{CASES}:resumed_by_path", str(tmp_path / "run")):
+        assert kept == ["checkpoint-1", "checkpoint-3"]
+
+
+def test_another_number_of_ranks_is_refused_by_name(unbroken: Jobs, tmp_path: Path) -> None:
+    jobs = Jobs(tmp_path)
+    shutil.copytree(unbroken.out, jobs.out)
+    with jobs.start("losses", ranks=1) as job:
+        assert job.wait(LIMIT_S) != 0
+    assert "was saved by 2 ranks and this job has 1" in jobs.log("losses")
