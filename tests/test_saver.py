@@ -281,7 +281,7 @@ def test_a_save_inside_of_a_save_is_refused_and_does_not_hang(out: Path) -> None
 def test_a_vanished_directory_is_told(out: Path) -> None:
     save = begin(out)
     stage(save, {"w": torch.ones(3)})
-    disk.remove_tree(save.attempt.directory)
+    save.attempt.directory.rename(out / "elsewhere")
     seal(save)
     with pytest.raises(errors.SaveFailed, match="t1"):
         save.wait(20)
