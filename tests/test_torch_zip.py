@@ -317,6 +317,20 @@ def test_a_tensor_whose_storage_was_freed_is_refused() -> None:
         torch_zip.lay_out({"t": tensor}, "s")
 
 
+@pytest.mark.xfail(strict=True, reason="only plain tensors are compared by dtype, bare storages and conjugates not")
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("other", ["storage", "conjugate"])
+def test_a_storage_of_one_dtype_beside_a_tensor_of_another_is_refused_too(other: str, order: int) -> None:
+    base = torch.arange(16.0)
+    strange = base.untyped_storage() if other == "storage" else torch.view_as_complex(base.view(8, 2)).conj()
+    state = [base[:2], strange][::order]
+    with pytest.raises(RuntimeError, match="view the same data as different types"):
+        torch.save(state, io.BytesIO())
+    with pytest.raises(errors.RollCkptError, match="types"):
+        torch_zip.lay_out(state, "s")
+
+
 trees = st.recursive(
     st.one_of(
         st.none(),
