@@ -48,10 +48,12 @@ class Unit:
         Raises:
             Damaged: the manifest does not list the file, or its bytes are not those that were written.
         """
-        relative = path.resolve().relative_to(self.directory.resolve()).as_posix()
+        relative = path.absolute().relative_to(self.directory.absolute()).as_posix()
         receipt = self._files.get(relative)
-        if receipt is None:
-            raise errors.Damaged(f"{path}: not listed in {self.directory / names.MANIFEST}; it does not belong there")
+        if receipt is None or (disk.exists(path) and not disk.is_file(path)):
+            raise errors.Damaged(
+                f"{path}: no regular file listed in {self.directory / names.MANIFEST}; it does not belong there"
+            )
         blocks = self._blocks(relative)
         root = manifest.root_of(receipt.nbytes, receipt.block_bytes, blocks)
         if root != receipt.root:
@@ -93,7 +95,11 @@ class Unit:
 
 
 class Reader:
-    """Loads files for one load of one checkpoint, and keeps the last one: hosts read a file twice."""
+    """Loads files for one load of one checkpoint.
+
+    DeepSpeed reads a file twice and only looks at the first result: the bytes of the last file are kept for one
+    more load, whose state then shares memory with the first.
+    """
 
     def __init__(self, directory: Path, settings: Settings, allow: Iterable[Any]) -> None:
         self.unit = Unit.around(directory)
@@ -115,9 +121,12 @@ class Reader:
         """
         if self.unit is None:
             return _load_stock(path, map_location, self._allow)
-        if self._last is None or self._last[0] != path:
-            self._last = (path, self.unit.read(path, self._settings))
-        return torch_zip.parse(self._last[1], str(path), map_location, self._allow)
+        if self._last is not None and self._last[0] == path:
+            buffer, self._last = self._last[1], None
+        else:
+            buffer = self.unit.read(path, self._settings)
+            self._last = (path, buffer)
+        return torch_zip.parse(buffer, str(path), map_location, self._allow)
 
 
 def _load_stock(path: Path, map_location: Any, allow: list[Any]) -> Any:
@@ -128,6 +137,8 @@ def _load_stock(path: Path, map_location: Any, allow: list[Any]) -> Any:
         raise errors.Damaged(
             f"{path}: refused to load: {problem}. If you trust the file, add the name it needs to load.allow"
         ) from problem
+    except (RuntimeError, EOFError) as problem:
+        raise errors.Damaged(f"{path}: cannot be read, it is truncated or no torch file: {problem}") from problem
 
 
 @contextmanager

@@ -13,13 +13,13 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from roll_ckpt import arena, commit, disk, errors, manifest, names, native, seal
 from roll_ckpt.config import Settings
-from roll_ckpt.image import HOST, FileImage
+from roll_ckpt.image import HOST, FileImage, TensorPiece
 from roll_ckpt.world import LONGEST_S, World
 
 log = logging.getLogger("roll_ckpt")
@@ -32,7 +32,7 @@ class _Staged:
     path: Path
     image: FileImage | None
     transfer: native.Transfer
-    pieces: list[dict[str, Any]]
+    pieces: tuple[TensorPiece, ...]
 
 
 @dataclass
@@ -62,7 +62,6 @@ class Ticket:
         self.error: str | None = None
         self._staged: list[_Staged] = []
         self._adopted: list[Path] = []
-        self._lock = threading.Lock()
         self._started = time.monotonic()
 
     def stage(self, path: Path, image: FileImage, *, overlap: bool) -> None:
@@ -92,8 +91,7 @@ class Ticket:
         for staged in self._staged:
             if staged.image is not None:
                 staged.transfer.wait_copied()
-                with self._lock:
-                    staged.image = None
+                staged.image = None
         self.timing.fence_s += time.monotonic() - began
 
     def finish(self) -> manifest.Vote:
@@ -143,7 +141,11 @@ class Ticket:
             path: {"nbytes": d.nbytes, "block_bytes": d.block_bytes, "crcs": list(d.crcs)}
             for path, d in digests.items()
         }
-        pieces = [piece for staged in self._staged for piece in staged.pieces]
+        pieces = [
+            {**asdict(piece), "file": _relative(staged.path, unit)}
+            for staged in self._staged
+            for piece in staged.pieces
+        ]
         index = {"parameters": self.parameters, "pieces": pieces}
         for relative, record in (
             (names.digest_file(self.cluster, self.rank), blocks),
@@ -158,18 +160,7 @@ class Ticket:
 
 def _stage(mover: native.Mover, path: Path, image: FileImage, overlap: bool) -> _Staged:
     transfer = mover.save(path, native_image(image), overlap=overlap)
-    pieces = [
-        {
-            "name": piece.name,
-            "dtype": piece.dtype,
-            "shape": list(piece.shape),
-            "file": path.name,
-            "offset": piece.offset,
-            "nbytes": piece.nbytes,
-        }
-        for piece in image.pieces
-    ]
-    return _Staged(path, image if transfer.overlapped else None, transfer, pieces)
+    return _Staged(path, image if transfer.overlapped else None, transfer, image.pieces)
 
 
 def native_image(image: FileImage) -> native.NativeImage:
@@ -583,6 +574,6 @@ def write_file(path: Path, image: FileImage, settings: Settings) -> None:
         disk.rename(temporary, path)
     except BaseException:
         staged.transfer.abandon()
-        disk.remove_file(temporary)
+        disk.discard_file(temporary)
         raise
     disk.fsync_dir(path.parent)

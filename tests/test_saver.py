@@ -560,7 +560,6 @@ def test_write_file_stops_in_the_middle_when_the_disk_is_full(tmp_path: Path) ->
     assert told.split() == ["OSError", "27", "b'old'", "1"]
 
 
-@pytest.mark.xfail(strict=True, reason="removing a temporary that was never made hides what failed")
 def test_write_file_into_a_directory_that_is_not_there_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught:
         saver.write_file(tmp_path / "none" / "weights.bin", image_of({}), SETTINGS)

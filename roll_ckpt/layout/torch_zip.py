@@ -97,6 +97,19 @@ class _Piece:
     key: str | None = None
     offset: int = 0
 
+    def claim(self, dtype: torch.dtype) -> None:
+        """One piece has one dtype: readers cache storages by key.
+
+        Raises:
+            SaveFailed: as stock does, for two views of one memory as different types.
+        """
+        if self.dtype not in (None, dtype):
+            raise errors.SaveFailed(
+                f"two tensors of the state view the same data as different types, {self.dtype} and {dtype}; "
+                "the file format cannot hold that: clone one of them"
+            )
+        self.dtype = dtype
+
     def memory(self) -> Memory | bytes:
         if self.stop == self.start:
             return b""
@@ -170,12 +183,7 @@ class _StoragePieces:
         storage = tensor.untyped_storage()
         itemsize = tensor.element_size()
         piece = self.piece_of(storage, _span(tensor)[0])
-        if piece.dtype not in (None, tensor.dtype):
-            raise errors.SaveFailed(
-                f"two tensors of the state view the same data as different types, {piece.dtype} and {tensor.dtype}; "
-                "the file format cannot hold that: clone one of them"
-            )
-        piece.dtype = tensor.dtype
+        piece.claim(tensor.dtype)
         offset = tensor.storage_offset() - piece.start // itemsize
         location = _location(storage)
         new_dtype = tensor.dtype in _NEW_DTYPES
@@ -298,6 +306,7 @@ class _Writer(pickle.Pickler):
         if storage is None:
             return None
         piece = self._pieces.piece_of(storage, 0)
+        piece.claim(obj.dtype if isinstance(obj, torch.storage.TypedStorage) else torch.uint8)
         location = _location(storage)
         if isinstance(obj, torch.storage.TypedStorage):
             return ("storage", getattr(torch, obj._pickle_storage_type()), piece.key, location, obj._size())
