@@ -52,7 +52,7 @@ class Unit:
         receipt = self._files.get(relative)
         if receipt is None or (disk.exists(path) and not disk.is_file(path)):
             raise errors.Damaged(
-                f"{path}: no regular file listed in {self.directory / names.MANIFEST}; it does not belong there"
+                f"{path}: not listed in {self.directory / names.MANIFEST} as a regular file; it does not belong there"
             )
         blocks = self._blocks(relative)
         root = manifest.root_of(receipt.nbytes, receipt.block_bytes, blocks)

@@ -510,8 +510,8 @@ def test_ctrl_c_ends_a_save_that_waits(tmp_path: Path) -> None:
         data = bytes(10 << 16)
         image = native.NativeImage(len(data))
         image.add_bytes(0, data)
-        threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
         try:
+            threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
             mover.save(sys.argv[1], image)
         except KeyboardInterrupt:
             print("interrupted", flush=True)
