@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
-from roll_ckpt import errors, native
+from roll_ckpt import disk, errors, native
 from roll_ckpt.config import Settings
 
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _mover: native.Mover | None = None
 _made_for: tuple[int, int, int, bool] | None = None
 _pid = 0
@@ -52,14 +54,20 @@ def warm(settings: Settings, nbytes: int) -> None:
 def arena_bytes(settings: Settings) -> int:
     """This rank's share of the host's cap, in bytes; at least two blocks."""
     told = settings.staging.arena_bytes
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    share = (memory // 4 if told is None else int(told)) // local_world_size()
+    share = (_memory_bytes() // 4 if told is None else int(told)) // local_world_size()
     if share < 2 * settings.io.block_bytes:
         raise errors.ConfigError(
             f"staging.arena_bytes gives each of {local_world_size()} local ranks {share} bytes, less than two "
             f"blocks of {int(settings.io.block_bytes)}; raise it, or lower io.block_bytes"
         )
     return share
+
+
+def _memory_bytes() -> int:
+    """The host's memory, or the container's limit where that is less."""
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = (disk.read_text_or_none(_CGROUP_LIMIT) or "max").strip()
+    return min(host, int(limit)) if limit.isdigit() else host
 
 
 def local_world_size() -> int:

@@ -107,10 +107,7 @@ class Cluster:
         began = time.monotonic()
         self._attached.fence()
         directory = save.attempt.unit / self.name
-        if self._save_only_model:
-            ticket = self._run("save_16bit_model", save, directory, MODEL_ONLY_FILE)
-        else:
-            ticket = self._run("save_checkpoint", save, directory, save.attempt.name)
+        ticket = self._stage(save, directory)
         if ticket.rank == 0:
             self._write_companions(ticket, directory)
         if blocking:
@@ -121,21 +118,19 @@ class Cluster:
             f"{prefix}/stage": ticket.timing.stage_s,
         }
 
-    def _run(self, method: str, save: saver.Save, directory: Path, tag: str) -> saver.Ticket:
+    def _stage(self, save: saver.Save, directory: Path) -> saver.Ticket:
         arguments: dict[str, Any] = {"exclude_frozen_parameters": self._exclude_frozen}
-        if method == "save_checkpoint":
-            arguments |= {"client_state": self._client_state_now, "save_latest": False}
-        call = backend.stock(method)
-        if method == "save_16bit_model":
+        if self._save_only_model:
+            return self._attached.run_stock(self._stock_model_only, save, directory, MODEL_ONLY_FILE, arguments)
+        arguments |= {"client_state": self._client_state_now, "save_latest": False}
+        return self._attached.run_stock(backend.stock("save_checkpoint"), save, directory, save.attempt.name, arguments)
 
-            def call(engine: Any, save_dir: str, tag: str, **kwargs: Any) -> None:
-                if not backend.stock(method)(engine, save_dir, tag, **kwargs):
-                    raise errors.UnsupportedError(
-                        f"cluster {self.name}: save_only_model under ZeRO-3 needs "
-                        "stage3_gather_16bit_weights_on_model_save in the DeepSpeed config"
-                    )
-
-        return self._attached.run_stock(call, save, directory, tag, arguments)
+    def _stock_model_only(self, engine: Any, save_dir: str, tag: str, **kwargs: Any) -> None:
+        if not backend.stock("save_16bit_model")(engine, save_dir, tag, **kwargs):
+            raise errors.UnsupportedError(
+                f"cluster {self.name}: save_only_model under ZeRO-3 needs "
+                "stage3_gather_16bit_weights_on_model_save in the DeepSpeed config"
+            )
 
     def _write_companions(self, ticket: saver.Ticket, directory: Path) -> None:
         try:
