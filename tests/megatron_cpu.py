@@ -1,0 +1,265 @@
+"""Real Megatron-core on CPU and gloo: patches of what assumes CUDA, and a tiny GPT that trains.
+
+Import this before `megatron`. Tried with megatron-core 0.16.1 and torch 2.13. Patched is what stops without
+it: names of CUDA devices become the CPU, its random state is torch's, tensors say that they are CUDA tensors
+(the distributed optimizer asks), and the fused Adam is one with the same state, written in torch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+
+TRIED_WITH = "0.16.1"
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """`device="cuda"` of a factory function is the CPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if str(kwargs.get("device")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        return func(*args, **kwargs)
+
+
+def _type_as_on_cuda(original: Callable[..., Any]) -> Callable[..., Any]:
+    def type_of(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        found = original(tensor, *args, **kwargs)
+        if isinstance(found, str) and not found.startswith("torch.cuda."):
+            return found.replace("torch.", "torch.cuda.", 1)
+        return found
+
+    return type_of
+
+
+class Adam(torch.optim.Optimizer):
+    """Stands for the fused Adam of apex and TransformerEngine: moments as state, `step` in the group."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: Any = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        **_: Any,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + bool(group["params"])
+            first, second = group["betas"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state, grad = self.state[parameter], parameter.grad.float()
+                if not state:
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+                state["exp_avg"].lerp_(grad, 1 - first)
+                state["exp_avg_sq"].mul_(second).addcmul_(grad, grad, value=1 - second)
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                mean = state["exp_avg"] / (1 - first ** group["step"])
+                scale = (state["exp_avg_sq"] / (1 - second ** group["step"])).sqrt_().add_(group["eps"])
+                parameter.addcdiv_(mean, scale, value=-group["lr"])
+
+
+def install() -> None:
+    """Patch this process, for good. Twice is fine."""
+    if getattr(torch.cuda, "_stands_for_cpu", False):
+        return
+    torch.cuda._stands_for_cpu = True  # type: ignore[attr-defined]
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: torch.device("cpu")
+    cuda.synchronize = lambda *args, **kwargs: None
+    cuda.manual_seed = torch.manual_seed
+    cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment, misc]
+    torch.Tensor.type = _type_as_on_cuda(torch.Tensor.type)  # type: ignore[method-assign, assignment]
+    _CudaMeansCpu().__enter__()
+
+    import megatron.core.optimizer as optimizer
+    import megatron.core.optimizer.distrib_optimizer as distributed
+    import megatron.core.tensor_parallel.random as random
+
+    random._get_cuda_rng_state = cuda.get_rng_state
+    random._set_cuda_rng_state = cuda.set_rng_state
+    optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = Adam, False
+    distributed.Adam, distributed.HAVE_APEX_OR_TE, distributed.USING_APEX_OPTIMIZER = Adam, True, True
+
+
+VOCABULARY, SEQUENCE, MICRO_BATCH, MICRO_BATCHES = 128, 16, 2, 4
+
+
+@dataclass
+class Tiny:
+    """A GPT on this rank with distributed optimizer and scheduler, and what trains it."""
+
+    model: list[Any]
+    optimizer: Any
+    scheduler: Any
+    steps: int = 0
+
+    def train(self, steps: int = 1) -> list[tuple[float, float]]:
+        """Loss and gradient norm of each of the next `steps` steps, the same numbers on every rank."""
+        return [self._step() for _ in range(steps)]
+
+    def _step(self) -> tuple[float, float]:
+        from megatron.core import parallel_state
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        for chunk in self.model:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        world = parallel_state.get_data_parallel_world_size()
+        batches = list(self._batches())
+        results = get_forward_backward_func()(
+            forward_step_func=_forward,
+            data_iterator=[iter(batches) for _ in self.model] if len(self.model) > 1 else iter(batches),
+            model=self.model,
+            num_microbatches=MICRO_BATCHES // world,
+            seq_length=SEQUENCE,
+            micro_batch_size=MICRO_BATCH,
+            forward_only=False,
+        )
+        _, norm, _ = self.optimizer.step()
+        self.scheduler.step(increment=1)
+        self.steps += 1
+        loss = torch.tensor([sum(float(result["loss"]) for result in results) / max(1, len(results))])
+        dist.all_reduce(loss, group=parallel_state.get_data_parallel_group())
+        dist.broadcast(loss, src=dist.get_world_size() - 1)  # the last rank has the last pipeline stage
+        return float(loss) / world, float(norm)
+
+    def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        from megatron.core import parallel_state
+
+        generator = torch.Generator().manual_seed(1000 + self.steps)
+        tokens = torch.randint(0, VOCABULARY, (MICRO_BATCHES, MICRO_BATCH, SEQUENCE + 1), generator=generator)
+        share = MICRO_BATCHES // parallel_state.get_data_parallel_world_size()
+        first = parallel_state.get_data_parallel_rank() * share
+        for batch in tokens[first : first + share]:
+            yield {"tokens": batch[:, :-1].contiguous(), "labels": batch[:, 1:].contiguous()}
+
+
+def _forward(batches: Iterator[dict[str, torch.Tensor]], model: Any) -> Any:
+    batch = next(batches)
+    mask = torch.tril(torch.ones(1, 1, SEQUENCE, SEQUENCE)) < 0.5
+    positions = torch.arange(SEQUENCE)[None].expand(MICRO_BATCH, -1)
+    return model(batch["tokens"], positions, mask, labels=batch["labels"]), _loss
+
+
+def _loss(output: torch.Tensor) -> Any:
+    loss = output.float().mean()
+    return loss, {"loss": loss.detach().clone()}  # stock divides the loss in place
+
+
+def build(
+    tp: int = 1,
+    pp: int = 1,
+    *,
+    seed: int = 123,
+    bf16: bool = False,
+    dropout: float = 0.0,
+    hidden: int = 32,
+    layers: int = 2,
+) -> Tiny:
+    """A new model over all ranks; what they do not share by `tp` and `pp` is data parallel. Every rank calls."""
+    install()
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+    from megatron.core.transformer.module import Float16Module
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(tp, pp)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    torch.manual_seed(seed)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    config = TransformerConfig(
+        num_layers=layers,
+        hidden_size=hidden,
+        num_attention_heads=4,
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        use_cpu_initialization=True,
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=bf16,
+        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        persist_layer_norm=False,
+        attention_dropout=dropout,
+        hidden_dropout=dropout,
+    )
+    gpt: Any = GPTModel(
+        config,
+        get_gpt_layer_local_spec(),
+        VOCABULARY,
+        SEQUENCE,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="rope",
+    )
+    module = Float16Module(config, gpt) if bf16 else gpt
+    grads = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+    model = [DistributedDataParallel(config, grads, module)]
+    settings = OptimizerConfig(
+        optimizer="adam", lr=1e-3, use_distributed_optimizer=True, bf16=bf16, params_dtype=dtype, clip_grad=1.0
+    )
+    optimizer = get_megatron_optimizer(settings, model)
+    scheduler = OptimizerParamScheduler(
+        optimizer, 0.0, 1e-3, 1e-4, 2, 20, "linear", 0.0, 0.1, 20, "linear", use_checkpoint_opt_param_scheduler=True
+    )
+    config.finalize_model_grads_func = finalize_model_grads
+    config.no_sync_func = model[0].no_sync
+    config.grad_scale_func = optimizer.scale_loss
+    config.timers = None
+    return Tiny(model, optimizer, scheduler)
+
+
+def gathered(tiny: Tiny) -> dict[str, torch.Tensor]:
+    """Every parameter, main parameter and moment in full, by Megatron's names, in any layout the same; every
+    rank calls."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+    kind = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+    model = tiny.model[0].module.sharded_state_dict(metadata=kind)
+    state = {"optimizer": tiny.optimizer.sharded_state_dict(model, metadata=kind), "model": model}
+    apply_factories(state)
+    mine = {
+        (value.key, value.global_offset): (value.global_shape, value.data.detach().clone())
+        for value in nested_values(state)
+        if isinstance(value, ShardedTensor) and value.data is not None
+    }
+    shares: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, mine)
+    full: dict[str, torch.Tensor] = {}
+    for share in shares:
+        for (key, offset), (shape, part) in share.items():
+            whole = full.setdefault(key, torch.full(shape, float("nan"), dtype=part.dtype))
+            part = part.reshape([1] * (len(shape) - part.dim()) + list(part.shape))
+            whole[tuple(slice(at, at + size) for at, size in zip(offset, part.shape, strict=True))] = part
+    assert not any(torch.isnan(whole).any() for whole in full.values() if whole.is_floating_point())
+    return full
