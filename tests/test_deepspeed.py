@@ -190,6 +190,8 @@ def test_an_error_of_the_disk_in_begin_is_raised_on_every_rank(two_ranks: World,
 REFUSED = {
     "unknown key": ({"asinc_save": True}, {}, "did you mean 'async_save'"),
     "writer": ({}, {"checkpoint": {"roll_ckpt": {}, "writer": {"type": "MOCK"}}}, "writer"),
+    "datastates": ({}, {"datastates_ckpt": {"some": "key"}}, "datastates_ckpt"),
+    "ZeRO++": ({}, {"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}, "ZeRO++"),
     "hpZ": ({}, {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, "hpZ"),
     "node-local": ({}, {"checkpoint": {"roll_ckpt": {}, "use_node_local_storage": True}}, "node_local"),
 }

@@ -504,6 +504,7 @@ def test_ctrl_c_ends_a_save_that_waits(tmp_path: Path) -> None:
     out = in_a_process(
         """
         import os, signal, sys, threading
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         from roll_ckpt import native
         arena = native.Arena(2 << 16, 1 << 16)
         mover = native.Mover(arena)
