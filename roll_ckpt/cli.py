@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from . import commit, disk, epoch, manifest, names, retention, uploads, verify
-from .errors import Damaged, NotFound, RollCkptError
+from .errors import ConfigError, Damaged, NotFound, RollCkptError
 
 FINE, ERROR, DAMAGED = 0, 1, 3  # argparse itself ends with 2
 
@@ -427,6 +428,34 @@ def _print_recovered(recovered: Sequence[commit.Recovery]) -> None:
         print(f"{found.action} {found.name}, attempt {found.epoch}.{found.attempt}: {found.reason}")
 
 
+# --- hub-dev ------------------------------------------------------------------------------------------------
+
+
+def hub_dev(args: argparse.Namespace) -> int:
+    """Serve a local Hub until a signal ends it."""
+    from .hub_dev import LocalHub  # HTTP takes a while to import; no other command needs it
+
+    write_token, read_token = _token(args.token_env), _token(args.read_token_env)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    parts = args.part_mib << 20
+    serving = LocalHub(args.root, port=args.port, write_token=write_token, read_token=read_token, part_bytes=parts)
+    with suppress(KeyboardInterrupt), serving as hub:
+        told = {"url": hub.url, "root": str(args.root), "log": str(hub.log_path)}
+        print(json.dumps(told) if args.json else hub.url, flush=True)
+        _say(f"a local Hub, for tests only; requests are logged in {hub.log_path}. For its clients:")
+        print(f"  export HF_ENDPOINT={hub.url} HF_HUB_DISABLE_XET=1", file=sys.stderr)
+        threading.Event().wait()
+    return FINE
+
+
+def _token(variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    if token := os.environ.get(variable):
+        return token
+    raise ConfigError(f"the environment variable {variable}, which should hold a token, is not set or empty")
+
+
 # --- printing -----------------------------------------------------------------------------------------------
 
 
@@ -516,6 +545,32 @@ first, as the next start of the run would.
   roll-ckpt prune runs/demo --keep 2 --dry-run
   roll-ckpt prune runs/demo --keep 2 --upload-dir /mnt/archive/demo
 """
+_HUB_DEV = """\
+Serve a local Hugging Face Hub for development and tests without internet: model
+repositories in DIR, on 127.0.0.1 only. Never for production. The first line on
+stdout is its address; Ctrl-C or SIGTERM ends it, and DIR stays for the next start.
+
+  roll-ckpt hub-dev --root runs/hub --port 8600
+  export HF_ENDPOINT=http://127.0.0.1:8600 HF_HUB_DISABLE_XET=1 HF_TOKEN=anything
+
+It has no Xet storage. HF_HUB_DISABLE_XET=1 must be set before the client starts, or
+else uploads of large files end with an error that says so; with it, they use LFS.
+Datasets, spaces, buckets and pull requests are not there.
+
+Any token may write, unless --token-env names the variable with the one that may.
+What is private needs a token to be seen. Requests are logged in DIR/log, one JSON
+object a line, and at GET /__requests__; tokens never are. To make the second
+commit fail after it was made, and then behave again:
+
+  curl -d '{"route": "commit", "call": 2, "status": 500, "landed": true}' \\
+      http://127.0.0.1:8600/__faults__
+  curl -X DELETE http://127.0.0.1:8600/__faults__
+
+Keys of a fault: route (a name from the log, or "*"), call (the first that fails,
+from now on; 1), times (how many; 1, or 0 for all), status with message, code
+(X-Error-Code) and retry_after_s, stall_s (seconds of silence first), cut_at (cut the
+connection after so many bytes of the answer; 0 before it), landed (do it, then fail).
+"""
 _RECOVER = """\
 Finish what a killed run had decided to commit, or for which all votes are there;
 discard all else that it left. Committed checkpoints are not touched. The next
@@ -558,12 +613,34 @@ def _parser() -> argparse.ArgumentParser:
         "--upload-dir", type=Path, metavar="DIR", help="keep also what has no complete copy in this directory"
     )
     recovering = command("recover", recover, "clean up after a crash", _RECOVER)
+    serving = commands.add_parser(
+        "hub-dev",
+        help="serve a local Hub, for tests without internet",
+        description=_HUB_DEV,
+        epilog=_EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    serving.add_argument("--root", type=Path, required=True, metavar="DIR", help="its repositories; made if missing")
+    serving.add_argument("--port", type=int, default=0, metavar="N", help="0, the default: any that is free")
+    serving.add_argument("--token-env", metavar="NAME", help="variable with the one token that may write")
+    serving.add_argument("--read-token-env", metavar="NAME", help="variable with a token that may only read")
+    serving.add_argument(
+        "--part-mib", type=_positive_mib, default=64, metavar="N", help="larger files are uploaded in parts (64)"
+    )
+    serving.add_argument("--json", action="store_true", help="print one JSON document instead of the address")
+    serving.set_defaults(run=hub_dev)
     for changing in (pruning, recovering):
         changing.add_argument("--dry-run", action="store_true", help="say what would be done, change nothing")
         changing.add_argument(
             "--take-over", action="store_true", help="although a run seems live: it is known to be dead"
         )
     return parser
+
+
+def _positive_mib(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of MiB")
+    return int(text)
 
 
 def _positive(text: str) -> int:
