@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -348,6 +349,41 @@ def test_a_path_that_leaves_the_repository_is_refused(hub: LocalHub, client: Cli
     with caught.value as answer:
         assert answer.status == 400
     assert titles(client, repo) == ["initial commit"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/api/repos/create", "[]"),
+        ("/api/repos/create", "{"),
+        ("/api/repos/create", '{"name": "../x"}'),
+        ("/api/repos/create", '{"name": "x", "type": "dataset"}'),
+        ("/api/models/{repo}/commit/main", '{"key": "header", "value": 7}'),
+        ("/api/models/{repo}/commit/main", '{"key": "header", "value": {"summary": "x", "parentCommit": 7}}'),
+        ("/api/models/{repo}/commit/main", '{"key": "lfsFile", "value": {"path": "x", "oid": "../x"}}'),
+        ("/api/models/{repo}/commit/main", '{"key": "other", "value": {"path": "x"}}'),
+        ("/api/models/{repo}/commit/main", "{}"),
+        ("/api/models/{repo}/preupload/main", '{"files": [7]}'),
+        ("/api/models/{repo}/tag/main", '{"tag": null}'),
+    ],
+)
+def test_a_body_that_makes_no_sense_is_a_bad_request(hub: LocalHub, repo: str, path: str, body: str) -> None:
+    url = hub.url + path.format(repo=repo)
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(urllib.request.Request(url, body.encode(), {"Authorization": "Bearer hf_writes"}))
+    with caught.value as answer:
+        assert answer.status == 400 and json.load(answer)["error"]
+
+
+def test_an_upload_that_stops_in_the_middle_is_not_kept(hub: LocalHub) -> None:
+    sha256 = hashlib.sha256(b"never all of it").hexdigest()
+    for head in ("Content-Length: 15\r\n\r\nnever", "Transfer-Encoding: chunked\r\n\r\n-5\r\nnever"):
+        with socket.create_connection(("127.0.0.1", int(hub.url.rpartition(":")[2])), timeout=10) as connection:
+            connection.sendall(f"PUT /lfs-storage/{sha256} HTTP/1.1\r\nHost: x\r\n{head}".encode())
+            connection.shutdown(socket.SHUT_WR)
+            assert connection.recv(100) == b""
+    assert hub.store.lfs_bytes(sha256) is None
+    assert calls(hub, "lfs_upload")[-1]["status"] is None
 
 
 def test_xet_is_refused_with_what_to_do(hub: LocalHub, tmp_path: Path) -> None:

@@ -56,12 +56,15 @@ class Call:
     body: Body
     part_bytes: int
 
-    def json(self) -> Any:
-        """The body as JSON; Refusal (400) if it is none."""
+    def json(self) -> dict[str, Any]:
+        """The JSON object in the body, {} if there is no body; Refusal (400) if it is anything else."""
         try:
-            return json.loads(b"".join(self.body.blocks()) or b"{}")
+            asked = json.loads(b"".join(self.body.blocks()) or b"{}")
         except ValueError as error:
             raise Refusal(400, f"The body is not JSON: {error}") from error
+        if not isinstance(asked, dict):
+            raise Refusal(400, "The body is no JSON object")
+        return asked
 
     def repo(self) -> Repo:
         """The repository that is asked for, if this token may know of it."""
@@ -414,6 +417,8 @@ def _make_commit(call: Call) -> Reply:
             key, value = operation["key"], operation["value"]
         except (ValueError, TypeError, KeyError) as error:
             raise Refusal(400, f"A line of the commit is no operation: {error!r}") from error
+        if not isinstance(value, dict):
+            raise Refusal(400, f"The value of {key!r} is no JSON object")
         if key == "header":
             header = value
         else:
@@ -422,9 +427,9 @@ def _make_commit(call: Call) -> Reply:
         repo.id,
         call.args["branch"],
         edits,
-        parent=header.get("parentCommit"),
-        title=header.get("summary") or "",
-        message=header.get("description") or "",
+        parent=_text(header, "parentCommit") if header.get("parentCommit") else None,
+        title=_text(header, "summary"),
+        message=_text(header, "description") if header.get("description") else "",
     )
     url = f"{call.base}/{repo.id}/commit/{made.id}"
     return Reply({"success": True, "commitOid": made.id, "commitUrl": url, "pullRequestUrl": None, "hookOutput": ""})

@@ -172,7 +172,7 @@ class _Body:
         self._chunked = "chunked" in handler.headers.get("Transfer-Encoding", "").lower()
         length = handler.headers.get("Content-Length") or "0"
         if not length.isdecimal():
-            raise Refusal(400, f"Content-Length {length!r} is no number")
+            raise ConnectionError(f"Content-Length {length!r} is no number")
         self._length = int(length)
         self._begun = False
         self.nbytes = 0
@@ -193,10 +193,10 @@ class _Body:
 
     def _chunk_bytes(self) -> int:
         line = self._file.readline(_LINE)
-        try:
-            return int(line.split(b";")[0], 16)
-        except ValueError:
-            raise ConnectionError("the client stopped in the middle of its request") from None
+        digits = line.split(b";")[0].strip()
+        if not digits or digits.strip(b"0123456789abcdefABCDEF"):
+            raise ConnectionError("the client stopped in the middle of its request")
+        return int(digits, 16)
 
     def _take(self, nbytes: int) -> Iterator[bytes]:
         while nbytes:
