@@ -21,14 +21,14 @@ def main() -> None:
     connection.send(dist.get_rank())
     while True:
         try:
-            module, name, args, kwargs = connection.recv()
+            call, module, name, args, kwargs = connection.recv()
         except EOFError:
             return
         try:
             result = getattr(importlib.import_module(module), name)(*args, **kwargs)
-            connection.send((True, result))
+            connection.send((call, True, result))
         except BaseException:
-            connection.send((False, traceback.format_exc()))
+            connection.send((call, False, traceback.format_exc()))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-CALL_TIMEOUT_S = 90.0
+CALL_TIMEOUT_S = 180.0
 START_TIMEOUT_S = 240.0
 
 
@@ -44,6 +44,7 @@ class World:
 
     def __init__(self, size: int) -> None:
         self.size = size
+        self._calls = 0
         self._folder = tempfile.TemporaryDirectory(prefix="roll_ckpt_world_")
         self._log = open(Path(self._folder.name) / "log", "w+b")  # noqa: SIM115
         self._listener = Listener(str(Path(self._folder.name) / "socket"), "AF_UNIX")
@@ -70,24 +71,30 @@ class World:
     def call(self, function: str, *args: Any, **kwargs: Any) -> list[Any]:
         """Run `function`, given as "module:name", on every rank; results in the order of ranks."""
         module, _, name = function.partition(":")
+        self._calls += 1
         for connection in self._ranks.values():
-            connection.send((module, name, args, kwargs))
+            connection.send((self._calls, module, name, args, kwargs))
         results: dict[int, Any] = {}
         failures: dict[int, str] = {}
         limit = time.monotonic() + CALL_TIMEOUT_S
         for rank in sorted(self._ranks):
-            if not self._ranks[rank].poll(max(0.0, limit - time.monotonic())):
-                failures[rank] = f"no answer within {CALL_TIMEOUT_S} s"
-                continue
-            try:
-                fine, value = self._ranks[rank].recv()
-            except EOFError:
-                fine, value = False, "the process died"
+            fine, value = self._answer(rank, limit)
             (results if fine else failures)[rank] = value
         if failures:
             told = "\n".join(f"--- rank {rank}: {text}" for rank, text in failures.items())
             raise RankFailed(f"{function}:\n{told}\n--- log\n{self.log()[-6000:]}")
         return [results[rank] for rank in range(self.size)]
+
+    def _answer(self, rank: int, limit: float) -> tuple[bool, Any]:
+        """What the rank says of the current call; late answers to earlier ones are passed over."""
+        while self._ranks[rank].poll(max(0.0, limit - time.monotonic())):
+            try:
+                call, fine, value = self._ranks[rank].recv()
+            except EOFError:
+                return False, "the process died"
+            if call == self._calls:
+                return fine, value
+        return False, f"no answer within {CALL_TIMEOUT_S} s"
 
     def log(self) -> str:
         """What the ranks printed so far."""
