@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -37,6 +38,19 @@ def _type_as_on_cuda(original: Callable[..., Any]) -> Callable[..., Any]:
         return found
 
     return type_of
+
+
+def _made_once(original: Callable[..., Any]) -> Callable[..., Any]:
+    """One process group for the same ranks: Megatron makes dozens for each model and never ends their threads."""
+    made: dict[Any, Any] = {}
+
+    def new_group(ranks: Any = None, *args: Any, **kwargs: Any) -> Any:
+        key = None if ranks is None else tuple(ranks)
+        if key not in made:
+            made[key] = original(ranks, *args, **kwargs)
+        return made[key]
+
+    return new_group
 
 
 class Adam(torch.optim.Optimizer):
@@ -87,6 +101,7 @@ def install() -> None:
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment, misc]
     torch.Tensor.type = _type_as_on_cuda(torch.Tensor.type)  # type: ignore[method-assign, assignment]
     _CudaMeansCpu().__enter__()
+    dist.new_group = _made_once(dist.new_group)
 
     import megatron.core.optimizer as optimizer
     import megatron.core.optimizer.distrib_optimizer as distributed
@@ -188,7 +203,8 @@ def build(
     from megatron.core.transformer.module import Float16Module
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    parallel_state.destroy_model_parallel()
+    with mock.patch.object(dist, "destroy_process_group"):  # they are made once, see install()
+        parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(tp, pp)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     torch.manual_seed(seed)
@@ -225,7 +241,13 @@ def build(
     grads = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
     model = [DistributedDataParallel(config, grads, module)]
     settings = OptimizerConfig(
-        optimizer="adam", lr=1e-3, use_distributed_optimizer=True, bf16=bf16, params_dtype=dtype, clip_grad=1.0
+        optimizer="adam",
+        lr=1e-3,
+        min_lr=1e-4,
+        use_distributed_optimizer=True,
+        bf16=bf16,
+        params_dtype=dtype,
+        clip_grad=1.0,
     )
     optimizer = get_megatron_optimizer(settings, model)
     scheduler = OptimizerParamScheduler(
@@ -238,15 +260,15 @@ def build(
     return Tiny(model, optimizer, scheduler)
 
 
-def gathered(tiny: Tiny) -> dict[str, torch.Tensor]:
+def gathered(tiny: Tiny, *, moments: bool = True) -> dict[str, torch.Tensor]:
     """Every parameter, main parameter and moment in full, by Megatron's names, in any layout the same; every
-    rank calls."""
+    rank calls. A model that never made a step has no moments: Megatron cannot gather it."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
     kind = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
     model = tiny.model[0].module.sharded_state_dict(metadata=kind)
-    state = {"optimizer": tiny.optimizer.sharded_state_dict(model, metadata=kind), "model": model}
+    state = {"optimizer": tiny.optimizer.sharded_state_dict(model, metadata=kind) if moments else {}, "model": model}
     apply_factories(state)
     mine = {
         (value.key, value.global_offset): (value.global_shape, value.data.detach().clone())

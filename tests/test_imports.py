@@ -95,7 +95,7 @@ def test_modules_do_not_import_each_other_in_a_circle() -> None:
 
 @pytest.mark.parametrize(
     ("module", "only_in"),
-    [("roll_ckpt._native", "native.py"), ("deepspeed", "backends/deepspeed.py")],
+    [("roll_ckpt._native", "native.py"), ("deepspeed", "backends/deepspeed.py"), ("megatron", "backends/megatron.py")],
 )
 def test_one_file_alone_imports(module: str, only_in: str) -> None:
     importers = {
