@@ -65,12 +65,7 @@ bool ThreadPool::finish(Clock::time_point deadline) {
     std::unique_lock lock(mutex_);
     closing_ = true;
     wake_.notify_all();
-    auto all_ended = [this] { return alive_ == 0; };
-    if (deadline == Clock::time_point::max()) {
-        ended_.wait(lock, all_ended);
-    } else if (!ended_.wait_until(lock, deadline, all_ended)) {
-        return false;
-    }
+    if (!wait_until(ended_, lock, deadline, [this] { return alive_ == 0; })) return false;
     lock.unlock();
     for (auto& thread : threads_) {
         if (thread.joinable()) thread.join();

@@ -16,6 +16,15 @@ namespace roll {
 
 using Clock = std::chrono::steady_clock;
 
+// Waits until `done`, at most until `deadline` (Clock::time_point::max() has no end); whether it is.
+template <class Done>
+bool wait_until(std::condition_variable& changed, std::unique_lock<std::mutex>& lock,
+                Clock::time_point deadline, Done done) {
+    if (deadline != Clock::time_point::max()) return changed.wait_until(lock, deadline, done);
+    changed.wait(lock, done);
+    return true;
+}
+
 // Blocks all signals in the calling thread while it lives; threads started meanwhile inherit the mask.
 class SignalsBlocked {
   public:

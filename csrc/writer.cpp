@@ -175,10 +175,12 @@ void Transfer::scan(uint64_t block) noexcept {
         } catch (...) {
             fail(std::current_exception());
         }
+        lock.lock();
+        crcs_[next] = crc;  // before the write: once the last block is written the digest is read
+        ++next_to_seal_;
+        lock.unlock();
         mover_.io_.submit([self = shared_from_this(), next] { self->write(next); });
         lock.lock();
-        crcs_[next] = crc;
-        ++next_to_seal_;
     }
     sealing_ = false;
 }

@@ -408,6 +408,16 @@ def os_error_in_begin(out: str) -> str:
 # --- engines that save without overlap ---
 
 
+def continued_alike(out: str, made: Any, steps: Any, unbroken: list[float]) -> list[bool]:
+    """Whether stock DeepSpeed, and we, go on from the checkpoint in `out` with the unbroken run's losses."""
+    found = []
+    for seed, ours in ((3, None), (4, settings())):
+        again = made(seed, ours)
+        again.load_checkpoint(out)
+        found.append(steps(again) == unbroken)
+    return found
+
+
 def offloaded(out: str) -> list[bool]:
     """CPU offload of the optimizer: copied before save returns, continued alike by stock and by us."""
     more = {
@@ -437,12 +447,7 @@ def with_lora(out: str) -> list[bool]:
     train(first, 2, seed=1)
     first.save_checkpoint(out)
     unbroken = train(first, 2, seed=2)
-    found = []
-    for seed, ours in ((3, None), (4, settings())):
-        again = made(seed, ours)
-        again.load_checkpoint(out)
-        found.append(train(again, 2, seed=2) == unbroken)
-    return found
+    return continued_alike(out, made, lambda again: train(again, 2, seed=2), unbroken)
 
 
 def with_experts(out: str) -> list[bool]:
@@ -486,12 +491,7 @@ def with_experts(out: str) -> list[bool]:
     steps(first, 1)
     first.save_checkpoint(out)
     unbroken = steps(first, 2)
-    found = []
-    for seed, ours in ((3, None), (4, settings())):
-        again = made(seed, ours)
-        again.load_checkpoint(out)
-        found.append(steps(again, 2) == unbroken)
-    return found
+    return continued_alike(out, made, lambda again: steps(again, 2), unbroken)
 
 
 def with_stages(out: str) -> list[bool]:
@@ -520,11 +520,7 @@ def with_stages(out: str) -> list[bool]:
     steps(first, 1)
     first.save_checkpoint(out)
     unbroken = steps(first, 2)
-    found = []
-    for seed, ours in ((3, None), (4, settings())):
-        again = made(seed, ours)
-        again.load_checkpoint(out)
-        found.append(steps(again, 2) == unbroken)
+    found = continued_alike(out, made, lambda again: steps(again, 2), unbroken)
     deepspeed.utils.groups.mpu = None  # PipelineEngine leaves its grid there for every later engine
     return found
 

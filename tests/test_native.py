@@ -498,6 +498,17 @@ def test_a_forked_child_is_refused_and_ends_in_peace(tmp_path: Path) -> None:
     assert out == "8"
 
 
+def test_a_digest_is_whole_as_soon_as_the_file_is(tmp_path: Path) -> None:
+    mover = native.Mover(native.Arena(8 << 16, 1 << 16), copy_threads=2, io_threads=4)
+    data = os.urandom(3 << 16)
+    expected = [zlib.crc32(data[at : at + (1 << 16)]) for at in range(0, len(data), 1 << 16)]
+    for _ in range(300):
+        image = native.NativeImage(len(data))
+        image.add_bytes(0, data)
+        assert mover.save(tmp_path / "file", image).wait_written(20).crcs == expected
+    mover.shutdown()
+
+
 def test_ctrl_c_ends_a_save_that_waits(tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)

@@ -8,8 +8,6 @@
 Written against Megatron-core 0.16 (`dist_checkpointing/serialization.py`, `strategies/torch.py`).
 """
 
-# mypy: disable-error-code="import-not-found,import-untyped"
-
 from __future__ import annotations
 
 import functools
