@@ -316,7 +316,21 @@ def changes_after_save_stay_out(out: str) -> dict[str, bool]:
     train(made, 1, seed=1)
     calls = made.module.calls.clone()
     mine = torch.full((1000,), 7.0)
-    made.save_checkpoint(out, tag="t", client_state={"mine": mine})
+    images = []
+    stage = saver.Ticket.stage
+
+    def watched(ticket: saver.Ticket, path: Path, image: Any, **how: bool) -> None:
+        images.append(image)
+        stage(ticket, path, image, **how)
+
+    saver.Ticket.stage = watched  # type: ignore[assignment]
+    try:
+        made.save_checkpoint(out, tag="t", client_state={"mine": mine})
+    finally:
+        saver.Ticket.stage = stage  # type: ignore[method-assign]
+    # Small copies end before anybody could change their source: who may be late is read off the images.
+    late = {extent.source.owner._cdata for image in images for extent in image.extents if extent.stable}
+    others = (made.module.calls, made.module.frozen.weight, mine)
     made.module.calls.fill_(-1)
     made.module.frozen.weight.data.fill_(-1)
     mine.fill_(-1)
@@ -327,6 +341,7 @@ def changes_after_save_stay_out(out: str) -> dict[str, bool]:
     state = torch.load(Path(out) / "t" / "mp_rank_00_model_states.pt", weights_only=True)
     return {
         "buffer": torch.equal(state["module"]["calls"], calls),
+        "late": bool(late) and not late & {tensor.untyped_storage()._cdata for tensor in others},
         "client": bool((state["mine"] == 7).all()),
         "frozen": not bool((state["module"]["frozen.weight"] == -1).any()),
         "weight": torch.equal(state["module"]["norm.weight"], weight),

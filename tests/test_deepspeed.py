@@ -164,7 +164,7 @@ def test_a_warm_save_adds_one_rendezvous_to_deepspeeds_own(two_ranks: World, tmp
 
 def test_what_changes_after_the_save_does_not_reach_the_file(two_ranks: World, tmp_path: Path) -> None:
     for found in two_ranks.call(f"{CASES}:changes_after_save_stay_out", str(tmp_path)):
-        assert found == {"buffer": True, "client": True, "frozen": True, "weight": True}
+        assert found == {"buffer": True, "client": True, "frozen": True, "late": True, "weight": True}
 
 
 def test_a_failure_before_staging_commits_nothing(two_ranks: World, tmp_path: Path) -> None:
