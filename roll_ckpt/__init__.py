@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from roll_ckpt.cluster import Cluster as Cluster
+    from roll_ckpt.cluster import MegatronModel as MegatronModel
     from roll_ckpt.config import PipelineConfig as PipelineConfig
     from roll_ckpt.pipeline import BasePipeline as BasePipeline
     from roll_ckpt.pipeline_state import WorkerState as WorkerState
@@ -18,13 +19,14 @@ if TYPE_CHECKING:
 _HOME = {
     "BasePipeline": "roll_ckpt.pipeline",
     "Cluster": "roll_ckpt.cluster",
+    "MegatronModel": "roll_ckpt.cluster",
     "PipelineConfig": "roll_ckpt.config",
     "WorkerState": "roll_ckpt.pipeline_state",
     "fence": "roll_ckpt.saver",
     "wait_pending": "roll_ckpt.saver",
 }
 
-__all__ = ["BasePipeline", "Cluster", "PipelineConfig", "WorkerState", "__version__", "fence", "wait_pending"]
+__all__ = [*sorted(_HOME), "__version__"]
 
 
 def __getattr__(name: str) -> Any:

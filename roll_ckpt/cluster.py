@@ -4,34 +4,76 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from roll_ckpt import disk, errors, loader, names, saver
-from roll_ckpt.backends import deepspeed as backend
 from roll_ckpt.config import PipelineConfig
-from roll_ckpt.image import Extent, FileImage
+from roll_ckpt.world import World
 
-MODEL_ONLY_FILE = "pytorch_model.bin"
+
+@dataclass(frozen=True)
+class MegatronModel:
+    """What Megatron-core trains, as a `Cluster` takes it.
+
+    Args:
+        model: the module, or the list of this rank's virtual pipeline stages, in DistributedDataParallel or bare.
+        optimizer: what `get_megatron_optimizer` returned.
+        scheduler: the `OptimizerParamScheduler`, if there is one.
+        form: Megatron's `distrib_optim_sharding_type`: `dp_reshardable` gathers nothing and loads at other data
+            parallel sizes, `fully_reshardable` gathers on data parallel rank 0 at each save and loads anywhere.
+    """
+
+    model: Any
+    optimizer: Any
+    scheduler: Any = None
+    form: str = "dp_reshardable"
+
+
+class Backend(Protocol):
+    """A cluster's model on this rank under its framework: all that differs between frameworks.
+
+    Every rank makes the same calls. What `stage` raises or records becomes this rank's no vote.
+    """
+
+    framework: str
+    world: World
+
+    def prepare(self) -> int:
+        """About what this rank will write, in bytes. No collective."""
+
+    def fence(self) -> None:
+        """Wait until no save of this model reads its tensors any more; see `Save.fence`."""
+
+    def stage(self, save: saver.Save, directory: Path, client_state: Mapping[str, Any]) -> saver.Ticket:
+        """Copy the model's part of `save` towards `directory`; not durable on return."""
+
+    def check(self, opened: loader.Unit, where: str) -> None:
+        """Raise if the cluster in `opened` cannot be loaded here, before anything changes. No collective."""
+
+    def load(self, unit: Path, name: str) -> Mapping[str, Any]:
+        """Restore the model from `unit`, whose bytes were verified just now; returns the client state."""
 
 
 class Cluster:
-    """A model under DeepSpeed that a pipeline checkpoints by `name`.
+    """A model that a pipeline checkpoints by `name`.
 
     Args:
         name: one path component; the cluster's folder in the checkpoint.
-        engine: the `DeepSpeedEngine`; every rank of its world holds one.
+        trained: a `DeepSpeedEngine`, or a `MegatronModel`; every rank of its world holds one.
         tokenizer, processor, config: anything with `save_pretrained(directory)`; written by rank 0 beside the
             cluster's files and listed in the manifest.
-        save_only_model: save the consolidated 16-bit weights alone; such a cluster cannot be resumed.
-        exclude_frozen_parameters: as in `engine.save_checkpoint`.
+        save_only_model: save the weights alone (DeepSpeed: consolidated, in 16 bits); such a cluster cannot be
+            resumed.
+        exclude_frozen_parameters: as in DeepSpeed's `engine.save_checkpoint`.
         client_state: a mapping saved with the model, or a function that returns one at each save.
     """
 
     def __init__(
         self,
         name: str,
-        engine: Any,
+        trained: Any,
         *,
         tokenizer: Any = None,
         processor: Any = None,
@@ -42,7 +84,7 @@ class Cluster:
     ) -> None:
         names.check_name("cluster", name)
         self.name = name
-        self.engine = engine
+        self.trained = trained
         self.loaded_client_state: dict[str, Any] = {}
         """What the last `load` found in `client_state`."""
         self._pretrained = [part for part in (tokenizer, processor, config) if part is not None]
@@ -51,41 +93,60 @@ class Cluster:
         self._client_state = client_state
         self._client_state_now: dict[str, Any] = {}
         self._save: saver.Save | None = None
-        self._ours: backend.RollCheckpointEngine | None = None
+        self._attached: Backend | None = None
 
     @property
     def world_size(self) -> int:
-        return self._attached.world.size
+        return self._backend.world.size
 
     @property
-    def _attached(self) -> backend.RollCheckpointEngine:
-        if self._ours is None:
+    def _backend(self) -> Backend:
+        if self._attached is None:
             raise errors.ConfigError(f"cluster {self.name}: register it with set_checkpoint_clusters() first")
-        return self._ours
+        return self._attached
 
     def attach(self, settings: PipelineConfig) -> None:
-        """Wire the engine to us under the pipeline's settings; every rank calls. No collective.
+        """Wire the model to us under the pipeline's settings; every rank calls. No collective.
 
         Raises:
             ConfigError: the engine's own `checkpoint.roll_ckpt` contradicts the pipeline's configuration.
-            UnsupportedError: the engine uses what is refused by name.
+            UnsupportedError: the model uses what is refused by name.
         """
-        own = backend.section_of(self.engine)
-        if own is not None:
-            for key in sorted(own.model_fields_set):
-                wanted = self.name if key == "cluster" else getattr(settings, key)
-                if getattr(own, key) != wanted:
-                    raise errors.ConfigError(
-                        f"cluster {self.name}: {backend.SECTION} sets {key} to {getattr(own, key)!r}, the "
-                        f"pipeline's configuration to {wanted!r}; remove one of them"
-                    )
-        self._ours = backend.attach(self.engine, settings, self.name)
+        # A framework is imported by the script that trains with it; nobody needs the other one.
+        if isinstance(self.trained, MegatronModel):
+            from roll_ckpt.backends import megatron
+
+            if self._exclude_frozen:
+                raise errors.UnsupportedError(
+                    f"cluster {self.name}: roll_ckpt does not support exclude_frozen_parameters under Megatron-core: "
+                    "its load wants every parameter; leave it out"
+                )
+            attached = megatron.attach(
+                self.trained.model,
+                self.trained.optimizer,
+                self.trained.scheduler,
+                settings=settings,
+                cluster=self.name,
+                form=self.trained.form,
+                save_only_model=self._save_only_model,
+            )
+            self._attached = megatron.Model(attached)
+        else:
+            from roll_ckpt.backends import deepspeed
+
+            self._attached = deepspeed.Engine(
+                self.trained,
+                settings,
+                self.name,
+                save_only_model=self._save_only_model,
+                exclude_frozen_parameters=self._exclude_frozen,
+            )
 
     def prepare(self) -> int:
         """Ask for the client state, before anything is begun; return about what this rank will write, in bytes."""
         state = self._client_state() if callable(self._client_state) else self._client_state
         self._client_state_now = dict(state or {})
-        return backend.estimate_bytes(self.engine)
+        return self._backend.prepare()
 
     def bind(self, save: saver.Save) -> None:
         """The save that the next `do_checkpoint` is a part of."""
@@ -105,9 +166,10 @@ class Cluster:
                 f"cluster {self.name}: do_checkpoint is called by BasePipeline.do_checkpoint, which begins the save"
             )
         began = time.monotonic()
-        self._attached.fence()
+        self._backend.fence()
         directory = save.attempt.unit / self.name
-        ticket = self._stage(save, directory)
+        ticket = self._backend.stage(save, directory, self._client_state_now)
+        ticket.facts["save_only_model"] = self._save_only_model
         if ticket.rank == 0:
             self._write_companions(ticket, directory)
         if blocking:
@@ -118,70 +180,50 @@ class Cluster:
             f"{prefix}/stage": ticket.timing.stage_s,
         }
 
-    def _stage(self, save: saver.Save, directory: Path) -> saver.Ticket:
-        arguments: dict[str, Any] = {"exclude_frozen_parameters": self._exclude_frozen}
-        if self._save_only_model:
-            return self._attached.run_stock(self._stock_model_only, save, directory, MODEL_ONLY_FILE, arguments)
-        arguments |= {"client_state": self._client_state_now, "save_latest": False}
-        return self._attached.run_stock(backend.stock("save_checkpoint"), save, directory, save.attempt.name, arguments)
-
-    def _stock_model_only(self, engine: Any, save_dir: str, tag: str, **kwargs: Any) -> None:
-        if not backend.stock("save_16bit_model")(engine, save_dir, tag, **kwargs):
-            raise errors.UnsupportedError(
-                f"cluster {self.name}: save_only_model under ZeRO-3 needs "
-                "stage3_gather_16bit_weights_on_model_save in the DeepSpeed config"
-            )
-
     def _write_companions(self, ticket: saver.Ticket, directory: Path) -> None:
+        """Let tokenizer and the like write aside, then count what came of it: other ranks write in `directory`."""
+        aside = ticket.save.attempt.directory / f"{self.name}.companions"
         try:
             for part in self._pretrained:
-                part.save_pretrained(str(directory))
-            for path in disk.walk(directory):
-                if path.partition("/")[0] != ticket.save.attempt.name and path != MODEL_ONLY_FILE:
-                    ticket.adopt(directory / path)
-            if not self._save_only_model:
-                latest = ticket.save.attempt.name.encode()
-                ticket.stage(directory / names.LATEST, bytes_image(latest), overlap=False)
+                part.save_pretrained(str(aside))
+            for path in list(disk.walk(aside)) if self._pretrained else ():
+                if disk.exists(directory / path):
+                    raise errors.ConfigError(
+                        f"cluster {self.name}: its tokenizer, processor or config writes {path}, which its framework "
+                        "writes too; give it another name"
+                    )
+                disk.make_dirs((directory / path).parent)
+                disk.rename(aside / path, directory / path)
+                ticket.adopt(directory / path)
+            disk.remove_tree(aside)
         except Exception as problem:
             ticket.fail(problem)
 
     def load(self, unit: Path, name: str) -> None:
-        """Restore the engine from this cluster's part of the checkpoint `unit`, whose bytes were verified just now.
+        """Restore the model from this cluster's part of the checkpoint `unit`, whose bytes were verified just now.
 
         Every rank calls; blocks.
 
         Raises:
             NotFound: the checkpoint does not hold this cluster. ModelMismatch, Damaged: see `loader`.
         """
-        self._attached.verified = unit
-        try:
-            path, client_state = self.engine.load_checkpoint(str(unit / self.name), tag=name)
-        finally:
-            self._attached.verified = None
-        if path is None:
-            raise errors.NotFound(f"{unit / self.name}: DeepSpeed found nothing to load for cluster {self.name}")
-        self.loaded_client_state = dict(client_state)
+        self.loaded_client_state = dict(self._backend.load(unit, name))
 
     def check(self, unit: Path) -> None:
-        """Raise unless `unit` holds a resumable state of this cluster's model; nothing is loaded."""
+        """Raise unless `unit` holds a resumable state of this cluster's model; nothing is loaded. No collective."""
         opened = loader.Unit(unit)
-        if self.name not in opened.manifest.clusters:
+        known, where = opened.manifest.clusters, f"{unit}: cluster {self.name}"
+        if self.name not in known:
             raise errors.NotFound(
-                f"{unit}: holds clusters {', '.join(sorted(opened.manifest.clusters))}, not {self.name}; "
+                f"{unit}: holds clusters {', '.join(sorted(known))}, not {self.name}; "
                 "register the clusters that were saved, or resume from another checkpoint"
             )
-        if disk.exists(unit / self.name / MODEL_ONLY_FILE):
-            raise errors.NotFound(
-                f"{unit}: cluster {self.name} was saved with save_only_model; it holds no optimizer to resume"
+        if known[self.name].get("save_only_model"):
+            raise errors.NotFound(f"{where} was saved with save_only_model; it holds no optimizer to resume")
+        framework = known[self.name].get("framework")
+        if framework != self._backend.framework:
+            raise errors.ModelMismatch(
+                f"{where} was saved under {framework} and this job trains it under {self._backend.framework}; "
+                "resume it under the framework that saved it"
             )
-        backend.check_world(
-            opened.manifest.clusters[self.name], self._attached.world.size, f"{unit}: cluster {self.name}"
-        )
-        live = backend.parameters_of(self.engine)
-        saved = opened.parameters(self.name, self._attached.world.rank)
-        loader.compare_models(saved, live, f"{unit}: cluster {self.name}")
-
-
-def bytes_image(data: bytes) -> FileImage:
-    """The image of a file that is just these bytes."""
-    return FileImage(len(data), (Extent(0, data),) if data else ())
+        self._backend.check(opened, where)

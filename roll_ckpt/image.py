@@ -78,3 +78,8 @@ class FileImage:
     records: tuple[Record, ...] = ()
     serials: tuple[Serial, ...] = ()
     pieces: tuple[TensorPiece, ...] = ()
+
+    @classmethod
+    def of_bytes(cls, data: bytes) -> FileImage:
+        """The image of a file that is just these bytes."""
+        return cls(len(data), (Extent(0, data),) if data else ())

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from roll_ckpt import arena, commit, disk, errors, loader, manifest, names, retention, saver, uploads
-from roll_ckpt.cluster import Cluster, bytes_image
+from roll_ckpt.cluster import Cluster
 from roll_ckpt.config import PipelineConfig
+from roll_ckpt.image import FileImage
 from roll_ckpt.layout import torch_zip
 from roll_ckpt.pipeline_state import (
     WORKER_STATE_FILE,
@@ -186,7 +187,7 @@ class BasePipeline:
             for file, state in states.items():
                 ticket.stage(directory / file, torch_zip.lay_out(state, Path(file).stem), overlap=False)
             if rank == 0:
-                ticket.stage(directory / WORKER_STATE_FILE, bytes_image(self.state.to_json()), overlap=False)
+                ticket.stage(directory / WORKER_STATE_FILE, FileImage.of_bytes(self.state.to_json()), overlap=False)
         except Exception as problem:
             ticket.fail(problem)
 

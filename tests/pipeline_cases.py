@@ -122,7 +122,7 @@ def companions(out: str) -> dict[str, Any]:
     again = pipeline(out, cluster)
     assert again.resume() == 1
     same = [
-        torch.equal(a, b) for a, b in zip(made.module.parameters(), cluster.engine.module.parameters(), strict=True)
+        torch.equal(a, b) for a, b in zip(made.module.parameters(), cluster.trained.module.parameters(), strict=True)
     ]
     assert all(same)
     return {"client": {key: cluster.loaded_client_state[key] for key in ("epochs",)}}

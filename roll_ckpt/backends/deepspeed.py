@@ -41,6 +41,7 @@ from roll_ckpt.world import World
 log = logging.getLogger("roll_ckpt")
 
 SECTION = "checkpoint.roll_ckpt in the DeepSpeed config"
+FRAMEWORK = "deepspeed"
 
 ALLOWED_GLOBALS = (LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address)
 """What DeepSpeed's own files hold beyond torch's `weights_only` list."""
@@ -290,13 +291,113 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
             )
 
 
+# --- a cluster of a pipeline ---------------------------------------------------------------------------------
+
+MODEL_ONLY_FILE = "pytorch_model.bin"
+
+
+class Engine:
+    """A `DeepSpeedEngine` as a cluster of a pipeline: see `cluster.Backend`.
+
+    Raises:
+        ConfigError: the engine's own `checkpoint.roll_ckpt` contradicts `settings`.
+        UnsupportedError: the engine uses what is refused by name.
+    """
+
+    framework = FRAMEWORK
+
+    def __init__(
+        self,
+        engine: DeepSpeedEngine,
+        settings: Settings,
+        cluster: str,
+        *,
+        save_only_model: bool,
+        exclude_frozen_parameters: bool,
+    ) -> None:
+        if not isinstance(engine, DeepSpeedEngine):
+            raise errors.ConfigError(
+                f"cluster {cluster}: trained is {type(engine).__name__}; give a DeepSpeedEngine, or a MegatronModel"
+            )
+        _check_section(engine, settings, cluster)
+        self._engine = engine
+        self._cluster = cluster
+        self._save_only_model = save_only_model
+        self._exclude_frozen = exclude_frozen_parameters
+        self._ours = attach(engine, settings, cluster)
+        self.world = self._ours.world
+
+    def prepare(self) -> int:
+        return estimate_bytes(self._engine)
+
+    def fence(self) -> None:
+        self._ours.fence()
+
+    def stage(self, save: saver.Save, directory: Path, client_state: Mapping[str, Any]) -> saver.Ticket:
+        arguments: dict[str, Any] = {"exclude_frozen_parameters": self._exclude_frozen}
+        if self._save_only_model:
+            ticket = self._ours.run_stock(self._stock_model_only, save, directory, MODEL_ONLY_FILE, arguments)
+        else:
+            name = save.attempt.name
+            arguments |= {"client_state": client_state, "save_latest": False}
+            ticket = self._ours.run_stock(stock("save_checkpoint"), save, directory, name, arguments)
+        if ticket.rank == 0:
+            self._add_stock_files(ticket, directory)
+        return ticket
+
+    def _stock_model_only(self, engine: Any, save_dir: str, tag: str, **kwargs: Any) -> None:
+        if not stock("save_16bit_model")(engine, save_dir, tag, **kwargs):
+            raise errors.UnsupportedError(
+                f"cluster {self._cluster}: save_only_model under ZeRO-3 needs "
+                "stage3_gather_16bit_weights_on_model_save in the DeepSpeed config"
+            )
+
+    def _add_stock_files(self, ticket: saver.Ticket, directory: Path) -> None:
+        """Count the scripts that stock code writes beside the tag, and write `latest` as it would."""
+        name = ticket.save.attempt.name
+        try:
+            for path in disk.walk(directory):
+                if path.partition("/")[0] != name and path != MODEL_ONLY_FILE:
+                    ticket.adopt(directory / path)
+            if not self._save_only_model:
+                ticket.stage(directory / names.LATEST, FileImage.of_bytes(name.encode()), overlap=False)
+        except Exception as problem:
+            ticket.fail(problem)
+
+    def check(self, opened: loader.Unit, where: str) -> None:
+        check_world(opened.manifest.clusters[self._cluster], self.world.size, where)
+        saved = opened.parameters(self._cluster, self.world.rank)
+        loader.compare_models(saved, parameters_of(self._engine), where)
+
+    def load(self, unit: Path, name: str) -> Mapping[str, Any]:
+        self._ours.verified = unit
+        try:
+            path, client_state = self._engine.load_checkpoint(str(unit / self._cluster), tag=name)
+        finally:
+            self._ours.verified = None
+        if path is None:
+            raise errors.NotFound(f"{unit / self._cluster}: DeepSpeed found nothing to load for it")
+        return dict(client_state)
+
+
+def _check_section(engine: DeepSpeedEngine, settings: Settings, cluster: str) -> None:
+    own = section_of(engine)
+    for key in sorted(own.model_fields_set) if own is not None else ():
+        wanted = cluster if key == "cluster" else getattr(settings, key)
+        if getattr(own, key) != wanted:
+            raise errors.ConfigError(
+                f"cluster {cluster}: {SECTION} sets {key} to {getattr(own, key)!r}, the pipeline's configuration to "
+                f"{wanted!r}; remove one of them"
+            )
+
+
 # --- what we read off an engine ------------------------------------------------------------------------------
 
 
 def describe(engine: DeepSpeedEngine) -> dict[str, Any]:
     """Facts for the manifest: framework, stage, precision and parallel sizes."""
     return {
-        "framework": "deepspeed",
+        "framework": FRAMEWORK,
         "framework_version": deepspeed.__version__,
         "zero_stage": int(engine.zero_optimization_stage()),
         "dtype": str(engine.get_data_types()[0]).removeprefix("torch."),

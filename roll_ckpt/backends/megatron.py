@@ -62,7 +62,10 @@ RESHARDABLE = {
 }
 """Forms of the distributed optimizer that can be saved, and where they can be loaded."""
 
+FRAMEWORK = "megatron-core"
 _RNG = "roll_ckpt.rng"
+_CLIENT_STATE = "roll_ckpt.client_state"
+_OPTIMIZER_BYTES = 12  # of one parameter: a main copy and two moments in fp32
 
 
 # --- the strategy --------------------------------------------------------------------------------------------
@@ -344,10 +347,12 @@ def load(
     cluster: str = "model",
     strategy: Any = None,
     check_names: bool = True,
+    verified: bool = False,
 ) -> dict[str, Any]:
     """What `dist_checkpointing.load` returns, after every byte was verified; every rank calls.
 
-    Checkpoints that stock wrote are loaded with a warning. `strategy` is a stock load strategy.
+    Checkpoints that stock wrote are loaded with a warning. `strategy` is a stock load strategy; `verified` says
+    that the ranks have just read every byte.
 
     Raises:
         NotFound: there is no complete checkpoint in `directory`. Damaged: bytes differ. ModelMismatch: other
@@ -358,7 +363,7 @@ def load(
     saver.wait_pending()
     world.together(lambda: _check_complete(path), settings.commit_timeout_s)
     with loader.reading(path, settings) as reader:
-        if reader.unit is not None:
+        if reader.unit is not None and not verified:
             loader.check_bytes(world, reader.unit.directory)
         if check_names:
             world.together(lambda: _compare(sharded_state_dict, path), settings.commit_timeout_s)
@@ -438,7 +443,7 @@ def parallel_layout() -> dict[str, int]:
 def describe(content_metadata: Mapping[str, Any] | None) -> dict[str, Any]:
     """Facts for the manifest: framework, parallel sizes, form of the optimizer."""
     return {
-        "framework": "megatron-core",
+        "framework": FRAMEWORK,
         "framework_version": megatron.core.__version__,
         "layout": parallel_layout(),
         "distrib_optim_sharding_type": (content_metadata or {}).get("distrib_optim_sharding_type"),
@@ -465,8 +470,17 @@ class Attached:
     Made by `attach`. All methods are called by every rank.
     """
 
+    framework = FRAMEWORK
+
     def __init__(
-        self, model: Sequence[Any], optimizer: Any, scheduler: Any, settings: Settings, cluster: str, form: str
+        self,
+        model: Sequence[Any],
+        optimizer: Any,
+        scheduler: Any,
+        settings: Settings,
+        cluster: str,
+        form: str,
+        save_only_model: bool = False,
     ) -> None:
         self.model = list(model)
         self.optimizer = optimizer
@@ -474,8 +488,17 @@ class Attached:
         self.settings = settings
         self.cluster = cluster
         self.form = form
+        self._save_only_model = save_only_model
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        self._strategy = FullyParallelSaveStrategyWrapper(SaveStrategy(settings), group)
+        self.strategy = FullyParallelSaveStrategyWrapper(SaveStrategy(settings), group)
+
+    def estimate_bytes(self) -> int:
+        """About what this rank will write, in bytes, without making the state."""
+        parameters = [parameter for chunk in self.model for parameter in chunk.parameters()]
+        nbytes = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+        if not self._save_only_model:
+            nbytes += sum(parameter.numel() for parameter in parameters if parameter.requires_grad) * _OPTIMIZER_BYTES
+        return nbytes // parallel_layout()["dp"]
 
     def state(
         self, step: int = 0, *, form: str | None = None, loading: bool = False, with_rng: bool = True
@@ -484,6 +507,8 @@ class Attached:
         rank 0 unless `loading`."""
         told = content_metadata_of(form or self.form)
         state: dict[str, Any] = {key: chunk.sharded_state_dict(metadata=told) for key, chunk in self._chunks().items()}
+        if self._save_only_model:
+            return state
         whole = dict(state) if len(self.model) > 1 else state["model"]
         state["optimizer"] = self.optimizer.sharded_state_dict(whole, is_loading=loading, metadata=told)
         state |= {"iteration": step, "checkpoint_version": 3.0}
@@ -502,7 +527,7 @@ class Attached:
             settings=self.settings,
             cluster=self.cluster,
             content_metadata=content_metadata_of(self.form),
-            strategy=self._strategy,
+            strategy=self.strategy,
         )
 
     def load(self, directory: str | os.PathLike[str]) -> int:
@@ -516,6 +541,10 @@ class Attached:
         path = Path(directory).absolute()
         saver.wait_pending()
         World.current().together(lambda: _check_complete(path), self.settings.commit_timeout_s)
+        return int(self.restore(path, verified=False)["iteration"])
+
+    def restore(self, path: Path, *, verified: bool) -> dict[str, Any]:
+        """Load `path`, which is complete, and return the state that it held; see `load`."""
         saved = _recorded(path, self.cluster)
         self._check_layout(path, saved)
         told = saved or dist_checkpointing.load_content_metadata(str(path)) or {}
@@ -530,6 +559,7 @@ class Attached:
             settings=self.settings,
             cluster=self.cluster,
             strategy=FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), group),
+            verified=verified,
         )
         for key, chunk in self._chunks().items():
             chunk.load_state_dict(loaded[key])
@@ -539,7 +569,16 @@ class Attached:
             self.scheduler.load_state_dict(loaded["opt_param_scheduler"])
         if with_rng:
             _restore_rng(loaded["rng_state"])
-        return int(loaded["iteration"])
+        return loaded
+
+    def check(self, path: Path) -> None:
+        """Raise unless `path`, a checkpoint of ours, can be loaded here; nothing is loaded. No collective."""
+        _check_complete(path)
+        saved = _recorded(path, self.cluster)
+        check_form(saved)
+        self._check_layout(path, saved)
+        told = content_metadata_of(self.form)
+        _compare({key: chunk.sharded_state_dict(metadata=told) for key, chunk in self._chunks().items()}, path)
 
     def _chunks(self) -> dict[str, Any]:
         bare = [chunk.module if isinstance(chunk, DistributedDataParallel) else chunk for chunk in self.model]
@@ -568,11 +607,12 @@ def attach(
     settings: Settings | None = None,
     cluster: str = "model",
     form: str = "dp_reshardable",
+    save_only_model: bool = False,
 ) -> Attached:
     """Bind a model (a module, or the list of its virtual pipeline stages), its optimizer and scheduler.
 
-    `form` is Megatron's `distrib_optim_sharding_type`, see `RESHARDABLE`. Every optimizer step fences the saves
-    that are pending. No collective.
+    `form` is Megatron's `distrib_optim_sharding_type`, see `RESHARDABLE`; with `save_only_model` the weights alone
+    are saved. Every optimizer step fences the saves that are pending. No collective.
 
     Raises:
         UnsupportedError: Megatron's FSDP, `overlap_param_gather`, or a form that cannot be saved.
@@ -592,7 +632,42 @@ def attach(
                 "optimizer step until the next forward pass gathers them; turn it off"
             )
     _fence_at_step(optimizer)
-    return Attached(chunks, optimizer, scheduler, settings or Settings(), cluster, form)
+    return Attached(chunks, optimizer, scheduler, settings or Settings(), cluster, form, save_only_model)
+
+
+# --- a cluster of a pipeline ---------------------------------------------------------------------------------
+
+
+class Model:
+    """What `attach` bound, as a cluster of a pipeline: see `cluster.Backend`."""
+
+    framework = FRAMEWORK
+
+    def __init__(self, attached: Attached) -> None:
+        self.world = World.current()
+        self._attached = attached
+
+    def prepare(self) -> int:
+        return self._attached.estimate_bytes()
+
+    def fence(self) -> None:
+        saver.fence()
+
+    def stage(self, save: saver.Save, directory: Path, client_state: Mapping[str, Any]) -> saver.Ticket:
+        ours = self._attached
+        told = content_metadata_of(ours.form)
+        ticket = save.ticket(ours.cluster, describe(told))
+        state = {**ours.state(save.attempt.step or 0), _CLIENT_STATE: dict(client_state)}
+        stage(ticket, directory, state, ours.strategy, told)
+        return ticket
+
+    def check(self, opened: loader.Unit, where: str) -> None:
+        self._attached.check(opened.directory / self._attached.cluster)
+
+    def load(self, unit: Path, name: str) -> Mapping[str, Any]:
+        loaded = self._attached.restore(unit / self._attached.cluster, verified=True)
+        client_state: Mapping[str, Any] = loaded.get(_CLIENT_STATE, {})
+        return client_state
 
 
 def _fence_at_step(optimizer: Any) -> None:
