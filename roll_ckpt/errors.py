@@ -10,6 +10,8 @@
     ├── SaveFailed (RuntimeError)         a copy, write, vote, commit or upload failed; older checkpoints are sound
     ├── NotFound (FileNotFoundError)      no complete checkpoint where one was asked for
     ├── Damaged (ValueError)              bytes on disk are not the bytes that were written
+    ├── HubRefused (OSError)              the Hub says no, and will again until somebody changes something
+    ├── HubUnavailable (ConnectionError)  the Hub cannot be reached, or is busy; later it may be well
     └── ModelMismatch (ValueError)        a checkpoint of another model
 
 Each also is the builtin that a caller would already catch.
@@ -56,6 +58,22 @@ class NotFound(RollCkptError, FileNotFoundError):
 
 class Damaged(RollCkptError, ValueError):
     """Bytes on disk are not those that were written, or a record cannot be trusted."""
+
+
+class HubRefused(RollCkptError, OSError):
+    """The Hub says no, or what was asked must not be done there; trying again alone does not help."""
+
+    status: int | None = None
+    """The HTTP status of the answer, where there was one."""
+
+
+class HubUnavailable(RollCkptError, ConnectionError):
+    """The Hub cannot be reached or is busy; what was asked may even have been done. Try again later."""
+
+    status: int | None = None
+    """The HTTP status of the answer, where there was one."""
+    retry_after_s: float | None = None
+    """The pause that the Hub asked for."""
 
 
 class ModelMismatch(RollCkptError, ValueError):

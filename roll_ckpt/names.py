@@ -20,6 +20,7 @@ LATEST = "latest"
 EPOCHS = ".epochs"
 TRASH = ".trash"
 SUPERSEDED = ".superseded"
+HUB = ".hub"
 
 NAME_BYTES = 200
 
@@ -34,6 +35,10 @@ _RANK_FILE = re.compile(rf"(.+)\.{_NUMBER}\.json", re.DOTALL)
 _EPOCH_FILE = re.compile(rf"{_NUMBER}(?:\.(.+))?", re.DOTALL)
 _ABORTED = re.compile(rf"aborted\.{_NUMBER}\.{_NUMBER}\.(.+)", re.DOTALL)
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9]+\.[0-9a-f]{8}\.[0-9]+\.new", re.DOTALL)
+
+_REPO_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
+_REPO_ID = re.compile(rf"{_REPO_PART}/{_REPO_PART}")
+_REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]{0,254}")
 
 _counter = itertools.count(1)
 
@@ -176,3 +181,17 @@ def check_relative(path: str) -> str:
     if any(part in ("", ".", "..") for part in path.split("/")):
         raise ValueError('it has an empty, "." or ".." part')
     return path
+
+
+def check_repo_id(repo_id: str) -> str:
+    """Return `repo_id` if it can be a repository of the Hub, else raise ConfigError."""
+    if not _REPO_ID.fullmatch(repo_id) or "--" in repo_id or ".." in repo_id:
+        raise ConfigError(f"{repo_id!r} is no repository of the Hub; write namespace/name")
+    return repo_id
+
+
+def check_revision(revision: str) -> str:
+    """Return `revision` if it can be a branch, tag or commit of a repository, else raise ConfigError."""
+    if not _REVISION.fullmatch(revision) or ".." in revision or "//" in revision or revision.endswith(("/", ".lock")):
+        raise ConfigError(f"{revision!r} is no branch, tag or commit of a repository")
+    return revision
