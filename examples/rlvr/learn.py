@@ -1,4 +1,4 @@
-"""How the two models learn: a clipped policy gradient held near the reference, and a value regression."""
+"""How the actor learns: a clipped policy gradient held near the reference."""
 
 from __future__ import annotations
 
@@ -31,15 +31,6 @@ def learn_policy(
     engine.backward(loss)
     engine.step()
     return {"actor/loss": loss.item(), "actor/kl": kl.item(), "actor/reward": rollout.rewards.mean().item()}
-
-
-def learn_values(engine: Any, tokens: torch.Tensor, targets: torch.Tensor) -> tuple[dict[str, float], torch.Tensor]:
-    """One optimizer step of the critic towards `targets`; returns its figures and what it had expected."""
-    values = engine(tokens)[:, -targets.shape[1] - 1 : -1]
-    loss = torch.nn.functional.mse_loss(values, targets)
-    engine.backward(loss)
-    engine.step()
-    return {"critic/loss": loss.item(), "critic/value": values.mean().item()}, values.detach()
 
 
 def _log_distribution(model: Any, tokens: torch.Tensor, answer: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The three models of the job and their tokenizer: small, random and the same on every machine."""
+"""The policy, its reference and their tokenizer: small, random and the same on every machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 BYTES = 256
 SPECIALS = ("<|bos|>", "<|eos|>", "<|pad|>")
@@ -57,27 +57,6 @@ def build_reference(actor: LlamaForCausalLM) -> LlamaForCausalLM:
     """The actor as it started, frozen and without dropout: what the KL term holds the policy to."""
     reference = copy.deepcopy(actor).to(torch.bfloat16).eval()
     return reference.requires_grad_(False)
-
-
-class ValueModel(nn.Module):
-    """The critic: a Llama body of about 3 million parameters that says one number for each token."""
-
-    def __init__(self, config: LlamaConfig) -> None:
-        super().__init__()
-        self.body = LlamaModel(config)
-        self.value = nn.Linear(config.hidden_size, 1)
-        nn.init.zeros_(self.value.weight)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        hidden = self.body(input_ids=tokens, use_cache=False).last_hidden_state
-        return self.value(hidden).squeeze(-1).float()
-
-
-def build_critic(seed: int) -> ValueModel:
-    torch.manual_seed(seed + 1)
-    critic = ValueModel(_llama(hidden=192, layers=6, heads=3))
-    _widen(critic)
-    return critic
 
 
 def _llama(*, hidden: int, layers: int, heads: int) -> LlamaConfig:

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from examples.rlvr.learn import learn_policy, learn_values
-from examples.rlvr.model import build_actor, build_critic, build_reference, byte_tokenizer
+from examples.rlvr.critic import Critic, CriticConfig
+from examples.rlvr.learn import learn_policy
+from examples.rlvr.model import build_actor, build_reference, byte_tokenizer
 from examples.rlvr.rollout import TextCursor, prose, returns, sample, text_of_python
 from examples.rlvr.settings import RlvrConfig
 from roll_ckpt import BasePipeline, Cluster
@@ -38,8 +39,8 @@ class RlvrPipeline(BasePipeline):
             tokenizer = byte_tokenizer()
             clusters.append(Cluster("actor_train", self.actor, tokenizer=tokenizer, config=actor.config))
         if only in (None, "critic"):
-            self.critic = _start(build_critic(self.training.seed), config.clusters["critic"])
-            clusters.append(Cluster("critic", self.critic))
+            self.critic = Critic(CriticConfig.read(config.clusters["critic"]), self.training.seed + 1, self.device)
+            clusters.append(Cluster("critic", self.critic.trained))
         self.set_checkpoint_clusters(*clusters)
 
         self.cursor = TextCursor(text_of_python(), rank=rank, world_size=world_size)
@@ -63,7 +64,7 @@ class RlvrPipeline(BasePipeline):
         figures: dict[str, float] = {}
         baseline = rollout.returns.mean()
         if self.critic is not None:
-            figures, baseline = learn_values(self.critic, rollout.tokens, rollout.returns)
+            figures, baseline = self.critic.learn(rollout.tokens, rollout.returns)
         return figures | learn_policy(self.actor, self.reference, rollout, baseline, kl_weight=settings.kl_weight)
 
     def _learn_values_of_text(self) -> dict[str, float]:
@@ -71,7 +72,7 @@ class RlvrPipeline(BasePipeline):
         settings = self.training
         tokens = self._text(settings.prompt_bytes + settings.answer_bytes)
         earned = returns(prose(tokens[:, -settings.answer_bytes :]), settings.discount)
-        return learn_values(self.critic, tokens, earned)[0]
+        return self.critic.learn(tokens, earned)[0]
 
     def _text(self, nbytes: int) -> torch.Tensor:
         return self.cursor.take(self.training.prompts_per_rank, nbytes).to(self.device)

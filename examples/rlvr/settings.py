@@ -32,7 +32,7 @@ class RlvrConfig(PipelineConfig):
     """The whole YAML file."""
 
     clusters: dict[str, Path]
-    """DeepSpeed config of each cluster."""
+    """Configuration of each: the actor's for DeepSpeed, the critic's for Megatron-core."""
     training: Training
 
 

@@ -541,7 +541,8 @@ class Attached:
         path = Path(directory).absolute()
         saver.wait_pending()
         World.current().together(lambda: _check_complete(path), self.settings.commit_timeout_s)
-        return int(self.restore(path, verified=False)["iteration"])
+        step: int = self.restore(path, verified=False)["iteration"]
+        return step
 
     def restore(self, path: Path, *, verified: bool) -> dict[str, Any]:
         """Load `path`, which is complete, and return the state that it held; see `load`."""
