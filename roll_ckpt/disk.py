@@ -93,6 +93,12 @@ def create(path: Path) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
 
 
+def append(path: Path) -> int:
+    """A descriptor that writes at the end of a file, made if it is missing; a symbolic link is not followed."""
+    _about("append", path)
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+
 def write_all(descriptor: int, data: bytes | memoryview, path: Path) -> None:
     """Write all of `data`, however short the single writes are."""
     _about("write", path)

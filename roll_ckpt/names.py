@@ -21,6 +21,11 @@ EPOCHS = ".epochs"
 TRASH = ".trash"
 SUPERSEDED = ".superseded"
 HUB = ".hub"
+HUB_DESTINATION = ".hub/destination.json"
+HUB_LOCK = ".hub/uploader.lock"
+HUB_RECORDS = ".hub/records"
+HUB_HASHES = ".hub/hashes"
+PULL_LOCK = "lock"
 
 NAME_BYTES = 200
 
@@ -31,6 +36,7 @@ _RESERVED = {
 _NUMBER = r"(0|[1-9][0-9]{0,17})"
 _CHECKPOINT = re.compile(rf"checkpoint-{_NUMBER}")
 _ATTEMPT_DIR = re.compile(rf"\.(.+)\.{_NUMBER}\.{_NUMBER}\.tmp", re.DOTALL)
+_PULL_DIR = re.compile(r"\.(.+)\.([0-9a-f]{16})\.pull", re.DOTALL)
 _RANK_FILE = re.compile(rf"(.+)\.{_NUMBER}\.json", re.DOTALL)
 _EPOCH_FILE = re.compile(rf"{_NUMBER}(?:\.(.+))?", re.DOTALL)
 _ABORTED = re.compile(rf"aborted\.{_NUMBER}\.{_NUMBER}\.(.+)", re.DOTALL)
@@ -93,6 +99,17 @@ def parse_attempt_dir(entry: str) -> tuple[str, int, int] | None:
     """(name, epoch, attempt) of an attempt directory, None for any other entry."""
     found = _ATTEMPT_DIR.fullmatch(entry)
     return (found[1], int(found[2]), int(found[3])) if found else None
+
+
+def pull_dir(name: str, manifest: str) -> str:
+    """The directory that `name` is pulled in, by its manifest's SHA-256: `.<name>.<16 digits of it>.pull`."""
+    return f".{name}.{manifest[:16]}.pull"
+
+
+def parse_pull_dir(entry: str) -> tuple[str, str] | None:
+    """(name, first digits of its manifest's SHA-256) of a directory of a pull, None for any other entry."""
+    found = _PULL_DIR.fullmatch(entry)
+    return (found[1], found[2]) if found else None
 
 
 def vote_file(cluster: str, rank: int) -> str:
@@ -195,3 +212,18 @@ def check_revision(revision: str) -> str:
     if not _REVISION.fullmatch(revision) or ".." in revision or "//" in revision or revision.endswith(("/", ".lock")):
         raise ConfigError(f"{revision!r} is no branch, tag or commit of a repository")
     return revision
+
+
+def hub_record(name: str) -> str:
+    """The path, relative to the output directory, of what is known of a checkpoint's push."""
+    return f"{HUB_RECORDS}/{name}.json"
+
+
+def parse_hub_record(entry: str) -> str | None:
+    """The checkpoint that an entry of .hub/records/ is about, None for any other entry."""
+    return entry[:-5] if entry.endswith(".json") and not entry.startswith(".") else None
+
+
+def hub_hashes(name: str) -> str:
+    """The path, relative to the output directory, of the digests that a push has worked out."""
+    return f"{HUB_HASHES}/{name}.json"

@@ -17,13 +17,14 @@ LAYERS: list[set[str]] = [
     {"errors", "names", "config", "image", "seal"},
     {"layout", "manifest", "disk", "native"},
     {"commit", "arena", "attempt", "epoch", "lease", "trash", "world"},
-    {"saver", "loader", "hub", "hub_dev", "retention", "uploads", "verify"},
+    {"saver", "loader", "hub", "hub_dev", "pull", "retention", "uploads", "verify"},
     {"__init__", "__main__", "backends", "cli", "cluster", "deepspeed", "pipeline", "pipeline_state", "run"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 TORCH_FREE = [
-    *("cli", "commit", "disk", "errors", "hub_dev", "manifest", "names", "native", "retention", "uploads", "verify"),
+    *("cli", "commit", "disk", "errors", "hub_dev", "manifest", "names", "native", "pull", "retention", "uploads"),
+    "verify",
 ]
 
 OS_MUTATORS = {

@@ -1,0 +1,95 @@
+"""What a process with the real client does in tests/test_pull.py; free of torch, so that it may fork."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+from runs import ended, forked
+
+from roll_ckpt import disk, pull
+from roll_ckpt.hub import Remote
+
+pull._FIRST_PAUSE_S = 0.01
+
+
+def pulled(uri: str, to: str) -> str:
+    return str(pull.pull(Remote.parse(uri), Path(to)))
+
+
+def told_of(uri: str, to: str) -> list[tuple[int, int]]:
+    """What a progress bar would hear."""
+    heard: list[tuple[int, int]] = []
+    pull.pull(Remote.parse(uri), Path(to), lambda here, of: heard.append((here, of)))
+    return heard
+
+
+def with_little_room(uri: str, to: str) -> str:
+    real, disk.free_bytes = disk.free_bytes, lambda path: 1000
+    try:
+        return pulled(uri, to)
+    finally:
+        disk.free_bytes = real
+
+
+def on_a_disk_that_fills_up(uri: str, to: str, nbytes: int) -> str:
+    """No file may get longer than `nbytes`, as if the file system were full."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    try:
+        return pulled(uri, to)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def killed_at(operation: int, uri: str, to: str) -> bool:
+    """Pull in a child that is killed before its nth operation on the disk; whether it came to that."""
+
+    def work() -> None:
+        left = operation
+
+        def observe(name: str, paths: tuple[str, ...]) -> None:
+            nonlocal left
+            left -= 1
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        disk.observer = observe
+        pulled(uri, to)
+
+    return in_child(work) == -signal.SIGKILL
+
+
+def killed_at_block(block: int, uri: str, to: str) -> int:
+    """Pull in a child that is killed before it writes its nth block; return how many bytes lie there."""
+
+    def work() -> None:
+        left = block
+
+        def observe(name: str, paths: tuple[str, ...]) -> None:
+            nonlocal left
+            left -= name == "write"
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        disk.observer = observe
+        pulled(uri, to)
+
+    assert in_child(work) == -signal.SIGKILL
+    return sum(path.stat().st_size for path in Path(to).rglob("*") if path.is_file())
+
+
+def pulled_in_child(uri: str, to: str) -> None:
+    assert in_child(lambda: pulled(uri, to)) == 0
+
+
+def in_child(work: Callable[[], object]) -> int:
+    return ended(forked(work))
+
+
+def all_at_once(uri: str, to: str, processes: int) -> list[int]:
+    return [ended(pid) for pid in [forked(lambda: pulled(uri, to)) for _ in range(processes)]]
