@@ -6,23 +6,28 @@ never from arguments or files of ours; what looks like a token is taken out of e
 
 from __future__ import annotations
 
+import io
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from json import JSONDecodeError
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from . import names
-from .errors import ConfigError, HubRefused, HubUnavailable, NotFound, RollCkptError
+from .errors import ConfigError, Damaged, HubRefused, HubUnavailable, NotFound, RollCkptError
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 _CONNECT_S = 10.0
 _SILENCE_S = 60.0
+_GROUP_BYTES = 8 << 30
 _TIMEOUT = "ROLL_CKPT_HUB_TIMEOUT_S"  # for tests: another limit in the place of both
 
 _PASSING = (408, 409, 412, 423, 425, 429)  # the refusals that time may change; so may every 5xx
@@ -141,12 +146,50 @@ def holds_token(data: bytes) -> bool:
 # --- reading ------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Head:
+    """What a revision is just now."""
+
+    commit: str
+    private: bool
+    files: frozenset[str]
+
+
 def head(remote: Remote) -> str:
     """The id of the commit that the revision names now. HubRefused: no such repository or revision."""
+    return look(remote).commit
+
+
+def look(remote: Remote) -> Head:
+    """What the revision is now. HubRefused: no such repository or revision."""
     with speaking(remote, "looking up the newest commit"):
-        sha = api().model_info(remote.repo_id, revision=remote.revision).sha
-    assert sha is not None  # only an answer without `expand` is asked for
-    return sha
+        told = api().model_info(remote.repo_id, revision=remote.revision)
+    assert told.sha is not None and told.private is not None  # missing only where `expand` is asked for
+    return Head(told.sha, told.private, frozenset(file.rfilename for file in told.siblings or ()))
+
+
+def exists(remote: Remote) -> bool:
+    """Whether there is such a repository that this token may see."""
+    with speaking(remote, "looking it up"):
+        return api().repo_exists(remote.repo_id)
+
+
+def refs(remote: Remote) -> tuple[dict[str, str], dict[str, str]]:
+    """The branches and the tags of the repository, each with its commit."""
+    with speaking(remote, "listing branches and tags"):
+        told = api().list_repo_refs(remote.repo_id)
+    return tuple({ref.name: ref.target_commit for ref in kind} for kind in (told.branches, told.tags))  # type: ignore[return-value]
+
+
+def history(remote: Remote, limit: int) -> Iterator[tuple[str, str]]:
+    """The newest `limit` commits of the revision, newest first: id and whole message. Asks page by page."""
+    client = api()
+    from huggingface_hub.utils import build_hf_headers, paginate  # type: ignore[attr-defined]
+
+    url = f"{client.endpoint}/api/models/{remote.repo_id}/commits/{quote(remote.revision, safe='')}"
+    with speaking(remote, "reading its history"):
+        for told in islice(paginate(url, params={}, headers=build_hf_headers()), limit):
+            yield told["id"], f"{told['title']}\n{told.get('message') or ''}"
 
 
 @contextmanager
@@ -191,6 +234,152 @@ def read_file(remote: Remote, path: str, commit: str, *, limit: int = 256 << 20)
     except NotFound:
         return None
     return b"".join(parts)
+
+
+# --- writing ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Upload:
+    """One file of a commit: its path there, and its bytes or where they lie, with their digest."""
+
+    path: str
+    source: bytes | Path
+    nbytes: int
+    sha256: str
+
+
+def create(remote: Remote, *, private: bool) -> None:
+    """Make the repository, unless it is there."""
+    with speaking(remote, "creating the repository"):
+        try:
+            api().create_repo(remote.repo_id, private=private)
+        except Exception as error:
+            if getattr(getattr(error, "response", None), "status_code", None) != 409:
+                raise
+
+
+class Sending:
+    """Files on their way into one commit. The large ones go first, by themselves; then the commit is one request."""
+
+    def __init__(self, remote: Remote, uploads: Iterable[Upload], sent: Callable[[int], None]) -> None:
+        """`sent` is told of bytes as they leave: several threads call it, and a second try counts once."""
+        api()
+        self._remote = remote
+        self._operations = [_addition(upload, sent) for upload in uploads]
+
+    def send(self) -> None:
+        """Send what goes by itself; what the Hub has is not sent again. Blocks.
+
+        HubRefused: a `.gitignore` of the repository keeps files out.
+        """
+        with speaking(self._remote, "sending files"):
+            for group in _groups(self._operations):
+                api().preupload_lfs_files(
+                    self._remote.repo_id, group, revision=self._remote.revision, free_memory=False, num_threads=4
+                )
+                for operation in group:
+                    operation.arrived()
+        if ignored := [op.path_in_repo for op in self._operations if op._should_ignore]:
+            raise HubRefused(
+                f"sending files: {self._remote.uri}: its .gitignore keeps out {ignored[0]} and "
+                f"{len(ignored) - 1} more; take those patterns out of it"
+            )
+
+    def commit(self, more: Iterable[Upload], deleted: Iterable[str], title: str, message: str, parent: str) -> str:
+        """One commit of all files and of `more`, without `deleted`, on `parent`; its id. All or nothing.
+
+        HubUnavailable: it may have been made all the same; with status 412, `parent` is not the newest any more.
+        """
+        from huggingface_hub import CommitOperationDelete
+
+        for operation in self._operations:
+            # What the Hub had at that path when the file was sent may have changed since: none is left out.
+            operation._remote_oid = None
+        additions = [*self._operations, *(_addition(upload, lambda _: None) for upload in more)]
+        deletions = [CommitOperationDelete(path, is_folder=False) for path in deleted]
+        with speaking(self._remote, f"committing {title}"):
+            made = api().create_commit(
+                self._remote.repo_id,
+                [*additions, *deletions],
+                commit_message=title,
+                commit_description=message,
+                revision=self._remote.revision,
+                parent_commit=parent,
+            )
+        return made.oid
+
+
+def tag(remote: Remote, name: str, commit: str, *, instead_of: str | None) -> None:
+    """Let the tag name the commit; `instead_of` is the commit that it names now."""
+    with speaking(remote, f"tagging {name}"):
+        if instead_of is not None:
+            api().delete_tag(remote.repo_id, tag=name)
+        api().create_tag(remote.repo_id, tag=name, revision=commit)
+
+
+def _groups(operations: list[Any]) -> Iterator[list[Any]]:
+    """Few at a time: what a group has brought over need not be sent again by whoever comes after a kill."""
+    group: list[Any] = []
+    for operation in operations:
+        if group and (len(group) == 256 or sum(op.upload_info.size for op in group) > _GROUP_BYTES):
+            yield group
+            group = []
+        group.append(operation)
+    if group:
+        yield group
+
+
+def _addition(upload: Upload, sent: Callable[[int], None]) -> Any:
+    source = upload.source if isinstance(upload.source, bytes) else str(upload.source)
+    made = _addition_class()(upload.path, source)
+    if made.upload_info.size != upload.nbytes:
+        raise Damaged(f"{upload.source!r}: it changed after it was checked")
+    made.upload_info.sha256 = bytes.fromhex(upload.sha256)  # or else the client reads the whole file for it
+    made.sent = sent
+    return made
+
+
+@cache
+def _addition_class() -> Any:
+    from huggingface_hub import CommitOperationAdd
+
+    class Addition(CommitOperationAdd):
+        """Tells how much of it has left."""
+
+        sent: Callable[[int], None]
+        _furthest = 0
+
+        def reached(self, position: int) -> None:
+            if position > self._furthest:
+                self.sent(position - self._furthest)
+                self._furthest = position
+
+        def arrived(self) -> None:
+            self.reached(self.upload_info.size)
+
+        @contextmanager
+        def as_file(self, with_tqdm: bool = False) -> Iterator[Any]:
+            if isinstance(self.path_or_fileobj, bytes):
+                yield io.BytesIO(self.path_or_fileobj)
+            else:
+                with _Counted(str(self.path_or_fileobj), self.reached) as file:
+                    yield file
+
+    return Addition
+
+
+class _Counted(io.FileIO):
+    """A file that tells how far it was read."""
+
+    def __init__(self, path: str, reached: Callable[[int], None]) -> None:
+        super().__init__(path, "rb")
+        self._reached = reached
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        data = super().read(-1 if size is None else size)
+        self._reached(self.tell())
+        return data
 
 
 def _endpoint() -> str:

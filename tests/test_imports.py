@@ -17,14 +17,14 @@ LAYERS: list[set[str]] = [
     {"errors", "names", "config", "image", "seal"},
     {"layout", "manifest", "disk", "native"},
     {"commit", "arena", "attempt", "epoch", "lease", "trash", "world"},
-    {"saver", "loader", "hub", "hub_dev", "pull", "retention", "uploads", "verify"},
+    {"hub", "hub_dev", "loader", "pull", "push", "push_queue", "retention", "saver", "uploader", "uploads", "verify"},
     {"__init__", "__main__", "backends", "cli", "cluster", "deepspeed", "pipeline", "pipeline_state", "run"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 TORCH_FREE = [
-    *("cli", "commit", "disk", "errors", "hub_dev", "manifest", "names", "native", "pull", "retention", "uploads"),
-    "verify",
+    *("cli", "commit", "disk", "errors", "hub", "hub_dev", "manifest", "names", "native", "pull", "push"),
+    *("push_queue", "retention", "uploads", "verify"),
 ]
 
 OS_MUTATORS = {
@@ -96,7 +96,10 @@ def test_modules_do_not_import_each_other_in_a_circle() -> None:
 
 @pytest.mark.parametrize(
     ("module", "only_in"),
-    [("roll_ckpt._native", "native.py"), ("deepspeed", "backends/deepspeed.py"), ("megatron", "backends/megatron.py")],
+    [
+        *(("roll_ckpt._native", "native.py"), ("huggingface_hub", "hub.py"), ("httpx2", "hub.py")),
+        *(("deepspeed", "backends/deepspeed.py"), ("megatron", "backends/megatron.py")),
+    ],
 )
 def test_one_file_alone_imports(module: str, only_in: str) -> None:
     importers = {

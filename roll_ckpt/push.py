@@ -1,0 +1,307 @@
+"""A committed checkpoint to the Hub: one commit with every file of it, then the tag `checkpoint-N`.
+
+    look → check files → send the large ones → look again → one commit on what was looked at → tag
+
+The commit's message carries the manifest's SHA-256. Whoever comes after a kill, or after an answer that was lost,
+finds it there; and because every commit names its parent, of two that were asked for only one can land.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from . import commit, disk, hub, manifest, names, native
+from .errors import Damaged, HubRefused, HubUnavailable
+from .hub import Head, Remote, Upload
+from .seal import sha256
+
+CARD = "README.md"
+MARKER = "<!-- roll_ckpt writes this card anew with every checkpoint; take this line out to keep your own -->"
+
+_SMALL_BYTES = 1 << 20  # such files are held in memory, so that what was checked is what is sent
+_HISTORY = 1000  # commits that are searched for one of ours
+_TRIES = 8
+
+Progress = Callable[[str, int, int], None]
+"""What is being done ("checking" or "sending"), bytes that are done, and all bytes."""
+
+
+class Hashes(Protocol):
+    """Remembers digests of large files from one process to the next."""
+
+    def known(self, receipt: manifest.Receipt, mtime_ns: int) -> str | None:
+        """The SHA-256 of the file that the receipt is about, if it has not been touched since."""
+        ...
+
+    def remember(self, receipt: manifest.Receipt, mtime_ns: int, sha256: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """A checkpoint whose every byte is as it was committed, ready to be sent."""
+
+    told: manifest.Manifest
+    digest: str
+    uploads: list[Upload]
+    touched: dict[str, int]
+    """When each file that is not held in memory was last changed."""
+
+
+def push(
+    unit: Path,
+    remote: Remote,
+    *,
+    private: bool,
+    progress: Progress | None = None,
+    hashes: Hashes | None = None,
+) -> str:
+    """Put a committed checkpoint at the root of a repository, as one commit, and tag it; return the commit's id.
+
+    Blocks. Exactly once, however often it is called and wherever it was killed: what is there already is only
+    tagged. The repository is made if it is missing. Files of the checkpoint that was there before go, those of
+    others stay. The checkpoint is not pruned meanwhile, and is checked before it goes.
+
+    Raises:
+        HubRefused: the Hub says no; or the repository is public and `private` is asked for; or a file holds a
+            token; or the revision is no branch. HubUnavailable: try again later.
+        Damaged: a file is not as it was committed; nothing was committed on the Hub. NotFound: no checkpoint.
+    """
+    with commit.reading(unit):
+        record = disk.read_bytes(unit / names.MANIFEST)
+        told = manifest.parse_manifest(record, unit / names.MANIFEST)
+        digest = sha256(record)
+        _open(remote, private)
+        landed = _find(remote, digest)
+        if landed is None:
+            checked = _check(unit, told, record, hashes, progress or (lambda *_: None))
+            landed = _commit_once(unit, remote, checked, progress or (lambda *_: None))
+        disk.reach("push.committed", name=told.name)
+        _tag(remote, told.name, landed)
+        disk.reach("push.tagged", name=told.name)
+        return landed
+
+
+# --- the repository -----------------------------------------------------------------------------------------
+
+
+def _open(remote: Remote, private: bool) -> None:
+    """Refuse a repository that must not be written to, before a byte of the checkpoint is read."""
+    try:
+        head = hub.look(remote)
+    except HubRefused as error:
+        if error.status != 404 or hub.exists(remote):
+            raise
+        hub.create(remote, private=private)
+        head = hub.look(remote)
+    if private and not head.private:
+        raise HubRefused(
+            f"{remote.uri}: the repository is public, and `private: true` is asked for; make it private, or say "
+            "`private: false` if everybody may have the checkpoints"
+        )
+    branches, _ = hub.refs(remote)
+    if remote.revision not in branches:
+        raise HubRefused(f"{remote.uri}: {remote.revision} is no branch of the repository; checkpoints go to a branch")
+
+
+def _mark(digest: str) -> str:
+    return f"roll_ckpt manifest sha256:{digest}"
+
+
+def _find(remote: Remote, digest: str) -> str | None:
+    """The commit that brought this very checkpoint, None if there is none."""
+    mark = _mark(digest)
+    return next((found for found, text in hub.history(remote, _HISTORY) if mark in text), None)
+
+
+def _tag(remote: Remote, name: str, landed: str) -> None:
+    """Let the tag name the commit, unless it names a newer one by now. What was done is looked at, not believed."""
+    for left in reversed(range(_TRIES)):
+        _, tags = hub.refs(remote)
+        there = tags.get(name)
+        if there == landed or (there is not None and _is_newer(remote, there, landed)):
+            return
+        try:
+            hub.tag(remote, name, landed, instead_of=there)
+        except (HubRefused, HubUnavailable) as error:
+            # It may be there all the same, or somebody else has changed it: look again.
+            if not left or (error.status is not None and error.status not in (404, 409, 500, 502, 504)):
+                raise
+
+
+def _is_newer(remote: Remote, one: str, other: str) -> bool:
+    order = [found for found, _ in hub.history(remote, _HISTORY)]
+    return one in order and other in order and order.index(one) < order.index(other)
+
+
+# --- the commit ---------------------------------------------------------------------------------------------
+
+
+def _commit_once(unit: Path, remote: Remote, checked: _Checked, progress: Progress) -> str:
+    sending = hub.Sending(remote, checked.uploads, _Sum("sending", checked.uploads, progress))
+    sending.send()
+    disk.reach("push.sent", name=checked.told.name)
+    problem: HubUnavailable | None = None
+    for _ in range(_TRIES):
+        head = hub.look(remote)
+        # Looked for after the head was: a commit of ours that lands later than this has another parent.
+        landed = _find(remote, checked.digest)
+        if landed is not None:
+            return landed
+        if problem is not None and problem.status != 412:
+            raise problem  # it did not land, and the Hub wants a pause
+        _check_untouched(unit, checked)
+        try:
+            return sending.commit(
+                _card(remote, head, checked),
+                _outdated(remote, head, checked),
+                title=checked.told.name,
+                message=f"{_mark(checked.digest)}\nrun {checked.told.run_id}, step {checked.told.step}",
+                parent=head.commit,
+            )
+        except HubUnavailable as error:
+            problem = error
+    assert problem is not None
+    raise problem
+
+
+def _outdated(remote: Remote, head: Head, checked: _Checked) -> list[str]:
+    """The files of the checkpoint that was there before which this one has not."""
+    if names.MANIFEST not in head.files:
+        return []
+    data = hub.read_file(remote, names.MANIFEST, head.commit)
+    try:
+        told = manifest.parse_manifest(data or b"", f"{remote.uri}: {names.MANIFEST}")
+    except Damaged:
+        return []  # somebody else's
+    mine = {upload.path for upload in checked.uploads}
+    return sorted(({*_paths(told)} - mine) & head.files)
+
+
+def _paths(told: manifest.Manifest) -> Iterator[str]:
+    """Every file of a checkpoint."""
+    yield from (receipt.path for receipt in told.files)
+    yield from (f"{names.VOTES}/{file}" for file in told.votes)
+    yield names.DECISION
+    yield names.MANIFEST
+
+
+def _card(remote: Remote, head: Head, checked: _Checked) -> list[Upload]:
+    """The model card, unless the repository has one that a person wrote."""
+    if any(upload.path == CARD for upload in checked.uploads):
+        return []
+    if CARD in head.files and MARKER.encode() not in (hub.read_file(remote, CARD, head.commit) or b""):
+        return []
+    return [_small(CARD, card(checked.told, remote).encode())]
+
+
+def card(told: manifest.Manifest, remote: Remote) -> str:
+    """The model card's text."""
+    clusters = ", ".join(f"{name} ({facts['world_size']} ranks)" for name, facts in sorted(told.clusters.items()))
+    return f"""---
+tags:
+- roll_ckpt
+---
+{MARKER}
+
+# {told.name}
+
+A checkpoint of roll_ckpt: {clusters}; step {told.step}, {told.nbytes()} bytes in {len(told.files)} files.
+
+    roll-ckpt pull {remote.uri} .
+
+brings the newest one, every byte checked; `hf://{remote.repo_id}@{told.name}` names this one, and each tag
+`checkpoint-N` an older or newer one. Or resume from it: `resume_from_checkpoint: {remote.uri}`.
+"""
+
+
+# --- checking what goes -------------------------------------------------------------------------------------
+
+
+def _check(unit: Path, told: manifest.Manifest, record: bytes, hashes: Hashes | None, progress: Progress) -> _Checked:
+    uploads, touched = [], {}
+    done = 0
+    for receipt in told.files:
+        path = unit / receipt.path
+        if receipt.nbytes <= _SMALL_BYTES or disk.is_held(path):
+            data = disk.read_bytes(path)
+            if manifest.receipt_of_bytes(receipt.path, data, receipt.block_bytes) != receipt:
+                raise _damaged(path)
+            uploads.append(_small(receipt.path, data))
+        else:
+            touched[receipt.path] = disk.mtime_ns(path)
+            uploads.append(_large(path, receipt, touched[receipt.path], hashes))
+        done += receipt.nbytes
+        progress("checking", done, told.nbytes())
+    for file, digest in told.votes.items():
+        data = disk.read_bytes(unit / names.VOTES / file)
+        if sha256(data) != digest:
+            raise _damaged(unit / names.VOTES / file)
+        uploads.append(_small(f"{names.VOTES}/{file}", data))
+    decided = disk.read_bytes(unit / names.DECISION)
+    decision = manifest.parse_decision(decided, unit / names.DECISION)
+    if not decision.commit or decision.manifest != sha256(record):
+        raise _damaged(unit / names.DECISION)
+    uploads += [_small(names.DECISION, decided), _small(names.MANIFEST, record)]
+    if leaking := [u.path for u in uploads if isinstance(u.source, bytes) and hub.holds_token(u.source)]:
+        raise HubRefused(
+            f"{unit / leaking[0]}: it holds what looks like a token of the Hub; nothing of {told.name} was sent. "
+            "Revoke that token, keep it out of what is saved, and save again"
+        )
+    return _Checked(told, sha256(record), uploads, touched)
+
+
+def _damaged(path: Path) -> Damaged:
+    return Damaged(f"{path}: not as it was committed; nothing was pushed. See `roll-ckpt verify`")
+
+
+def _small(path: str, data: bytes) -> Upload:
+    return Upload(path, data, len(data), sha256(data))
+
+
+def _large(path: Path, receipt: manifest.Receipt, mtime_ns: int, hashes: Hashes | None) -> Upload:
+    known = hashes.known(receipt, mtime_ns) if hashes is not None else None
+    if known is None or disk.file_bytes(path) != receipt.nbytes:
+        digest, crcs, nbytes = hashlib.sha256(), [], 0
+        for block in disk.read_blocks(path, receipt.block_bytes):
+            digest.update(block)
+            crcs.append(native.crc32(block))
+            nbytes += len(block)
+        if nbytes != receipt.nbytes or manifest.root_of(nbytes, receipt.block_bytes, crcs) != receipt.root:
+            raise _damaged(path)
+        known = digest.hexdigest()
+        if hashes is not None:
+            hashes.remember(receipt, mtime_ns, known)
+    return Upload(receipt.path, path, receipt.nbytes, known)
+
+
+def _check_untouched(unit: Path, checked: _Checked) -> None:
+    """What was sent is what was checked, and the checkpoint under this name is still the same."""
+    try:
+        same = sha256(disk.read_bytes(unit / names.MANIFEST)) == checked.digest and all(
+            disk.mtime_ns(unit / path) == mtime_ns for path, mtime_ns in checked.touched.items()
+        )
+    except FileNotFoundError:
+        same = False
+    if not same:
+        raise Damaged(f"{unit}: it changed while it was sent; nothing was committed on the Hub. Push it again")
+
+
+class _Sum:
+    """Adds up what several threads report."""
+
+    def __init__(self, doing: str, uploads: list[Upload], progress: Progress) -> None:
+        self._doing = doing
+        self._all = sum(upload.nbytes for upload in uploads)
+        self._done = 0
+        self._progress = progress
+        self._lock = threading.Lock()
+
+    def __call__(self, nbytes: int) -> None:
+        with self._lock:
+            self._done += nbytes
+            self._progress(self._doing, self._done, self._all)
