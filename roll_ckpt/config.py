@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -25,6 +25,8 @@ from pydantic import (
 from roll_ckpt import errors
 
 Parsed = TypeVar("Parsed", bound="Section")
+
+HubUri = Annotated[str, Field(pattern="^hf://")]  # a Path would make one slash of the two
 
 SMALLEST_BLOCK_BYTES = 64 << 10
 
@@ -185,8 +187,9 @@ class PipelineConfig(Settings):
     """Save at every step that is a positive multiple of this, and at the last."""
     max_steps: int = Field(ge=1)
     """Steps of the run; they count from 0, so the last is `max_steps - 1`."""
-    resume_from_checkpoint: bool | Path = True
-    """True: the newest complete and sound checkpoint. A path: that one. False: none."""
+    resume_from_checkpoint: bool | HubUri | Path = True
+    """True: the newest complete and sound checkpoint. A path: that one. `hf://namespace/name[@revision]`: the one
+    on the Hub, pulled to `<output_dir>-pulled`. False: none."""
     expected_clusters: dict[str, int] | None = None
     """World size of every cluster of the run, where several torchrun jobs commit together."""
     checkpoint_config: Upload | None = None

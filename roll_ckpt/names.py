@@ -26,6 +26,7 @@ HUB_LOCK = ".hub/uploader.lock"
 HUB_RECORDS = ".hub/records"
 HUB_HASHES = ".hub/hashes"
 PULL_LOCK = "lock"
+PULLED = "-pulled"
 
 NAME_BYTES = 200
 

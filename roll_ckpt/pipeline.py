@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Collection
@@ -10,9 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from roll_ckpt import arena, commit, disk, errors, loader, manifest, names, retention, saver, uploads
+from roll_ckpt import arena, commit, disk, errors, loader, manifest, names, pull, retention, saver, uploads
 from roll_ckpt.cluster import Cluster
 from roll_ckpt.config import PipelineConfig
+from roll_ckpt.hub import Remote
 from roll_ckpt.image import FileImage
 from roll_ckpt.layout import torch_zip
 from roll_ckpt.pipeline_state import (
@@ -24,7 +26,7 @@ from roll_ckpt.pipeline_state import (
     rng_file,
     stateful_file,
 )
-from roll_ckpt.world import World
+from roll_ckpt.world import LONGEST_S, World
 
 log = logging.getLogger("roll_ckpt")
 
@@ -237,6 +239,7 @@ class BasePipeline:
 
         Raises:
             NotFound: the path holds no complete checkpoint, or not the registered clusters.
+            HubRefused, HubUnavailable, NoRoom: it could not be pulled from the Hub.
             Damaged: the checkpoint that was asked for by path is damaged; its files are named.
             ModelMismatch: it holds another model. RunIsLive: another live run owns the output directory.
         """
@@ -250,8 +253,10 @@ class BasePipeline:
         wanted = self.config.resume_from_checkpoint
         if wanted is False:
             return None
+        if isinstance(wanted, str):
+            return self._resume_from(self._pulled(Remote.parse(wanted)), only=True)
         if wanted is not True:
-            return self._resume_from(_checked_path(Path(wanted), self.config.output_dir), only=True)
+            return self._resume_from(_checked_path(wanted, self.config.output_dir), only=True)
         for name in reversed(committed):
             step = self._resume_from(self.config.output_dir / name, only=False)
             if step is not None:
@@ -262,6 +267,16 @@ class BasePipeline:
                 "`roll-ckpt verify`. To start anew set resume_from_checkpoint: false"
             )
         return None
+
+    def _pulled(self, remote: Remote) -> Path:
+        """Let rank 0 pull a checkpoint beside the output directory; its path on every rank. Blocks."""
+        directory = Path(f"{os.path.abspath(self.config.output_dir)}{names.PULLED}")
+
+        def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
+            log.info("pulling %s into %s", remote.uri, directory)
+            return {"unit": str(pull.pull(remote, directory))}
+
+        return Path(self._ranks.agree({}, decide, LONGEST_S)["unit"])
 
     def _claim_and_list(self) -> list[str]:
         def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:

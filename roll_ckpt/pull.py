@@ -103,7 +103,7 @@ def _look_patiently(remote: Remote) -> _Wanted:
 
 
 def _pause_s(failures: int, error: HubUnavailable) -> float:
-    return max(min(_FIRST_PAUSE_S * 2 ** (failures - 1), _LONGEST_PAUSE_S), error.retry_after_s or 0)
+    return max(min(_FIRST_PAUSE_S * 2.0 ** (failures - 1), _LONGEST_PAUSE_S), error.retry_after_s or 0)
 
 
 def _look(remote: Remote) -> _Wanted:
@@ -118,8 +118,8 @@ def _look(remote: Remote) -> _Wanted:
     told = manifest.parse_manifest(record, f"{remote.uri}: {names.MANIFEST}")
     listed = {receipt.path: receipt.nbytes for receipt in told.files}
     records = {names.DECISION, *(f"{names.VOTES}/{file}" for file in told.votes)}
-    if {*records, names.MANIFEST} & listed.keys() or any(r.block_bytes < _SMALLEST_BLOCK_BYTES for r in told.files):
-        raise Damaged(f"{remote.uri}: {names.MANIFEST} lists what no save of roll_ckpt writes; it cannot be trusted")
+    if any(receipt.block_bytes < _SMALLEST_BLOCK_BYTES for receipt in told.files):
+        raise Damaged(f"{remote.uri}: {names.MANIFEST} asks for blocks that no save of roll_ckpt writes")
     with hub.speaking(remote, "listing its files"):
         tree = hub.api().list_repo_tree(remote.repo_id, recursive=True, revision=commit)
         there = {entry.path: getattr(entry, "size", None) for entry in tree}
