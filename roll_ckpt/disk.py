@@ -244,6 +244,12 @@ def read_bytes(path: Path) -> bytes:
     return b"".join(read_blocks(path, _CHUNK))
 
 
+def read_range(path: Path, offset: int, nbytes: int) -> bytes:
+    """`nbytes` bytes of a regular file from `offset` on; fewer at its end. Damaged as for read_bytes."""
+    with _reader(path) as descriptor:
+        return _pread(descriptor, nbytes, offset)
+
+
 def read_text_or_none(path: Path) -> str | None:
     """The text of a regular file, None if it is not there. Damaged if it is not UTF-8."""
     try:

@@ -1,0 +1,125 @@
+"""The index of a `torch_dist` directory (`.metadata`), read so that no code of a stranger runs.
+
+torch's `FileSystemReader` unpickles the index and each pickled object without any restriction; whoever loads
+through stock code calls `read` and `check_objects` first. What they let pass, stock code loads without surprise.
+
+Format: torch/distributed/checkpoint/{metadata,filesystem}.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import io
+import pickle
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import filesystem, metadata, planner
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
+
+from roll_ckpt import disk, errors, names
+
+INDEX = ".metadata"
+
+_MODULES = {module.__name__: module for module in (metadata, planner, filesystem)}
+_PLAIN = {
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,  # a look-up by name
+    ("collections", "OrderedDict"): dict,
+    ("builtins", "set"): set,
+}
+
+
+def read(directory: Path, allow: Iterable[type] = ()) -> Metadata:
+    """The index of `directory`. `allow`: classes beyond torch's own records, which it may hold.
+
+    Raises:
+        NotFound: there is none. Damaged: it is truncated, names files outside of `directory`, bytes beyond their
+            ends, or classes that no index needs; nothing of it was run.
+    """
+    path = directory / INDEX
+    if not disk.exists(path):
+        raise errors.NotFound(f"{directory}: no complete checkpoint: it has no {INDEX}")
+    try:
+        index = _Unpickler(disk.read_bytes(path), allow).load()
+    except pickle.UnpicklingError as problem:
+        raise errors.Damaged(f"{path}: refused: {problem}") from problem
+    except Exception as problem:  # a damaged pickle can raise anything
+        raise errors.Damaged(
+            f"{path}: cannot be read, it is truncated or damaged: {type(problem).__name__}: {problem}"
+        ) from problem
+    if not isinstance(index, Metadata) or not isinstance(index.storage_data, dict):
+        raise errors.Damaged(f"{path}: holds {type(index).__name__}, no index of a checkpoint")
+    _check_places(directory, index)
+    return index
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, data: bytes, allow: Iterable[type]) -> None:
+        super().__init__(io.BytesIO(data))
+        self._allow = {(kind.__module__, kind.__qualname__): kind for kind in allow}
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = _PLAIN.get((module, name)) or self._allow.get((module, name))
+        if known is not None:
+            return known
+        if module == "torch" and isinstance(
+            getattr(torch, name, None), torch.dtype | torch.layout | torch.memory_format
+        ):
+            return getattr(torch, name)
+        found = getattr(_MODULES.get(module), name, None)
+        if isinstance(found, type) and (dataclasses.is_dataclass(found) or issubclass(found, enum.Enum)):
+            return found
+        raise pickle.UnpicklingError(
+            f"it names {module}.{name}, which is no part of an index; if you trust the file, add that to load.allow"
+        )
+
+
+def _check_places(directory: Path, index: Metadata) -> None:
+    sizes: dict[str, int] = {}
+    for key, place in index.storage_data.items():
+        where = f"{directory / INDEX}: {getattr(key, 'fqn', key)}"
+        try:
+            file = names.check_relative(place.relative_path)
+            if "/" in file:
+                raise ValueError("it leads to another directory")
+        except (AttributeError, TypeError, ValueError) as problem:
+            raise errors.Damaged(f"{where}: the name of its file is refused: {problem}") from problem
+        if file not in sizes:
+            if not disk.is_file(directory / file):
+                raise errors.Damaged(f"{where}: its file {file} is not there, or is no regular file")
+            sizes[file] = disk.file_bytes(directory / file)
+        if not 0 <= place.offset <= place.offset + place.length <= sizes[file]:
+            raise errors.Damaged(f"{where}: lies beyond the end of {file}, which was cut off")
+
+
+def check_objects(
+    directory: Path, index: Metadata, allow: Iterable[Any] = (), *, part: int = 0, parts: int = 1
+) -> None:
+    """Load each `parts`-th pickled object of `directory`, from the `part`-th on, under torch's `weights_only` rules
+    (with the names that are registered there, and `allow`).
+
+    Raises:
+        Damaged: names the object that needs more than that; nothing of it was run.
+    """
+    keys = sorted(key for key, kind in index.state_dict_metadata.items() if isinstance(kind, BytesStorageMetadata))
+    with torch.serialization.safe_globals(list(allow)):
+        for key in keys[part::parts]:
+            place = index.storage_data.get(MetadataIndex(key))
+            if place is None:
+                raise errors.Damaged(f"{directory / INDEX}: {key}: it has no place in any file")
+            data = disk.read_range(directory / place.relative_path, place.offset, place.length)
+            try:
+                torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError as problem:
+                raise errors.Damaged(
+                    f"{directory / place.relative_path}: the object {key} was refused: {problem}. If you trust the "
+                    "file, add the name it needs to load.allow"
+                ) from problem
+            except (RuntimeError, EOFError) as problem:
+                raise errors.Damaged(
+                    f"{directory / place.relative_path}: the object {key} cannot be read: {problem}"
+                ) from problem
