@@ -22,19 +22,23 @@ class Refused(Exception):
         self.kind, self.bases, self.status, self.text = kind, bases, status, text
 
 
+def settings(endpoint: str, home: Path) -> dict[str, str]:
+    """The environment that a client of a local Hub needs before it imports huggingface_hub."""
+    return {
+        **{"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_TOKEN": "hf_writes", "HF_HUB_DISABLE_XET": "1"},
+        **{"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"},
+        **{"HF_HUB_DISABLE_UPDATE_CHECK": "1", "HF_XET_TELEMETRY_ENABLED": "0"},
+    }
+
+
 class Client:
     """Runs Python code, with `api` an HfApi, and returns the value of its last line."""
 
     def __init__(self, endpoint: str, home: Path, **environment: str) -> None:
-        settings = {
-            **{"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_TOKEN": "hf_writes", "HF_HUB_DISABLE_XET": "1"},
-            **{"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"},
-            **{"HF_HUB_DISABLE_UPDATE_CHECK": "1", "HF_XET_TELEMETRY_ENABLED": "0"},
-        }
         kept = {name: value for name, value in os.environ.items() if not name.upper().endswith("_PROXY")}
         self._process = subprocess.Popen(
             [sys.executable, __file__],
-            env={**kept, **settings, **environment},
+            env={**kept, **settings(endpoint, home), **environment},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

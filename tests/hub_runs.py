@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -10,11 +11,14 @@ from pathlib import Path
 
 import runs
 
-from roll_ckpt import commit, disk, manifest, names
+from roll_ckpt import commit, disk, manifest, names, seal, verify
+from roll_ckpt.hub_dev import LocalHub
 
 ROOT = str(Path(__file__).parent.parent)
 LARGE = random.Random(5).randbytes(3 << 20)
 LIMIT_S = 60.0
+TOKEN = "hf_writesAndIsKeptSecret0123456789abcdef"
+PERSONS = (".gitattributes", "README.md", "NOTES.md", "actor/mine.txt")
 
 
 def history(output_dir: Path, steps: list[int], salt: str = "old", extra: Mapping[str, bytes] | None = None) -> None:
@@ -43,3 +47,33 @@ def wait_for(condition: Callable[[], object]) -> None:
     while not condition():
         assert time.monotonic() < limit, "it did not come to that in time"
         time.sleep(0.02)
+
+
+def mark(unit: Path) -> str:
+    return seal.sha256((unit / "manifest.json").read_bytes())
+
+
+def landed(hub: LocalHub, repo: str, unit: Path, revision: str = "main") -> list[str]:
+    """The commits that brought this very checkpoint."""
+    if not disk.exists(hub.store.root / "repos" / repo / "repo.json"):
+        return []
+    return [c.id for c in hub.store.history(hub.store.repo(repo), revision) if mark(unit) in c.message]
+
+
+def contents(hub: LocalHub, repo: str, revision: str = "main") -> dict[str, bytes]:
+    commit = hub.store.resolve(hub.store.repo(repo), revision)
+    return {path: disk.read_bytes(hub.store.contents(file)) for path, file in commit.files.items()}
+
+
+def assert_there_once(hub: LocalHub, repo: str, unit: Path, tmp_path: Path) -> str:
+    """One commit, the tag on it, and every byte under the tag."""
+    (commit,) = landed(hub, repo, unit)
+    assert hub.store.repo(repo).tags[unit.name] == commit
+    copy = tmp_path / "copy" / unit.name
+    for path, data in contents(hub, repo, unit.name).items():
+        if path not in PERSONS:
+            (copy / path).parent.mkdir(parents=True, exist_ok=True)
+            (copy / path).write_bytes(data)
+    assert verify.verify(copy) == []
+    shutil.rmtree(copy.parent)
+    return commit

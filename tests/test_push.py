@@ -13,15 +13,14 @@ from typing import Any
 import hub_runs
 import pytest
 from hub_client import Client, Refused
-from hub_runs import LARGE
+from hub_runs import LARGE, TOKEN, assert_there_once, contents, landed
 
-from roll_ckpt import disk, manifest, seal, verify
+from roll_ckpt import manifest
 from roll_ckpt.hub_dev import Fault, LocalHub
 from roll_ckpt.push import MARKER
 
 pytest.importorskip("huggingface_hub")
 
-TOKEN = "hf_writesAndIsKeptSecret0123456789abcdef"
 STEPS = (1, 2)
 
 PUSH = """
@@ -85,35 +84,6 @@ def refused(client: Client, unit: Path, repo: str, **more: Any) -> Refused:
         push(client, unit, repo, **more)
     assert TOKEN not in caught.value.text
     return caught.value
-
-
-def mark(unit: Path) -> str:
-    return seal.sha256((unit / "manifest.json").read_bytes())
-
-
-def landed(hub: LocalHub, repo: str, unit: Path, revision: str = "main") -> list[str]:
-    """The commits that brought this very checkpoint."""
-    found = hub.store.repo(repo)
-    return [c.id for c in hub.store.history(found, revision) if mark(unit) in c.message]
-
-
-def contents(hub: LocalHub, repo: str, revision: str = "main") -> dict[str, bytes]:
-    commit = hub.store.resolve(hub.store.repo(repo), revision)
-    return {path: disk.read_bytes(hub.store.contents(file)) for path, file in commit.files.items()}
-
-
-def assert_there_once(hub: LocalHub, repo: str, unit: Path, tmp_path: Path) -> str:
-    """One commit, the tag on it, and every byte under the tag."""
-    (commit,) = landed(hub, repo, unit)
-    assert hub.store.repo(repo).tags[unit.name] == commit
-    copy = tmp_path / "copy" / unit.name
-    for path, data in contents(hub, repo, unit.name).items():
-        if path not in (".gitattributes", "README.md", "NOTES.md", "actor/mine.txt"):
-            (copy / path).parent.mkdir(parents=True, exist_ok=True)
-            (copy / path).write_bytes(data)
-    assert verify.verify(copy) == []
-    shutil.rmtree(copy.parent)
-    return commit
 
 
 # --- what a push makes --------------------------------------------------------------------------------------

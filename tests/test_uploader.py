@@ -1,0 +1,353 @@
+"""The process that pushes what is owed: killed, offline, refused, it loses nothing and pushes nothing twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import hub_runs
+import pytest
+import runs
+from hub_client import settings
+from hub_runs import TOKEN, assert_there_once, landed
+
+from roll_ckpt import push_queue, retention
+from roll_ckpt.errors import NotFound
+from roll_ckpt.hub_dev import Fault, LocalHub
+from roll_ckpt.push_queue import Destination
+from roll_ckpt.uploader import Ended, Uploader
+
+pytest.importorskip("huggingface_hub")
+
+REPO = "dev/run"
+NAMES = ["checkpoint-1", "checkpoint-2"]
+
+KILLED_AT = """
+import os, signal, sys
+from roll_ckpt import disk, uploader
+point = sys.argv.pop(1)
+disk.listener = lambda reached, where: os.kill(os.getpid(), signal.SIGKILL) if reached == point else None
+uploader.main()
+"""
+
+JOB = """
+import sys, threading
+from pathlib import Path
+from roll_ckpt.uploader import Uploader
+def background(work, name):
+    threading.Thread(target=work, daemon=True).start()
+def on_end(ended):
+    print(ended.name, ended.state, flush=True)
+made = Uploader(Path(sys.argv[1]), on_end=on_end, background=background)
+made.notify(again=True)
+threading.Event().wait(60)
+"""
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output_dir = tmp_path_factory.mktemp("run") / "run"
+    hub_runs.history(output_dir, [1, 2])
+    push_queue.set_destination(output_dir, Destination(REPO))
+    return output_dir
+
+
+@pytest.fixture
+def run(template: Path, tmp_path: Path) -> Path:
+    shutil.copytree(template, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
+    """A Hub of this test's own; what it starts talks to that."""
+    with LocalHub(tmp_path / "hub", write_token=TOKEN, part_bytes=1 << 20) as hub:
+        speak_to(hub.url, tmp_path, monkeypatch)
+        yield hub
+
+
+def speak_to(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = {"HF_TOKEN": TOKEN, "ROLL_CKPT_HUB_TIMEOUT_S": "1", "PYTHONPATH": hub_runs.ROOT}
+    for name, value in {**settings(url, tmp_path / "home"), **more}.items():
+        monkeypatch.setenv(name, value)
+
+
+def start(run: Path, *more: str, code: str = "") -> subprocess.Popen[str]:
+    how = ["-c", code] if code else ["-m", "roll_ckpt.uploader"]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, *how, *more, str(run)], text=True, **pipes)
+
+
+def upload(run: Path, *more: str) -> list[dict[str, Any]]:
+    """Let the process push what is owed; what it told."""
+    return finish(start(run, *more))
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> list[dict[str, Any]]:
+    """Wait for its end, with its stdin open: it ends when that does."""
+    assert process.stdout and process.stderr
+    told, problems = process.stdout.read(), process.stderr.read()
+    assert process.wait() == code and not problems, problems
+    process.communicate()
+    assert TOKEN not in told
+    return [json.loads(line) for line in told.splitlines()]
+
+
+def states(run: Path) -> dict[str, str]:
+    return {entry.name: entry.state for entry in push_queue.entries(run)}
+
+
+def assert_all_there(hub: LocalHub, run: Path, tmp_path: Path) -> None:
+    assert states(run) == dict.fromkeys(NAMES, "done") and push_queue.owed(run) == []
+    for name in NAMES:
+        assert_there_once(hub, REPO, run / name, tmp_path)
+    for path in [*run.joinpath(".hub").rglob("*"), hub.log_path]:
+        assert not path.is_file() or TOKEN.encode() not in path.read_bytes()
+
+
+# --- the queue ----------------------------------------------------------------------------------------------
+
+
+def test_a_run_without_a_destination_owes_nothing(tmp_path: Path) -> None:
+    hub_runs.history(tmp_path / "run", [1])
+    assert push_queue.destination(tmp_path / "run") is None
+    assert push_queue.owed(tmp_path / "run") == [] == push_queue.entries(tmp_path / "run")
+
+
+def test_what_is_owed_is_derived(run: Path) -> None:
+    assert push_queue.owed(run) == NAMES
+    first, second = push_queue.entries(run)
+    push_queue.record(run, replace(first, state="done", commit="c" * 40))
+    push_queue.record(run, replace(second, state="failed", detail="no"))
+    assert push_queue.owed(run) == ["checkpoint-2"] and states(run)["checkpoint-2"] == "failed"
+    hub_runs.history(run, [1], salt="new")
+    assert push_queue.owed(run) == ["checkpoint-2", "checkpoint-1"]  # another manifest: the newest epoch's
+    push_queue.set_destination(run, Destination("dev/other"))
+    assert push_queue.owed(run) == ["checkpoint-2", "checkpoint-1"]
+    push_queue.set_destination(run, Destination(REPO))
+    assert states(run)["checkpoint-2"] == "failed"
+
+
+def test_a_damaged_record_counts_as_missing(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first, _ = push_queue.entries(run)
+    push_queue.record(run, replace(first, state="done"))
+    record = run / ".hub/records/checkpoint-1.json"
+    record.write_bytes(record.read_bytes().replace(b"done", b"dome"))
+    assert push_queue.owed(run) == NAMES and "checkpoint-1.json" in caplog.text
+
+
+def test_retry_and_cancel(run: Path) -> None:
+    first, second = push_queue.entries(run)
+    push_queue.record(run, replace(first, state="failed", detail="no", attempts=3))
+    assert push_queue.retry(run) == ["checkpoint-1"] and states(run)["checkpoint-1"] == "owed"
+    push_queue.cancel(run, "checkpoint-2")
+    assert push_queue.owed(run) == ["checkpoint-1"]
+    assert push_queue.retry(run) == [] and push_queue.retry(run, "checkpoint-2") == ["checkpoint-2"]
+    push_queue.record(run, replace(second, state="done"))
+    push_queue.cancel(run, "checkpoint-2")
+    assert states(run)["checkpoint-2"] == "done"
+    with pytest.raises(NotFound, match=r"checkpoint-9.*checkpoint-1, checkpoint-2"):
+        push_queue.cancel(run, "checkpoint-9")
+
+
+# --- the process --------------------------------------------------------------------------------------------
+
+
+def test_what_is_owed_is_pushed_the_oldest_first(hub: LocalHub, run: Path, tmp_path: Path) -> None:
+    told = upload(run)
+    assert [event["name"] for event in told if event["event"] == "done"] == NAMES
+    assert_all_there(hub, run, tmp_path)
+    assert upload(run) == []
+
+
+def test_killed_again_and_again_the_next_one_goes_on(hub: LocalHub, run: Path, tmp_path: Path) -> None:
+    large = run / "checkpoint-1/actor/large.bin"
+    for point in ("uploader.started", "push.sent", "push.committed", "push.tagged"):
+        finish(start(run, point, code=KILLED_AT), -signal.SIGKILL)
+        assert push_queue.owed(run) == NAMES
+        if point == "push.sent":
+            # Nobody reads the file once more: a change that keeps its time is not seen, and not sent.
+            kept, at = large.read_bytes(), large.stat().st_mtime_ns
+            large.write_bytes(b"x" * len(kept))
+            os.utime(large, ns=(at, at))
+    upload(run)
+    large.write_bytes(kept)
+    assert_all_there(hub, run, tmp_path)
+    assert not list((run / ".hub/hashes").glob("*"))
+
+
+def test_killed_in_the_middle_of_a_request(hub: LocalHub, run: Path, tmp_path: Path) -> None:
+    for fault, before in ((Fault("lfs_part", stall_s=60), "lfs_batch"), (Fault("commit", stall_s=60, landed=True), "")):
+        hub.faults.add(fault)
+        process = start(run)
+        hub_runs.wait_for(lambda before=before: not before or before in {line["route"] for line in hub.requests()})
+        hub_runs.wait_for(lambda before=before: before or landed(hub, REPO, run / "checkpoint-1"))
+        process.kill()
+        process.communicate()
+    upload(run)
+    assert_all_there(hub, run, tmp_path)
+
+
+def test_it_ends_with_the_job_and_the_next_job_goes_on(hub: LocalHub, run: Path, tmp_path: Path) -> None:
+    hub.faults.add(Fault("commit", stall_s=60))
+    job = start(run, code=JOB)
+    hub_runs.wait_for(lambda: any(line["route"] == "validate_yaml" for line in hub.requests()))
+    (child,) = children(job)
+    job.kill()
+    job.communicate()
+    hub_runs.wait_for(lambda: not Path(f"/proc/{child}").exists())
+    assert push_queue.owed(run) == NAMES
+    again = start(run, code=JOB)
+    assert again.stdout
+    assert [again.stdout.readline().split() for _ in NAMES] == [[name, "done"] for name in NAMES]
+    again.kill()
+    again.communicate()
+    assert_all_there(hub, run, tmp_path)
+
+
+def children(job: subprocess.Popen[str]) -> list[str]:
+    return [c for task in Path(f"/proc/{job.pid}/task").glob("*/children") for c in task.read_text().split()]
+
+
+def test_offline_at_the_start_it_pushes_when_the_hub_is_there(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with LocalHub(tmp_path / "hub") as hub:
+        url, port = hub.url, int(hub.url.rpartition(":")[2])
+    speak_to(url, tmp_path, monkeypatch)
+    process = start(run)
+    assert process.stdout
+    told = [json.loads(process.stdout.readline()) for _ in range(2)]
+    assert [event["event"] for event in told] == ["begin", "waiting"] and url in told[1]["detail"]
+    assert states(run) == dict.fromkeys(NAMES, "owed") and push_queue.entries(run)[0].attempts == 1
+    with LocalHub(tmp_path / "hub", port=port, write_token=TOKEN) as hub:
+        finish(process)
+        assert_all_there(hub, run, tmp_path)
+
+
+def test_without_a_network_it_says_so(run: Path, hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    process = start(run)
+    assert process.stdout
+    told = [json.loads(process.stdout.readline()) for _ in range(2)]
+    process.kill()
+    process.communicate()
+    assert "HF_HUB_OFFLINE" in told[1]["detail"] and "HF_HUB_OFFLINE" in push_queue.entries(run)[0].detail
+
+
+def test_it_waits_as_long_as_the_hub_asks_for(hub: LocalHub, run: Path, tmp_path: Path) -> None:
+    hub.faults.add(Fault("commit", status=429, retry_after_s=3))
+    told = upload(run)
+    assert [event["pause_s"] for event in told if event["event"] == "waiting"] == [3]
+    assert_all_there(hub, run, tmp_path)
+
+
+def test_what_fails_is_named_and_the_next_goes_on(hub: LocalHub, run: Path, tmp_path: Path) -> None:
+    hub.faults.add(Fault("commit", status=403))
+    told = upload(run)
+    assert [(event["event"], event["name"]) for event in told if event["event"] in ("done", "failed")] == [
+        ("failed", "checkpoint-1"),
+        ("done", "checkpoint-2"),
+    ]
+    failed = push_queue.entries(run)[0]
+    assert failed.state == "failed" and "403" in failed.detail and REPO in failed.detail and failed.attempts == 1
+    assert push_queue.owed(run) == ["checkpoint-1"] and not upload(run)
+    upload(run, "--again")
+    assert_all_there(hub, run, tmp_path)
+
+
+def test_a_cancelled_one_is_not_pushed(hub: LocalHub, run: Path) -> None:
+    push_queue.cancel(run, "checkpoint-1")
+    upload(run)
+    assert not landed(hub, REPO, run / "checkpoint-1") and landed(hub, REPO, run / "checkpoint-2")
+
+
+def test_of_two_at_once_one_waits(hub: LocalHub, run: Path, tmp_path: Path) -> None:
+    hub.faults.add(Fault("commit", stall_s=0.8))
+    both = [start(run), start(run)]
+    told = [event for process in both for event in finish(process)]
+    assert sorted(event["name"] for event in told if event["event"] == "done") == NAMES
+    assert any(event["event"] == "waiting" and event["name"] is None for event in told)
+    assert_all_there(hub, run, tmp_path)
+
+
+def test_nothing_owed_is_pruned(run: Path, hub: LocalHub, tmp_path: Path) -> None:
+    epoch = runs.claim(run)
+    assert retention.prune(run, epoch, 1, push_queue.owed(run)) == []
+    upload(run)
+    assert retention.prune(run, epoch, 1, push_queue.owed(run)) == ["checkpoint-1"]
+    assert states(run) == dict.fromkeys(NAMES, "done")
+    epoch.release()
+
+
+# --- the parent's side --------------------------------------------------------------------------------------
+
+
+class Parent:
+    """An Uploader and what it was told."""
+
+    def __init__(self, run: Path) -> None:
+        self.ended: list[Ended] = []
+        self.threads: list[threading.Thread] = []
+        self.uploader = Uploader(run, on_end=self.ended.append, background=self.background)
+
+    def background(self, work: Callable[[], None], name: str) -> None:
+        self.threads.append(threading.Thread(target=work, name=name, daemon=True))
+        self.threads[-1].start()
+
+
+def test_the_parent_hears_what_became_of_each(hub: LocalHub, run: Path, tmp_path: Path) -> None:
+    parent = Parent(run)
+    parent.uploader.notify()
+    shown: list[dict[str, Any]] = []
+    assert parent.uploader.wait("checkpoint-2", 60, shown.append).state == "done"
+    parent.threads[0].join()
+    assert [(ended.name, ended.state) for ended in parent.ended] == [(name, "done") for name in NAMES]
+    assert_all_there(hub, run, tmp_path)
+    parent.uploader.notify("checkpoint-2")
+    assert parent.uploader.wait("checkpoint-2", 60, shown.append).state == "done"
+
+
+def test_a_dead_uploader_is_started_again(
+    hub: LocalHub, run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    hub.faults.add(Fault("commit", stall_s=60))
+    parent = Parent(run)
+    parent.uploader.notify()
+    hub_runs.wait_for(lambda: any(line["route"] == "validate_yaml" for line in hub.requests()))
+    process = parent.uploader._process
+    assert process is not None
+    process.kill()
+    assert parent.uploader.wait("checkpoint-2", 60, lambda _: None).state == "done"
+    assert "signal 9" in caplog.text and "started again" in caplog.text
+    parent.threads[0].join()
+    assert_all_there(hub, run, tmp_path)
+
+
+def test_one_that_always_dies_is_given_up(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    parent = Parent(run)
+    parent.uploader.notify()
+    ended = parent.uploader.wait("checkpoint-1", 60, lambda _: None)
+    assert ended.state == "owed" and "died with exit code 1" in ended.detail
+    parent.threads[0].join()
+
+
+def test_waiting_ends_when_nothing_moves(hub: LocalHub, run: Path) -> None:
+    hub.faults.add(Fault("commit", status=503, times=0))
+    parent = Parent(run)
+    parent.uploader.notify()
+    ended = parent.uploader.wait("checkpoint-2", 2, lambda _: None)
+    assert ended.state == "owed" and "503" in ended.detail
+    parent.uploader.stop()
+    parent.threads[0].join()
+    assert push_queue.owed(run) == NAMES
