@@ -85,7 +85,7 @@ PIP := python -m pip install --no-input --disable-pip-version-check -c constrain
 	@touch $@
 
 .venv/.installed: .venv/.torch pyproject.toml setup.py $(CSRC)
-	$(call step,roll_ckpt$(comma) its extension and what it needs,$(PIP) $(if $(filter .venv/.torch pyproject.toml,$?),,--no-deps) --no-build-isolation -e '.[deepspeed$(comma)examples$(comma)dev]')
+	$(call step,roll_ckpt$(comma) its extension and what it needs,$(PIP) $(if $(filter .venv/.torch pyproject.toml,$?),,--no-deps) --no-build-isolation -e '.[deepspeed$(comma)megatron$(comma)hub$(comma)examples$(comma)dev]')
 	@touch $@
 
 # DeepSpeed would compile this at the first start of every fresh machine, for half a minute, in all ranks at once.

@@ -182,11 +182,14 @@ class Cluster:
 
     def _write_companions(self, ticket: saver.Ticket, directory: Path) -> None:
         """Let tokenizer and the like write aside, then count what came of it: other ranks write in `directory`."""
+        if not self._pretrained:
+            return
         aside = ticket.save.attempt.directory / f"{self.name}.companions"
         try:
+            disk.make_dir(aside)
             for part in self._pretrained:
                 part.save_pretrained(str(aside))
-            for path in list(disk.walk(aside)) if self._pretrained else ():
+            for path in list(disk.walk(aside)):
                 if disk.exists(directory / path):
                     raise errors.ConfigError(
                         f"cluster {self.name}: its tokenizer, processor or config writes {path}, which its framework "

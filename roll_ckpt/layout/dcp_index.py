@@ -28,6 +28,8 @@ _MODULES = {module.__name__: module for module in (metadata, planner, filesystem
 _PLAIN = {
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): torch.serialization._get_layout,  # a look-up by name
+    ("pathlib", "PosixPath"): Path,
+    ("pathlib._local", "PosixPath"): Path,  # Python 3.13
     ("collections", "OrderedDict"): dict,
     ("builtins", "set"): set,
 }
@@ -83,16 +85,18 @@ def _check_places(directory: Path, index: Metadata) -> None:
     for key, place in index.storage_data.items():
         where = f"{directory / INDEX}: {getattr(key, 'fqn', key)}"
         try:
-            file = names.check_relative(place.relative_path)
+            file, offset, length = names.check_relative(place.relative_path), place.offset, place.length
             if "/" in file:
-                raise ValueError("it leads to another directory")
+                raise ValueError("its file lies in another directory")
+            if not isinstance(offset, int) or not isinstance(length, int):
+                raise ValueError("offset and length are no numbers")
         except (AttributeError, TypeError, ValueError) as problem:
-            raise errors.Damaged(f"{where}: the name of its file is refused: {problem}") from problem
+            raise errors.Damaged(f"{where}: its place is refused: {problem}") from problem
         if file not in sizes:
             if not disk.is_file(directory / file):
                 raise errors.Damaged(f"{where}: its file {file} is not there, or is no regular file")
             sizes[file] = disk.file_bytes(directory / file)
-        if not 0 <= place.offset <= place.offset + place.length <= sizes[file]:
+        if not 0 <= offset <= offset + length <= sizes[file]:
             raise errors.Damaged(f"{where}: lies beyond the end of {file}, which was cut off")
 
 
@@ -116,10 +120,16 @@ def check_objects(
                 torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
             except pickle.UnpicklingError as problem:
                 raise errors.Damaged(
-                    f"{directory / place.relative_path}: the object {key} was refused: {problem}. If you trust the "
-                    "file, add the name it needs to load.allow"
+                    f"{directory / place.relative_path}: the object {key} was refused: {_reason(problem)} If you "
+                    "trust the file, add the name it needs to load.allow"
                 ) from problem
             except (RuntimeError, EOFError) as problem:
                 raise errors.Damaged(
                     f"{directory / place.relative_path}: the object {key} cannot be read: {problem}"
                 ) from problem
+
+
+def _reason(problem: pickle.UnpicklingError) -> str:
+    """What torch refused, without its advice to load the file all the same."""
+    lines = [line for line in str(problem).splitlines() if "GLOBAL" in line or "nsupported" in line]
+    return lines[0].strip() if lines else f"{type(problem).__name__}."

@@ -1,0 +1,142 @@
+"""What the ranks of a world do in tests/test_mixed.py: an actor under DeepSpeed, a critic under Megatron-core."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed_cases import raised
+from megatron_cpu import Tiny, build, gathered
+from pipeline_cases import Config, pipeline
+from tiny import engine, train
+
+from roll_ckpt import BasePipeline, Cluster, MegatronModel, saver
+
+Both = tuple[Any, Tiny]
+
+
+def both(seed: int = 0, tp: int = 1, hidden: int = 32) -> Both:
+    tiny = build(tp, seed=123 + seed, dropout=0.1, hidden=hidden)
+    return engine(2, "bf16", None, seed=seed), tiny
+
+
+def registered(out: str, actor: Any, critic: Tiny, *, form: str = "dp_reshardable", **more: Any) -> BasePipeline:
+    trained = MegatronModel(critic.model, critic.optimizer, critic.scheduler, form=form)
+    options = more.pop("options", {})
+    return pipeline(out, Cluster("actor", actor), Cluster("critic", trained, **options), **more)
+
+
+def steps(pair: Both, first: int, count: int) -> list[Any]:
+    actor, critic = pair
+    told = []
+    for step in range(first, first + count):
+        told.append((train(actor, 1, seed=step), critic.train()))
+    return told
+
+
+def resumed(out: str) -> list[list[Any]]:
+    """The steps after a save: of the run that saved while it went on, and of one that resumed from it."""
+    pair = both()
+    made = registered(out, *pair)
+    assert made.resume() is None
+    steps(pair, 0, 2)
+    made.do_checkpoint(1)
+    unbroken = steps(pair, 2, 2)
+    saver.wait_pending()
+    dist.barrier()
+    other = both(seed=5)
+    again = registered(out, *other)
+    assert again.resume() == 1
+    other[1].steps = 2
+    return [unbroken, steps(other, 2, 2)]
+
+
+def resumed_elsewhere(out: str) -> list[str]:
+    """The critic, saved data parallel and loaded tensor parallel: which of its tensors differ."""
+    pair = both()
+    made = registered(out, *pair, form="fully_reshardable")
+    made.resume()
+    steps(pair, 0, 1)
+    made.do_checkpoint(1, is_last_step=True)
+    wanted = gathered(pair[1])
+    other = both(seed=5, tp=2)
+    again = registered(out, *other, form="fully_reshardable")
+    assert again.resume() == 1
+    found = gathered(other[1])
+    return [name for name in wanted if not torch.equal(wanted[name], found[name])]
+
+
+def another_critic(out: str) -> tuple[str, bool]:
+    """What resuming with another critic says, and whether the actor stayed as it was."""
+    pair = both()
+    made = registered(out, *pair)
+    made.resume()
+    steps(pair, 0, 1)
+    made.do_checkpoint(1, is_last_step=True)
+    other = both(seed=5, hidden=64)
+    before = [parameter.clone() for parameter in other[0].module.parameters()]
+    told = raised(registered(out, *other).resume)
+    after = other[0].module.parameters()
+    return told, all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def another_framework(out: str) -> str:
+    """The cluster `critic` was saved under Megatron-core; now it is an engine."""
+    pair = both()
+    made = registered(out, *pair)
+    made.resume()
+    steps(pair, 0, 1)
+    made.do_checkpoint(1, is_last_step=True)
+    swapped = pipeline(out, Cluster("actor", pair[0]), Cluster("critic", engine(2, "bf16", None)))
+    return raised(swapped.resume)
+
+
+def companions(out: str) -> dict[str, Any]:
+    pair = both()
+    made = registered(out, *pair, options={"config": Config(), "client_state": lambda: {"epochs": 3}})
+    made.resume()
+    steps(pair, 0, 1)
+    made.do_checkpoint(1, is_last_step=True)
+    other = both(seed=5)
+    again = registered(out, *other)
+    again.resume()
+    return dict(again._clusters["critic"].loaded_client_state)
+
+
+class Collides:
+    def save_pretrained(self, directory: str) -> None:
+        Path(directory, "metadata.json").write_text("{}")
+
+
+def collision(out: str) -> str:
+    pair = both()
+    made = registered(out, *pair, options={"config": Collides()})
+    made.resume()
+    steps(pair, 0, 1)
+    return raised(lambda: made.do_checkpoint(1, is_last_step=True))
+
+
+def only_model(out: str) -> tuple[str, list[str]]:
+    """Weights alone: what resuming says, and what lies in the critic's folder."""
+    pair = both()
+    made = registered(out, *pair, options={"save_only_model": True})
+    made.resume()
+    steps(pair, 0, 1)
+    made.do_checkpoint(1, is_last_step=True)
+    dist.barrier()
+    from megatron.core import dist_checkpointing
+
+    held = dist_checkpointing.load_tensors_metadata(f"{out}/checkpoint-1/critic")
+    return raised(registered(out, *both(seed=5)).resume), sorted(held)
+
+
+def refusals(out: str) -> dict[str, str]:
+    actor, critic = both()
+    trained = MegatronModel(critic.model, critic.optimizer, critic.scheduler)
+    return {
+        "frozen": raised(lambda: pipeline(out, Cluster("critic", trained, exclude_frozen_parameters=True))),
+        "neither": raised(lambda: pipeline(out, Cluster("critic", critic))),
+        "form": raised(lambda: registered(out, actor, critic, form="fully_sharded_model_space")),
+    }

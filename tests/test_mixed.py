@@ -1,0 +1,75 @@
+"""A pipeline with one cluster under DeepSpeed and one under Megatron-core, on two torchrun ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from megatron_worlds import MISSING, Worlds
+from worlds import World
+
+from roll_ckpt import manifest, verify
+
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+
+CASES = "mixed_cases"
+
+
+@pytest.fixture
+def ranks(megatron: Worlds) -> World:
+    return megatron.at("DP2")
+
+
+def test_both_resume_on_the_same_losses_while_saves_overlap_training(ranks: World, tmp_path: Path) -> None:
+    for unbroken, resumed in ranks.call(f"{CASES}:resumed", str(tmp_path / "run")):
+        assert resumed == unbroken
+    unit = tmp_path / "run" / "checkpoint-1"
+    assert verify.verify(unit) == []
+    facts = manifest.read(unit).clusters
+    assert facts["actor"]["framework"] == "deepspeed" and facts["critic"]["framework"] == "megatron-core"
+    assert facts["critic"]["layout"]["dp"] == 2
+
+
+def test_a_critic_in_another_layout_resumes_bit_for_bit(ranks: World, tmp_path: Path) -> None:
+    for different in ranks.call(f"{CASES}:resumed_elsewhere", str(tmp_path / "run")):
+        assert different == []
+
+
+def test_another_critic_is_refused_before_the_actor_is_touched(ranks: World, tmp_path: Path) -> None:
+    for told, untouched in ranks.call(f"{CASES}:another_critic", str(tmp_path / "run")):
+        assert told.startswith("ModelMismatch") and "critic" in told and "shape" in told
+        assert untouched
+
+
+def test_a_cluster_saved_under_another_framework_is_refused(ranks: World, tmp_path: Path) -> None:
+    for told in ranks.call(f"{CASES}:another_framework", str(tmp_path / "run")):
+        assert told.startswith("ModelMismatch")
+        assert "cluster critic" in told and "megatron-core" in told and "deepspeed" in told
+
+
+def test_companions_and_client_state_come_with_a_megatron_cluster(ranks: World, tmp_path: Path) -> None:
+    for told in ranks.call(f"{CASES}:companions", str(tmp_path / "run")):
+        assert told == {"epochs": 3}
+    unit = tmp_path / "run" / "checkpoint-1"
+    assert "critic/config.json" in {receipt.path for receipt in manifest.read(unit).files}
+    assert verify.verify(unit) == []
+
+
+def test_a_companion_with_the_name_of_a_frameworks_file_fails_the_save(ranks: World, tmp_path: Path) -> None:
+    for told in ranks.call(f"{CASES}:collision", str(tmp_path / "run")):
+        assert told.startswith("SaveFailed") and "metadata.json" in told and "cluster critic" in told
+    assert not list((tmp_path / "run").glob("*checkpoint-*"))
+
+
+def test_weights_alone_hold_no_optimizer_and_cannot_be_resumed(ranks: World, tmp_path: Path) -> None:
+    for told, held in ranks.call(f"{CASES}:only_model", str(tmp_path / "run")):
+        assert told.startswith("NotFound") and "save_only_model" in told
+        assert held and not [name for name in held if name.startswith("optimizer")]
+
+
+def test_what_cannot_be_meant_is_refused_by_name(ranks: World, tmp_path: Path) -> None:
+    for told in ranks.call(f"{CASES}:refusals", str(tmp_path / "run")):
+        assert told["frozen"].startswith("UnsupportedError") and "exclude_frozen_parameters" in told["frozen"]
+        assert told["neither"].startswith("ConfigError") and "Tiny" in told["neither"]
+        assert told["form"].startswith("UnsupportedError") and "fully_sharded_model_space" in told["form"]
+    assert not (tmp_path / "run").exists()
