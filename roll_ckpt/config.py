@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -22,13 +24,15 @@ from pydantic import (
     model_validator,
 )
 
-from roll_ckpt import errors
+from roll_ckpt import errors, names
 
 Parsed = TypeVar("Parsed", bound="Section")
 
 HubUri = Annotated[str, Field(pattern="^hf://")]  # a Path would make one slash of the two
 
 SMALLEST_BLOCK_BYTES = 64 << 10
+
+_SECRET = re.compile("token|secret|password|api_?key|credential", re.IGNORECASE)
 
 
 class Section(BaseModel):
@@ -61,17 +65,38 @@ def _explain_all(section: type[BaseModel], problem: ValidationError) -> str:
 
 
 def _explain(section: type[BaseModel], location: tuple[int | str, ...], kind: str, message: str) -> str:
-    key = ".".join(str(part) for part in location) or "settings"
+    path, options = [], [section]
+    for part in location:
+        if len(options) > 1:  # this part is the `type` that chose one of them
+            options = [option for option in options if part in get_args(option.model_fields["type"].annotation)]
+            continue
+        path.append(str(part))
+        section = options[0] if options else section
+        field = section.model_fields.get(str(part))
+        options = list(_sections(field.annotation)) if field is not None else []
+    key = ".".join(path) or "settings"
+    if kind.startswith("union_tag"):
+        known = [repr(name) for option in options for name in get_args(option.model_fields["type"].annotation)]
+        return f"{key}.type: give one of {', '.join(known)}"
     if kind != "extra_forbidden":
         return f"{key}: {message.removeprefix('Value error, ')}"
-    for part in location[:-1]:
-        annotation = section.model_fields[str(part)].annotation
-        inner = [t for t in getattr(annotation, "__args__", (annotation,)) if isinstance(t, type)]
-        section = next((t for t in inner if issubclass(t, BaseModel)), section)
+    if _SECRET.search(path[-1]):
+        return (
+            f"{key}: no token belongs in a configuration, which is copied into logs and checkpoints; set HF_TOKEN in "
+            "the environment of the job, or run `hf auth login` once on its machine"
+        )
     known = list(section.model_fields)
-    near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(sorted(known))}"
     return f"{key}: unknown key; {hint}"
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The sections that a field's annotation can mean."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _sections(inner)
 
 
 class Staging(Section):
@@ -170,12 +195,28 @@ class Upload(Section):
     async_upload: bool = True
     """Upload in the background; False: `do_checkpoint` returns when the upload is done."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _known_type(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("type") == "hub":
-            raise ValueError("type: hub is not supported in this version; use type: file_system")
-        return values
+
+class HubUpload(Section):
+    """ROLL's `checkpoint_config`: the repository of the Hugging Face Hub that committed checkpoints are pushed to.
+
+    The token comes from HF_TOKEN or `hf auth login`, the Hub's address from HF_ENDPOINT: never from here.
+    """
+
+    type: Literal["hub"]
+    repo_id: str
+    """`namespace/name`; made if it is missing."""
+    private: bool = True
+    """Make it private, and refuse one that is public."""
+    revision: str = "main"
+    """The branch that gets one commit for each checkpoint. Other branches than `main` must be there."""
+    async_upload: bool = True
+    """Push in the background; False: `do_checkpoint` returns when the checkpoint is on the Hub."""
+
+    @model_validator(mode="after")
+    def _names(self) -> HubUpload:
+        names.check_repo_id(self.repo_id)
+        names.check_revision(self.revision)
+        return self
 
 
 class PipelineConfig(Settings):
@@ -192,7 +233,7 @@ class PipelineConfig(Settings):
     on the Hub, pulled to `<output_dir>-pulled`. False: none."""
     expected_clusters: dict[str, int] | None = None
     """World size of every cluster of the run, where several torchrun jobs commit together."""
-    checkpoint_config: Upload | None = None
+    checkpoint_config: Annotated[Upload | HubUpload, Field(discriminator="type")] | None = None
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str], **overrides: Any) -> PipelineConfig:
@@ -212,7 +253,7 @@ class PipelineConfig(Settings):
         if self.expected_clusters is not None and not self.run_id:
             raise ValueError("expected_clusters needs run_id, the same in every world's configuration")
         upload = self.checkpoint_config
-        if upload is not None:
+        if isinstance(upload, Upload):
             here, there = self.output_dir.resolve(), upload.output_dir.resolve()
             if there == here or here in there.parents:
                 raise ValueError(

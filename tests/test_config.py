@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from roll_ckpt import arena, errors
-from roll_ckpt.config import DeepSpeedConfig, PipelineConfig, Section, Settings
+from roll_ckpt.config import DeepSpeedConfig, HubUpload, PipelineConfig, Section, Settings
 
 RUN: dict[str, Any] = {"output_dir": "run", "save_steps": 2, "max_steps": 10}
 
@@ -199,11 +199,33 @@ def test_an_upload_beside_the_run_is_taken(there: str) -> None:
 
 
 def test_the_type_of_an_upload_is_known() -> None:
-    told = refused(PipelineConfig, {**RUN, "checkpoint_config": {"type": "hub", "repo_id": "a/b"}})
-    assert "checkpoint_config: type: hub is not supported in this version; use type: file_system" in told
     told = refused(PipelineConfig, {**RUN, "checkpoint_config": {"type": "s3", "output_dir": "x"}})
     assert "checkpoint_config.type" in told and "file_system" in told
     assert "checkpoint_config.type" in refused(PipelineConfig, {**RUN, "checkpoint_config": {"output_dir": "x"}})
+
+
+def hub(**more: object) -> dict[str, object]:
+    return {**RUN, "checkpoint_config": {"type": "hub", "repo_id": "team/run", **more}}
+
+
+def test_the_hub_is_private_unless_it_is_said_otherwise() -> None:
+    made = PipelineConfig.parse(hub(), "here").checkpoint_config
+    assert made == HubUpload(type="hub", repo_id="team/run", private=True, revision="main", async_upload=True)
+    assert "checkpoint_config: 'run' is no repository" in refused(PipelineConfig, hub(repo_id="run"))
+    assert "no branch" in refused(PipelineConfig, hub(revision="../x"))
+    assert "checkpoint_config.repo_id" in refused(PipelineConfig, {**RUN, "checkpoint_config": {"type": "hub"}})
+    told = refused(PipelineConfig, hub(privat=False))
+    assert "checkpoint_config.privat: unknown key; did you mean 'private'?" in told
+    assert "checkpoint_config.output_dir: unknown key" in refused(PipelineConfig, hub(output_dir="x"))
+
+
+@pytest.mark.parametrize("key", ["token", "hub_token", "hf_token", "HF_TOKEN", "api_key"])
+def test_a_token_is_refused_and_not_repeated(key: str) -> None:
+    secret = "hf_" + "Xy7" * 11
+    upload = {"type": "file_system", "output_dir": "x", key: secret}
+    for values in (hub(**{key: secret}), {**RUN, key: secret}, {**RUN, "checkpoint_config": upload}):
+        told = refused(PipelineConfig, values)
+        assert key in told and "HF_TOKEN in the environment" in told and secret not in told
 
 
 @pytest.mark.parametrize(
