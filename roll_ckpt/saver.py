@@ -196,6 +196,8 @@ class Save:
     rank: int
     clusters: tuple[str, ...]
     """The clusters of this world, whose votes this process casts."""
+    replays: frozenset[str] = frozenset()
+    """The clusters whose earlier plan fits again, on every rank; see `begin`."""
     on_commit: CommitHook | None = None
     tickets: dict[str, Ticket] = field(default_factory=dict)
     failure: errors.RollCkptError | None = None
@@ -341,12 +343,15 @@ def begin(
     *,
     nbytes: int,
     problem: str | None = None,
+    plans: Mapping[str, str | None] | None = None,
     on_commit: CommitHook | None = None,
 ) -> Save:
     """Agree on a new attempt and make its directory. Every rank of `world` calls; one rendezvous.
 
     `nbytes` is what this rank is about to write; `problem` an error that this rank already has, which then is
-    raised on all. Waits for a pending save of the same name.
+    raised on all. `plans` names, for each cluster that has one, the plan of an earlier save that fits what this
+    rank saves now: `Save.replays` has those clusters for which every rank named the same. Waits for a pending save
+    of the same name.
 
     Raises:
         RanksDisagree, NoRoom, RunIsLive, EpochLost, ConfigError: on every rank, with nothing on disk touched.
@@ -375,9 +380,14 @@ def begin(
             save_latest=request.save_latest,
             needed_bytes=needed_bytes,
         )
-        return {"epoch": made.epoch, "attempt": made.attempt, "run_id": made.run_id}
+        replays = [
+            cluster
+            for cluster, plan in posts[0]["plans"].items()
+            if plan and all(post["plans"].get(cluster) == plan for post in posts)
+        ]
+        return {"epoch": made.epoch, "attempt": made.attempt, "run_id": made.run_id, "replays": replays}
 
-    mine = {"wish": wish, "nbytes": nbytes, "problem": problem}
+    mine = {"wish": wish, "nbytes": nbytes, "problem": problem, "plans": dict(plans or {})}
     verdict = world.agree(mine, decide, settings.commit_timeout_s)
     attempt = commit.Attempt(
         output_dir=request.output_dir,
@@ -389,7 +399,8 @@ def begin(
         expected=dict(request.expected_clusters or request.clusters),
         save_latest=request.save_latest,
     )
-    save = Save(attempt, settings, world.rank, tuple(request.clusters), on_commit=on_commit)
+    replays = frozenset(verdict["replays"])
+    save = Save(attempt, settings, world.rank, tuple(request.clusters), replays, on_commit=on_commit)
     _remember(save)
     return save
 

@@ -11,14 +11,16 @@ Written against Megatron-core 0.16 (`dist_checkpointing/serialization.py`, `stra
 from __future__ import annotations
 
 import functools
+import json
 import logging
+import math
 import os
 import pickle
 import queue
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +28,17 @@ import megatron.core
 import numpy
 import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.core import CheckpointingConfig
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
     ShardedObject,
     ShardedTensor,
     ShardedTensorFactory,
+    apply_factories,
     is_main_replica,
 )
+from megatron.core.dist_checkpointing.serialization import _CONTENT_METADATA_KEY as CONTENT_METADATA
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
@@ -40,21 +46,33 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
 )
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy, TorchDistSaveShardedStrategy
+from megatron.core.dist_checkpointing.utils import (
+    _clean_metadata_for_serialization,
+    extract_nonpersistent,
+    extract_sharded_base,
+)
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.msc_utils import MultiStorageClientFeature
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch.distributed.checkpoint import filesystem as dcp_filesystem
 from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
 from roll_ckpt import arena, disk, errors, loader, names, native, retention, saver
 from roll_ckpt.config import Settings
 from roll_ckpt.image import FileImage
-from roll_ckpt.layout import dcp
+from roll_ckpt.layout import dcp, dcp_index, torch_zip
 from roll_ckpt.world import LONGEST_S, World
 
 log = logging.getLogger("roll_ckpt")
 
 COMMON, DCP_METADATA, MARKER = "common.pt", ".metadata", "metadata.json"
-"""What stock code writes on rank 0 beside the `.distcp` files; the marker comes last."""
+"""What a checkpoint has beside the `.distcp` files; in a save by stock code the marker comes last."""
+
+_MARKER = json.dumps(asdict(CheckpointingConfig("torch_dist", 1))).encode()
 
 RESHARDABLE = {
     "dp_reshardable": "on any number of data parallel ranks",
@@ -83,16 +101,28 @@ class SaveStrategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
     def __init__(self, settings: Settings | None = None, **stock: Any) -> None:
         super().__init__("torch_dist", 1, **{"thread_count": 1, **stock})
         self.settings = settings or Settings()
-        self._ticket: saver.Ticket | None = None
+        self.use_cached_ckpt_structure: bool
+        self.plan: Plan | None = None
+        """What the last save under our commit planned, if this rank could lay it out."""
+        self._planned: list[Any] | None = None
 
-    @contextmanager
-    def under(self, ticket: saver.Ticket) -> Iterator[None]:
-        """Inside the block, what is saved is a part of `ticket`."""
-        self._ticket = ticket
+    def planned_by_stock(self, outer: Any, sharded: dict[str, Any], directory: Path) -> tuple[Any, Any, Any]:
+        """Who writes what, as stock code plans it: its writer, `.metadata`'s content on the coordinator, and the
+        group that planned. `outer` is this strategy or what wraps it. Every rank calls; writes nothing.
+
+        Stock's own caches are left out: they trust that the structure never changes.
+        """
+        kept, self.use_cached_ckpt_structure = self.use_cached_ckpt_structure, False
+        if isinstance(outer, FullyParallelSaveStrategyWrapper):
+            outer.cached_distribution = None
+        self._planned = []
         try:
-            yield
+            outer.async_save(sharded, directory)
+            writer, metadata, group = self._planned
         finally:
-            self._ticket = None
+            self._planned = None
+            self.use_cached_ckpt_structure = kept
+        return writer, metadata, group
 
     def async_save(self, *args: Any, **kwargs: Any) -> AsyncRequest:
         if MultiStorageClientFeature.is_enabled():
@@ -107,8 +137,8 @@ class SaveStrategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
         """Stock's hook between planning and writing. `planned`: the writer, `.metadata`'s content on the
         coordinator, and the group that planned."""
         _, metadata, group = planned
-        if self._ticket is not None:
-            _stage(self._ticket, writer, metadata, group)
+        if self._planned is not None:
+            self._planned += [writer, metadata, group]
             return AsyncRequest(None, (), [])
         files = _Files(self.settings, writer, metadata, group)
         return AsyncRequest(_write, (None, None, None), [files.finish], {}, preload_fn=files.begin)
@@ -139,21 +169,6 @@ def _lay_out(writer: Any) -> list[_LaidOut]:
 def _plain(value: Any) -> torch.Tensor | bytes:
     """A planned item: a tensor, or what Megatron has pickled into a stream."""
     return value.detach() if isinstance(value, torch.Tensor) else bytes(value.getbuffer())
-
-
-def _stage(ticket: saver.Ticket, writer: Any, metadata: Any, group: Any) -> None:
-    """Stage this rank's files; the coordinator adds `.metadata`. Every rank calls, also one that has failed."""
-    results: list[WriteResult] = []
-    try:
-        for file in _lay_out(writer):
-            ticket.stage(file.path, file.image, overlap=False)
-            results += file.results
-    except Exception as problem:
-        ticket.fail(problem)
-    gathered = group.gather_object(results)
-    if group.is_coordinator:
-        writer.finish(metadata, gathered)
-        ticket.adopt(Path(writer.path) / DCP_METADATA)
 
 
 class _Files:
@@ -267,22 +282,60 @@ def save(
     Raises:
         UnsupportedError: a form of the optimizer that cannot be saved. As `saver.begin`, on every rank.
     """
-    settings = settings or Settings()
     strategy = strategy or SaveStrategy(settings)
     check_form(content_metadata)
-    path = Path(directory).absolute()
+    _strategy_of(strategy)
+
+    def stage_it(ticket: saver.Ticket, directory: Path, prepared: Prepared) -> None:
+        stage(ticket, directory, sharded_state_dict, strategy, content_metadata, prepared=prepared)
+
+    return _transact(
+        lambda: prepare(sharded_state_dict, strategy, content_metadata),
+        stage_it,
+        Path(directory).absolute(),
+        step=step,
+        settings=settings or Settings(),
+        cluster=cluster,
+        facts=lambda: describe(content_metadata),
+        save_latest=save_latest,
+    )
+
+
+def _transact(
+    prepare_it: Callable[[], Prepared],
+    stage_it: Callable[[saver.Ticket, Path, Prepared], None],
+    path: Path,
+    *,
+    step: int | None,
+    settings: Settings,
+    cluster: str,
+    facts: Callable[[], dict[str, Any]],
+    save_latest: bool,
+) -> saver.Save:
+    """Prepare, begin, stage, commit. What `prepare_it` raises on one rank is raised on all."""
     world = World.current()
     request = saver.Request(path.parent, path.name, step, {cluster: world.size}, None, save_latest)
-    nbytes, problem = 0, None
+    prepared: Prepared | None = None
+    problem = None
     try:
         names.check_name("tag", path.name)
-        nbytes = estimate_bytes(sharded_state_dict)
-    except Exception as found:
+        prepared = prepare_it()
+    except errors.RollCkptError as found:
         problem = str(found)
-    begun = saver.begin(world, request, settings, nbytes=nbytes, problem=problem, on_commit=_prune)
+    except Exception as found:
+        problem = f"{type(found).__name__}: {found}"
+    begun = saver.begin(
+        world,
+        request,
+        settings,
+        nbytes=prepared.nbytes if prepared else 0,
+        problem=problem,
+        plans={cluster: prepared.plan if prepared else None},
+        on_commit=_prune,
+    )
+    assert prepared is not None, "a rank with a problem does not begin"
     with begun.staging():
-        ticket = begun.ticket(cluster, describe(content_metadata))
-        stage(ticket, begun.attempt.unit, sharded_state_dict, strategy, content_metadata)
+        stage_it(begun.ticket(cluster, facts()), begun.attempt.unit, prepared)
     if not settings.async_save:
         saver.wait_together(world, begun, uploaded=True)
     return begun
@@ -294,49 +347,295 @@ def _prune(done: saver.Save) -> None:
         retention.prune(output_dir, saver.epoch_of(output_dir), keep=keep, protected=set())
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A state taken apart for one save, on this rank; made by `prepare`."""
+
+    state: dict[str, Any]
+    common: dict[str, Any]
+    parts: list[Any]
+    """Its `ShardedTensor`s and `ShardedObject`s, in the order of the state."""
+    structure: list[Any]
+    nbytes: int
+    objects: list[FileImage]
+    """What `plan` wants pickled, in its order."""
+    plan: str | None
+    """Names the plan of an earlier save that fits, for `saver.begin`; None: this rank needs a new one."""
+
+
+def prepare(
+    sharded_state_dict: dict[str, Any], strategy: Any, content_metadata: Mapping[str, Any] | None = None
+) -> Prepared:
+    """Take a state apart and look whether the last plan of `strategy` fits it. No collective.
+
+    Objects are pickled now. As in stock's save, factories in `sharded_state_dict` are built in place.
+
+    Raises:
+        ConfigError: not a strategy of ours.
+    """
+    plan = _strategy_of(strategy).plan
+    if content_metadata is not None:
+        sharded_state_dict[CONTENT_METADATA] = dict(content_metadata)
+    apply_factories(sharded_state_dict)
+    _, persistent = extract_nonpersistent(sharded_state_dict)
+    sharded, common = extract_sharded_base(persistent)
+    if CONTENT_METADATA in common:
+        common[CONTENT_METADATA] = _clean_metadata_for_serialization(common[CONTENT_METADATA])
+    parts = list(nested_values(sharded))
+    structure = [_structure_of(part) for part in parts]
+    objects: list[FileImage] = []
+    fits = plan is not None and plan.structure == structure
+    if plan is not None and fits:
+        objects = plan.pickled(parts)
+        fits = all(image.nbytes <= slot.length for image, slot in zip(objects, plan.slots, strict=True))
+    name = plan.name if plan is not None and fits else None
+    nbytes = sum(_main_bytes(part) for part in parts)
+    return Prepared(sharded_state_dict, common, parts, structure, nbytes, objects, name)
+
+
 def stage(
     ticket: saver.Ticket,
     directory: Path,
     sharded_state_dict: dict[str, Any],
     strategy: Any,
-    content_metadata: dict[str, Any] | None = None,
+    content_metadata: Mapping[str, Any] | None = None,
+    *,
+    prepared: Prepared | None = None,
+    stable: torch_zip.Stable = lambda storage: False,
 ) -> None:
-    """Let stock `dist_checkpointing.save` write into `directory`, inside the attempt of `ticket`; every rank calls.
+    """Stage what stock `dist_checkpointing.save` would write into `directory`, inside the attempt of `ticket`;
+    every rank calls.
 
-    Returns when everything is copied; not durable.
+    Returns when everything but the `stable` storages is copied; not durable. The strategy's last plan is used again
+    where it fits on every rank: `saver.begin` knows, from the `plan` of what `prepare` returned; without `prepared`
+    there is a rendezvous here. Otherwise stock code plans, with collectives of its own.
     """
+    ours = _strategy_of(strategy)
+    replay = ticket.cluster in ticket.save.replays
+    if prepared is None:
+        prepared, replay = _prepare_together(ticket, sharded_state_dict, strategy, content_metadata)
+    disk.make_dirs(directory)
+    if not replay:
+        _plan_together(ticket, directory, prepared, strategy)
+    if ours.plan is None:
+        return  # this rank could not lay its part out, and has voted no
+    try:
+        objects = prepared.objects if replay else ours.plan.pickled(prepared.parts)
+        _stage_planned(ticket, directory, ours.plan, prepared, objects, stable)
+    except Exception as problem:
+        ticket.fail(problem)
+
+
+def _strategy_of(strategy: Any) -> SaveStrategy:
     ours = getattr(strategy, "base_strategy", strategy)
     if not isinstance(ours, SaveStrategy):
         raise errors.ConfigError(f"strategy is {type(ours).__name__}; give a {SaveStrategy.__name__}, wrapped or not")
-    disk.make_dirs(directory)
-    with ours.under(ticket), _quiet_about_our_files():
-        request = dist_checkpointing.save(
-            sharded_state_dict,
-            str(directory),
-            strategy,
-            async_sharded_save=True,
-            content_metadata=dict(content_metadata) if content_metadata is not None else None,
-        )
-    for finalize in request.finalize_fns:  # stock's: the marker; it is in the vote like any file, and no marker yet
-        finalize()
-    if ticket.rank == 0:
-        ticket.adopt(directory / COMMON)
-        ticket.adopt(directory / MARKER)
+    return ours
 
 
-@contextmanager
-def _quiet_about_our_files() -> Iterator[None]:
-    """Stock code warns of an old checkpoint in a directory with anything in it; the votes of this save are."""
-    theirs = logging.getLogger("megatron.core.dist_checkpointing.serialization")
-
-    def other(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith("Overwriting old")
-
-    theirs.addFilter(other)
+def _prepare_together(
+    ticket: saver.Ticket, state: dict[str, Any], strategy: Any, content_metadata: Mapping[str, Any] | None
+) -> tuple[Prepared, bool]:
+    """`prepare`, and whether every rank names the same plan; one rendezvous."""
+    mine: dict[str, Any] = {"plan": None, "problem": None}
+    prepared: Prepared | None = None
     try:
-        yield
-    finally:
-        theirs.removeFilter(other)
+        prepared = prepare(state, strategy, content_metadata)
+        mine["plan"] = prepared.plan
+    except Exception as found:
+        mine["problem"] = f"{type(found).__name__}: {found}"
+
+    def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
+        problems = [f"rank {rank}: {post['problem']}" for rank, post in enumerate(posts) if post["problem"]]
+        if problems:
+            raise errors.SaveFailed(f"{ticket.save.attempt.label}: {ticket.cluster}: " + "; ".join(problems))
+        plan = posts[0]["plan"]
+        return {"replay": plan is not None and all(post["plan"] == plan for post in posts)}
+
+    verdict = World.current().agree(mine, decide, ticket.save.settings.commit_timeout_s)
+    assert prepared is not None, "a rank with a problem has none of this"
+    return prepared, verdict["replay"]
+
+
+def _stage_planned(
+    ticket: saver.Ticket,
+    directory: Path,
+    plan: Plan,
+    prepared: Prepared,
+    objects: Sequence[FileImage],
+    stable: torch_zip.Stable,
+) -> None:
+    """Every file of this rank, by the plan. Small ones go first: their bytes need not wait behind large copies."""
+    if ticket.rank == 0:
+        small = {
+            COMMON: torch_zip.lay_out(prepared.common, Path(COMMON).stem),
+            DCP_METADATA: FileImage.of_bytes(plan.metadata),
+            MARKER: FileImage.of_bytes(_MARKER),
+        }
+        for name, image in small.items():
+            ticket.stage(directory / name, image, overlap=False)
+    rest = iter(objects)
+    for file in plan.files:
+        ticket.stage(directory / file.name, file.image(prepared.parts, rest, stable), overlap=True)
+
+
+# --- the plan ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """A file of this rank: a form that tensors fill, and behind it a slot for each pickled object.
+
+    Numbers are places in `Prepared.parts`.
+    """
+
+    name: str
+    form: dcp.Form
+    tensors: tuple[int, ...]
+    objects: tuple[tuple[int, ...], ...]
+    slots: tuple[dcp.Span, ...]
+
+    def image(self, parts: Sequence[Any], objects: Iterator[FileImage], stable: torch_zip.Stable) -> FileImage:
+        """The file as it is to be written now; takes its share of `objects`."""
+        tensors = self.form.fill((parts[at].data for at in self.tensors), stable)
+        slotted = [(slot, next(objects)) for slot in self.slots]
+        return dcp.join([(dcp.Span(0, tensors.nbytes), tensors), *slotted])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Who writes what, as stock code planned it, for every later save of the same structure.
+
+    Each rank holds its own share; all made it in the same save, whose name it bears. Holds no tensor.
+    """
+
+    name: str
+    structure: list[Any]
+    files: tuple[PlannedFile, ...]
+    metadata: bytes
+    """The bytes of `.metadata`, on the coordinator."""
+
+    @property
+    def slots(self) -> list[dcp.Span]:
+        return [slot for file in self.files for slot in file.slots]
+
+    def pickled(self, parts: Sequence[Any]) -> list[FileImage]:
+        """What goes into the slots now; larger than its slot where it has grown too much."""
+        return [
+            _pickled([parts[at] for at in places], slot.length)
+            for file in self.files
+            for places, slot in zip(file.objects, file.slots, strict=True)
+        ]
+
+
+def _structure_of(part: Any) -> tuple[Any, ...]:
+    """Everything about a part of a state that the plan and the layout of its tensor follow from."""
+    if isinstance(part, ShardedObject):
+        return part.key, part.global_shape, part.global_offset, part.replica_id
+    return (
+        *(part.key, part.dtype, part.local_shape, part.global_shape, part.global_offset, part.replica_id),
+        *(part.axis_fragmentations, part.prepend_axis_num, part.allow_shape_mismatch),
+        *(type(part.data), None if part.data is None else part.data.device),
+    )
+
+
+def _main_bytes(part: Any) -> int:
+    """About what the ranks together write of a part, counted on the rank that Megatron calls its main replica."""
+    if not isinstance(part, ShardedTensor) or not is_main_replica(part.replica_id):
+        return 0
+    nbytes: int = math.prod(part.local_shape) * part.dtype.itemsize
+    return nbytes
+
+
+def _pickled(parts: Sequence[Any], at_least: int = 0) -> FileImage:
+    """One item as an archive of its own: a list of objects, as Megatron has them, or a tensor of a class of its own."""
+    tensor = isinstance(parts[0], ShardedTensor)
+    value = parts[0].data.detach() if tensor else [part.data for part in parts]
+    return replace(torch_zip.lay_out(value, dcp.ARCHIVE, at_least=at_least), pieces=())
+
+
+def _slot_bytes(nbytes: int) -> int:
+    """Room for a pickled object, so that it may grow a little before the ranks have to plan again."""
+    return (nbytes + nbytes // 4 + 1024) // 64 * 64
+
+
+def _plan_together(ticket: saver.Ticket, directory: Path, prepared: Prepared, strategy: Any) -> None:
+    """Let stock code plan, and keep what it planned; every rank calls, also one that cannot lay its part out: it
+    votes no and has no plan then."""
+    ours = _strategy_of(strategy)
+    ours.plan = None
+    sharded, _ = save_preprocess(prepared.state)
+    writer, metadata, group = ours.planned_by_stock(strategy, sharded, directory)
+    files: list[PlannedFile] = []
+    results: list[WriteResult] = []
+    problem = None
+    try:
+        for _, name, (objects, tensors) in writer.write_buckets or ():
+            file, found = _plan_file(name, [item for item, _ in (*objects, *tensors)], prepared.parts)
+            files.append(file)
+            results += found
+    except Exception as found_problem:
+        problem = found_problem
+    writer.write_buckets = None
+    gathered = group.gather_object(results)
+    try:
+        if problem is not None:
+            raise problem
+        written = _dcp_metadata(metadata, gathered) if group.is_coordinator else b""
+        ours.plan = Plan(str(ticket.save.attempt.unit), prepared.structure, tuple(files), written)
+    except Exception as found_problem:
+        ticket.fail(found_problem)
+
+
+def _plan_file(name: str, items: Sequence[Any], parts: Sequence[Any]) -> tuple[PlannedFile, list[WriteResult]]:
+    """Lay out what stock code wants in one file. Items are told apart by key, and by offset where one rank writes
+    several pieces of a tensor."""
+    places: dict[tuple[str, Any], list[int]] = {}
+    for at, part in enumerate(parts):
+        if is_main_replica(part.replica_id):  # as the distribution has left it
+            if isinstance(part, ShardedObject):
+                places.setdefault((part.unique_key, None), []).append(at)
+            else:
+                places.setdefault((part.key, tuple(part.global_offset)), []).append(at)
+    tensors: list[tuple[Any, int]] = []
+    objects: list[tuple[Any, tuple[int, ...]]] = []
+    for item in items:
+        offset = None if item.type is WriteItemType.BYTE_IO else tuple(item.index.offset or ())
+        found = places[item.index.fqn, offset]
+        if offset is not None and torch_zip.is_plain(parts[found[0]].data.detach()):
+            tensors.append((item, found[0]))
+        else:
+            objects.append((item, tuple(found)))
+    form, spans = dcp.form((item.index.fqn, _shaped(parts[at])) for item, at in tensors)
+    slots: list[dcp.Span] = []
+    end = form.image.nbytes
+    for _, group in objects:
+        slots.append(dcp.place(end, _slot_bytes(_pickled([parts[at] for at in group]).nbytes)))
+        end = slots[-1].end
+    file = PlannedFile(name, form, tuple(at for _, at in tensors), tuple(found for _, found in objects), tuple(slots))
+    planned = [item for item, _ in (*tensors, *objects)]
+    results = [
+        WriteResult(item.index, span.length, _StorageInfo(name, span.offset, span.length))
+        for item, span in zip(planned, (*spans, *slots), strict=True)
+    ]
+    return file, results
+
+
+def _shaped(part: Any) -> torch.Tensor:
+    """The tensor as stock code stores it: with the axes that the global shape has before it."""
+    data: torch.Tensor = part.data.detach().contiguous()
+    return data.reshape((1,) * part.prepend_axis_num + tuple(part.local_shape))
+
+
+def _dcp_metadata(metadata: Any, gathered: Sequence[Sequence[WriteResult]]) -> bytes:
+    """What stock's writer puts into `.metadata`, less the path and the name of one save."""
+    metadata.version = getattr(dcp_filesystem, "CURRENT_DCP_VERSION", None)
+    metadata.storage_data = {result.index: result.storage_data for results in gathered for result in results}
+    metadata.storage_meta = StorageMeta()
+    return pickle.dumps(metadata)
+
+
+# --- load ----------------------------------------------------------------------------------------------------
 
 
 def load(
@@ -346,7 +645,6 @@ def load(
     settings: Settings | None = None,
     cluster: str = "model",
     strategy: Any = None,
-    check_names: bool = True,
     verified: bool = False,
 ) -> dict[str, Any]:
     """What `dist_checkpointing.load` returns, after every byte was verified; every rank calls.
@@ -365,8 +663,8 @@ def load(
     with loader.reading(path, settings) as reader:
         if reader.unit is not None and not verified:
             loader.check_bytes(world, reader.unit.directory)
-        if check_names:
-            world.together(lambda: _compare(sharded_state_dict, path), settings.commit_timeout_s)
+        world.together(lambda: _check_pickles(path, settings, world), LONGEST_S)
+        world.together(lambda: _compare(sharded_state_dict, path, settings), settings.commit_timeout_s)
         loaded: dict[str, Any] = dist_checkpointing.load(sharded_state_dict, str(path), strategy)
         return loaded
 
@@ -379,15 +677,20 @@ def _check_complete(path: Path) -> None:
             )
 
 
-def _compare(sharded_state_dict: dict[str, Any], path: Path) -> None:
+def _check_pickles(path: Path, settings: Settings, world: World) -> None:
+    """Refuse what stock code would unpickle without restriction: the index, and this rank's share of the objects."""
+    index = _index(path, settings)
+    dcp_index.check_objects(path, index, loader.allowed(settings), part=world.rank, parts=world.size)
+
+
+def _index(path: Path, settings: Settings) -> Metadata:
+    return dcp_index.read(path, [kind for kind in loader.allowed(settings) if isinstance(kind, type)])
+
+
+def _compare(sharded_state_dict: dict[str, Any], path: Path, settings: Settings) -> None:
     """Refuse a checkpoint whose tensors are not those that this rank wants."""
-    try:
-        stored = TorchDistLoadShardedStrategy().load_tensors_metadata(path)
-    except (pickle.UnpicklingError, EOFError, AttributeError, LookupError, TypeError, ValueError) as problem:
-        raise errors.Damaged(
-            f"{path / DCP_METADATA}: cannot be read, it is truncated or damaged: {problem}"
-        ) from problem
-    saved = {name: {"shape": list(tensor.global_shape)} for name, tensor in stored.items()}
+    stored = _index(path, settings).state_dict_metadata.items()
+    saved = {name: {"shape": list(kind.size)} for name, kind in stored if isinstance(kind, TensorStorageMetadata)}
     live = {tensor.key: {"shape": list(tensor.global_shape)} for tensor in _tensors(sharded_state_dict)}
     if live and not saved:
         raise errors.ModelMismatch(f"{path} holds no tensors")
@@ -450,17 +753,6 @@ def describe(content_metadata: Mapping[str, Any] | None) -> dict[str, Any]:
     }
 
 
-def estimate_bytes(sharded_state_dict: dict[str, Any]) -> int:
-    """About what this rank will write, in bytes; all ranks together write the sum."""
-    return sum(
-        value.data.numel() * value.data.element_size()
-        for value in nested_values(sharded_state_dict)
-        if isinstance(value, ShardedTensor | ShardedTensorFactory)
-        and isinstance(value.data, torch.Tensor)
-        and is_main_replica(value.replica_id)
-    )
-
-
 # --- a model with everything that resumes it -----------------------------------------------------------------
 
 
@@ -491,6 +783,7 @@ class Attached:
         self._save_only_model = save_only_model
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         self.strategy = FullyParallelSaveStrategyWrapper(SaveStrategy(settings), group)
+        self._fence = Fence.of(optimizer, self.model)
 
     def estimate_bytes(self) -> int:
         """About what this rank will write, in bytes, without making the state."""
@@ -498,14 +791,20 @@ class Attached:
         nbytes = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
         if not self._save_only_model:
             nbytes += sum(parameter.numel() for parameter in parameters if parameter.requires_grad) * _OPTIMIZER_BYTES
-        return nbytes // parallel_layout()["dp"]
+        return int(nbytes // parallel_layout()["dp"])
 
     def state(
         self, step: int = 0, *, form: str | None = None, loading: bool = False, with_rng: bool = True
     ) -> dict[str, Any]:
-        """The sharded state of everything attached. `fully_reshardable` gathers the optimizer on data parallel
-        rank 0 unless `loading`."""
+        """The sharded state of everything attached. Unless `loading`, `fully_reshardable` gathers the optimizer on
+        data parallel rank 0, and parameters whose gather is overlapped with the forward pass are gathered.
+
+        Raises:
+            SaveFailed: the optimizer has made no step yet; on every rank where a collective would follow.
+        """
         told = content_metadata_of(form or self.form)
+        if not loading:
+            self._ready_to_save(gathers=(form or self.form) == "fully_reshardable")
         state: dict[str, Any] = {key: chunk.sharded_state_dict(metadata=told) for key, chunk in self._chunks().items()}
         if self._save_only_model:
             return state
@@ -519,16 +818,68 @@ class Attached:
         return state
 
     def save(self, directory: str | os.PathLike[str], step: int) -> saver.Save:
-        """See `save` of this module."""
-        return save(
-            self.state(step),
-            directory,
+        """See `save` of this module. With `async_save` it returns while what only the optimizer's step changes is
+        still being copied; the step waits for that.
+
+        Raises:
+            SaveFailed: also of an earlier save, if `fail_training` is set.
+        """
+        self.fence()
+        told = content_metadata_of(self.form)
+        return _transact(
+            lambda: prepare(self.state(step), self.strategy, told),
+            lambda ticket, unit, prepared: self.stage(ticket, unit, prepared.state, prepared),
+            Path(directory).absolute(),
             step=step,
             settings=self.settings,
             cluster=self.cluster,
-            content_metadata=content_metadata_of(self.form),
-            strategy=self.strategy,
+            facts=lambda: describe(told),
+            save_latest=True,
         )
+
+    def stage(
+        self, ticket: saver.Ticket, directory: Path, state: dict[str, Any], prepared: Prepared | None = None
+    ) -> None:
+        """`stage` of this module for `state` of this model, copied under training; `fence` ends that."""
+        self._fence.add(ticket.save)
+        stable = stable_storages(self.model, self.optimizer) if self.settings.staging.overlap else frozenset()
+        stage(
+            ticket,
+            directory,
+            state,
+            self.strategy,
+            content_metadata_of(self.form),
+            prepared=prepared,
+            stable=lambda storage: storage._cdata in stable,
+        )
+
+    def fence(self) -> None:
+        """Wait until no save reads this model's tensors any more; not for the disk.
+
+        Raises:
+            SaveFailed: an earlier save failed in the background and `fail_training` is set.
+        """
+        self._fence.wait()
+
+    def _ready_to_save(self, gathers: bool) -> None:
+        if not self._save_only_model:
+            if gathers:  # a rank that stays away from a gather would leave the others in it
+                World.current().together(self._check_stepped, self.settings.commit_timeout_s)
+            else:
+                self._check_stepped()
+        for chunk in self.model:
+            if _gathers_late(chunk):
+                chunk.start_param_sync(force_sync=True)
+
+    def _check_stepped(self) -> None:
+        for part in _distributed(self.optimizer):
+            inner = part.optimizer
+            if any(not inner.state.get(parameter) for group in inner.param_groups for parameter in group["params"]):
+                raise errors.SaveFailed(
+                    f"cluster {self.cluster}: the optimizer has made no step yet (or has skipped them all), it has "
+                    f"no moments, and Megatron can neither gather it nor load it back from {self.form}; save after "
+                    "the first step"
+                )
 
     def load(self, directory: str | os.PathLike[str]) -> int:
         """Restore everything from `directory` and return its step; see `load` of this module.
@@ -539,6 +890,7 @@ class Attached:
             UnsupportedError: the optimizer was saved in a form that this layout cannot load. Nothing was read.
         """
         path = Path(directory).absolute()
+        self.fence()
         saver.wait_pending()
         World.current().together(lambda: _check_complete(path), self.settings.commit_timeout_s)
         step: int = self.restore(path, verified=False)["iteration"]
@@ -579,7 +931,8 @@ class Attached:
         check_form(saved)
         self._check_layout(path, saved)
         told = content_metadata_of(self.form)
-        _compare({key: chunk.sharded_state_dict(metadata=told) for key, chunk in self._chunks().items()}, path)
+        parameters = {key: chunk.sharded_state_dict(metadata=told) for key, chunk in self._chunks().items()}
+        _compare(parameters, path, self.settings)
 
     def _chunks(self) -> dict[str, Any]:
         bare = [chunk.module if isinstance(chunk, DistributedDataParallel) else chunk for chunk in self.model]
@@ -613,10 +966,11 @@ def attach(
     """Bind a model (a module, or the list of its virtual pipeline stages), its optimizer and scheduler.
 
     `form` is Megatron's `distrib_optim_sharding_type`, see `RESHARDABLE`; with `save_only_model` the weights alone
-    are saved. Every optimizer step fences the saves that are pending. No collective.
+    are saved. The optimizer's step, and what else changes its tensors, waits for the copies of pending saves. No
+    collective.
 
     Raises:
-        UnsupportedError: Megatron's FSDP, `overlap_param_gather`, or a form that cannot be saved.
+        UnsupportedError: Megatron's FSDP, or a form that cannot be saved.
     """
     names.check_name("cluster", cluster)
     check_form({"distrib_optim_sharding_type": form})
@@ -627,12 +981,6 @@ def attach(
             raise errors.UnsupportedError(
                 "roll_ckpt does not support Megatron's FSDP in this version: it was not tried"
             )
-        if getattr(config, "overlap_param_gather", False):
-            raise errors.UnsupportedError(
-                "roll_ckpt does not support overlap_param_gather in this version: parameters are old after the "
-                "optimizer step until the next forward pass gathers them; turn it off"
-            )
-    _fence_at_step(optimizer)
     return Attached(chunks, optimizer, scheduler, settings or Settings(), cluster, form, save_only_model)
 
 
@@ -652,14 +1000,14 @@ class Model:
         return self._attached.estimate_bytes()
 
     def fence(self) -> None:
-        saver.fence()
+        self._attached.fence()
 
     def stage(self, save: saver.Save, directory: Path, client_state: Mapping[str, Any]) -> saver.Ticket:
         ours = self._attached
         told = content_metadata_of(ours.form)
         ticket = save.ticket(ours.cluster, describe(told))
         state = {**ours.state(save.attempt.step or 0), _CLIENT_STATE: dict(client_state)}
-        stage(ticket, directory, state, ours.strategy, told)
+        ours.stage(ticket, directory, state)
         return ticket
 
     def check(self, opened: loader.Unit, where: str) -> None:
@@ -671,17 +1019,119 @@ class Model:
         return client_state
 
 
-def _fence_at_step(optimizer: Any) -> None:
-    stock: Callable[..., Any] = optimizer.step
-    if hasattr(stock, "__wrapped__"):
-        return
+# --- copies under training -----------------------------------------------------------------------------------
 
-    @functools.wraps(stock)
-    def step(*args: Any, **kwargs: Any) -> Any:
-        saver.fence()
-        return stock(*args, **kwargs)
 
-    optimizer.step = step
+class Fence:
+    """The saves that read tensors of one optimizer: its step, and all else that changes them, waits for the copies.
+
+    One for each optimizer, however often it is attached.
+    """
+
+    def __init__(self) -> None:
+        self._saves: list[saver.Save] = []
+
+    @classmethod
+    def of(cls, optimizer: Any, model: Sequence[Any]) -> Fence:
+        """The fence of `optimizer`, wired into it and into `model` at the first call."""
+        found: Fence | None = getattr(optimizer, "_roll_ckpt_fence", None)
+        if found is not None:
+            return found
+        fence = optimizer._roll_ckpt_fence = cls()
+        for part in [optimizer, *getattr(optimizer, "chained_optimizers", ())]:
+            for name in _CHANGES:
+                fence._before(part, name)
+        for chunk in model:
+            for buffer in _buffers(chunk):
+                fence._before(buffer, "offload_to_cpu")
+            for module in chunk.modules():  # a hook, no wrapper: a copy of the model must load into itself
+                module.register_load_state_dict_pre_hook(lambda *args: fence.wait())
+        return fence
+
+    def add(self, save: saver.Save) -> None:
+        """`save` reads the tensors from now on."""
+        self._saves.append(save)
+
+    def wait(self) -> None:
+        """See `Attached.fence`."""
+        for save in list(self._saves):
+            save.fence()
+            if not save.settled:
+                continue
+            self._saves.remove(save)
+            if save.failure is not None and not save.reported and save.settings.fail_training:
+                save.reported = True
+                raise save.failure
+
+    def _before(self, owner: Any, name: str) -> None:
+        stock = getattr(owner, name, None)
+        if stock is None:
+            return
+
+        @functools.wraps(stock)
+        def fenced(*args: Any, **kwargs: Any) -> Any:
+            self.wait()
+            return stock(*args, **kwargs)
+
+        setattr(owner, name, fenced)
+
+
+_CHANGES = (
+    "step",
+    "step_with_ready_grads",
+    "load_state_dict",
+    "reload_model_params",
+    "offload_to_cpu",
+    "restore_from_cpu",
+)
+"""What changes, or moves, an optimizer's tensors and the parameters that it trains."""
+
+
+def stable_storages(model: Sequence[Any], optimizer: Any) -> frozenset[int]:
+    """Storages that change in the step of a distributed optimizer alone: its main parameters and moments, and the
+    parameters that it trains.
+
+    Where the gather of parameters overlaps the forward pass, parameters are none of them: hooks write them there.
+    Nor is anything whose optimizer keeps a copy on the host, which it may still be moving after the step.
+    """
+    tensors: list[Any] = []
+    for part in _distributed(optimizer):
+        if isinstance(part.optimizer, HybridDeviceOptimizer):
+            return frozenset()
+        tensors += [parameter for group in part.optimizer.param_groups for parameter in group["params"]]
+        tensors += [value for state in part.optimizer.state.values() for value in state.values()]
+        tensors += part.model_param_gbuf_map
+    unstable = {
+        buffer.param_data.untyped_storage()._cdata
+        for chunk in model
+        for buffer in _buffers(chunk)
+        if buffer.param_data is not None and _gathers_late(chunk)
+    }
+    plain = (torch.Tensor, torch.nn.Parameter)
+    return frozenset(tensor.untyped_storage()._cdata for tensor in tensors if type(tensor) in plain) - unstable
+
+
+def _distributed(optimizer: Any) -> list[Any]:
+    """The distributed optimizers with parameters on this rank that `optimizer` is or is made of."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part for part in parts if isinstance(part, DistributedOptimizer) and not part.is_stub_optimizer]
+
+
+def _buffers(chunk: Any) -> list[Any]:
+    """The buffers in which DistributedDataParallel keeps parameters and gradients."""
+    return [*getattr(chunk, "buffers", ()), *getattr(chunk, "expert_parallel_buffers", ())] if _is_ddp(chunk) else []
+
+
+def _is_ddp(chunk: Any) -> bool:
+    return isinstance(chunk, DistributedDataParallel)
+
+
+def _gathers_late(chunk: Any) -> bool:
+    """Whether parameters are old after the step, until hooks of the next forward pass have gathered them."""
+    return _is_ddp(chunk) and bool(chunk.ddp_config.overlap_param_gather)
+
+
+# --- records and random states -------------------------------------------------------------------------------
 
 
 def _recorded(path: Path, cluster: str) -> Mapping[str, Any]:

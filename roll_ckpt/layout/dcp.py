@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from roll_ckpt.image import Extent, FileImage, Record, Serial, TensorPiece
+from roll_ckpt.image import Extent, FileImage, Memory, Record, Serial, TensorPiece
 from roll_ckpt.layout import torch_zip
 
-_ARCHIVE = "archive"  # what torch.save calls it when it writes to a stream
+ARCHIVE = "archive"
+"""What torch.save calls an archive that it writes to a stream."""
+
 _LARGE = 64 << 10
 _LARGE_ALIGNMENT = 4096
 _SMALL_ALIGNMENT = 64
@@ -28,6 +30,10 @@ class Span:
     offset: int
     length: int
 
+    @property
+    def end(self) -> int:
+        return self.offset + self.length
+
 
 def lay_out(
     items: Iterable[tuple[str, torch.Tensor | bytes]], stable: torch_zip.Stable = lambda storage: False
@@ -37,31 +43,94 @@ def lay_out(
     Names are for the index of tensors only, the file does not hold them. Bytes are taken as they are: they were
     serialized before. `stable` is as in `torch_zip.lay_out`.
     """
+    parts: list[tuple[Span, FileImage]] = []
+    end = 0
+    for name, value in items:
+        image = _item(name, value, stable)
+        span = place(end, image.nbytes)
+        parts.append((span, image))
+        end = span.end
+    return join(parts), tuple(span for span, _ in parts)
+
+
+def place(end: int, nbytes: int) -> Span:
+    """Where the next item of a file goes whose last one ends at `end`."""
+    return Span(end + -end % (_LARGE_ALIGNMENT if nbytes >= _LARGE else _SMALL_ALIGNMENT), nbytes)
+
+
+def join(parts: Iterable[tuple[Span, FileImage]]) -> FileImage:
+    """The file that holds `parts`, each at its span; spans ascend, and may be longer than what lies in them."""
     extents: list[Extent] = []
     records: list[Record] = []
     serials: list[Serial] = []
     pieces: list[TensorPiece] = []
-    spans: list[Span] = []
     end = 0
-    for name, value in items:
-        image = _item(value, stable)
-        base = end + -end % (_LARGE_ALIGNMENT if image.nbytes >= _LARGE else _SMALL_ALIGNMENT)
-        first = len(records)
-        extents += [replace(extent, offset=base + extent.offset) for extent in image.extents]
-        records += [
-            Record(base + record.start, record.nbytes, tuple(base + at for at in record.crc_at))
-            for record in image.records
-        ]
-        serials += [
-            replace(serial, offset=base + serial.offset, first=first + serial.first) for serial in image.serials
-        ]
-        pieces += [replace(piece, name=name, offset=base + piece.offset) for piece in image.pieces]
-        spans.append(Span(base, image.nbytes))
-        end = base + image.nbytes
-    return FileImage(end, tuple(extents), tuple(records), tuple(serials), tuple(pieces)), tuple(spans)
+    for span, image in parts:
+        moved = _moved(image, span.offset, len(records))
+        extents += moved.extents
+        records += moved.records
+        serials += moved.serials
+        pieces += moved.pieces
+        end = span.end
+    return FileImage(end, tuple(extents), tuple(records), tuple(serials), tuple(pieces))
 
 
-def _item(value: torch.Tensor | bytes, stable: torch_zip.Stable) -> FileImage:
+def _moved(image: FileImage, by: int, first: int) -> FileImage:
+    """`image` as a part of a larger one: `by` bytes behind its start, after `first` records."""
+    if not by and not first:
+        return image
+    return FileImage(
+        image.nbytes,
+        tuple(replace(extent, offset=by + extent.offset) for extent in image.extents),
+        tuple(
+            Record(by + record.start, record.nbytes, tuple(by + at for at in record.crc_at)) for record in image.records
+        ),
+        tuple(replace(serial, offset=by + serial.offset, first=first + serial.first) for serial in image.serials),
+        tuple(replace(piece, offset=by + piece.offset) for piece in image.pieces),
+    )
+
+
+def _item(name: str, value: torch.Tensor | bytes, stable: torch_zip.Stable) -> FileImage:
     if isinstance(value, bytes):
-        return FileImage(len(value), (Extent(0, value),) if value else ())
-    return torch_zip.lay_out(value, _ARCHIVE, stable)
+        return FileImage.of_bytes(value)
+    image = torch_zip.lay_out(value, ARCHIVE, stable)
+    return replace(image, pieces=tuple(replace(piece, name=name) for piece in image.pieces))
+
+
+@dataclass(frozen=True)
+class Form:
+    """A file of tensors without their memory: laid out once, filled at each save of the same dtypes and shapes.
+
+    Made by `form`; holds no tensor.
+    """
+
+    image: FileImage
+    _holes: tuple[tuple[int, int, int], ...]  # place in the extents, offset, bytes
+
+    def fill(self, tensors: Iterable[torch.Tensor], stable: torch_zip.Stable) -> FileImage:
+        """What `lay_out` would return for `tensors`, which are those of `form` in its order, made contiguous.
+
+        Raises:
+            ValueError: a tensor of another size.
+        """
+        extents = list(self.image.extents)
+        holes = iter(self._holes)
+        for tensor in tensors:
+            if not tensor.nbytes:
+                continue
+            at, offset, nbytes = next(holes)
+            if tensor.nbytes != nbytes:
+                raise ValueError(f"a tensor has {tensor.nbytes} bytes, its place in the file {nbytes}")
+            extents[at] = torch_zip.extent_of(offset, tensor.contiguous(), nbytes, stable)
+        return replace(self.image, extents=tuple(extents))
+
+
+def form(items: Iterable[tuple[str, torch.Tensor]]) -> tuple[Form, tuple[Span, ...]]:
+    """Lay `items` out, contiguous plain tensors, as a form; and tell where each lies."""
+    image, spans = lay_out(items)
+    holes, extents = [], list(image.extents)
+    for at, extent in enumerate(extents):
+        if isinstance(extent.source, Memory):
+            holes.append((at, extent.offset, extent.nbytes))
+            extents[at] = Extent(extent.offset, b"")
+    return Form(replace(image, extents=tuple(extents)), tuple(holes)), spans

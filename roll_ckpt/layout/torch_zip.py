@@ -32,17 +32,20 @@ _SMALL_ALIGNMENT = 64
 _UTF8_AND_DESCRIPTOR = 0x0808
 _UTF8 = 0x0800
 _ZIP64_LIMIT = 0xFFFFFFFF
+_NO_TENSORS = frozenset([int, float, str, bool, bytes, type(None), tuple, list, dict])
+"""Most of what a pickler asks about; random states are thousands of numbers."""
 _NO_HOOKS: OrderedDict[Any, Any] = OrderedDict()
 _NEW_DTYPES = frozenset(torch.storage._new_dtypes())
 _STORAGE_NAMES: dict[torch.dtype, str] = dict(torch.storage._dtype_to_storage_type_map())
 
 
-def lay_out(state: object, archive: str, stable: Stable = lambda storage: False) -> FileImage:
+def lay_out(state: object, archive: str, stable: Stable = lambda storage: False, *, at_least: int = 0) -> FileImage:
     """Describe the file that holds `state`, without copying a tensor.
 
     Python objects are pickled now, on the calling thread; tensors are only referred to. `archive` is the
     folder inside the zip (stock uses the file's stem). Extents of storages for which `stable` is true may be
-    copied until the next fence, all others before the caller goes on.
+    copied until the next fence, all others before the caller goes on. A file shorter than `at_least` bytes
+    gets zeros before its directory, where no reader looks.
     """
     pieces = _StoragePieces(stable)
     data_pkl = pieces.pickle(state)
@@ -53,7 +56,7 @@ def lay_out(state: object, archive: str, stable: Stable = lambda storage: False)
         piece.offset = archive_writer.add(f"data/{key}", piece.memory(), piece.stable)
     archive_writer.add("version", b"3\n")
     archive_writer.add_serialization_id()
-    return archive_writer.close(pieces.index(state))
+    return archive_writer.close(pieces.index(state), at_least)
 
 
 def unsafe_parts(state: object, image: FileImage, allow: Iterable[Any] = ()) -> dict[str, list[str]]:
@@ -111,17 +114,39 @@ class _Piece:
         self.dtype = dtype
 
     def memory(self) -> Memory | bytes:
-        if self.stop == self.start:
-            return b""
-        device = self.storage.device
-        if device.type not in ("cpu", "cuda"):
-            host = self.storage.cpu()
-            return Memory(host.data_ptr() + self.start, self.stop - self.start, host)
-        address, nbytes = self.storage.data_ptr() + self.start, self.stop - self.start
-        if device.type == "cpu":
-            return Memory(address, nbytes, self.storage)
-        stream = torch.cuda.current_stream(device).cuda_stream
-        return Memory(address, nbytes, self.storage, device.index or 0, stream)
+        return memory_of(self.storage, self.start, self.stop) if self.stop > self.start else b""
+
+
+def extent_of(offset: int, tensor: torch.Tensor, nbytes: int, stable: Stable) -> Extent:
+    """The extent at `offset` of the file that holds a contiguous tensor of `nbytes` bytes, and nothing else.
+
+    Raises:
+        SaveFailed: its memory was freed.
+    """
+    storage = tensor.untyped_storage()
+    start = tensor.data_ptr() - storage.data_ptr()
+    if start + nbytes > storage.nbytes():
+        raise _freed(tensor, start + nbytes, storage)
+    return Extent(offset, memory_of(storage, start, start + nbytes), stable(storage))
+
+
+def _freed(tensor: torch.Tensor, needed: int, storage: torch.UntypedStorage) -> errors.SaveFailed:
+    return errors.SaveFailed(
+        f"a tensor of shape {list(tensor.shape)} needs {needed} bytes of a storage that has {storage.nbytes()}: its "
+        "memory was freed. Save it while it is gathered"
+    )
+
+
+def memory_of(storage: torch.UntypedStorage, start: int, stop: int) -> Memory:
+    """Bytes `start` to `stop` of a storage; of one that is neither on the CPU nor on a CUDA device, a copy."""
+    device = storage.device
+    if device.type not in ("cpu", "cuda"):
+        storage = storage.cpu()
+    address, nbytes = storage.data_ptr() + start, stop - start
+    if device.type != "cuda":
+        return Memory(address, nbytes, storage)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    return Memory(address, nbytes, storage, device.index or 0, stream)
 
 
 @dataclass(frozen=True)
@@ -153,10 +178,7 @@ class _StoragePieces:
         for tensor in seen.tensors:
             storage, span = tensor.untyped_storage(), _span(tensor)
             if span[1] > storage.nbytes():
-                raise errors.SaveFailed(
-                    f"a tensor of shape {list(tensor.shape)} needs {span[1]} bytes of a storage that has "
-                    f"{storage.nbytes()}: its memory was freed. Save it while it is gathered"
-                )
+                raise _freed(tensor, span[1], storage)
             spans.setdefault(storage._cdata, (storage, []))[1].append(span)
         for storage in seen.storages:
             spans.setdefault(storage._cdata, (storage, []))[1].append((0, storage.nbytes()))
@@ -201,7 +223,7 @@ class _StoragePieces:
         def build() -> tuple[TensorPiece, ...]:
             found = []
             for name, tensor in _named_tensors(state):
-                if not (_is_plain(tensor) or type(tensor) is torch.nn.Parameter):
+                if not (is_plain(tensor) or type(tensor) is torch.nn.Parameter):
                     continue
                 start, stop = _span(tensor)
                 piece = self.piece_of(tensor.untyped_storage(), start)
@@ -213,7 +235,8 @@ class _StoragePieces:
         return build
 
 
-def _is_plain(obj: object) -> bool:
+def is_plain(obj: object) -> bool:
+    """Whether `obj` is a tensor that stock pickles as dtype, shape, strides and a storage, and nothing else."""
     return (
         type(obj) is torch.Tensor
         and not obj.__dict__  # stock keeps attributes, in a form of its own
@@ -275,7 +298,9 @@ class _Collector(pickle.Pickler):
         self.storages: list[torch.UntypedStorage] = []
 
     def persistent_id(self, obj: object) -> Any:
-        if _is_plain(obj):
+        if type(obj) in _NO_TENSORS:
+            return None
+        if is_plain(obj):
             assert isinstance(obj, torch.Tensor)
             self.tensors.append(obj)
             return "tensor"
@@ -294,12 +319,14 @@ class _Writer(pickle.Pickler):
         self._pieces = pieces
 
     def reducer_override(self, obj: object) -> Any:
-        if _is_plain(obj):
+        if is_plain(obj):
             assert isinstance(obj, torch.Tensor)
             return self._pieces.reduce(obj)
         return NotImplemented
 
     def persistent_id(self, obj: object) -> Any:
+        if type(obj) in _NO_TENSORS:
+            return None
         if type(obj) is _StorageStub:
             return ("storage", obj.type, obj.piece.key, obj.location, obj.numel)
         storage = _untyped(obj)
@@ -326,8 +353,10 @@ def _named_tensors(
         items = state.items()
     elif isinstance(state, list | tuple):
         items = enumerate(state)
+    inside |= {id(state)}
     for key, value in items:
-        yield from _named_tensors(value, f"{name}.{key}" if name else str(key), inside | {id(state)})
+        if isinstance(value, torch.Tensor | dict | list | tuple):
+            yield from _named_tensors(value, f"{name}.{key}" if name else str(key), inside)
 
 
 # --- the archive ---------------------------------------------------------------------------------------------
@@ -340,6 +369,15 @@ class _Entry:
     nbytes: int
     flags: int
     record: int | None
+
+
+_END_BYTES = 56 + 20 + 22  # zip64 end record, its locator, end record
+
+
+def _zip64_extra(entry: _Entry) -> bytes:
+    wide = [entry.nbytes, entry.nbytes] if entry.nbytes >= _ZIP64_LIMIT else []
+    wide += [entry.header_at] if entry.header_at >= _ZIP64_LIMIT else []
+    return struct.pack(f"<2H{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
 
 
 @dataclass
@@ -387,7 +425,9 @@ class _Archive:
         start = self.add(".data/serialization_id", b"%020d%020d" % (names, 0))
         self.serial_at = start + 20
 
-    def close(self, index: Callable[[], tuple[TensorPiece, ...]]) -> FileImage:
+    def close(self, index: Callable[[], tuple[TensorPiece, ...]], at_least: int) -> FileImage:
+        tail = sum(46 + len(entry.name) + len(_zip64_extra(entry)) for entry in self.entries) + _END_BYTES
+        self._plain += bytes(max(0, at_least - self._end - tail))
         directory_at = self._end
         for entry in self.entries:
             self._add_directory_entry(entry)
@@ -408,14 +448,13 @@ class _Archive:
     def _add_directory_entry(self, entry: _Entry) -> None:
         large = entry.nbytes >= _ZIP64_LIMIT
         far = entry.header_at >= _ZIP64_LIMIT
-        wide = ([entry.nbytes, entry.nbytes] if large else []) + ([entry.header_at] if far else [])
-        extra = struct.pack(f"<2H{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
+        extra = _zip64_extra(entry)
         short = _ZIP64_LIMIT if large else entry.nbytes
         if entry.record is not None:
             self.records[entry.record][2].append(self._end + 16)
         self._plain += struct.pack(
             "<4s6H3I5H2I",
-            *(b"PK\x01\x02", 0, 45 if wide else 0, entry.flags, 0, 0, 0),
+            *(b"PK\x01\x02", 0, 45 if extra else 0, entry.flags, 0, 0, 0),
             *(0, short, short, len(entry.name), len(extra), 0, 0, 0, 0),
             _ZIP64_LIMIT if far else entry.header_at,
         )
