@@ -1,7 +1,10 @@
 """The demonstration: train, kill everything in the middle of a save, start again, and compare every loss.
 
-    python -m examples.rlvr.demo             one world of two ranks, killed and resumed
-    python -m examples.rlvr.demo --worlds    actor and critic as two torchrun jobs that commit together
+    python -m examples.rlvr.demo                       one world of two ranks, killed and resumed
+    python -m examples.rlvr.demo --worlds              actor and critic as two torchrun jobs that commit together
+    python -m examples.rlvr.demo --repo me/rlvr-demo   pushed to the Hugging Face Hub; HF_TOKEN holds the token
+
+Without --repo a local Hub stands for the real one, served by this process.
 
 It may be repeated at will: it begins by emptying its two folders, `runs/demo` and `runs/demo-work`
 (with `--worlds`: `runs/worlds` and `runs/worlds-work`), and no other.
@@ -11,11 +14,15 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import filecmp
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn, TextIO
 
@@ -26,9 +33,11 @@ from examples.rlvr.job import RANKS, Job, JobFailed, wait
 from examples.rlvr.journal import Launch, Place, read_journal, work_dir_of
 from examples.rlvr.table import disk_tree, save_rows, save_table
 from roll_ckpt import names
+from roll_ckpt.hub_dev import LocalHub
 
 MARKER = ".rlvr-demo"
 KILL_STEP, BEFORE = 9, 6
+LOCAL_REPO = "demo/rlvr"
 
 console = Console(highlight=False)
 
@@ -40,6 +49,9 @@ class DemoFailed(Exception):
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m examples.rlvr.demo", description=__doc__.split("\n")[0])
     parser.add_argument("--worlds", action="store_true", help="actor and critic as two torchrun jobs")
+    parser.add_argument(
+        "--repo", metavar="NAMESPACE/NAME", help="push there, on the real Hub; made if missing, private"
+    )
     parser.add_argument(
         "--forget-rng",
         action="store_true",
@@ -53,7 +65,7 @@ def main() -> int:
         if arguments.worlds:
             _two_worlds()
         else:
-            _killed_and_resumed(["--forget-rng"] if arguments.forget_rng else [])
+            _killed_and_resumed(arguments.repo, ["--forget-rng"] if arguments.forget_rng else [])
     except (DemoFailed, JobFailed) as problem:
         console.print("\n[bold red]The demonstration failed:[/]", escape(str(problem)), soft_wrap=True)
         return 1
@@ -73,60 +85,110 @@ def _leave(number: int, _: object) -> NoReturn:
 # --- one world, killed and resumed ------------------------------------------------------------------------
 
 
-def _killed_and_resumed(resume_with: list[str]) -> None:
+def _killed_and_resumed(repo: str | None, resume_with: list[str]) -> None:
     output_dir = Path("runs/demo")
     work_dir = work_dir_of(output_dir)
     marker = _empty(output_dir, work_dir)
+    with _hub(repo, work_dir / "hub") as uri:
+        push = f"checkpoint_config={{type: hub, repo_id: {uri.removeprefix('hf://')}}}"
+        _train_twice(output_dir, work_dir, push, resume_with)
+        _pull_elsewhere(uri, output_dir, work_dir)
+    _show_saves(output_dir, work_dir, ["rlvr"])
+    marker.close()
+
+
+@contextmanager
+def _hub(repo: str | None, root: Path) -> Iterator[str]:
+    """The repository's address, on the real Hub if one is named, else on a local one that answers meanwhile."""
+    if repo is not None:
+        if not os.environ.get("HF_TOKEN"):
+            raise DemoFailed("--repo needs the Hub's token in the environment: export HF_TOKEN=…")
+        yield f"hf://{repo}"
+        return
+    with LocalHub(root) as hub:
+        os.environ |= {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "any-token", "HF_HOME": str(root)}
+        os.environ.pop("HF_HUB_OFFLINE", None)
+        yield f"hf://{LOCAL_REPO}"
+
+
+def _train_twice(output_dir: Path, work_dir: Path, push: str, resume_with: list[str]) -> None:
     unbroken = work_dir / "unbroken"
-    unbroken_work = work_dir_of(unbroken)
     settings = ["--config", "configs/rlvr.yaml", "--output-dir"]
 
     _heading("1. A run that nobody disturbs, to compare with")
-    with Job([*settings, str(unbroken)], unbroken_work) as job:
+    with Job([*settings, str(unbroken)], work_dir_of(unbroken)) as job:
         _command(job)
         wait(job)
 
-    _heading(f"2. The same run, killed while it saves step {KILL_STEP}")
+    _heading(f"2. The same run, pushed to the Hub, and killed while it saves step {KILL_STEP}")
     stop = ["--stop-at", f"vote.cast:checkpoint-{KILL_STEP}:actor_train"]
-    with Job([*settings, str(output_dir), *stop], work_dir) as job:
+    with Job([*settings, str(output_dir), *stop, push], work_dir) as job:
         _command(job)
         job.wait_until_stopped()
         pids = job.kill()
         console.show_cursor()
-    console.print(f"\n  SIGKILL to torchrun ({pids[0]}) and its workers ({', '.join(map(str, pids[1:]))}).")
+    console.print(f"\n  SIGKILL to torchrun ({pids[0]}) and what it had started ({', '.join(map(str, pids[1:]))}).")
     console.print(f"  Every rank of actor_train has voted for checkpoint-{KILL_STEP}, none of critic.")
     console.print("  This is what lies on disk now:\n")
     console.print(disk_tree(output_dir))
     _must_not_exist(output_dir / names.checkpoint(KILL_STEP))
 
     _heading("3. The same command again")
-    with Job([*settings, str(output_dir), *resume_with], work_dir) as job:
+    with Job([*settings, str(output_dir), *resume_with, push], work_dir) as job:
         _command(job)
         wait(job)
-
-    _heading("4. What came of it")
-    compared = _compare(unbroken_work, work_dir)
-    console.print(f"  [green]✓[/] {compared}")
+    console.print()
+    _compare(work_dir_of(unbroken), work_dir)
     _verify(output_dir)
-    _show_saves(output_dir, work_dir, ["rlvr"])
-    marker.close()
 
 
-def _compare(unbroken: Path, work_dir: Path) -> str:
-    """A sentence about the losses of both runs; DemoFailed if one bit of one differs."""
+def _pull_elsewhere(uri: str, output_dir: Path, work_dir: Path) -> None:
+    """What a colleague does: pull a checkpoint by its tag, and train on from it in a folder of their own."""
+    source, pulled = f"{uri}@{names.checkpoint(KILL_STEP)}", work_dir / "pulled"
+    _heading("4. Somebody else takes the checkpoint from the Hub")
+    _roll_ckpt("pull", source, str(pulled))
+    _compare_files(output_dir / names.checkpoint(KILL_STEP), pulled / names.checkpoint(KILL_STEP))
+    _verify(pulled)
+    elsewhere = work_dir / "elsewhere"
+    resume = f"resume_from_checkpoint={source}"
+    with Job(["--config", "configs/rlvr.yaml", "--output-dir", str(elsewhere), resume], work_dir_of(elsewhere)) as job:
+        _command(job)
+        wait(job)
+    console.print()
+    _compare(work_dir_of(work_dir / "unbroken"), work_dir_of(elsewhere), resumed_from=KILL_STEP)
+
+
+def _compare_files(one: Path, other: Path) -> None:
+    """DemoFailed unless both folders hold the same files with the same bytes."""
+    paths = [{path.relative_to(root) for path in root.rglob("*") if path.is_file()} for root in (one, other)]
+    if paths[0] != paths[1]:
+        raise DemoFailed(f"{one} and {other} differ in {sorted(map(str, paths[0] ^ paths[1]))}")
+    for path in sorted(paths[0]):
+        if not filecmp.cmp(one / path, other / path, shallow=False):
+            raise DemoFailed(f"{other / path} is not {one / path}")
+    console.print(f"  [green]✓[/] {other} is byte for byte what the run saved, {len(paths[0])} files")
+
+
+def _compare(unbroken: Path, work_dir: Path, resumed_from: int = BEFORE) -> None:
+    """DemoFailed if one bit of one loss differs from the unbroken run's."""
     for rank in range(RANKS):
         (reference,) = _launches(unbroken, "rlvr", rank)
-        killed, resumed = _launches(work_dir, "rlvr", rank)
-        if resumed.resumed_from != BEFORE:
-            raise DemoFailed(f"rank {rank} resumed from {resumed.resumed_from}, not from step {BEFORE}")
-        missing = set(range(BEFORE + 1, len(reference.steps))) - resumed.steps.keys()
+        launches = _launches(work_dir, "rlvr", rank)
+        resumed = launches[-1]
+        if resumed.resumed_from != resumed_from:
+            raise DemoFailed(f"rank {rank} resumed from {resumed.resumed_from}, not from step {resumed_from}")
+        missing = set(range(resumed_from + 1, len(reference.steps))) - resumed.steps.keys()
         if missing:
             raise DemoFailed(f"rank {rank} did not train steps {sorted(missing)} after the resume")
-        for launch, when in ((killed, "before the kill"), (resumed, "after the resume")):
+        for launch in launches:
+            when = "after the resume" if launch is resumed else "before the kill"
             for step, record in launch.steps.items():
                 _compare_step(reference.steps[step].figures, record.figures, f"rank {rank}, step {step}, {when}")
-    steps = f"steps {BEFORE + 1} to {max(resumed.steps)}"
-    return f"every loss of {steps} is that of the unbroken run, bit for bit, on every rank"
+    console.print(
+        f"  [green]✓[/] every loss of steps {resumed_from + 1} to {max(resumed.steps)} is that of the unbroken run, "
+        "bit for bit, on every rank",
+        soft_wrap=True,
+    )
 
 
 def _compare_step(expected: dict[str, str], found: dict[str, str], where: str) -> None:
@@ -203,7 +265,7 @@ def _empty(output_dir: Path, work_dir: Path) -> TextIO:
 
 
 def _is_ours(name: str) -> bool:
-    known = (names.LATEST, names.EPOCHS, names.TRASH, names.SUPERSEDED)
+    known = (names.LATEST, names.EPOCHS, names.TRASH, names.SUPERSEDED, names.HUB)
     return name in known or names.step_of(name) is not None or names.parse_attempt_dir(name) is not None
 
 
@@ -221,19 +283,24 @@ def _launches(work_dir: Path, world: str, rank: int) -> list[Launch]:
 
 
 def _verify(output_dir: Path) -> None:
-    command = [sys.executable, "-m", "roll_ckpt.cli", "verify", str(output_dir)]
-    result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
+    _roll_ckpt("verify", str(output_dir))
+    console.print(f"  [green]✓[/] {output_dir}: every byte was read again and is sound")
+
+
+def _roll_ckpt(*arguments: str) -> None:
+    command = [sys.executable, "-m", "roll_ckpt.cli", *arguments]
+    console.print(f"  [dim]$ roll-ckpt {' '.join(arguments)}[/]", soft_wrap=True)
+    result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
     if result.returncode:
         raise DemoFailed(
-            f"`roll-ckpt verify {output_dir}` ended with {result.returncode}:\n{result.stdout}{result.stderr}"
+            f"`roll-ckpt {' '.join(arguments)}` ended with {result.returncode}:\n{result.stdout}{result.stderr}"
         )
-    console.print(f"  [green]✓[/] roll-ckpt verify {output_dir}: every byte was read again and is sound")
 
 
 def _show_saves(output_dir: Path, work_dir: Path, worlds: list[str]) -> None:
     journals = [_launches(work_dir, world, rank) for world in worlds for rank in range(RANKS)]
     console.print()
-    console.print(save_table(save_rows(journals), output_dir, work_dir / "uploads"))
+    console.print(save_table(save_rows(journals), output_dir))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from rich.tree import Tree
 
 from examples.rlvr.journal import Launch, Step
 from examples.rlvr.screen import seconds, size
-from roll_ckpt import manifest, names
+from roll_ckpt import names
 
 
 @dataclass
@@ -27,6 +27,8 @@ class SaveRow:
     durable_s: float | None = None
     """From when the last world began the save; None if it was never committed."""
     upload_s: float | None = None
+    nbytes: int = 0
+    """What all ranks staged; files that a framework wrote by itself are not counted."""
 
 
 def save_rows(journals: Iterable[list[Launch]]) -> list[SaveRow]:
@@ -62,27 +64,27 @@ def _count(step: Step, rows: dict[int, SaveRow], blocked: dict[int, float]) -> N
         for key, value in record.items():
             if key.endswith("/durable") and value is not None:
                 row.durable_s = min(value, row.durable_s or value)
+            elif key.endswith("/bytes"):
+                row.nbytes += value
             elif key.endswith("/fence"):
                 blocked[row.step] = blocked.get(row.step, 0.0) + value
 
 
-def save_table(rows: list[SaveRow], output_dir: Path, uploads: Path) -> Table:
+def save_table(rows: list[SaveRow], output_dir: Path) -> Table:
     table = Table(box=None, pad_edge=False, caption_justify="left")
     table.caption = "blocked: the longest that a rank's training stood still; at the last step until all is uploaded"
     for heading in _HEADINGS:
         table.add_column(heading, justify="left" if heading == "clusters" else "right")
     for row in rows:
-        kept, uploaded = output_dir / names.checkpoint(row.step), uploads / names.checkpoint(row.step)
         if row.durable_s is None:
             fate = ["-", seconds(row.blocked_s), "[red]killed[/]", "-", "-"]
         else:
-            files = manifest.read(kept if kept.is_dir() else uploaded).files
             fate = [
-                size(sum(file.nbytes for file in files)),
+                size(row.nbytes),
                 seconds(row.blocked_s),
                 seconds(row.durable_s),
-                seconds(row.upload_s) if uploaded.is_dir() else "[red]no[/]",
-                "no" if kept.is_dir() else "yes",
+                seconds(row.upload_s),
+                "no" if (output_dir / names.checkpoint(row.step)).is_dir() else "yes",
             ]
         resumed = "-" if row.resumed_from is None else f"step {row.resumed_from}"
         table.add_row(str(row.step), ", ".join(sorted(row.clusters)), *fate, resumed)
