@@ -1,7 +1,7 @@
-"""roll-ckpt: list, show, verify, prune, recover. Imports nothing heavy, so that it answers at once.
+"""roll-ckpt: list, show, verify, prune, recover, and the Hub. Imports nothing heavy, so that it answers at once.
 
 Tables for people go to stdout, or JSON with --json; errors and progress go to stderr.
-Exit codes: 0 fine, 1 error, 2 wrong usage, 3 something is damaged.
+Exit codes: 0 fine, 1 error, 2 wrong usage, 3 something is damaged, 4 uploads are still owed.
 """
 
 from __future__ import annotations
@@ -13,72 +13,18 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import commit, disk, epoch, manifest, names, retention, uploads, verify
+from . import cli_hub, commit, disk, epoch, manifest, names, push_queue, retention, uploads, verify
 from .errors import ConfigError, Damaged, NotFound, RollCkptError
-
-FINE, ERROR, DAMAGED = 0, 1, 3  # argparse itself ends with 2
+from .place import Place, is_foreign, locate, run_directory
+from .printing import DAMAGED, ERROR, EXIT_CODES, FINE, human_bytes, notice, print_json, print_table, say
 
 _HEARD_S = 60.0  # a run on another host that was heard of so recently is shown as live
-
-
-# --- where a path leads -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Place:
-    """What a path means: an output directory, perhaps one checkpoint in it, perhaps a part of that."""
-
-    output_dir: Path
-    name: str | None = None
-    part: str = ""
-
-    @property
-    def unit(self) -> Path:
-        """The checkpoint's directory; the output directory where no checkpoint was named."""
-        return self.output_dir / (self.name or "")
-
-
-def locate(given: str) -> Place:
-    """The place a path leads to; any path inside a checkpoint leads to it. NotFound, saying why."""
-    path = Path(os.path.abspath(given))
-    if not disk.exists(path):
-        raise NotFound(f"{given} does not exist")
-    for unit in (path, *path.parents):
-        if names.parse_attempt_dir(unit.name):
-            raise NotFound(
-                f"{given} is being written, or was left by a crash: no checkpoint yet. See {unit.parent}; "
-                "the next start of the run, or `roll-ckpt recover`, finishes or discards it"
-            )
-        if _is_checkpoint(unit):
-            part = path.relative_to(unit).as_posix()
-            return Place(unit.parent, unit.name, "" if part == "." else part)
-    if _holds_checkpoints(path):
-        return Place(path)
-    raise NotFound(
-        f"{given}: no checkpoint of roll_ckpt is there. Give the output_dir of a run, the save_dir of a "
-        "DeepSpeed script, or one checkpoint in it"
-    )
-
-
-def _is_checkpoint(path: Path) -> bool:
-    """Whether a directory is one, perhaps with a record gone. Others have a manifest.json, too."""
-    return sum(disk.exists(path / record) for record in (names.MANIFEST, names.EXPECTED, names.DECISION)) > 1
-
-
-def _holds_checkpoints(path: Path) -> bool:
-    return disk.is_dir(path) and any(
-        entry == names.EPOCHS
-        or names.parse_attempt_dir(entry) is not None
-        or _is_checkpoint(path / entry)
-        or _is_foreign(path / entry)
-        for entry in disk.list_dir(path)
-    )
 
 
 # --- what lies in an output directory -----------------------------------------------------------------------
@@ -124,7 +70,7 @@ def survey(output_dir: Path) -> Survey:
         checkpoints=checkpoints,
         damaged=damaged,
         pending=[_look_at_attempt(output_dir, *parsed) for parsed in attempts],
-        foreign=[entry for entry in entries if _is_foreign(output_dir / entry)],
+        foreign=[entry for entry in entries if is_foreign(output_dir / entry)],
         latest=latest,
         live=_live(output_dir),
     )
@@ -141,12 +87,6 @@ def look(place: Place) -> Survey:
     except (Damaged, NotFound) as error:
         damaged.append(str(error))
     return Survey(checkpoints, damaged, [], [], latest)
-
-
-def _is_foreign(path: Path) -> bool:
-    if path.name.startswith(".") or not disk.is_dir(path) or disk.exists(path / names.MANIFEST):
-        return False
-    return any(entry.endswith("_states.pt") for entry in disk.list_dir(path))
 
 
 def _look_at_attempt(output_dir: Path, name: str, number: int, attempt: int) -> Pending:
@@ -200,7 +140,7 @@ def ls(args: argparse.Namespace) -> int:
     place = locate(args.path)
     found = look(place)
     if args.json:
-        _print_json(
+        print_json(
             {
                 "path": str(place.output_dir),
                 "latest": found.latest,
@@ -214,7 +154,7 @@ def ls(args: argparse.Namespace) -> int:
     else:
         _print_listing(place, found)
     for problem in found.damaged:
-        _say(f"damaged: {problem}")
+        say(f"damaged: {problem}")
     return DAMAGED if found.damaged else FINE
 
 
@@ -239,9 +179,9 @@ def _print_listing(place: Place, found: Survey) -> None:
         step = "-" if row["step"] is None else str(row["step"])
         attempt = f"{row['epoch']}.{row['attempt']}"
         mark = "*" if row["latest"] else ""
-        rows.append([mark, row["name"], step, clusters, str(row["files"]), _size(row["bytes"]), attempt])
+        rows.append([mark, row["name"], step, clusters, str(row["files"]), human_bytes(row["bytes"]), attempt])
     if found.checkpoints:
-        _print_table(rows, right={2, 4, 5, 6})
+        print_table(rows, right={2, 4, 5, 6})
         if any(told.name == found.latest for told in found.checkpoints):
             print("* `latest` names it")
     else:
@@ -267,9 +207,9 @@ def show(args: argparse.Namespace) -> int:
     if place.name is None:
         found = survey(place.output_dir)
         for problem in found.damaged:
-            _say(f"damaged: {problem}")
+            say(f"damaged: {problem}")
         if not found.checkpoints:
-            _say(f"{args.path}: no committed checkpoint can be shown; see `roll-ckpt ls`")
+            say(f"{args.path}: no committed checkpoint can be shown; see `roll-ckpt ls`")
             return DAMAGED if found.damaged else ERROR
         place = Place(place.output_dir, found.checkpoints[-1].name)
     told = manifest.read(place.unit)
@@ -277,12 +217,12 @@ def show(args: argparse.Namespace) -> int:
     nbytes = sum(file.nbytes for file in files)
     if args.json:
         shown = {**asdict(told), "files": [asdict(file) for file in files]}
-        _print_json({"path": str(place.unit), **shown, "bytes": nbytes})
+        print_json({"path": str(place.unit), **shown, "bytes": nbytes})
         return FINE
     step = "no step" if told.step is None else f"step {told.step}"
     print(f"{place.unit / place.part}")
     print(f"  {step}, epoch {told.epoch}, attempt {told.attempt}, run_id {told.run_id!r}")
-    print(f"  written by {told.software}; {len(files)} files, {_size(nbytes)}")
+    print(f"  written by {told.software}; {len(files)} files, {human_bytes(nbytes)}")
     if not told.directories_durable:
         print("  weaker guarantee: its file system cannot make directory entries durable")
     print("clusters")
@@ -290,9 +230,9 @@ def show(args: argparse.Namespace) -> int:
         [f"  {name}", ", ".join(f"{key} {_fact(value)}" for key, value in sorted(known.items()))]
         for name, known in told.clusters.items()
     ]
-    _print_table(facts)
+    print_table(facts)
     print("files")
-    _print_table([[f"  {_size(file.nbytes)}", file.path] for file in files], right={0})
+    print_table([[f"  {human_bytes(file.nbytes)}", file.path] for file in files], right={0})
     return FINE
 
 
@@ -312,12 +252,12 @@ def check(args: argparse.Namespace) -> int:
     if place.name is None and not (names_read or found.damaged):
         raise NotFound(f"{args.path}: no committed checkpoint is there; see `roll-ckpt ls`")
     for name in found.foreign:
-        _say(f"not verified: {name} was not written by roll_ckpt and has no digests")
+        say(f"not verified: {name} was not written by roll_ckpt and has no digests")
     nbytes = sum(told.nbytes() for told in found.checkpoints)
-    with _leases(units), _notice(f"reading {_size(nbytes)} ..."):
+    with _leases(units), notice(f"reading {human_bytes(nbytes)} ..."):
         problems = verify.verify(place.unit) if place.name else verify.verify_run(place.output_dir)
     if args.json:
-        _print_json(
+        print_json(
             {
                 "path": str(place.unit),
                 "sound": not problems,
@@ -327,9 +267,9 @@ def check(args: argparse.Namespace) -> int:
             }
         )
     else:
-        _print_table([["damaged", problem.path, f"{problem.kind}: {problem.detail}"] for problem in problems])
+        print_table([["damaged", problem.path, f"{problem.kind}: {problem.detail}"] for problem in problems])
         if not problems:
-            print(f"sound: {', '.join(names_read)} ({_size(nbytes)} read)")
+            print(f"sound: {', '.join(names_read)} ({human_bytes(nbytes)} read)")
     return DAMAGED if problems else FINE
 
 
@@ -348,9 +288,11 @@ def _leases(units: Sequence[Path]) -> Iterator[None]:
 
 def prune(args: argparse.Namespace) -> int:
     """Remove all but the newest checkpoints of a run that is not running."""
-    output_dir = _run_directory(args)
+    output_dir = run_directory(args.path, args.command)
     sizes = {told.name: told.nbytes() for told in survey(output_dir).checkpoints}
-    protected = set(uploads.owed(output_dir, args.upload_dir)) if args.upload_dir else set()
+    protected = set(push_queue.owed(output_dir))
+    if args.upload_dir:
+        protected.update(uploads.owed(output_dir, args.upload_dir))
     recovered: list[commit.Recovery] = []
     if args.dry_run:
         found = survey(output_dir)
@@ -362,7 +304,7 @@ def prune(args: argparse.Namespace) -> int:
             removed = retention.prune(output_dir, claim, args.keep, protected)
     kept_names = [told.name for told in survey(output_dir).checkpoints if told.name not in removed]
     if args.json:
-        _print_json(
+        print_json(
             {
                 "path": str(output_dir),
                 "dry_run": args.dry_run,
@@ -374,18 +316,18 @@ def prune(args: argparse.Namespace) -> int:
         return FINE
     _print_recovered(recovered)
     for name in removed:
-        print(f"{'would remove' if args.dry_run else 'removed'} {name} ({_size(sizes.get(name, 0))})")
+        print(f"{'would remove' if args.dry_run else 'removed'} {name} ({human_bytes(sizes.get(name, 0))})")
     print(f"{'would keep' if args.dry_run else 'kept'} {', '.join(kept_names) or 'nothing'}")
     return FINE
 
 
 def recover(args: argparse.Namespace) -> int:
     """Finish or discard what a killed run has left behind."""
-    output_dir = _run_directory(args)
+    output_dir = run_directory(args.path, args.command)
     if args.dry_run:
         pending = survey(output_dir).pending
         if args.json:
-            _print_json({"path": str(output_dir), "dry_run": True, "pending": [asdict(p) for p in pending]})
+            print_json({"path": str(output_dir), "dry_run": True, "pending": [asdict(p) for p in pending]})
             return FINE
         for left in pending:
             print(f"would {left.fate} {left.name}, attempt {left.epoch}.{left.attempt}: {left.reason}")
@@ -396,19 +338,12 @@ def recover(args: argparse.Namespace) -> int:
         pass
     if args.json:
         done = [asdict(recovery) for recovery in recovered]
-        _print_json({"path": str(output_dir), "dry_run": False, "recovered": done})
+        print_json({"path": str(output_dir), "dry_run": False, "recovered": done})
         return FINE
     _print_recovered(recovered)
     if not recovered:
         print("nothing to recover")
     return FINE
-
-
-def _run_directory(args: argparse.Namespace) -> Path:
-    place = locate(args.path)
-    if place.name is not None:
-        raise NotFound(f"{args.path} is one checkpoint; {args.command} works on a whole directory: {place.output_dir}")
-    return place.output_dir
 
 
 @contextmanager
@@ -442,7 +377,7 @@ def hub_dev(args: argparse.Namespace) -> int:
     with suppress(KeyboardInterrupt), serving as hub:
         told = {"url": hub.url, "root": str(args.root), "log": str(hub.log_path)}
         print(json.dumps(told) if args.json else hub.url, flush=True)
-        _say(f"a local Hub, for tests only; requests are logged in {hub.log_path}. For its clients:")
+        say(f"a local Hub, for tests only; requests are logged in {hub.log_path}. For its clients:")
         print(f"  export HF_ENDPOINT={hub.url} HF_HUB_DISABLE_XET=1", file=sys.stderr)
         threading.Event().wait()
     return FINE
@@ -456,60 +391,16 @@ def _token(variable: str | None) -> str | None:
     raise ConfigError(f"the environment variable {variable}, which should hold a token, is not set or empty")
 
 
-# --- printing -----------------------------------------------------------------------------------------------
-
-
-def _say(text: str) -> None:
-    print(f"roll-ckpt: {text}", file=sys.stderr)
-
-
-@contextmanager
-def _notice(text: str) -> Iterator[None]:
-    """Show what is going on while it goes on, to a person."""
-    if not sys.stderr.isatty():
-        yield
-        return
-    print(text, end="", file=sys.stderr, flush=True)
-    try:
-        yield
-    finally:
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
-
-
-def _print_json(document: dict[str, Any]) -> None:
-    print(json.dumps(document, indent=2, ensure_ascii=True))
-
-
-def _print_table(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> None:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = [
-            cell.rjust(width) if at in right else cell.ljust(width)
-            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        print("  ".join(cells).rstrip())
-
-
-def _size(nbytes: int) -> str:
-    size = float(nbytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
-
-
 # --- the command line ---------------------------------------------------------------------------------------
 
 _ABOUT = """\
 Look after the checkpoints of roll_ckpt: list and show them, read every byte
-again, remove old ones, clean up after a crash. PATH is the output_dir of a run,
-the save_dir of a DeepSpeed script, or one checkpoint in it.
+again, remove old ones, clean up after a crash, push and pull. PATH is the
+output_dir of a run, the save_dir of a DeepSpeed script, or one checkpoint in it.
 
   roll-ckpt ls runs/demo
   roll-ckpt verify runs/demo/checkpoint-9
 """
-_EXIT_CODES = "Exit codes: 0 fine, 1 error, 2 wrong usage, 3 something is damaged."
 
 _LS = """\
 List the committed checkpoints, the oldest first, one row each. Attempts that are
@@ -538,9 +429,9 @@ is 3. Changes nothing. The digests catch accidents, not forgery.
 """
 _PRUNE = """\
 Remove all but the newest N committed checkpoints. The one that `latest` names and
-those that somebody reads just now stay in any case. Refuses while a live run owns
-the directory (a run prunes by itself: max_ckpt_to_keep); recovers the directory
-first, as the next start of the run would.
+those that somebody reads just now, or that are owed to the Hub, stay in any case.
+Refuses while a live run owns the directory (a run prunes by itself:
+max_ckpt_to_keep); recovers the directory first, as the next start of the run would.
 
   roll-ckpt prune runs/demo --keep 2 --dry-run
   roll-ckpt prune runs/demo --keep 2 --upload-dir /mnt/archive/demo
@@ -586,7 +477,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="roll-ckpt",
         description=_ABOUT,
-        epilog=_EXIT_CODES,
+        epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -596,7 +487,7 @@ def _parser() -> argparse.ArgumentParser:
             name,
             help=short,
             description=about,
-            epilog=_EXIT_CODES,
+            epilog=EXIT_CODES,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         added.add_argument("path", metavar="PATH", help="an output directory, or one checkpoint in it")
@@ -613,11 +504,12 @@ def _parser() -> argparse.ArgumentParser:
         "--upload-dir", type=Path, metavar="DIR", help="keep also what has no complete copy in this directory"
     )
     recovering = command("recover", recover, "clean up after a crash", _RECOVER)
+    cli_hub.add_commands(commands)
     serving = commands.add_parser(
         "hub-dev",
         help="serve a local Hub, for tests without internet",
         description=_HUB_DEV,
-        epilog=_EXIT_CODES,
+        epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     serving.add_argument("--root", type=Path, required=True, metavar="DIR", help="its repositories; made if missing")
@@ -659,13 +551,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except Damaged as error:
-        _say(str(error))
+        say(str(error))
         return DAMAGED
     except RollCkptError as error:
-        _say(str(error))
+        say(str(error))
         return ERROR
     except OSError as error:
-        _say(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        say(f"{error.filename}: {error.strerror}" if error.filename else str(error))
         return ERROR
     except KeyboardInterrupt:
         return 130

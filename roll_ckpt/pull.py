@@ -35,13 +35,14 @@ _TRIES = 6  # failures in a row without a byte between them
 _TRIES_TO_LOOK = 3
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
 _POLL_S = 0.2
+_PROGRESS_S = 0.1
 _SMALLEST_BLOCK_BYTES = 4096  # a manifest that asks for a digest of every byte would fill the memory
 _NAMED = 5  # files that an error names
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 
 Progress = Callable[[int, int], None]
-"""Told of the bytes that are here and of all bytes, by one thread at a time."""
+"""Told now and then of the bytes that are here and of all bytes, by one thread at a time."""
 
 
 def pull(remote: Remote, directory: Path, progress: Progress | None = None) -> Path:
@@ -302,8 +303,8 @@ def _fetch_all(wanted: _Wanted, unit: Path, progress: Progress) -> None:
     tally = _Tally(sum(wanted.sizes.values()), progress)
     largest_first = sorted(wanted.sizes, key=lambda path: (-wanted.sizes[path], path))
     with ThreadPoolExecutor(_STREAMS, "roll_ckpt-pull") as pool:
-        running = [pool.submit(_fetch, wanted, path, unit, tally) for path in largest_first]
         try:
+            running = [pool.submit(_fetch, wanted, path, unit, tally) for path in largest_first]
             for ended in as_completed(running):
                 ended.result()
         except BaseException:  # Ctrl-C, too: the others shall not go on for hours
@@ -318,12 +319,16 @@ class _Tally:
     def __init__(self, nbytes: int, progress: Progress) -> None:
         self.stop = threading.Event()
         self._here, self._all, self._progress = 0, nbytes, progress
+        self._told = float("-inf")
         self._lock = threading.Lock()
 
     def add(self, nbytes: int) -> None:
         with self._lock:
             self._here += nbytes
-            self._progress(self._here, self._all)
+            now = time.monotonic()
+            if now - self._told >= _PROGRESS_S or self._here == self._all:
+                self._told = now
+                self._progress(self._here, self._all)
 
 
 def _fetch(wanted: _Wanted, path: str, unit: Path, tally: _Tally) -> None:

@@ -18,7 +18,8 @@ LAYERS: list[set[str]] = [
     {"layout", "manifest", "disk", "native"},
     {"commit", "arena", "attempt", "epoch", "lease", "trash", "world"},
     {"hub", "hub_dev", "loader", "pull", "push", "push_queue", "retention", "saver", "uploader", "uploads", "verify"},
-    {"__init__", "__main__", "backends", "cli", "cluster", "deepspeed", "pipeline", "pipeline_state", "run"},
+    {"place", "printing"},
+    {"__init__", "__main__", "backends", "cli", "cli_hub", "cluster", "deepspeed", "pipeline", "pipeline_state", "run"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
