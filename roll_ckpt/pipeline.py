@@ -6,14 +6,28 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Collection
+from collections import deque
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from roll_ckpt import arena, commit, disk, errors, loader, manifest, names, pull, retention, saver, uploads
+from roll_ckpt import (
+    arena,
+    commit,
+    disk,
+    errors,
+    loader,
+    manifest,
+    names,
+    pull,
+    push_queue,
+    retention,
+    saver,
+    uploads,
+)
 from roll_ckpt.cluster import Cluster
-from roll_ckpt.config import PipelineConfig
+from roll_ckpt.config import HubUpload, PipelineConfig, Upload
 from roll_ckpt.hub import Remote
 from roll_ckpt.image import FileImage
 from roll_ckpt.layout import torch_zip
@@ -26,6 +40,7 @@ from roll_ckpt.pipeline_state import (
     rng_file,
     stateful_file,
 )
+from roll_ckpt.uploader import Bar, Ended, Uploader, last_moved_ns
 from roll_ckpt.world import LONGEST_S, World
 
 log = logging.getLogger("roll_ckpt")
@@ -142,6 +157,10 @@ class BasePipeline:
 
     def _save(self, step: int, last: bool) -> dict[str, Any]:
         began = time.monotonic()
+        upload = self.config.checkpoint_config
+        uploaded = last or (upload is not None and not upload.async_upload)
+        if uploaded and self._ranks.rank == 0:
+            self._after_commit.awaited.add(names.checkpoint(step))
         save = self._begin(step)
         metrics: dict[str, Any] = {}
         with save.staging():
@@ -152,8 +171,6 @@ class BasePipeline:
                 metrics[f"time/{cluster.name}/do_checkpoint/host_collectives"] = int(cluster is first)
             self._stage_state(save.tickets[first.name])
         self._saves.append(save)
-        upload = self.config.checkpoint_config
-        uploaded = last or (upload is not None and not upload.async_upload)
         if uploaded or not self._async_save:
             metrics[f"time/{first.name}/do_checkpoint/host_collectives"] += 1
             saver.wait_together(self._ranks, save, uploaded=uploaded)
@@ -208,6 +225,15 @@ class BasePipeline:
             if save.failure is not None and self.config.fail_training and not save.reported:
                 save.reported = True
                 raise save.failure
+        while self._after_commit.late:
+            record = self._after_commit.late.popleft()
+            if metrics.get("checkpoint/step") in (None, record["checkpoint/step"]):
+                metrics |= record
+            metrics.setdefault("checkpoint/ended", []).append(record)
+            if "checkpoint/failed" in record:
+                metrics["checkpoint/failed"] = record["checkpoint/failed"]
+                if self.config.fail_training:
+                    raise errors.SaveFailed(record["checkpoint/failed"])
 
     def _record(self, save: saver.Save) -> dict[str, Any]:
         record: dict[str, Any] = {"checkpoint/step": save.attempt.step}
@@ -330,40 +356,94 @@ class _AfterCommit:
     def __init__(self, config: PipelineConfig) -> None:
         self._config = config
         self._one_at_a_time = threading.Lock()
+        self._uploader: Uploader | None = None
+        if isinstance(config.checkpoint_config, HubUpload):
+            self._uploader = Uploader(config.output_dir, on_end=self._pushed, background=self._in_background)
         self.report: dict[str, dict[str, Any]] = {}
+        self.late: deque[dict[str, Any]] = deque()
+        """Metrics of pushes that ended after the saves that they belong to."""
+        self.awaited: set[str] = set()
+        """Checkpoints whose saves end only when they are uploaded."""
         self.resumed_from: str | None = None
         """Sound for sure, so it stays until this run has committed a checkpoint of its own."""
 
     def __call__(self, save: saver.Save) -> None:
         if not save.lead:
             return
-        if not _uploads(save.tickets, save.attempt.expected):
-            self._await_other_world(save.attempt.name)
-            return
+        name = save.attempt.name
+        try:
+            if _uploads(save.tickets, save.attempt.expected):
+                self._follow(name)
+            elif self._uploader is None or name in self.awaited:
+                self._await_other_world(name)
+        finally:
+            self.awaited.discard(name)
+
+    def _follow(self, name: str) -> None:
+        report: dict[str, Any] = {}
+        began = time.monotonic()
+        if self._uploader is not None:
+            self._say_where_to()
+            self._uploader.notify(name)
+            if name in self.awaited:
+                self._await_push(self._uploader, name)
+                report["checkpoint/upload"] = time.monotonic() - began
         with self._one_at_a_time:
             began = time.monotonic()
             self.resumed_from = None
-            report: dict[str, Any] = {}
-            if self._config.checkpoint_config is not None:
-                self._upload(save.attempt.name)
+            if isinstance(self._config.checkpoint_config, Upload):
+                self._upload(name)
                 report["checkpoint/upload"] = time.monotonic() - began
             report["checkpoint/pruned"] = self._prune()
-            self.report[save.attempt.name] = report
+            self.report[name] = report
+
+    def _await_push(self, uploader: Uploader, name: str) -> None:
+        bar = Bar()
+        try:
+            ended = uploader.wait(name, self._config.exit_timeout_s, bar)
+        finally:
+            bar.end()
+        if ended.state == "owed":
+            uploader.stop()  # or else the exit would wait as long once more
+        if ended.state in ("owed", "failed"):
+            raise errors.SaveFailed(_not_pushed(self._config.output_dir, name, ended.detail))
+
+    def _pushed(self, ended: Ended) -> None:
+        """A push has ended: what was owed before may be pruned now."""
+        record: dict[str, Any] = {"checkpoint/step": names.step_of(ended.name)}
+        if ended.state == "failed":
+            record["checkpoint/failed"] = _not_pushed(self._config.output_dir, ended.name, ended.detail)
+            log.error("%s", record["checkpoint/failed"])
+        else:
+            record["checkpoint/upload"] = ended.seconds
+            try:
+                with self._one_at_a_time:
+                    record["checkpoint/pruned"] = self._prune()
+            except (OSError, errors.RollCkptError) as problem:
+                log.error("pruning %s: %s. The next save tries again.", self._config.output_dir, problem)
+        if ended.name not in self.awaited:
+            self.late.append(record)
 
     def _await_other_world(self, name: str) -> None:
-        """Block until the uploading world has uploaded `name`, at most `exit_timeout_s`.
+        """Block until the uploading world has uploaded `name`, or nothing has moved for `exit_timeout_s`.
 
         Raises:
             SaveFailed: not uploaded by then. EpochLost: the run goes on elsewhere.
         """
         output_dir = self._config.output_dir
-        limit = time.monotonic() + self._config.exit_timeout_s
+        if self._uploader is not None:
+            self._say_where_to()
+        limit, moved = time.monotonic() + self._config.exit_timeout_s, 0
         while name in self._owed():
+            if moved != (moved := last_moved_ns(output_dir)):
+                limit = time.monotonic() + self._config.exit_timeout_s
             if time.monotonic() > limit:
                 raise errors.SaveFailed(
                     f"{output_dir / name}: committed, but the world that uploads has not done so within "
                     f"{self._config.exit_timeout_s:g} s (exit_timeout_s); see its log"
                 )
+            if self._uploader is not None and (entry := push_queue.find(output_dir, name)).state == "failed":
+                raise errors.SaveFailed(_not_pushed(output_dir, name, entry.detail))
             saver.epoch_of(output_dir).check()
             time.sleep(_POLL_S)
 
@@ -373,11 +453,27 @@ class _AfterCommit:
 
     def _owed(self) -> list[str]:
         upload = self._config.checkpoint_config
+        if isinstance(upload, HubUpload):
+            return push_queue.owed(self._config.output_dir)
         return [] if upload is None else uploads.owed(self._config.output_dir, upload.output_dir)
 
+    def _in_background(self, work: Callable[[], None], name: str) -> None:
+        saver.in_background(work, name, self._config.exit_timeout_s)
+
+    def _say_where_to(self) -> None:
+        upload = self._config.checkpoint_config
+        assert isinstance(upload, HubUpload)
+        push_queue.set_destination(
+            self._config.output_dir, push_queue.Destination(upload.repo_id, upload.revision, upload.private)
+        )
+
     def _catch_up(self) -> None:
+        if self._uploader is not None:
+            self._say_where_to()
+            if self._owed():
+                self._uploader.notify(again=True)
         with self._one_at_a_time:
-            for name in self._owed():
+            for name in self._owed() if self._uploader is None else ():
                 try:
                     self._upload(name)
                 except (OSError, errors.RollCkptError) as problem:
@@ -391,7 +487,7 @@ class _AfterCommit:
 
     def _upload(self, name: str) -> None:
         upload = self._config.checkpoint_config
-        assert upload is not None
+        assert isinstance(upload, Upload)
         uploads.upload(self._config.output_dir / name, upload.output_dir)
 
     def _prune(self) -> list[str]:
@@ -402,6 +498,13 @@ class _AfterCommit:
         return retention.prune(
             output_dir, saver.epoch_of(output_dir), keep=self._config.max_ckpt_to_keep, protected=protected
         )
+
+
+def _not_pushed(output_dir: Path, name: str, detail: str) -> str:
+    return (
+        f"{output_dir / name} is not on the Hub: {detail}. It stays on the local disk, unpruned; the next start "
+        f"tries again, and so does `roll-ckpt push {output_dir}`"
+    )
 
 
 def _uploads(clusters: Collection[str], expected: Collection[str] | None) -> bool:

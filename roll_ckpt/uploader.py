@@ -52,13 +52,14 @@ def drain(output_dir: Path, tell: Tell, *, again: bool = False, patient: bool = 
     with _alone(output_dir, tell):
         pause_s = _FIRST_PAUSE_S
         tried: set[str] = set()
+        furthest: dict[str, int] = {}
         began: dict[str, float] = {}
         while (entry := _next(output_dir, tried, again)) is not None:
             began.setdefault(entry.manifest_sha256, time.monotonic())
             tell({"event": "begin", "name": entry.name, "nbytes": entry.nbytes})
             entry = replace(entry, attempts=entry.attempts + 1, detail="")
             try:
-                made = _push(output_dir, entry, tell)
+                made = _push(output_dir, entry, tell, furthest)
             except HubUnavailable as problem:
                 _note(output_dir, replace(entry, state="owed", detail=str(problem)))
                 if not patient:
@@ -88,7 +89,8 @@ def _next(output_dir: Path, tried: set[str], again: bool) -> Entry | None:
     return None
 
 
-def _push(output_dir: Path, entry: Entry, tell: Tell) -> str:
+def _push(output_dir: Path, entry: Entry, tell: Tell, furthest: dict[str, int]) -> str:
+    """Push one. `furthest` is how far earlier tries got: what is only done once more is no progress."""
     to = push_queue.destination(output_dir)
     if to is None:
         raise NotFound(f"{output_dir}: it has no destination any more")
@@ -98,7 +100,12 @@ def _push(output_dir: Path, entry: Entry, tell: Tell) -> str:
         now = time.monotonic()
         if now - told[0] >= _PROGRESS_S or done == total:
             told[0] = now
-            tell({"event": "progress", "name": entry.name, "doing": doing, "done": done, "total": total})
+            moved = done > furthest.get(f"{doing} {entry.manifest_sha256}", -1)
+            if moved:
+                furthest[f"{doing} {entry.manifest_sha256}"] = done
+                disk.touch(output_dir / names.HUB_LOCK)  # other worlds of the run look at its time
+            event = {"event": "progress", "name": entry.name, "doing": doing, "done": done, "total": total}
+            tell({**event, "moved": moved})
 
     hashes = push_queue.Hashes(output_dir, entry)
     return push.push(output_dir / entry.name, to.remote, private=to.private, progress=progress, hashes=hashes)
@@ -130,6 +137,14 @@ def _alone(output_dir: Path, tell: Tell) -> Iterator[None]:
     finally:
         if lock is not None:
             lock.release()
+
+
+def last_moved_ns(output_dir: Path) -> int:
+    """When a push from this directory last got further, by the file system's clock; 0 if none has begun."""
+    try:
+        return disk.mtime_ns(output_dir / names.HUB_LOCK)
+    except FileNotFoundError:
+        return 0
 
 
 # --- the process --------------------------------------------------------------------------------------------
@@ -190,7 +205,8 @@ class Uploader:
         on_end: Callable[[Ended], None],
         background: Callable[[Callable[[], None], str], None],
     ) -> None:
-        """`on_end` is told of each push that ended, on the thread that `background` started: it must not wait."""
+        """`on_end` is told of each push that ended, before those who wait for it, on the thread that `background`
+        started: it must not wait for another push."""
         self._output_dir = output_dir
         self._on_end = on_end
         self._background = background
@@ -199,7 +215,6 @@ class Uploader:
         self._process: subprocess.Popen[str] | None = None
         self._ended: dict[str, Ended] = {}
         self._progress: dict[str, dict[str, Any]] = {}
-        self._furthest: dict[tuple[str, str], int] = {}
         self._trouble = ""
         self._moved = time.monotonic()
 
@@ -248,6 +263,14 @@ class Uploader:
         return Ended(name, entry.state, entry.detail or self._trouble)
 
     def _serve(self) -> None:
+        try:
+            self._keep_running()
+        finally:
+            with self._changed:
+                self._serving = False
+                self._changed.notify_all()
+
+    def _keep_running(self) -> None:
         deaths = 0
         while (again := self._claim_work()) is not None:
             ends = len(self._ended)
@@ -273,7 +296,6 @@ class Uploader:
         with self._changed:
             self._serving = self._wanted and not self._stopping
             again, self._wanted, self._again = self._again, False, False
-            self._changed.notify_all()
             return again if self._serving else None
 
     def _run(self, again: bool) -> int:
@@ -300,23 +322,22 @@ class Uploader:
     def _hear(self, event: dict[str, Any]) -> None:
         kind, name = event["event"], event["name"]
         ended: Ended | None = None
+        if kind in ("done", "failed"):
+            ended = Ended(name, kind, event.get("detail", ""), event.get("seconds", 0.0))
+            self._on_end(ended)
+        elif kind == "waiting":
+            log.warning("%s; what is owed stays here, and is tried again", event["detail"])
         with self._changed:
-            if kind == "progress":
+            if ended is not None:
+                self._ended[name] = ended
+                self._progress.pop(name, None)
+            elif kind == "progress":
                 self._progress[name] = event
-                at = (name, event["doing"])
-                if event["done"] > self._furthest.get(at, -1):  # what is only sent once more is no progress
-                    self._furthest[at], self._moved = event["done"], time.monotonic()
             elif kind == "waiting":
                 self._trouble = event["detail"]
-                log.warning("%s; it stays here, and is tried again", event["detail"])
-            elif kind in ("done", "failed"):
-                ended = Ended(name, kind, event.get("detail", ""), event.get("seconds", 0.0))
-                self._ended[name], self._moved = ended, time.monotonic()
-                self._progress.pop(name, None)
-                self._furthest = {at: done for at, done in self._furthest.items() if at[0] != name}
+            if ended is not None or event.get("moved"):
+                self._moved = time.monotonic()
             self._changed.notify_all()
-        if ended is not None:
-            self._on_end(ended)
 
 
 class Bar:

@@ -1,6 +1,6 @@
 """A small real training job for the kill tests: two clusters, or one of two worlds, under torchrun.
 
-    torchrun ... tests/job.py OUT LOSSES [--stop-at POINT:NAME[:CLUSTER]] [--only CLUSTER] [--upload DIR]
+    torchrun ... tests/job.py OUT LOSSES [--stop-at POINT:NAME[:CLUSTER]] [--only CLUSTER] [--upload DIR] …
 
 Appends "step loss ..." to LOSSES.<rank> as it trains. At the named point a rank writes LOSSES.stopped.<rank>
 and waits there to be killed.
@@ -91,6 +91,8 @@ def main() -> None:
     parser.add_argument("--stop-at")
     parser.add_argument("--only")
     parser.add_argument("--upload")
+    parser.add_argument("--resume-from")
+    parser.add_argument("--hub", help="push to this repository")
     parser.add_argument("--expect", type=int)
     parser.add_argument("--forget-rng", action="store_true")
     parser.add_argument("--keep", type=int, default=2)
@@ -106,8 +108,12 @@ def main() -> None:
         "io": {"block_bytes": 65536},
         "staging": {"arena_bytes": 64 << 20},
     }
+    if told.resume_from:
+        values["resume_from_checkpoint"] = told.resume_from
     if told.upload:
         values["checkpoint_config"] = {"type": "file_system", "output_dir": told.upload}
+    if told.hub:
+        values["checkpoint_config"] = {"type": "hub", "repo_id": told.hub}
     if told.expect:
         values |= {"run_id": "test", "expected_clusters": {"actor": told.expect, "critic": told.expect}}
     job = Job(PipelineConfig.parse(values, "job"), told.only, not told.forget_rng)
