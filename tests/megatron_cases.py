@@ -1,16 +1,19 @@
-"""What the ranks of a world do in tests/test_megatron.py."""
+"""What the ranks of a world do in tests/test_megatron.py and tests/test_megatron_matrix.py; told the layout first."""
 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import megatron_cpu
 import torch
 import torch.distributed as dist
-from megatron_cpu import Tiny, build, gathered
+from megatron_cpu import Tiny, build, gathered, model_state
+from megatron_worlds import sizes
 
 megatron_cpu.install()
 
@@ -23,25 +26,48 @@ from roll_ckpt.backends import megatron as backend  # noqa: E402
 from roll_ckpt.config import Settings  # noqa: E402
 from roll_ckpt.layout import dcp  # noqa: E402
 
-LAYOUTS = {"TP2": (2, 1), "PP2": (1, 2), "DP2": (1, 1)}
 NEXT_STEPS = 2
+LAYERS = 4  # one for each virtual stage of PP2xVPP2
+
+gc.freeze()  # Megatron collects garbage at each sharded_state_dict; what the imports made is none
+
+
+def made(layout: str, **options: Any) -> Tiny:
+    size = sizes(layout)
+    return build(size["tp"], size["pp"], size["vpp"], **{"layers": LAYERS, **options})
+
+
+def trained(layout: str, **options: Any) -> Tiny:
+    tiny = made(layout, **options)
+    tiny.train(2)
+    return tiny
 
 
 def attach(tiny: Tiny, form: str = "fully_reshardable", **settings: Any) -> backend.Attached:
     return backend.attach(tiny.model, tiny.optimizer, tiny.scheduler, settings=Settings(**settings), form=form)
 
 
-def trained(layout: str, **options: Any) -> Tiny:
-    tiny = build(*LAYOUTS[layout], **options)
-    tiny.train(2)
-    return tiny
+# --- who saves and who loads ---------------------------------------------------------------------------------
+
+
+def stock_state(tiny: Tiny, form: str, *, loading: bool = False) -> dict[str, Any]:
+    """As Megatron's own training script makes it; without random states, whose place is ours."""
+    told = {"distrib_optim_sharding_type": form, "singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+    state = model_state(tiny, told)
+    model = state.get("model", dict(state))
+    return {
+        **state,
+        "optimizer": tiny.optimizer.sharded_state_dict(model, is_loading=loading, metadata=told),
+        "opt_param_scheduler": tiny.scheduler.state_dict(),
+        "iteration": tiny.steps,
+        "checkpoint_version": 3.0,
+    }
 
 
 def stock_load(tiny: Tiny, directory: Path, form: str = "fully_reshardable") -> None:
-    """As Megatron's own training script loads; without random states, whose place is ours."""
-    bare = attach(tiny, form)
-    loaded = dist_checkpointing.load(bare.state(loading=True, with_rng=False), str(directory))
-    tiny.model[0].module.load_state_dict(loaded["model"])
+    loaded = dist_checkpointing.load(stock_state(tiny, form, loading=True), str(directory))
+    for index, chunk in enumerate(tiny.model):
+        chunk.module.load_state_dict(loaded["model" if len(tiny.model) == 1 else f"model{index}"])
     with torch.no_grad():
         tiny.optimizer.load_state_dict(loaded["optimizer"])
     tiny.scheduler.load_state_dict(loaded["opt_param_scheduler"])
@@ -52,17 +78,58 @@ def our_load(tiny: Tiny, directory: Path, form: str = "fully_reshardable") -> No
     tiny.steps = attach(tiny, form).load(directory)
 
 
-def stock_save(tiny: Tiny, directory: Path, strategy: Any, queue: Any = None, form: str = "fully_reshardable") -> None:
+def nothing() -> None:
+    pass
+
+
+def our_save(tiny: Tiny, directory: Path, form: str) -> Callable[[], None]:
+    attach(tiny, form).save(directory, tiny.steps)
+    return nothing
+
+
+def stock_save(
+    tiny: Tiny, directory: Path, form: str, strategy: Any = ("torch_dist", 1), queue: Any = None
+) -> Callable[[], None]:
     if dist.get_rank() == 0:
         directory.mkdir(parents=True)
     dist.barrier()
-    state = attach(tiny, form).state(tiny.steps, with_rng=False)
     told = backend.content_metadata_of(form)
     request = dist_checkpointing.save(
-        state, str(directory), strategy, async_sharded_save=queue is not None, content_metadata=told
+        stock_state(tiny, form), str(directory), strategy, async_sharded_save=queue is not None, content_metadata=told
     )
     if queue is not None:
         queue.schedule_async_request(request)
+    return nothing
+
+
+def save_with_our_strategy(tiny: Tiny, directory: Path, form: str) -> Callable[[], None]:
+    return stock_save(tiny, directory, form, backend.SaveStrategy())
+
+
+def save_through_the_queue(tiny: Tiny, directory: Path, form: str) -> Callable[[], None]:
+    """Our strategy, made fully parallel by Megatron, with cached plans and in its queue."""
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    strategy = FullyParallelSaveStrategyWrapper(backend.SaveStrategy(cached_metadata=True), group)
+    queue = AsyncCallsQueue()
+    stock_save(tiny, directory, form, strategy, queue)
+
+    def finish() -> None:
+        queue.maybe_finalize_async_calls(blocking=True)
+        queue.close()
+
+    return finish
+
+
+SAVE = {
+    "ours": our_save,
+    "stock": stock_save,
+    "stock with our strategy": save_with_our_strategy,
+    "stock's queue with our strategy": save_through_the_queue,
+}
+LOAD = {"ours": our_load, "stock": stock_load}
+
+
+# --- the same model in every layout --------------------------------------------------------------------------
 
 
 def differences(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> list[str]:
@@ -73,52 +140,33 @@ def differences(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor])
     ]
 
 
-def loads_everywhere(directory: Path, wanted: dict[str, torch.Tensor], **options: Any) -> dict[str, Any]:
-    """For each layout and loader: what differs bit for bit, and the next losses and norms."""
-    results = {}
-    for layout in LAYOUTS:
-        for who, load in {"stock": stock_load, "ours": our_load}.items():
-            tiny = build(*LAYOUTS[layout], **{**options, "seed": 7})
-            fresh = gathered(tiny, moments=False)
-            assert set(differences(fresh, wanted)) > {"output_layer.weight"}, "a new model is another one"
-            load(tiny, directory)
-            results[f"{layout} {who}"] = differences(gathered(tiny), wanted), tiny.train(NEXT_STEPS)
-    return results
-
-
-def save_with_us_load_with_all(directory: str, layout: str, bf16: bool) -> tuple[Any, Any]:
-    tiny = trained(layout, bf16=bf16)
+def save(
+    layout: str, directory: str, who: str = "ours", form: str = "fully_reshardable", **options: Any
+) -> list[tuple[float, float]]:
+    """Save a trained model, and note beside the checkpoint what it is; the next losses and norms."""
+    tiny = trained(layout, **options)
     wanted = gathered(tiny)
     assert {name.split(".")[2] for name in wanted if name.startswith("optimizer")} == {"param", "exp_avg", "exp_avg_sq"}
-    attach(tiny).save(directory, 2)
-    return tiny.train(NEXT_STEPS), loads_everywhere(Path(directory), wanted, bf16=bf16)
+    finish = SAVE[who](tiny, Path(directory), form)
+    if dist.get_rank() == 0:
+        torch.save(wanted, f"{directory}.wanted")
+    following = tiny.train(NEXT_STEPS)  # what waits in a queue is a copy
+    finish()
+    return following
 
 
-def save_with_stock_load_with_all(directory: str, layout: str) -> tuple[Any, Any]:
-    tiny = trained(layout)
-    wanted = gathered(tiny)
-    stock_save(tiny, Path(directory), ("torch_dist", 1))
-    return tiny.train(NEXT_STEPS), loads_everywhere(Path(directory), wanted)
+def load(
+    layout: str, directory: str, who: str = "ours", form: str = "fully_reshardable", **options: Any
+) -> tuple[list[str], list[tuple[float, float]]]:
+    """Load into a new model: what differs bit for bit from the one saved, and the next losses and norms."""
+    wanted = torch.load(f"{directory}.wanted")
+    tiny = made(layout, seed=7, **options)
+    assert set(differences(gathered(tiny, moments=False), wanted)) > {"output_layer.weight"}, "not a new model"
+    LOAD[who](tiny, Path(directory), form)
+    return differences(gathered(tiny), wanted), tiny.train(NEXT_STEPS)
 
 
-def save_through_stock(directory: str, layout: str, wrapped: bool, queued: bool) -> tuple[Any, Any]:
-    """Stock `dist_checkpointing.save`, with our strategy in it."""
-    tiny = trained(layout)
-    wanted = gathered(tiny)
-    strategy: Any = backend.SaveStrategy(cached_metadata=queued)
-    if wrapped:
-        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        strategy = FullyParallelSaveStrategyWrapper(strategy, group)
-    queue = AsyncCallsQueue() if queued else None
-    stock_save(tiny, Path(directory), strategy, queue)
-    after = tiny.train(NEXT_STEPS)  # what was queued is a copy
-    if queue is not None:
-        queue.maybe_finalize_async_calls(blocking=True)
-        queue.close()
-    return after, loads_everywhere(Path(directory), wanted)
-
-
-def resume_with_dropout(directory: str, layout: str, form: str) -> dict[str, Any]:
+def resume_with_dropout(layout: str, directory: str, form: str) -> dict[str, Any]:
     """The next steps of a model with dropout: undisturbed, resumed, and resumed without its random states."""
     tiny = trained(layout, dropout=0.2)
     attach(tiny, form).save(directory, 2)
@@ -128,7 +176,7 @@ def resume_with_dropout(directory: str, layout: str, form: str) -> dict[str, Any
         "without random states": stock_load,
         "without tracker": _no_tracker,
     }.items():
-        other = build(*LAYOUTS[layout], dropout=0.2, seed=7)
+        other = made(layout, dropout=0.2, seed=7)
         load(other, Path(directory), form)
         told[name] = other.train(NEXT_STEPS)
     return told
@@ -141,9 +189,9 @@ def _no_tracker(tiny: Tiny, directory: Path, form: str) -> None:
     tracker.set_states(kept)
 
 
-def save_three_times(directory: str, layout: str) -> list[list[str]]:
+def save_three_times(layout: str, directory: str) -> list[list[str]]:
     """Background saves, one after each step, loaded afterwards."""
-    tiny = build(*LAYOUTS[layout])
+    tiny = made(layout)
     ours = attach(tiny, "dp_reshardable", async_save=True)
     saves, wanted = [], []
     for step in range(3):
@@ -154,7 +202,7 @@ def save_three_times(directory: str, layout: str) -> list[list[str]]:
         save.wait(60)
     found = []
     for step in range(3):
-        other = build(*LAYOUTS[layout], seed=7)
+        other = made(layout, seed=7)
         our_load(other, Path(directory) / f"iter_{step}")
         found.append(differences(gathered(other), wanted[step]))
     return found
@@ -168,40 +216,36 @@ def error_of(action: Any) -> str:
     return "no error"
 
 
-def save_as(directory: str, layout: str, form: str = "fully_reshardable", hidden: int = 32) -> None:
-    attach(trained(layout, hidden=hidden), form).save(directory, 2)
-
-
-def refusal_of_load(directory: str, layout: str, hidden: int = 32) -> tuple[str, bool]:
+def refusal_of_load(layout: str, directory: str, **options: Any) -> tuple[str, bool]:
     """The error of our load, and whether the model stayed as it was."""
-    tiny = build(*LAYOUTS[layout], hidden=hidden)
+    tiny = made(layout, **options)
     before = gathered(tiny, moments=False)
     told = error_of(lambda: our_load(tiny, Path(directory)))
     return told, not differences(gathered(tiny, moments=False), before)
 
 
-def save_and_keep_one(directory: str) -> None:
-    tiny = build()
+def save_and_keep_one(layout: str, directory: str) -> None:
+    tiny = made(layout)
     ours = attach(tiny, max_ckpt_to_keep=1)
     for step in range(2):
         tiny.train()
         ours.save(Path(directory) / f"iter_{step}", step)
 
 
-def refusal_of_form(form: str) -> str:
-    tiny = build()
+def refusal_of_form(layout: str, form: str) -> str:
+    tiny = made(layout)
     return error_of(lambda: attach(tiny, form))
 
 
-def refusal_of_setting(name: str) -> str:
-    tiny = build()
+def refusal_of_setting(layout: str, name: str) -> str:
+    tiny = made(layout)
     tiny.model[0].ddp_config = dataclasses.replace(tiny.model[0].ddp_config, **{name: True})
     return error_of(lambda: attach(tiny))
 
 
-def fail_on_one_rank(directory: str, who: str) -> str:
+def fail_on_one_rank(layout: str, directory: str, who: str) -> str:
     """A save that cannot be laid out on rank 1."""
-    tiny = trained("TP2")
+    tiny = trained(layout)
 
     def broken(*args: Any) -> Any:
         raise OSError("no such tensor")
@@ -211,9 +255,7 @@ def fail_on_one_rank(directory: str, who: str) -> str:
         dcp.lay_out = broken
     try:
         logging.disable(logging.CRITICAL)
-        if who == "stock":
-            return error_of(lambda: stock_save(tiny, Path(directory), backend.SaveStrategy()))
-        return error_of(lambda: attach(tiny).save(directory, 2))
+        return error_of(lambda: SAVE[who](tiny, Path(directory), "fully_reshardable"))
     finally:
         dcp.lay_out = stock
         logging.disable(logging.NOTSET)

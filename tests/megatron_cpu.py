@@ -83,6 +83,7 @@ def _loss(output: torch.Tensor) -> Any:
 def build(
     tp: int = 1,
     pp: int = 1,
+    vpp: int = 1,
     *,
     seed: int = 123,
     bf16: bool = False,
@@ -90,7 +91,8 @@ def build(
     hidden: int = 32,
     layers: int = 2,
 ) -> Tiny:
-    """A new model over all ranks; what they do not share by `tp` and `pp` is data parallel. Every rank calls."""
+    """A new model over all ranks; what they do not share by `tp` and `pp` is data parallel. With `vpp` each rank has
+    that many chunks of the pipeline. Every rank calls."""
     install()
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.distributed import (
@@ -107,7 +109,7 @@ def build(
 
     with mock.patch.object(dist, "destroy_process_group"):  # they are made once, see install()
         parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tp, pp)
+    parallel_state.initialize_model_parallel(tp, pp, virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     torch.manual_seed(seed)
     dtype = torch.bfloat16 if bf16 else torch.float32
@@ -117,6 +119,9 @@ def build(
         num_attention_heads=4,
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
+        overlap_p2p_comm=vpp > 1,
+        batch_p2p_comm=vpp == 1,
         use_cpu_initialization=True,
         pipeline_dtype=dtype,
         params_dtype=dtype,
@@ -129,19 +134,22 @@ def build(
         attention_dropout=dropout,
         hidden_dropout=dropout,
     )
-    gpt: Any = GPTModel(
-        config,
-        get_gpt_layer_local_spec(),
-        VOCABULARY,
-        SEQUENCE,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        share_embeddings_and_output_weights=False,
-        position_embedding_type="rope",
-    )
-    module = Float16Module(config, gpt) if bf16 else gpt
     grads = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
-    model = [DistributedDataParallel(config, grads, module)]
+    model = []
+    for stage in range(vpp):
+        place: Any = {"ignore_virtual": False, "vp_stage": stage} if vpp > 1 else {}
+        gpt: Any = GPTModel(
+            config,
+            get_gpt_layer_local_spec(),
+            VOCABULARY,
+            SEQUENCE,
+            pre_process=parallel_state.is_pipeline_first_stage(**place),
+            post_process=parallel_state.is_pipeline_last_stage(**place),
+            share_embeddings_and_output_weights=False,
+            position_embedding_type="rope",
+            vp_stage=stage if vpp > 1 else None,
+        )
+        model.append(DistributedDataParallel(config, grads, Float16Module(config, gpt) if bf16 else gpt))
     settings = OptimizerConfig(
         optimizer="adam",
         lr=1e-3,
@@ -156,10 +164,16 @@ def build(
         optimizer, 0.0, 1e-3, 1e-4, 2, 20, "linear", 0.0, 0.1, 20, "linear", use_checkpoint_opt_param_scheduler=True
     )
     config.finalize_model_grads_func = finalize_model_grads
-    config.no_sync_func = model[0].no_sync
+    config.no_sync_func = [chunk.no_sync for chunk in model] if vpp > 1 else model[0].no_sync
     config.grad_scale_func = optimizer.scale_loss
     config.timers = None
     return Tiny(model, optimizer, scheduler)
+
+
+def model_state(tiny: Tiny, told: dict[str, Any]) -> dict[str, Any]:
+    """The sharded state of the model under the names of Megatron's training script."""
+    chunks = [chunk.module.sharded_state_dict(metadata=told) for chunk in tiny.model]
+    return {"model": chunks[0]} if len(chunks) == 1 else {f"model{index}": chunk for index, chunk in enumerate(chunks)}
 
 
 def gathered(tiny: Tiny, *, moments: bool = True) -> dict[str, torch.Tensor]:
@@ -169,8 +183,9 @@ def gathered(tiny: Tiny, *, moments: bool = True) -> dict[str, torch.Tensor]:
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
     kind = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
-    model = tiny.model[0].module.sharded_state_dict(metadata=kind)
-    state = {"optimizer": tiny.optimizer.sharded_state_dict(model, metadata=kind) if moments else {}, "model": model}
+    state = model_state(tiny, kind)
+    if moments:
+        state["optimizer"] = tiny.optimizer.sharded_state_dict(state.get("model", dict(state)), metadata=kind)
     apply_factories(state)
     mine = {
         (value.key, value.global_offset): (value.global_shape, value.data.detach().clone())

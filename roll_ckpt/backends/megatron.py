@@ -61,7 +61,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.checkpoint.planner import WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from roll_ckpt import arena, disk, errors, loader, names, native, retention, saver
+from roll_ckpt import arena, disk, errors, loader, names, native, retention, saver, seal
 from roll_ckpt.config import Settings
 from roll_ckpt.image import FileImage
 from roll_ckpt.layout import dcp, dcp_index, torch_zip
@@ -654,27 +654,78 @@ def load(
 
     Raises:
         NotFound: there is no complete checkpoint in `directory`. Damaged: bytes differ. ModelMismatch: other
-            names or shapes. On every rank, and before a tensor was read.
+            names or shapes. UnsupportedError: stock wrote it with another backend than torch_dist. On every rank,
+            and before a tensor was read.
     """
     settings = settings or Settings()
     path, world = Path(directory).absolute(), World.current()
     saver.wait_pending()
     world.together(lambda: _check_complete(path), settings.commit_timeout_s)
+    _agree_on_manifest(world, path, settings)
     with loader.reading(path, settings) as reader:
         if reader.unit is not None and not verified:
             loader.check_bytes(world, reader.unit.directory)
+        if reader.unit is None:
+            world.together(lambda: _told_by_stock(path), settings.commit_timeout_s)
         world.together(lambda: _check_pickles(path, settings, world), LONGEST_S)
         world.together(lambda: _compare(sharded_state_dict, path, settings), settings.commit_timeout_s)
         loaded: dict[str, Any] = dist_checkpointing.load(sharded_state_dict, str(path), strategy)
         return loaded
 
 
-def _check_complete(path: Path) -> None:
-    for name in (MARKER, DCP_METADATA):
-        if not disk.exists(path / name):
-            raise errors.NotFound(
-                f"{path}: no complete Megatron checkpoint: it has no {name}, which is written last; load another one"
+def _agree_on_manifest(world: World, path: Path, settings: Settings) -> None:
+    """Refuse on every rank a checkpoint whose ranks see different manifests: one would verify what others trust."""
+    mine: dict[str, Any] = {"manifest": None}
+
+    def look() -> None:
+        unit = loader.Unit.around(path)
+        if unit is not None:
+            mine["manifest"] = seal.sha256(disk.read_bytes(unit.directory / names.MANIFEST))
+
+    world.together(look, settings.commit_timeout_s)
+
+    def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
+        others = [str(rank) for rank, post in enumerate(posts) if post != posts[0]]
+        if others:
+            raise errors.RanksDisagree(
+                f"{path}: rank {', '.join(others)} and rank 0 see different manifests, or none; nothing was loaded. "
+                "Give every rank the same directory"
             )
+        return {}
+
+    world.agree(mine, decide, settings.commit_timeout_s)
+
+
+def _check_complete(path: Path) -> None:
+    for name in (MARKER, DCP_METADATA, COMMON):
+        if not disk.exists(path / name):
+            later = " (Megatron-core later than 0.16 writes none, and 0.16 cannot read it)" if name == COMMON else ""
+            raise errors.NotFound(f"{path}: no complete Megatron checkpoint: it has no {name}{later}; load another one")
+
+
+def _told_by_stock(path: Path) -> dict[str, Any]:
+    """The content metadata of a checkpoint that has no manifest.
+
+    Raises:
+        UnsupportedError: another backend wrote it. Damaged: the marker or the common state cannot be read.
+    """
+    try:
+        marker = json.loads(disk.read_bytes(path / MARKER))
+    except ValueError as problem:
+        raise errors.Damaged(f"{path / MARKER}: cannot be read, it is truncated or damaged: {problem}") from problem
+    if marker != json.loads(_MARKER):
+        raise errors.UnsupportedError(
+            f"{path / MARKER}: {marker} wrote this checkpoint; roll_ckpt loads what torch_dist, version 1, wrote. "
+            "Load it with Megatron, and save it again as torch_dist"
+        )
+    try:
+        return dist_checkpointing.load_content_metadata(str(path)) or {}
+    except OSError:
+        raise
+    except Exception as problem:  # a damaged pickle can raise anything
+        raise errors.Damaged(
+            f"{path / COMMON}: cannot be read, it is truncated or damaged: {type(problem).__name__}: {problem}"
+        ) from problem
 
 
 def _check_pickles(path: Path, settings: Settings, world: World) -> None:
@@ -898,22 +949,34 @@ class Attached:
 
     def restore(self, path: Path, *, verified: bool) -> dict[str, Any]:
         """Load `path`, which is complete, and return the state that it held; see `load`."""
+        _agree_on_manifest(World.current(), path, self.settings)
         saved = _recorded(path, self.cluster)
         self._check_layout(path, saved)
-        told = saved or dist_checkpointing.load_content_metadata(str(path)) or {}
+        told = dict(saved)
+        if not saved:
+            World.current().together(lambda: told.update(_told_by_stock(path)), self.settings.commit_timeout_s)
         check_form(told)
+        form = told.get("distrib_optim_sharding_type")
         with_rng = saved.get("layout") == parallel_layout()
         if not with_rng:
             log.warning("%s: saved by another parallel layout, or by stock code: random states are not restored", path)
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        loaded = load(
-            self.state(form=told.get("distrib_optim_sharding_type"), loading=True, with_rng=with_rng),
-            path,
-            settings=self.settings,
-            cluster=self.cluster,
-            strategy=FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), group),
-            verified=verified,
-        )
+        try:
+            loaded = load(
+                self.state(form=form, loading=True, with_rng=with_rng),
+                path,
+                settings=self.settings,
+                cluster=self.cluster,
+                strategy=FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), group),
+                verified=verified,
+            )
+        except errors.ModelMismatch as problem:
+            if saved or form != "dp_reshardable":
+                raise
+            raise errors.ModelMismatch(
+                f"{problem}\nOr another layout: stock code saved its optimizer as dp_reshardable, which loads "
+                f"{RESHARDABLE[form]} and in no other layout, and does not note the layout"
+            ) from None
         for key, chunk in self._chunks().items():
             chunk.load_state_dict(loaded[key])
         with torch.no_grad():  # Megatron writes into views of parameters that require a gradient
