@@ -51,6 +51,12 @@ def hold(out: str) -> int:
     return os.getpid()
 
 
+def hub_out_of_reach(out: str) -> str:
+    os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
+    made = pipeline(out, Cluster("actor", engine(2, "bf16", None)), resume_from_checkpoint="hf://dev/run")
+    return raised(made.resume)
+
+
 def another_model(out: str, checkpoint: str) -> str:
     clusters = [Cluster("actor", engine(2, "bf16", None, width=32)), Cluster("critic", engine(3, "bf16", None))]
     return raised(pipeline(out, *clusters, resume_from_checkpoint=checkpoint).resume)

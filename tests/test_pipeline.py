@@ -17,6 +17,7 @@ import pytest
 from worlds import ROOT, World, environment
 
 from roll_ckpt import names, verify
+from roll_ckpt.hub_dev import LocalHub
 
 JOB = str(ROOT / "tests" / "job.py")
 LIMIT_S = 150.0
@@ -170,6 +171,32 @@ def test_resume_falls_back_past_a_damaged_checkpoint_and_saves_the_step_again(un
     assert verify.verify_run(jobs.out) == []
 
 
+def test_a_run_resumes_from_the_hub_on_the_same_losses(
+    unbroken: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("huggingface_hub")
+    unit = unbroken.folder / "upload" / "checkpoint-4"
+    with LocalHub(tmp_path / "hub", write_token="hf_writes") as hub:
+        for name in [name for name in os.environ if name.upper().endswith("_PROXY")]:
+            monkeypatch.delenv(name)
+        for name, value in {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_writes"}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+        command = [sys.executable, "-m", "roll_ckpt", "push", str(unit), "dev/run"]
+        subprocess.run(command, env=environment(), check=True)
+        jobs = Jobs(tmp_path / "jobs")
+        jobs.folder.mkdir()
+        jobs.run("losses", "--resume-from", "hf://dev/run@checkpoint-4")
+    assert jobs.resumed("losses") == ["4"]
+    for rank in (0, 1):
+        assert jobs.curve("losses", rank) == {
+            step: loss for step, loss in unbroken.curve("losses", rank).items() if int(step) > 4
+        }
+    pulled = Path(f"{jobs.out}{names.PULLED}")
+    assert os.listdir(pulled) == ["checkpoint-4"] and verify.verify(pulled / "checkpoint-4") == []
+    assert verify.verify_run(jobs.out) == [] and leftovers(jobs.out) == []
+
+
 def test_two_worlds_commit_each_step_together(tmp_path: Path) -> None:
     jobs = Jobs(tmp_path)
     options = ["--expect", "1", "--keep", "0"]
@@ -185,6 +212,13 @@ def test_two_worlds_commit_each_step_together(tmp_path: Path) -> None:
 
 
 CASES = "pipeline_cases"
+
+
+def test_a_hub_that_cannot_be_reached_is_told_on_every_rank(two_ranks: World, tmp_path: Path) -> None:
+    pytest.importorskip("huggingface_hub")
+    for told in two_ranks.call(f"{CASES}:hub_out_of_reach", str(tmp_path / "run")):
+        assert told.startswith("HubUnavailable") and "hf://dev/run@main" in told
+    assert not (tmp_path / f"run{names.PULLED}").exists()
 
 
 def test_bad_input_is_told_with_nothing_on_disk_touched(two_ranks: World, tmp_path: Path) -> None:
