@@ -299,8 +299,15 @@ class BasePipeline:
         directory = Path(f"{os.path.abspath(self.config.output_dir)}{names.PULLED}")
 
         def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
-            log.info("pulling %s into %s", remote.uri, directory)
-            return {"unit": str(pull.pull(remote, directory))}
+            bar = Bar()
+
+            def show(here: int, of: int) -> None:
+                bar({"name": remote.uri, "doing": "pulled", "done": here, "total": of})
+
+            try:
+                return {"unit": str(pull.pull(remote, directory, show))}
+            finally:
+                bar.end()
 
         return Path(self._ranks.agree({}, decide, LONGEST_S)["unit"])
 
