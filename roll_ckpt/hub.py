@@ -318,6 +318,18 @@ def tag(remote: Remote, name: str, commit: str, *, instead_of: str | None) -> No
         api().create_tag(remote.repo_id, tag=name, revision=commit)
 
 
+def branch(remote: Remote, *, start: str) -> None:
+    """Make the branch where `start` is, unless it is there."""
+    with speaking(remote, "making a branch"):
+        api().create_branch(remote.repo_id, branch=remote.revision, revision=start, exist_ok=True)
+
+
+def drop_branch(remote: Remote) -> None:
+    """Remove the branch; its commits stay where a tag names them."""
+    with speaking(remote, "removing a branch"):
+        api().delete_branch(remote.repo_id, branch=remote.revision)
+
+
 def _groups(operations: list[Any]) -> Iterator[list[Any]]:
     """Few at a time: what a group has brought over need not be sent again by whoever comes after a kill."""
     group: list[Any] = []

@@ -59,12 +59,14 @@ def push(
     private: bool,
     progress: Progress | None = None,
     hashes: Hashes | None = None,
+    aside: bool = False,
 ) -> str:
     """Put a committed checkpoint at the root of a repository, as one commit, and tag it; return the commit's id.
 
     Blocks. Exactly once, however often it is called and wherever it was killed: what is there already is only
     tagged. The repository is made if it is missing. Files of the checkpoint that was there before go, those of
-    others stay. The checkpoint is not pruned meanwhile, and is checked before it goes.
+    others stay. The checkpoint is not pruned meanwhile, and is checked before it goes. With `aside` only the tag
+    names it and the branch stays as it is: a newer checkpoint lies there already.
 
     Raises:
         HubRefused: the Hub says no; or the repository is public and `private` is asked for; or a file holds a
@@ -76,13 +78,18 @@ def push(
         told = manifest.parse_manifest(record, unit / names.MANIFEST)
         digest = sha256(record)
         _open(remote, private)
-        landed = _find(remote, digest)
+        side = Remote(remote.repo_id, f"roll_ckpt-{digest[:16]}")
+        landed = _find(remote, side, told.name, digest)
         if landed is None:
             checked = _check(unit, told, record, hashes, progress or (lambda *_: None))
-            landed = _commit_once(unit, remote, checked, progress or (lambda *_: None))
+            if aside:
+                hub.branch(side, start=remote.revision)
+            landed = _commit_once(unit, side if aside else remote, checked, progress or (lambda *_: None))
         disk.reach("push.committed", name=told.name)
         _tag(remote, told.name, landed)
         disk.reach("push.tagged", name=told.name)
+        if side.revision in hub.refs(remote)[0]:
+            hub.drop_branch(side)
         return landed
 
 
@@ -112,10 +119,18 @@ def _mark(digest: str) -> str:
     return f"roll_ckpt manifest sha256:{digest}"
 
 
-def _find(remote: Remote, digest: str) -> str | None:
-    """The commit that brought this very checkpoint, None if there is none."""
+def _find(remote: Remote, side: Remote, name: str, digest: str) -> str | None:
+    """The commit that brought this very checkpoint, wherever one of ours can be; None if there is none."""
+    branches, tags = hub.refs(remote)
+    found = _find_on(Remote(remote.repo_id, tags[name]), digest, 1) if name in tags else None
+    if found is None and side.revision in branches:
+        found = _find_on(side, digest, 1)
+    return found or _find_on(remote, digest, _HISTORY)
+
+
+def _find_on(remote: Remote, digest: str, limit: int) -> str | None:
     mark = _mark(digest)
-    return next((found for found, text in hub.history(remote, _HISTORY) if mark in text), None)
+    return next((found for found, text in hub.history(remote, limit) if mark in text), None)
 
 
 def _tag(remote: Remote, name: str, landed: str) -> None:
@@ -149,7 +164,7 @@ def _commit_once(unit: Path, remote: Remote, checked: _Checked, progress: Progre
     for _ in range(_TRIES):
         head = hub.look(remote)
         # Looked for after the head was: a commit of ours that lands later than this has another parent.
-        landed = _find(remote, checked.digest)
+        landed = _find_on(remote, checked.digest, _HISTORY)
         if landed is not None:
             return landed
         if problem is not None and problem.status != 412:

@@ -107,8 +107,16 @@ def _push(output_dir: Path, entry: Entry, tell: Tell, furthest: dict[str, int]) 
             event = {"event": "progress", "name": entry.name, "doing": doing, "done": done, "total": total}
             tell({**event, "moved": moved})
 
-    hashes = push_queue.Hashes(output_dir, entry)
-    return push.push(output_dir / entry.name, to.remote, private=to.private, progress=progress, hashes=hashes)
+    # The branch shall hold the newest: one that comes late goes beside it.
+    newer = [e for e in reversed(push_queue.entries(output_dir)) if e.state == "done" or e.name == entry.name]
+    return push.push(
+        output_dir / entry.name,
+        to.remote,
+        private=to.private,
+        progress=progress,
+        hashes=push_queue.Hashes(output_dir, entry),
+        aside=newer[0].name != entry.name if newer else False,
+    )
 
 
 def _note(output_dir: Path, entry: Entry) -> None:

@@ -53,11 +53,14 @@ def mark(unit: Path) -> str:
     return seal.sha256((unit / "manifest.json").read_bytes())
 
 
-def landed(hub: LocalHub, repo: str, unit: Path, revision: str = "main") -> list[str]:
-    """The commits that brought this very checkpoint."""
+def landed(hub: LocalHub, repo: str, unit: Path, revision: str | None = None) -> list[str]:
+    """The commits that brought this very checkpoint: on a branch, or anywhere."""
     if not disk.exists(hub.store.root / "repos" / repo / "repo.json"):
         return []
-    return [c.id for c in hub.store.history(hub.store.repo(repo), revision) if mark(unit) in c.message]
+    found = hub.store.repo(repo)
+    places = [revision] if revision is not None else [*found.branches.values(), *found.tags.values()]
+    commits = {c.id: c for place in places for c in hub.store.history(found, place)}
+    return [c.id for c in commits.values() if mark(unit) in c.message]
 
 
 def contents(hub: LocalHub, repo: str, revision: str = "main") -> dict[str, bytes]:

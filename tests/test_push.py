@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hub_client import Client, Refused
 from hub_runs import LARGE, TOKEN, assert_there_once, contents, landed
 
 from roll_ckpt import manifest
-from roll_ckpt.hub_dev import Fault, LocalHub
+from roll_ckpt.hub_dev import Fault, LocalHub, routes, server
 from roll_ckpt.push import MARKER
 
 pytest.importorskip("huggingface_hub")
@@ -148,7 +149,7 @@ def test_a_push_to_another_branch(hub: LocalHub, client: Client, run: Path, repo
     client("api.create_branch(repo, branch='runs/one')", repo=repo)
     push(client, run / "checkpoint-1", repo, revision="runs/one")
     assert len(landed(hub, repo, run / "checkpoint-1", "runs/one")) == 1
-    assert not landed(hub, repo, run / "checkpoint-1")
+    assert not landed(hub, repo, run / "checkpoint-1", "main")
     error = refused(client, run / "checkpoint-1", repo, revision="checkpoint-1")
     assert error.kind == "HubRefused" and "no branch" in error.text
 
@@ -196,6 +197,23 @@ def test_a_token_in_a_file_is_refused_and_told_nowhere(
     assert contents(hub, repo).keys() == {".gitattributes"}
 
 
+def test_a_gitignore_that_keeps_files_out_is_refused(
+    hub: LocalHub, client: Client, run: Path, repo: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ignoring(call: routes.Call) -> routes.Reply:
+        reply = preupload.answer(call)
+        for file in reply.json["files"]:
+            file["shouldIgnore"] = file["path"].endswith(".bin")
+        return reply
+
+    (preupload,) = [route for route in routes.ROUTES if route.name == "preupload"]
+    others = [route for route in routes.ROUTES if route is not preupload]
+    monkeypatch.setattr(server, "ROUTES", [replace(preupload, answer=ignoring), *others])
+    error = refused(client, run / "checkpoint-1", repo)
+    assert error.kind == "HubRefused" and ".gitignore" in error.text and "actor/large.bin" in error.text
+    assert contents(hub, repo).keys() == {".gitattributes"}
+
+
 def test_a_file_that_changes_while_it_is_sent_is_not_committed(
     hub: LocalHub, client: Client, run: Path, repo: str
 ) -> None:
@@ -235,6 +253,22 @@ def test_a_push_that_the_hub_could_not_take_is_made_by_the_next(
     assert error.kind == "HubUnavailable" and repo in error.text
     assert "ConnectionError" in error.bases
     push(client, run / "checkpoint-1", repo)
+    assert_there_once(hub, repo, run / "checkpoint-1", tmp_path)
+
+
+def test_a_commit_that_lands_late_is_no_second_one(
+    hub: LocalHub, client: Client, run: Path, repo: str, tmp_path: Path
+) -> None:
+    hub.store.create(repo, private=True)
+    hub.faults.add(Fault("commit", stall_s=2))
+    assert refused(client, run / "checkpoint-1", repo).kind == "HubUnavailable"
+    push(client, run / "checkpoint-1", repo)
+
+    def answers() -> list[int]:
+        return [line["status"] for line in hub.requests() if line["route"] == "commit" and repo in line["path"]]
+
+    hub_runs.wait_for(lambda: len(answers()) == 2)
+    assert answers() == [200, 412]
     assert_there_once(hub, repo, run / "checkpoint-1", tmp_path)
 
 

@@ -261,8 +261,13 @@ def test_what_fails_is_named_and_the_next_goes_on(hub: LocalHub, run: Path, tmp_
     failed = push_queue.entries(run)[0]
     assert failed.state == "failed" and "403" in failed.detail and REPO in failed.detail and failed.attempts == 1
     assert push_queue.owed(run) == ["checkpoint-1"] and not upload(run)
+    finish(start(run, "push.tagged", "--again", code=KILLED_AT), -signal.SIGKILL)
     upload(run, "--again")
     assert_all_there(hub, run, tmp_path)
+    # It came late: the newest stays the one on the branch.
+    repo = hub.store.repo(REPO)
+    assert repo.branches.keys() == {"main"} and hub.store.resolve(repo, "main").title == "checkpoint-2"
+    assert repo.tags["checkpoint-2"] == repo.branches["main"] != repo.tags["checkpoint-1"]
 
 
 def test_a_cancelled_one_is_not_pushed(hub: LocalHub, run: Path) -> None:
@@ -346,7 +351,8 @@ def test_waiting_ends_when_nothing_moves(hub: LocalHub, run: Path) -> None:
     hub.faults.add(Fault("commit", status=503, times=0))
     parent = Parent(run)
     parent.uploader.notify()
-    ended = parent.uploader.wait("checkpoint-2", 2, lambda _: None)
+    hub_runs.wait_for(lambda: push_queue.entries(run)[0].attempts > 1)
+    ended = parent.uploader.wait("checkpoint-2", 1, lambda _: None)
     assert ended.state == "owed" and "503" in ended.detail
     parent.uploader.stop()
     parent.threads[0].join()
