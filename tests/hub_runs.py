@@ -31,7 +31,8 @@ def history(output_dir: Path, steps: list[int], salt: str = "old", extra: Mappin
             for cluster, rank in runs.RANKS:
                 vote = runs.write(attempt, salt, cluster, rank)
                 if (cluster, rank) == runs.RANKS[0]:
-                    more = {"actor/large.bin": LARGE, f"actor/only_{step}.txt": salt.encode(), **(extra or {})}
+                    more = {"actor/large.bin": LARGE, **(extra or {})}
+                    more |= {f"actor/{word}_{step}.txt": salt.encode() for word in ("only", "also")}
                     for path, data in more.items():
                         disk.write_durable(attempt.unit / path, data)
                     receipts = [manifest.receipt_of_bytes(path, data) for path, data in more.items()]

@@ -117,7 +117,7 @@ def test_files_of_the_checkpoint_before_go_and_those_of_others_stay(
     push(client, unit, repo)
     client(
         "ops = [Add(p, b'mine') for p in ('NOTES.md', 'README.md', 'actor/mine.txt')]\n"
-        "api.create_commit(repo, ops, commit_message='mine')",
+        "api.create_commit(repo, [*ops, Delete('actor/also_1.txt')], commit_message='mine')",
         repo=repo,
     )
     only_old = {r.path for r in manifest.read(unit).files} - {r.path for r in manifest.read(other).files}

@@ -197,8 +197,11 @@ def test_killed_in_the_middle_of_a_request(hub: LocalHub, run: Path, tmp_path: P
     assert_all_there(hub, run, tmp_path)
 
 
-def test_it_ends_with_the_job_and_the_next_job_goes_on(hub: LocalHub, run: Path, tmp_path: Path) -> None:
-    hub.faults.add(Fault("commit", stall_s=60))
+def test_it_ends_with_the_job_and_the_next_job_goes_on(
+    hub: LocalHub, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ROLL_CKPT_HUB_TIMEOUT_S", "600")  # it has nothing to tell meanwhile
+    hub.faults.add(Fault("commit", stall_s=600))
     job = start(run, code=JOB)
     hub_runs.wait_for(lambda: any(line["route"] == "validate_yaml" for line in hub.requests()))
     (child,) = children(job)
