@@ -132,7 +132,10 @@ def _share(receipts: Iterable[manifest.Receipt], part: int, parts: int) -> list[
 
 
 def verify_run(output_dir: Path) -> list[Problem]:
-    """All problems of all committed checkpoints of a run, of `latest`, and of the records in `.epochs/`."""
+    """All problems of all committed checkpoints of a run, of `latest`, and of the records in `.epochs/`.
+
+    Where neither of these two is, nobody has run: it is a folder of copies, pulled or uploaded.
+    """
     problems = []
     sound: dict[str, manifest.Manifest] = {}
     for entry in disk.list_dir(output_dir):
@@ -148,8 +151,9 @@ def verify_run(output_dir: Path) -> list[Problem]:
             sound[entry] = told
         else:
             problems.append(Problem(entry, "extra", f"its manifest is the one of {told.name}"))
-    problems += _latest(output_dir, sound)
-    problems += _epochs(output_dir, sound.values())
+    if disk.exists(output_dir / names.EPOCHS) or disk.exists(output_dir / names.LATEST):
+        problems += _latest(output_dir, sound)
+        problems += _epochs(output_dir, sound.values())
     return sorted(problems)
 
 

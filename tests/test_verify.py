@@ -120,3 +120,10 @@ def test_large_files_are_verified_by_the_native_reader(tmp_path: Path) -> None:
     assert verify._contents(tmp_path, receipt) == []
     (tmp_path / "f").write_bytes(data[:-1] + b"x")
     assert [problem.kind for problem in verify._contents(tmp_path, receipt)] == ["digest"]
+
+
+def test_a_folder_of_copies_needs_no_records_of_a_run(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run / "checkpoint-10", tmp_path / "copies" / "checkpoint-10")
+    assert verify.verify_run(tmp_path / "copies") == []
+    (tmp_path / "copies" / "latest").write_text("checkpoint-33")
+    assert [(problem.path, problem.kind) for problem in verify.verify_run(tmp_path / "copies")] != []

@@ -96,10 +96,10 @@ def _checkpoint_lines(step: int, metrics: dict[str, Any]) -> list[str]:
         if "checkpoint/failed" in record:
             lines.append(f"{name}: [bold red]{escape(record['checkpoint/failed'])}[/]")
             continue
-        text = f"{name}: durable {seconds(max(durable))} after the save began"
+        told = [f"durable {seconds(max(durable))} after the save began"] if durable else []
         if "checkpoint/upload" in record:
-            text += f", uploaded in {seconds(record['checkpoint/upload'])}"
+            told.append(f"uploaded in {seconds(record['checkpoint/upload'])}")
         if record.get("checkpoint/pruned"):
-            text += f", pruned {', '.join(record['checkpoint/pruned'])}"
-        lines.append(text)
+            told.append(f"pruned {', '.join(record['checkpoint/pruned'])}")
+        lines.append(f"{name}: {', '.join(told)}")
     return lines

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,28 +38,28 @@ def save_rows(journals: Iterable[list[Launch]]) -> list[SaveRow]:
         for number, launch in enumerate(launches):
             blocked: dict[int, float] = {}
             for step in launch.steps.values():
-                for saved in _saves_in(step):
-                    rows.setdefault((number, saved), SaveRow(saved, launch.resumed_from))
-                _count(step, {saved: row for (start, saved), row in rows.items() if start == number}, blocked)
+                if "time/do_checkpoint/total" in step.metrics:
+                    rows.setdefault((number, step.step), SaveRow(step.step, launch.resumed_from))
+                _count(step, lambda saved, number=number: _newest(rows, number, saved), blocked)
             for saved, waited in blocked.items():
-                rows[number, saved].blocked_s = max(rows[number, saved].blocked_s, waited)
+                row = _newest(rows, number, saved)
+                row.blocked_s = max(row.blocked_s, waited)
     return [rows[key] for key in sorted(rows)]
 
 
-def _saves_in(step: Step) -> set[int]:
-    """The saves that this step's metrics speak of: its own, and earlier ones that ended meanwhile."""
-    own = {step.step} if "time/do_checkpoint/total" in step.metrics else set()
-    return own | {record["checkpoint/step"] for record in step.metrics.get("checkpoint/ended", [])}
+def _newest(rows: dict[tuple[int, int], SaveRow], number: int, saved: int) -> SaveRow:
+    """The save of that step, by this start of the job or by one before: a restarted run uploads what was owed."""
+    return rows[max(key for key in rows if key[1] == saved and key[0] <= number)]
 
 
-def _count(step: Step, rows: dict[int, SaveRow], blocked: dict[int, float]) -> None:
+def _count(step: Step, row_of: Callable[[int], SaveRow], blocked: dict[int, float]) -> None:
     """Add one step's metrics to the saves they belong to, and to the seconds that this rank was `blocked`."""
     if "time/do_checkpoint/total" in step.metrics:
         blocked[step.step] = step.metrics["time/do_checkpoint/total"]
         staged = [key for key in step.metrics if key.endswith("/stage")]
-        rows[step.step].clusters |= {key.split("/")[1] for key in staged}
+        row_of(step.step).clusters |= {key.split("/")[1] for key in staged}
     for record in step.metrics.get("checkpoint/ended", []):
-        row = rows[record["checkpoint/step"]]
+        row = row_of(record["checkpoint/step"])
         row.upload_s = record.get("checkpoint/upload", row.upload_s)
         for key, value in record.items():
             if key.endswith("/durable") and value is not None:
