@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import importlib
 import logging
+import pkgutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import megatron_cpu
 import torch
@@ -222,6 +226,18 @@ def refusal_of_load(layout: str, directory: str, **options: Any) -> tuple[str, b
     before = gathered(tiny, moments=False)
     told = error_of(lambda: our_load(tiny, Path(directory)))
     return told, not differences(gathered(tiny, moments=False), before)
+
+
+def refusal_of_import(layout: str, holder: str, name: str) -> str:
+    """The error of importing our backend where Megatron has no `name` in `holder`."""
+    owner = pkgutil.resolve_name(f"megatron.core.dist_checkpointing.{holder}")
+    kept = sys.modules.pop(backend.__name__)
+    try:
+        with mock.patch.object(owner, name):
+            delattr(owner, name)
+            return error_of(lambda: importlib.import_module(backend.__name__))
+    finally:
+        sys.modules[backend.__name__] = kept
 
 
 def save_and_keep_one(layout: str, directory: str) -> None:

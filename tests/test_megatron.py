@@ -143,6 +143,22 @@ def test_fsdp_is_refused_by_name(megatron: Worlds) -> None:
         assert told.startswith("UnsupportedError") and "FSDP" in told
 
 
+@pytest.mark.parametrize(
+    ("holder", "removed", "named"),
+    [
+        ("strategies.torch:TorchDistSaveShardedStrategy", "_get_save_and_finalize_callbacks", "_get_save_and_finalize"),
+        ("strategies.filesystem_async", "_results_queue", "_results_queue"),
+        ("strategies.fully_parallel:FullyParallelSaveStrategyWrapper", "__init__", "base_strategy"),
+        ("utils", "_clean_metadata_for_serialization", "_clean_metadata_for_serialization"),
+    ],
+)
+def test_a_megatron_without_what_we_rely_on_is_refused_at_import(
+    megatron: Worlds, holder: str, removed: str, named: str
+) -> None:
+    for told in megatron.call("DP2", "refusal_of_import", holder, removed):
+        assert told.startswith("UnsupportedError") and named in told and "megatron-core==0.16.1" in told
+
+
 def test_another_model_is_refused_before_anything_is_loaded(megatron: Worlds, saved_once: Saved) -> None:
     for told, untouched in megatron.call("DP2", "refusal_of_load", str(saved_once.directory), hidden=64):
         assert told.startswith("ModelMismatch") and "shape" in told

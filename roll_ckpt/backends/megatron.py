@@ -5,12 +5,15 @@
 `load` are the same under the commit: the directory appears under its name when every rank has voted.
 `attach` returns both for a model with its distributed optimizer, scheduler and random states.
 
-Written against Megatron-core 0.16 (`dist_checkpointing/serialization.py`, `strategies/torch.py`).
+Written against Megatron-core 0.16.1 (`dist_checkpointing/serialization.py`, `strategies/torch.py`). A version that
+lacks what this module takes hold of is refused when the module is imported, with `UnsupportedError`.
 """
 
 from __future__ import annotations
 
+import dis
 import functools
+import inspect
 import json
 import logging
 import math
@@ -24,37 +27,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import megatron.core
 import numpy
 import torch
-from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
-from megatron.core.dist_checkpointing.core import CheckpointingConfig
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import (
-    ShardedObject,
-    ShardedTensor,
-    ShardedTensorFactory,
-    apply_factories,
-    is_main_replica,
-)
-from megatron.core.dist_checkpointing.serialization import _CONTENT_METADATA_KEY as CONTENT_METADATA
-from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.fully_parallel import (
-    FullyParallelLoadStrategyWrapper,
-    FullyParallelSaveStrategyWrapper,
-)
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy, TorchDistSaveShardedStrategy
-from megatron.core.dist_checkpointing.utils import (
-    _clean_metadata_for_serialization,
-    extract_nonpersistent,
-    extract_sharded_base,
-)
-from megatron.core.distributed import DistributedDataParallel
-from megatron.core.msc_utils import MultiStorageClientFeature
-from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint import filesystem as dcp_filesystem
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
@@ -66,6 +40,47 @@ from roll_ckpt.config import Settings
 from roll_ckpt.image import FileImage
 from roll_ckpt.layout import dcp, dcp_index, torch_zip
 from roll_ckpt.world import LONGEST_S, World
+
+TESTED_WITH = "0.16.1"
+
+try:
+    import megatron.core
+    from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+    from megatron.core.dist_checkpointing.core import CheckpointingConfig
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import (
+        ShardedObject,
+        ShardedTensor,
+        ShardedTensorFactory,
+        apply_factories,
+        is_main_replica,
+    )
+    from megatron.core.dist_checkpointing.serialization import _CONTENT_METADATA_KEY as CONTENT_METADATA
+    from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+    from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+        FullyParallelLoadStrategyWrapper,
+        FullyParallelSaveStrategyWrapper,
+    )
+    from megatron.core.dist_checkpointing.strategies.torch import (
+        TorchDistLoadShardedStrategy,
+        TorchDistSaveShardedStrategy,
+    )
+    from megatron.core.dist_checkpointing.utils import (
+        _clean_metadata_for_serialization,
+        extract_nonpersistent,
+        extract_sharded_base,
+    )
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.msc_utils import MultiStorageClientFeature
+    from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+except ImportError as problem:
+    raise errors.UnsupportedError(
+        f"this Megatron-core is not one that roll_ckpt knows, or there is none: {problem}; "
+        f"pip install megatron-core=={TESTED_WITH}"
+    ) from problem
 
 log = logging.getLogger("roll_ckpt")
 
@@ -84,6 +99,56 @@ FRAMEWORK = "megatron-core"
 _RNG = "roll_ckpt.rng"
 _CLIENT_STATE = "roll_ckpt.client_state"
 _OPTIMIZER_BYTES = 12  # of one parameter: a main copy and two moments in fp32
+
+
+# --- the version of Megatron-core ----------------------------------------------------------------------------
+
+
+def _check_megatron() -> None:
+    """Refuse a Megatron-core without what this module takes hold of, beside the names imported above.
+
+    Raises:
+        UnsupportedError: names what is missing.
+    """
+    strategy, wrapper = TorchDistSaveShardedStrategy, FullyParallelSaveStrategyWrapper
+    writer = filesystem_async.FileSystemWriterAsync
+    has = {
+        "TorchDistSaveShardedStrategy._get_save_and_finalize_callbacks": hasattr(
+            strategy, "_get_save_and_finalize_callbacks"
+        ),
+        "TorchDistSaveShardedStrategy.async_save(sharded_state_dict, checkpoint_dir)": list(
+            inspect.signature(strategy.async_save).parameters
+        )
+        == ["self", "sharded_state_dict", "checkpoint_dir"],
+        "TorchDistSaveShardedStrategy.use_cached_ckpt_structure": _sets(strategy, "use_cached_ckpt_structure"),
+        "FullyParallelSaveStrategyWrapper.base_strategy": _sets(wrapper, "base_strategy"),
+        "FullyParallelSaveStrategyWrapper.cached_distribution": _sets(wrapper, "cached_distribution"),
+        "FileSystemWriterAsync.write_buckets": _sets(writer, "write_buckets"),
+        "filesystem_async._results_queue": hasattr(filesystem_async, "_results_queue"),
+        "AsyncRequest.preload_fn": "preload_fn" in AsyncRequest._fields,
+        "dist_checkpointing.load_content_metadata": hasattr(dist_checkpointing, "load_content_metadata"),
+    }
+    missing = [name for name, there in has.items() if not there]
+    if missing:
+        raise errors.UnsupportedError(
+            f"Megatron-core {megatron.core.__version__} has no {', '.join(missing)}, which roll_ckpt relies on; "
+            f"pip install megatron-core=={TESTED_WITH}"
+        )
+    if megatron.core.__version__ != TESTED_WITH:
+        log.warning("Megatron-core %s: roll_ckpt was tested with %s", megatron.core.__version__, TESTED_WITH)
+
+
+def _sets(kind: type, attribute: str) -> bool:
+    """Whether a method of `kind` itself gives a value to the attribute."""
+    methods = (inspect.unwrap(member) for member in vars(kind).values() if inspect.isfunction(member))
+    return any(
+        step.opname == "STORE_ATTR" and step.argval == attribute
+        for method in methods
+        for step in dis.get_instructions(method)
+    )
+
+
+_check_megatron()
 
 
 # --- the strategy --------------------------------------------------------------------------------------------
