@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from roll_ckpt import names, printing, push_queue, verify
+from roll_ckpt import cli, names, printing, push_queue, verify
 from roll_ckpt.hub_dev import Fault, LocalHub
 
 pytest.importorskip("huggingface_hub")
@@ -123,16 +123,6 @@ def test_a_runs_queue_from_owed_to_done(hub: LocalHub, shell: Shell, run: Path) 
     assert verify.verify_run(run) == []
 
 
-def test_what_is_owed_is_not_pruned_until_it_is_given_up(shell: Shell, run: Path) -> None:
-    push_queue.set_destination(run, push_queue.Destination("dev/none"))
-    assert shell.json("prune", run, "--keep", 1)["removed"] == []
-    assert shell("queue", "cancel", run, "checkpoint-1")[0] == "checkpoint-1: cancelled\n"
-    assert shell.json("prune", run, "--keep", 1)["removed"] == ["checkpoint-1"]
-    assert shell.json("queue", "ls", run, code=printing.OWED)["owed"] == ["checkpoint-2"]
-    _, err = shell("queue", "cancel", run, "checkpoint-7", code=printing.ERROR)
-    assert "checkpoint-7" in err and "known are checkpoint-1, checkpoint-2" in err
-
-
 def test_offline_everything_stays_owed_and_the_exit_code_says_so(shell: Shell, run: Path) -> None:
     _, err = shell("push", run, "dev/offline", code=printing.OWED, HF_HUB_OFFLINE="1")
     assert "HF_HUB_OFFLINE is set" in err
@@ -162,7 +152,8 @@ def test_private_is_what_a_push_is_unless_public_is_given(hub: LocalHub, shell: 
 def test_ctrl_c_ends_a_pull_which_then_goes_on(hub: LocalHub, shell: Shell, run: Path, tmp_path: Path) -> None:
     shell("push", run / "checkpoint-1", "dev/interrupted")
     hub.faults.add(Fault("download", call=4, times=0, stall_s=5.0))
-    process = shell.start("pull", "hf://dev/interrupted", tmp_path / "to", ROLL_CKPT_HUB_TIMEOUT_S="2")
+    since = len(hub.requests())
+    process = shell.start("pull", "hf://dev/interrupted", tmp_path / "to", ROLL_CKPT_HUB_TIMEOUT_S="3")
     deadline = time.monotonic() + 60
     while not any(f.get("seen", 0) >= 4 for f in hub.faults.pending()) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -170,6 +161,8 @@ def test_ctrl_c_ends_a_pull_which_then_goes_on(hub: LocalHub, shell: Shell, run:
     out, err = process.communicate()
     assert process.returncode == 130 and out == "" and "Traceback" not in err
     hub.faults.clear()
+    asked = [line["path"] for line in hub.requests()[since:] if line["route"] == "download"]
+    assert len(asked) == len(set(asked)), "none was tried again after the interrupt"
     shell("pull", "hf://dev/interrupted", tmp_path / "to")
     assert verify.verify(tmp_path / "to/checkpoint-1") == [] and os.listdir(tmp_path / "to") == ["checkpoint-1"]
 
@@ -189,10 +182,23 @@ def test_a_checkpoint_that_is_damaged_there_or_here_ends_with_3(shell: Shell, ru
     assert "actor/rank_0.pt" in err and "dev/damaged@main" in err and os.listdir(tmp_path / "to") == []
 
 
+def test_a_repository_that_is_not_there_is_told(shell: Shell, tmp_path: Path) -> None:
+    _, err = shell("pull", "hf://dev/nowhere", tmp_path / "to", code=printing.ERROR)
+    assert "check the name" in err and not (tmp_path / "to").exists()
+
+
+def here(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """A command that does not come to speak with the Hub, in this process: its exit code and what it prints."""
+    try:
+        code = cli.main([str(argument) for argument in arguments])
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    return (code, *capsys.readouterr())
+
+
 @pytest.mark.parametrize(
     ("command", "code", "told"),
     [
-        ("pull hf://dev/nowhere {to}", printing.ERROR, "check the name"),
         ("pull dev/nowhere {to}", printing.ERROR, "hf://namespace/name"),
         ("pull hf://dev/nowhere", 2, "DIR"),
         ("push {run}", printing.ERROR, "name a REPO"),
@@ -206,25 +212,37 @@ def test_a_checkpoint_that_is_damaged_there_or_here_ends_with_3(shell: Shell, ru
     ],
 )
 def test_what_cannot_be_meant_is_told(
-    shell: Shell, run: Path, tmp_path: Path, command: str, code: int, told: str
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, code: int, told: str
 ) -> None:
     before = files(run)
-    _, err = shell(*command.format(run=run, to=tmp_path / "to").split(), code=code)
-    assert told in err
+    found, _, err = here(capsys, *command.format(run=run, to=tmp_path / "to").split())
+    assert found == code and told in err
     assert files(run) == before and not (tmp_path / "to").exists()
 
 
-def test_a_run_that_pushes_elsewhere_is_not_turned_around(shell: Shell, run: Path) -> None:
+def test_a_run_that_pushes_elsewhere_is_not_turned_around(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     push_queue.set_destination(run, push_queue.Destination("dev/there"))
     before = files(run)
-    for more in (["dev/here"], ["dev/there", "--public"]):
-        _, err = shell("push", run, *more, code=printing.ERROR)
-        assert "its run pushes to hf://dev/there@main (private)" in err
+    for more in (["dev/here"], ["dev/there", "--public"], ["dev/there", "--revision", "other"]):
+        code, _, err = here(capsys, "push", run, *more)
+        assert code == printing.ERROR and "its run pushes to hf://dev/there@main (private)" in err
     assert files(run) == before
 
 
+def test_what_is_owed_is_not_pruned_until_it_is_given_up(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    push_queue.set_destination(run, push_queue.Destination("dev/none"))
+    prune = ["prune", run, "--keep", 1, "--json"]
+    assert json.loads(here(capsys, *prune)[1])["removed"] == []
+    assert here(capsys, "queue", "cancel", run, "checkpoint-1") == (0, "checkpoint-1: cancelled\n", "")
+    assert json.loads(here(capsys, *prune)[1])["removed"] == ["checkpoint-1"]
+    code, out, _ = here(capsys, "queue", "ls", run, "--json")
+    assert code == printing.OWED and json.loads(out)["owed"] == ["checkpoint-2"]
+    code, _, err = here(capsys, "queue", "cancel", run, "checkpoint-7")
+    assert code == printing.ERROR and "known are checkpoint-1, checkpoint-2" in err
+
+
 @pytest.mark.parametrize("command", ["push", "pull", "queue", "queue ls", "queue retry", "queue cancel"])
-def test_help_explains_and_gives_an_example(shell: Shell, command: str) -> None:
-    out, _ = shell(*command.split(), "--help")
-    assert f"  roll-ckpt {command} " in out
+def test_help_explains_and_gives_an_example(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    code, out, _ = here(capsys, *command.split(), "--help")
+    assert code == 0 and f"  roll-ckpt {command} " in out
     assert "Exit codes: 0 fine, 1 error, 2 wrong usage, 3 damaged, 4 uploads still owed." in out

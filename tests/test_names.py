@@ -18,6 +18,8 @@ def test_names_are_parsed_back_to_what_they_were_built_from(name: str) -> None:
     assert names.parse_epoch_file(names.epoch_file(4)) == (4, None)
     assert names.parse_aborted_file(names.aborted_file(name, 3, 12)) == (name, 3, 12)
     assert names.parse_temporary_file(names.temporary_file(name)) == name
+    assert names.parse_pull_dir(names.pull_dir(name, "0123456789abcdef" * 4)) == (name, "0123456789abcdef")
+    assert len(names.pull_dir(name, "0" * 64).encode()) <= 255
     assert len(names.temporary_file(name).encode()) <= 255
     assert names.check_name("tag", name) == name
 

@@ -128,11 +128,16 @@ def assert_same(pulled: Path, unit: Path) -> None:
 # --- what comes ---------------------------------------------------------------------------------------------
 
 
-def test_a_pushed_tag_comes_into_an_empty_folder_byte_for_byte(client: Client, units: Path, tmp_path: Path) -> None:
+def test_a_pushed_tag_comes_into_an_empty_folder_byte_for_byte(
+    hub: LocalHub, client: Client, units: Path, tmp_path: Path
+) -> None:
+    since = len(hub.requests())
     assert pull(client, f"hf://{SMALL}@checkpoint-1", tmp_path / "new") == tmp_path / "new/checkpoint-1"
     assert_same(tmp_path / "new/checkpoint-1", units / "small/checkpoint-1")
     pull(client, f"hf://{SMALL}", tmp_path / "new")
     assert_same(tmp_path / "new/checkpoint-2", units / "small/checkpoint-2")
+    commits = {line["path"].split("/resolve/")[1].split("/")[0] for line in downloads(hub, since)}
+    assert len(commits) == 2 and all(len(commit) == 40 for commit in commits), "one commit each, whatever moves"
 
 
 def test_the_same_checkpoint_is_not_brought_again(hub: LocalHub, client: Client, tmp_path: Path) -> None:
