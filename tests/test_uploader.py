@@ -206,8 +206,13 @@ def test_it_ends_with_the_job_and_the_next_job_goes_on(
     hub_runs.wait_for(lambda: any(line["route"] == "validate_yaml" for line in hub.requests()))
     (child,) = children(job)
     job.kill()
+    job.wait()
+    try:
+        hub_runs.wait_for(lambda: not Path(f"/proc/{child}").exists())
+    except AssertionError:
+        os.kill(child, signal.SIGKILL)  # or else it holds the pipes of this test
+        raise
     job.communicate()
-    hub_runs.wait_for(lambda: not Path(f"/proc/{child}").exists())
     assert push_queue.owed(run) == NAMES
     again = start(run, code=JOB)
     assert again.stdout
