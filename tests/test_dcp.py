@@ -16,11 +16,14 @@ from torch.distributed.checkpoint.planner import WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from roll_ckpt import saver
+from roll_ckpt import errors, saver
 from roll_ckpt.config import Settings
+from roll_ckpt.image import FileImage, Memory
 from roll_ckpt.layout import dcp as layout
+from roll_ckpt.layout import torch_zip
 
 FILE = "__0_0.distcp"
+TAIL = FileImage.of_bytes(b"end")
 
 
 def write(path: Path, items: list[tuple[str, torch.Tensor | bytes]]) -> tuple[layout.Span, ...]:
@@ -102,3 +105,42 @@ def test_nothing_is_an_empty_file(tmp_path: Path, items: list[tuple[str, bytes]]
     spans = write(tmp_path / FILE, list(items))
     assert (tmp_path / FILE).read_bytes() == b""
     assert all(span == layout.Span(0, 0) for span in spans)
+
+
+def test_a_form_filled_with_other_tensors_is_the_file_that_they_are_laid_out_as(tmp_path: Path) -> None:
+    first = [(name, value.contiguous()) for name, value in tensors().items() if isinstance(value, torch.Tensor)]
+    form, spans = layout.form(first)
+    other = [(name, (tensor.clone() + 1).to(tensor.dtype)) for name, tensor in first]
+    filled = form.fill((tensor for _, tensor in other), lambda storage: True)
+    laid_out, same_spans = layout.lay_out(other)
+    assert spans == same_spans and filled.pieces == laid_out.pieces
+    for name, image in (("filled", filled), ("laid_out", laid_out)):
+        saver.write_file(tmp_path / name, image, Settings())
+    assert (tmp_path / "filled").read_bytes() == (tmp_path / "laid_out").read_bytes()
+    assert all(extent.stable for extent in filled.extents if isinstance(extent.source, Memory))
+
+
+def test_a_form_refuses_a_tensor_of_another_size_and_one_whose_memory_was_freed() -> None:
+    form, _ = layout.form([("a", torch.zeros(10))])
+    with pytest.raises(ValueError, match="44 bytes, its place in the file 40"):
+        form.fill([torch.zeros(11)], lambda storage: False)
+    freed = torch.zeros(10)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(errors.SaveFailed, match="its memory was freed"):
+        form.fill([freed], lambda storage: False)
+
+
+def test_an_item_in_a_slot_of_any_size_is_a_sound_archive(tmp_path: Path) -> None:
+    value = {"numbers": list(range(100)), "tensor": torch.arange(5)}
+    needed = torch_zip.lay_out(value, layout.ARCHIVE).nbytes
+    for slot in (0, needed, needed + 1, needed + 100, 1 << 17, 1 << 20):
+        image = torch_zip.lay_out(value, layout.ARCHIVE, at_least=slot)
+        assert image.nbytes == max(slot, needed)
+        joined = layout.join([(layout.Span(64, image.nbytes), image), (layout.place(64 + image.nbytes, 3), TAIL)])
+        saver.write_file(tmp_path / "file", joined, Settings())
+        data = (tmp_path / "file").read_bytes()
+        assert data.endswith(b"end") and len(data) == joined.nbytes
+        archive = data[64 : 64 + image.nbytes]
+        assert zipfile.ZipFile(io.BytesIO(archive)).testzip() is None
+        loaded = torch.load(io.BytesIO(archive), weights_only=True)
+        assert loaded["numbers"] == value["numbers"] and torch.equal(loaded["tensor"], torch.arange(5))
