@@ -8,7 +8,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help run train run-worlds test lint format clean ready
+.PHONY: help run train run-worlds test matrix bench-megatron bench-push lint format clean ready
 
 PYTHON ?= python3
 ARGS ?=
@@ -35,6 +35,15 @@ train: ready ## the plain job in runs/train; started again, it resumes
 
 test: ready ## all tests that need no GPU, in less than 10 minutes on 2 cores
 	@python -m pytest $(ARGS)
+
+matrix: ready ## every Megatron layout against every other on 2 and 4 ranks, about ten minutes
+	@python -m pytest -m matrix tests/test_megatron_matrix.py -v $(ARGS)
+
+bench-megatron: ready ## how long a Megatron save holds up training: stock's and ours
+	@python benchmarks/megatron_stall.py $(ARGS)
+
+bench-push: ready ## what pushing to the Hub costs the training loop
+	@python benchmarks/push_cost.py $(ARGS)
 
 lint: .venv/.installed ## ruff, mypy, clang-format
 	ruff check .
