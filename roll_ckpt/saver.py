@@ -204,6 +204,8 @@ class Save:
     reported: bool = False
     durable_s: float | None = None
     _sealed: bool = False
+    _threaded: bool = False
+    _staged: threading.Event = field(default_factory=threading.Event)
     _after: Save | None = None
     _settled: threading.Event = field(default_factory=threading.Event)
     _finished: threading.Event = field(default_factory=threading.Event)
@@ -220,6 +222,7 @@ class Save:
 
         Whatever is raised in it, an interrupt too, turns all votes of this rank into a no.
         """
+        self._start_thread()  # now: once there are copies to make, a thread waits long for a processor
         try:
             yield
         except BaseException as problem:
@@ -234,10 +237,16 @@ class Save:
             if cluster not in self.tickets:
                 self.ticket(cluster, {}).fail(RuntimeError("the trainer failed before this cluster was staged"))
         self._sealed = True
+        self._staged.set()
+        if not self._threaded:  # no thread to be had: blocking beats a save that nobody finishes
+            self._run()
+
+    def _start_thread(self) -> None:
         try:
             threading.Thread(target=self._run, name=f"roll_ckpt {self.attempt.name}", daemon=True).start()
-        except RuntimeError:  # no thread to be had: blocking beats a save that nobody finishes
-            self._run()
+            self._threaded = True
+        except RuntimeError as problem:
+            log.warning("%s: no thread can be started, this save blocks: %s", self.attempt.label, problem)
 
     @property
     def lead(self) -> bool:
@@ -274,6 +283,7 @@ class Save:
             raise self.failure
 
     def _run(self) -> None:
+        self._staged.wait()
         try:
             if self._after is not None:
                 self._after._settled.wait()

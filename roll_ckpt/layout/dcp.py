@@ -116,11 +116,12 @@ class Form:
         extents = list(self.image.extents)
         holes = iter(self._holes)
         for tensor in tensors:
-            if not tensor.nbytes:
+            nbytes = tensor.nbytes
+            if not nbytes:
                 continue
-            at, offset, nbytes = next(holes)
-            if tensor.nbytes != nbytes:
-                raise ValueError(f"a tensor has {tensor.nbytes} bytes, its place in the file {nbytes}")
+            at, offset, wanted = next(holes)
+            if nbytes != wanted:
+                raise ValueError(f"a tensor has {nbytes} bytes, its place in the file {wanted}")
             extents[at] = torch_zip.extent_of(offset, tensor.contiguous(), nbytes, stable)
         return replace(self.image, extents=tuple(extents))
 
