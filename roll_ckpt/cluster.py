@@ -40,14 +40,17 @@ class Backend(Protocol):
     framework: str
     world: World
 
-    def prepare(self) -> int:
+    def estimate_bytes(self) -> int:
         """About what this rank will write, in bytes. No collective."""
+
+    def prepare(self, step: int, client_state: Mapping[str, Any]) -> saver.Share:
+        """Look at what the next `stage` will save. No collective, so that it may fail on one rank."""
 
     def fence(self) -> None:
         """Wait until no save of this model reads its tensors any more; see `Save.fence`."""
 
-    def stage(self, save: saver.Save, directory: Path, client_state: Mapping[str, Any]) -> saver.Ticket:
-        """Copy the model's part of `save` towards `directory`; not durable on return."""
+    def stage(self, save: saver.Save, directory: Path) -> saver.Ticket:
+        """Copy what was prepared towards `directory`, as the model's part of `save`; not durable on return."""
 
     def check(self, opened: loader.Unit, where: str) -> None:
         """Raise if the cluster in `opened` cannot be loaded here, before anything changes. No collective."""
@@ -91,7 +94,6 @@ class Cluster:
         self._save_only_model = save_only_model
         self._exclude_frozen = exclude_frozen_parameters
         self._client_state = client_state
-        self._client_state_now: dict[str, Any] = {}
         self._save: saver.Save | None = None
         self._attached: Backend | None = None
 
@@ -142,11 +144,15 @@ class Cluster:
                 exclude_frozen_parameters=self._exclude_frozen,
             )
 
-    def prepare(self) -> int:
-        """Ask for the client state, before anything is begun; return about what this rank will write, in bytes."""
+    def estimate_bytes(self) -> int:
+        """About what this rank will write at each save, in bytes."""
+        return self._backend.estimate_bytes()
+
+    def prepare(self, step: int) -> saver.Share:
+        """Look at what is about to be saved and ask for the client state, before anything is begun. No collective."""
         state = self._client_state() if callable(self._client_state) else self._client_state
-        self._client_state_now = dict(state or {})
-        return self._backend.prepare()
+        self._backend.fence()
+        return self._backend.prepare(step, dict(state or {}))
 
     def bind(self, save: saver.Save) -> None:
         """The save that the next `do_checkpoint` is a part of."""
@@ -166,9 +172,8 @@ class Cluster:
                 f"cluster {self.name}: do_checkpoint is called by BasePipeline.do_checkpoint, which begins the save"
             )
         began = time.monotonic()
-        self._backend.fence()
         directory = save.attempt.unit / self.name
-        ticket = self._backend.stage(save, directory, self._client_state_now)
+        ticket = self._backend.stage(save, directory)
         ticket.facts["save_only_model"] = self._save_only_model
         if ticket.rank == 0:
             self._write_companions(ticket, directory)
@@ -190,7 +195,7 @@ class Cluster:
             for part in self._pretrained:
                 part.save_pretrained(str(aside))
             for path in list(disk.walk(aside)):
-                if disk.exists(directory / path):
+                if ticket.holds(directory / path) or disk.exists(directory / path):
                     raise errors.ConfigError(
                         f"cluster {self.name}: its tokenizer, processor or config writes {path}, which its framework "
                         "writes too; give it another name"

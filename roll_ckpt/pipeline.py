@@ -88,7 +88,7 @@ class BasePipeline:
         for cluster in clusters:
             cluster.attach(self.config)
         self._clusters = registered
-        arena.warm(self.config, sum(cluster.prepare() for cluster in clusters))
+        arena.warm(self.config, sum(cluster.estimate_bytes() for cluster in clusters))
 
     def register_stateful(self, name: str, component: Stateful) -> None:
         """Save and restore `component` on every rank with the pipeline; call it before `resume()`."""
@@ -186,13 +186,20 @@ class BasePipeline:
             clusters=self._world_clusters,
             expected_clusters=self.config.expected_clusters,
         )
-        nbytes, problem = 0, None
+        shares: dict[str, saver.Share] = {}
+        problem = None
         try:
-            nbytes = sum(cluster.prepare() for cluster in self._clusters.values())
+            shares = {name: cluster.prepare(step) for name, cluster in self._clusters.items()}
         except Exception as found:
             problem = f"{type(found).__name__}: {found}"
         return saver.begin(
-            self._ranks, request, self.config, nbytes=nbytes, problem=problem, on_commit=self._after_commit
+            self._ranks,
+            request,
+            self.config,
+            nbytes=sum(part.nbytes for part in shares.values()),
+            plans={name: part.plan for name, part in shares.items()},
+            problem=problem,
+            on_commit=self._after_commit,
         )
 
     def _stage_state(self, ticket: saver.Ticket) -> None:

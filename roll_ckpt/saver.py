@@ -80,6 +80,10 @@ class Ticket:
         """Count a file that somebody else wrote into the unit as ours: it is made durable and listed."""
         self._adopted.append(path)
 
+    def holds(self, path: Path) -> bool:
+        """Whether this rank's part has a file at `path`, written yet or not."""
+        return path in self._adopted or any(staged.path == path for staged in self._staged)
+
     def fail(self, problem: BaseException) -> None:
         """Turn this rank's vote into a no. Never raises, so that no rank waits at a framework's barrier."""
         if self.error is None:
@@ -344,6 +348,15 @@ class Request:
     clusters: Mapping[str, int]
     expected_clusters: Mapping[str, int] | None = None
     save_latest: bool = True
+
+
+@dataclass(frozen=True)
+class Share:
+    """What this rank is about to write for one cluster: about how many bytes, and the name of an earlier save's plan
+    that fits, if one does."""
+
+    nbytes: int
+    plan: str | None = None
 
 
 def begin(

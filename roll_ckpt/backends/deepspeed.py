@@ -324,22 +324,27 @@ class Engine:
         self._cluster = cluster
         self._save_only_model = save_only_model
         self._exclude_frozen = exclude_frozen_parameters
+        self._client_state: Mapping[str, Any] = {}
         self._ours = attach(engine, settings, cluster)
         self.world = self._ours.world
 
-    def prepare(self) -> int:
+    def estimate_bytes(self) -> int:
         return estimate_bytes(self._engine)
+
+    def prepare(self, step: int, client_state: Mapping[str, Any]) -> saver.Share:
+        self._client_state = client_state
+        return saver.Share(self.estimate_bytes())
 
     def fence(self) -> None:
         self._ours.fence()
 
-    def stage(self, save: saver.Save, directory: Path, client_state: Mapping[str, Any]) -> saver.Ticket:
+    def stage(self, save: saver.Save, directory: Path) -> saver.Ticket:
         arguments: dict[str, Any] = {"exclude_frozen_parameters": self._exclude_frozen}
         if self._save_only_model:
             ticket = self._ours.run_stock(self._stock_model_only, save, directory, MODEL_ONLY_FILE, arguments)
         else:
             name = save.attempt.name
-            arguments |= {"client_state": client_state, "save_latest": False}
+            arguments |= {"client_state": self._client_state, "save_latest": False}
             ticket = self._ours.run_stock(stock("save_checkpoint"), save, directory, name, arguments)
         if ticket.rank == 0:
             self._add_stock_files(ticket, directory)

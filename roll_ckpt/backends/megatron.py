@@ -943,7 +943,7 @@ class Attached:
         self.fence()
         told = content_metadata_of(self.form)
         return _transact(
-            lambda: prepare(self.state(step), self.strategy, told),
+            lambda: self.prepare(self.state(step)),
             lambda ticket, unit, prepared: self.stage(ticket, unit, prepared.state, prepared),
             Path(directory).absolute(),
             step=step,
@@ -952,6 +952,15 @@ class Attached:
             facts=lambda: describe(told),
             save_latest=True,
         )
+
+    @property
+    def alone(self) -> bool:
+        """Whether a rank makes its state without the others: nothing is gathered for it."""
+        return self.form != "fully_reshardable" and not any(_gathers_late(chunk) for chunk in self.model)
+
+    def prepare(self, state: dict[str, Any]) -> Prepared:
+        """`prepare` of this module for `state` of this model."""
+        return prepare(state, self.strategy, content_metadata_of(self.form))
 
     def stage(
         self, ticket: saver.Ticket, directory: Path, state: dict[str, Any], prepared: Prepared | None = None
@@ -1123,19 +1132,27 @@ class Model:
     def __init__(self, attached: Attached) -> None:
         self.world = World.current()
         self._attached = attached
+        self._make: Callable[[], dict[str, Any]] = dict
+        self._prepared: Prepared | None = None
 
-    def prepare(self) -> int:
+    def estimate_bytes(self) -> int:
         return self._attached.estimate_bytes()
+
+    def prepare(self, step: int, client_state: Mapping[str, Any]) -> saver.Share:
+        self._make = lambda: {**self._attached.state(step), _CLIENT_STATE: dict(client_state)}
+        if not self._attached.alone:
+            return saver.Share(self.estimate_bytes())
+        self._prepared = self._attached.prepare(self._make())
+        return saver.Share(self._prepared.nbytes, self._prepared.plan)
 
     def fence(self) -> None:
         self._attached.fence()
 
-    def stage(self, save: saver.Save, directory: Path, client_state: Mapping[str, Any]) -> saver.Ticket:
-        ours = self._attached
-        told = content_metadata_of(ours.form)
-        ticket = save.ticket(ours.cluster, describe(told))
-        state = {**ours.state(save.attempt.step or 0), _CLIENT_STATE: dict(client_state)}
-        ours.stage(ticket, directory, state)
+    def stage(self, save: saver.Save, directory: Path) -> saver.Ticket:
+        ours, prepared = self._attached, self._prepared
+        self._prepared = None  # or else it would hold the tensors until the next save
+        ticket = save.ticket(ours.cluster, describe(content_metadata_of(ours.form)))
+        ours.stage(ticket, directory, prepared.state if prepared else self._make(), prepared)
         return ticket
 
     def check(self, opened: loader.Unit, where: str) -> None:
