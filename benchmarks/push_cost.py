@@ -100,6 +100,15 @@ def run(arguments: argparse.Namespace, push: bool, url: str) -> dict[str, float]
         return told
 
 
+def stand_back() -> None:
+    """Take what processor time nobody else wants, against other sessions too, which Linux weighs as groups."""
+    os.setsid()
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    group = Path("/proc/self/autogroup")
+    if group.exists():
+        group.write_text("19")
+
+
 def main() -> None:
     arguments = parse()
     if arguments.rank is not None:
@@ -107,8 +116,7 @@ def main() -> None:
     runs: dict[str, list[dict[str, float]]] = {"without": [], "with": []}
     with tempfile.TemporaryDirectory(prefix="push_cost_hub_") as root:
         serve = [sys.executable, "-m", "roll_ckpt", "hub-dev", "--root", root, "--json"]
-        idle = lambda: os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # noqa: E731
-        with subprocess.Popen(serve, stdout=subprocess.PIPE, text=True, preexec_fn=idle) as hub:
+        with subprocess.Popen(serve, stdout=subprocess.PIPE, text=True, preexec_fn=stand_back) as hub:
             assert hub.stdout is not None
             url = json.loads(hub.stdout.readline())["url"]
             try:
