@@ -13,11 +13,12 @@ import socket
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from . import disk, names
-from .errors import Damaged, EpochLost, RunIsLive
+from . import disk, manifest, names
+from .errors import Damaged, EpochLost, NotFound, RunIsLive
 from .seal import Fields, seal, unseal
 
 HEARTBEAT_S = 5.0
@@ -155,14 +156,20 @@ def claim_number(
     clusters: Mapping[str, int],
     expected: Mapping[str, int] | None,
     take_over: bool,
+    at_least: int = 1,
 ) -> Epoch:
-    """Claim the next epoch, or join the one of this run's other worlds. RunIsLive if another run owns it."""
+    """Claim the next epoch, or join the one of this run's other worlds. RunIsLive if another run owns it.
+
+    The next one is newer than every checkpoint that lies there, also one that was pulled or copied from another
+    run, or else what is saved now would count as older than that; and `at_least` this.
+    """
     while True:
         number = newest_number(output_dir)
         join = False
         if number:
             join = _may_join(output_dir, number, run_id, clusters, expected, take_over)
-        mine = Epoch(number if join else number + 1, output_dir, run_id)
+        next_one = max(number + 1, _newest_committed(output_dir) + 1, at_least)
+        mine = Epoch(number if join else next_one, output_dir, run_id)
         _make(output_dir, mine.number)
         entries = [names.epoch_file(mine.number, c) for c in sorted(clusters)] if join else [str(mine.number)]
         linked = all(_enter(mine, entry, clusters, expected) for entry in entries)
@@ -173,6 +180,16 @@ def claim_number(
             if disk.same_file(lock, path):
                 disk.discard_file(path)
         mine.release()
+
+
+def _newest_committed(output_dir: Path) -> int:
+    """The newest epoch of a checkpoint in `output_dir`, 0 if there is none whose record can be read."""
+    newest = 0
+    for entry in disk.list_dir(output_dir):
+        with suppress(Damaged, NotFound, OSError):
+            if not entry.startswith("."):
+                newest = max(newest, manifest.read(output_dir / entry).epoch)
+    return newest
 
 
 def _may_join(

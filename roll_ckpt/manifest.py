@@ -329,7 +329,10 @@ def parse_manifest(data: bytes, where: object) -> Manifest:
     )
     fields.end()
     clusters = manifest.clusters
-    if set(manifest.votes) != {names.vote_file(c, r) for c in clusters for r in range(clusters[c]["world_size"])}:
+    # The sizes are compared first: a stranger's world_size could ask for more names than memory holds.
+    if sum(facts["world_size"] for facts in clusters.values()) != len(manifest.votes) or set(manifest.votes) != {
+        names.vote_file(c, r) for c in clusters for r in range(clusters[c]["world_size"])
+    }:
         raise Damaged(f"{where}: its votes are not those of its clusters")
     return manifest
 

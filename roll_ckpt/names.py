@@ -29,6 +29,7 @@ PULL_LOCK = "lock"
 PULLED = "-pulled"
 
 NAME_BYTES = 200
+PATH_CHARACTERS = 4096
 
 _RESERVED = {
     "tag": {LATEST},
@@ -194,6 +195,8 @@ def check_relative(path: str) -> str:
     """Return `path` if it is a plain POSIX path below the unit, else raise ValueError that says why."""
     if not path or path.startswith("/"):
         raise ValueError("it is empty or absolute")
+    if len(path) > PATH_CHARACTERS:
+        raise ValueError(f"it has {len(path)} characters, more than {PATH_CHARACTERS}")
     if "\\" in path or not path.isprintable():
         raise ValueError("it holds a backslash or an unprintable character")
     if any(part in ("", ".", "..") for part in path.split("/")):

@@ -69,7 +69,8 @@ def pull(remote: Remote, directory: Path, progress: Progress | None = None) -> P
     with _alone(staging):
         if not _is_there(wanted, target):
             _bring(wanted, staging / wanted.told.name, progress or (lambda here, of: None))
-            _publish(staging / wanted.told.name, target)
+            with _claimed(directory, wanted.told):
+                _publish(staging / wanted.told.name, target)
         _remove_leftovers(directory, wanted.told.name, staging)
     return target
 
@@ -158,6 +159,22 @@ def _refuse_live(directory: Path) -> None:
     for path, member in epoch.members(directory, epoch.newest_number(directory)).items():
         if isinstance(member, epoch.Member) and epoch.is_alive(path, member):
             raise RunIsLive(f"{directory}: {member.who} is running and saves there; pull into another directory")
+
+
+@contextmanager
+def _claimed(directory: Path, told: manifest.Manifest) -> Iterator[None]:
+    """In the directory of a run, own it for the moment of the rename: a run may have started meanwhile, and the next
+    one shall count as newer than what was pulled."""
+    if not disk.exists(directory / names.EPOCHS):
+        yield
+        return
+    mine = epoch.claim_number(
+        directory, "roll-ckpt pull", {"command line": 1}, None, take_over=False, at_least=told.epoch
+    )
+    try:
+        yield
+    finally:
+        mine.release()
 
 
 def _refuse_damage(wanted: _Wanted, problems: list[str]) -> None:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from . import commit, disk
+from . import commit, disk, push_queue
 from .errors import Damaged
 
 log = logging.getLogger("roll_ckpt")
@@ -26,11 +26,12 @@ def plan(names: Sequence[str], keep: int, protected: Collection[str] = ()) -> li
 def prune(output_dir: Path, epoch: commit.Epoch, keep: int, protected: Collection[str] = frozenset()) -> list[str]:
     """Remove all but the newest `keep` committed checkpoints; return the names that are gone for good.
 
-    Blocks while it deletes. What is protected, being read, or named by `latest` stays. One with a damaged
-    manifest is neither counted nor touched.
+    Blocks while it deletes. What is protected, being read, named by `latest`, or owed to the Hub (whoever asked for
+    the push) stays. One with a damaged manifest is neither counted nor touched.
 
     Raises:
         EpochLost: a newer run owns the directory. OSError: the disk refused; what is left is removed later.
+        Damaged: the record of where the checkpoints are pushed to; nothing was removed.
     """
     try:
         latest = commit.read_latest(output_dir)
@@ -38,7 +39,7 @@ def prune(output_dir: Path, epoch: commit.Epoch, keep: int, protected: Collectio
         log.warning("%s; pruning goes on without it", error)
         latest = None
     known = {found.name: found for found in commit.committed(output_dir)}
-    doomed = plan(list(known), keep, {*protected, *([latest] if latest else [])})
+    doomed = plan(list(known), keep, {*protected, *push_queue.owed(output_dir), *([latest] if latest else [])})
     removed = []
     for name in doomed:
         with commit.removing(output_dir / name) as allowed:

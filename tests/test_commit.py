@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import threading
 import time
@@ -420,3 +421,15 @@ def test_many_leads_at_once_replace_a_checkpoint_once(epoch: commit.Epoch) -> No
 def test_attempts_of_one_name_are_counted(epoch: commit.Epoch) -> None:
     assert [begin(epoch).attempt, begin(epoch).attempt, begin(epoch, 2).attempt] == [1, 2, 1]
     assert attempts.abort_reason(begin(epoch)) is None
+
+
+def test_a_run_is_newer_than_what_was_copied_into_its_directory(tmp_path: Path) -> None:
+    for step in (5, 10, 20):
+        runs.history(tmp_path / "old", [step])
+    (tmp_path / "new").mkdir()
+    shutil.copytree(tmp_path / "old" / "checkpoint-20", tmp_path / "new" / "checkpoint-20")
+    runs.history(tmp_path / "new", [15, 25])
+    assert [told.name for told in commit.committed(tmp_path / "new")] == [
+        *("checkpoint-20", "checkpoint-15", "checkpoint-25"),
+    ]
+    assert verify.verify_run(tmp_path / "new") == []

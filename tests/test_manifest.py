@@ -124,3 +124,17 @@ def test_roots_depend_on_sizes_and_every_block() -> None:
 def test_the_software_is_named_as_the_package_is() -> None:
     project = (Path(__file__).parent.parent / "pyproject.toml").read_text()
     assert f'version = "{manifest.SOFTWARE.split()[1]}"' in project
+
+
+def test_a_small_manifest_cannot_ask_for_more_names_than_memory_holds() -> None:
+    record = seal.unseal(manifest.build(votes(), EXPECTED.to_bytes()), "")
+    facts = {f"c{at}": {"world_size": 1 << 16} for at in range(2000)}
+    with pytest.raises(Damaged, match="votes are not those"):
+        manifest.parse_manifest(seal.seal({**record, "clusters": facts}), "here")
+
+
+def test_a_path_of_absurd_length_is_refused() -> None:
+    record = seal.unseal(vote("actor", 0).to_bytes(), "")
+    receipt = {"nbytes": 1, "block_bytes": 4, "root": "0" * 64}
+    with pytest.raises(Damaged, match="characters"):
+        manifest.parse_vote(seal.seal({**record, "receipts": {"a/" * 50_000 + "b": receipt}}), "votes/actor.0.json")

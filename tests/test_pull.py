@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from hub_client import Client, Refused
 
-from roll_ckpt import disk, epoch, names, verify
+from roll_ckpt import disk, epoch, manifest, names, verify
 from roll_ckpt.hub_dev import Fault, LocalHub
 from roll_ckpt.seal import canonical, seal, sha256, unseal
 
@@ -464,3 +464,7 @@ def test_a_directory_that_a_live_run_owns_is_refused(client: Client, tmp_path: P
     claimed.release()
     pull(client, f"hf://{SMALL}", tmp_path / "run")
     assert verify.verify(tmp_path / "run/checkpoint-2") == []
+    assert {problem.path for problem in verify.verify_run(tmp_path / "run")} == {"latest"}, "this run has saved none"
+    ours = epoch.claim_number(tmp_path / "run", "test", {"actor": 1}, None, take_over=False)
+    assert ours.number > manifest.read(tmp_path / "run/checkpoint-2").epoch, "what it saves counts as newer"
+    ours.release()

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import runs
 
-from roll_ckpt import commit, retention
+from roll_ckpt import commit, push_queue, retention
 from roll_ckpt.errors import EpochLost
 
 NAMES = ["c1", "c2", "c3", "c4"]
@@ -55,4 +55,15 @@ def test_a_run_that_lost_its_epoch_prunes_nothing(tmp_path: Path) -> None:
     with pytest.raises(EpochLost):
         retention.prune(tmp_path, epoch, 1)
     assert len(runs.salts(tmp_path)) == 2
+    epoch.release()
+
+
+def test_what_is_owed_to_the_hub_is_not_pruned_whoever_prunes(tmp_path: Path) -> None:
+    epoch = runs.claim(tmp_path)
+    for step in (1, 2, 3):
+        assert runs.save(epoch, step, "x", alone=True).committed
+    push_queue.set_destination(tmp_path, push_queue.Destination("me/run"))
+    assert retention.prune(tmp_path, epoch, 1) == []
+    push_queue.cancel(tmp_path, "checkpoint-1")
+    assert retention.prune(tmp_path, epoch, 1) == ["checkpoint-1"]
     epoch.release()
