@@ -165,6 +165,9 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="try those that failed before, too")
     told = parser.parse_args()
     events, sys.stdout = sys.stdout, sys.stderr  # nobody else's words among ours
+    # An interrupt of the job is not one of the upload; a session of its own would make Linux's autogroups weigh it
+    # against the whole job, and nice would count for nothing.
+    os.setpgid(0, 0)
     with suppress(OSError):
         os.nice(19)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
@@ -318,7 +321,6 @@ class Uploader:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
-                start_new_session=True,  # an interrupt of the job is not one of the upload
             )
         assert process.stdin and process.stdout
         with process.stdin, process.stdout:
