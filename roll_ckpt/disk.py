@@ -29,6 +29,7 @@ listener: Callable[[str, dict[str, object]], None] | None = None
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
+_REMOVALS = 20
 _CHUNK = 4 << 20
 
 
@@ -218,22 +219,34 @@ def remove_dir(path: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a directory (or file) and all below; what somebody else removes at the same time is fine."""
-    try:
-        with os.scandir(path) as entries:
-            below = sorted((e.name, e.is_dir(follow_symlinks=False)) for e in entries)
-    except FileNotFoundError:
-        return
-    except NotADirectoryError:
-        discard_file(path)
-        return
-    for name, is_directory in below:
-        if is_directory:
-            remove_tree(path / name)
+    """Remove a directory (or file) and all below.
+
+    What somebody else removes at the same time is fine, and what they still put there goes too: a process that was
+    on its way into a directory when that was renamed arrives in it all the same.
+    """
+    for left in reversed(range(_REMOVALS)):
+        try:
+            with os.scandir(path) as entries:
+                below = sorted((e.name, e.is_dir(follow_symlinks=False)) for e in entries)
+        except FileNotFoundError:
+            return
+        except NotADirectoryError:
+            discard_file(path)
+            return
+        for name, is_directory in below:
+            if is_directory:
+                remove_tree(path / name)
+            else:
+                discard_file(path / name)
+        try:
+            remove_dir(path)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY or not left:
+                raise
         else:
-            discard_file(path / name)
-    with suppress(FileNotFoundError):
-        remove_dir(path)
+            return
 
 
 # --- looking ------------------------------------------------------------------------------------------------

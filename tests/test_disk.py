@@ -118,3 +118,16 @@ def test_a_file_system_that_cannot_sync_directories_is_told(tmp_path: Path, monk
 
     monkeypatch.setattr(os, "fsync", refuse)
     assert disk.fsync_dir(tmp_path) is False
+
+
+def test_a_tree_goes_although_somebody_still_puts_files_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tree" / "below").mkdir(parents=True)
+    late = iter(["one", "two", "three"])
+
+    def arrive(operation: str, paths: tuple[str, ...]) -> None:
+        if operation == "rmdir" and (name := next(late, None)):
+            Path(paths[0], name).touch()
+
+    monkeypatch.setattr(disk, "observer", arrive)
+    disk.remove_tree(tmp_path / "tree")
+    assert not (tmp_path / "tree").exists()
