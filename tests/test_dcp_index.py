@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, MetadataIndex
 
 from roll_ckpt import errors
 from roll_ckpt.layout import dcp_index
@@ -73,6 +73,46 @@ def test_code_in_the_index_is_refused_and_not_run(saved: Path, tmp_path: Path) -
     assert not mark.exists()
     pickle.loads((saved / ".metadata").read_bytes())
     assert mark.exists(), "read without restriction, it would have run"
+
+
+BUILDS = {
+    "torch.distributed.checkpoint.metadata\nMetadataIndex": MetadataIndex,
+    "torch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING": _MEM_FORMAT_ENCODING,
+    "pathlib\nPosixPath": Path,
+    "torch.serialization\n_get_layout": torch.serialization._get_layout,
+}
+
+
+@pytest.mark.parametrize("name", BUILDS)
+@pytest.mark.parametrize("slots", [True, False])
+def test_an_index_cannot_rewrite_classes_and_functions(saved: Path, name: str, slots: bool) -> None:
+    mark = "__doc__" if slots else "__name__"
+    before = getattr(BUILDS[name], mark)
+    state = {mark: "changed"}
+    told = pickle.dumps((None, state) if slots else state, protocol=2)[2:-1]
+    (saved / ".metadata").write_bytes(b"\x80\x02c" + name.encode() + b"\n" + told + b"b.")
+    with pytest.raises(errors.Damaged, match="it sets attributes"):
+        dcp_index.read(saved)
+    assert getattr(BUILDS[name], mark) == before
+
+
+def test_an_index_whose_tables_are_none_is_damaged(saved: Path) -> None:
+    rewrite(saved, lambda index: setattr(index, "state_dict_metadata", [1]))
+    with pytest.raises(errors.Damaged, match="no index"):
+        dcp_index.read(saved)
+
+
+def test_torchs_environment_does_not_loosen_the_check(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    mark = tmp_path / "ran"
+    torch.save({"common": Evil(mark)}, saved / "common.pt")
+    with pytest.raises(errors.Damaged, match=r"common\.pt.*load\.allow"):
+        dcp_index.check_file(saved / "common.pt")
+    assert not mark.exists()
+    torch.load(saved / "common.pt")
+    assert mark.exists(), "stock code would have run it"
 
 
 def test_code_in_an_object_is_refused_and_not_run(saved: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import io
 import pickle
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.distributed.checkpoint import filesystem, metadata, planner
@@ -53,13 +53,20 @@ def read(directory: Path, allow: Iterable[type] = ()) -> Metadata:
         raise errors.Damaged(
             f"{path}: cannot be read, it is truncated or damaged: {type(problem).__name__}: {problem}"
         ) from problem
-    if not isinstance(index, Metadata) or not isinstance(index.storage_data, dict):
+    if not isinstance(index, Metadata) or not all(
+        isinstance(getattr(index, part, None), dict) for part in ("state_dict_metadata", "storage_data")
+    ):
         raise errors.Damaged(f"{path}: holds {type(index).__name__}, no index of a checkpoint")
     _check_places(directory, index)
     return index
 
 
-class _Unpickler(pickle.Unpickler):
+_BUILD: Any = pickle._Unpickler.dispatch[pickle.BUILD[0]]
+
+
+class _Unpickler(pickle._Unpickler):  # the one in C would not ask before it sets attributes
+    stack: list[Any]
+
     def __init__(self, data: bytes, allow: Iterable[type]) -> None:
         super().__init__(io.BytesIO(data))
         self._allow = {(kind.__module__, kind.__qualname__): kind for kind in allow}
@@ -78,6 +85,15 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(
             f"it names {module}.{name}, which is no part of an index; if you trust the file, add that to load.allow"
         )
+
+    def load_build(self) -> None:
+        """Set attributes of a record; of a class, a function or an enumeration's member they would change us."""
+        kind = type(self.stack[-2])
+        if not dataclasses.is_dataclass(kind) and kind not in self._allow.values():
+            raise pickle.UnpicklingError(f"it sets attributes of {self.stack[-2]!r}, which is no record of its own")
+        _BUILD(self)
+
+    dispatch: ClassVar[dict[int, Any]] = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}
 
 
 def _check_places(directory: Path, index: Metadata) -> None:
@@ -110,23 +126,36 @@ def check_objects(
         Damaged: names the object that needs more than that; nothing of it was run.
     """
     keys = sorted(key for key, kind in index.state_dict_metadata.items() if isinstance(kind, BytesStorageMetadata))
-    with torch.serialization.safe_globals(list(allow)):
-        for key in keys[part::parts]:
-            place = index.storage_data.get(MetadataIndex(key))
-            if place is None:
-                raise errors.Damaged(f"{directory / INDEX}: {key}: it has no place in any file")
-            data = disk.read_range(directory / place.relative_path, place.offset, place.length)
-            try:
-                torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-            except pickle.UnpicklingError as problem:
-                raise errors.Damaged(
-                    f"{directory / place.relative_path}: the object {key} was refused: {_reason(problem)} If you "
-                    "trust the file, add the name it needs to load.allow"
-                ) from problem
-            except (RuntimeError, EOFError) as problem:
-                raise errors.Damaged(
-                    f"{directory / place.relative_path}: the object {key} cannot be read: {problem}"
-                ) from problem
+    allow = list(allow)
+    for key in keys[part::parts]:
+        place = index.storage_data.get(MetadataIndex(key))
+        if place is None:
+            raise errors.Damaged(f"{directory / INDEX}: {key}: it has no place in any file")
+        data = disk.read_range(directory / place.relative_path, place.offset, place.length)
+        _check_archive(data, f"{directory / place.relative_path}: the object {key}", allow)
+
+
+def check_file(path: Path, allow: Iterable[Any] = ()) -> None:
+    """Load the torch file `path` as `check_objects` loads objects, whatever torch is told by the environment.
+
+    Raises:
+        Damaged: it needs more than that, and nothing of it was run; or it cannot be read.
+    """
+    _check_archive(disk.read_bytes(path), f"{path}: it", list(allow))
+
+
+def _check_archive(data: bytes, what: str, allow: list[Any]) -> None:
+    try:
+        with torch.serialization.safe_globals(allow):
+            torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as problem:
+        raise errors.Damaged(
+            f"{what} was refused: {_reason(problem)} If you trust the file, add the name it needs to load.allow"
+        ) from problem
+    except Exception as problem:  # a damaged pickle can raise anything
+        raise errors.Damaged(
+            f"{what} cannot be read, it is truncated or damaged: {type(problem).__name__}: {problem}"
+        ) from problem
 
 
 def _reason(problem: pickle.UnpicklingError) -> str:
