@@ -1,0 +1,196 @@
+"""How fast a state moves to disk and back, and what training loses by it: ours and the peers, in one run.
+
+    python -m benchmarks.movement           about ten minutes for 1 GiB; make bench
+    python -m benchmarks.movement --quick   under a minute; make bench-quick
+
+saves the same state of CPU tensors through roll_ckpt and its peers, in turn, beside plain copies of memory and direct
+writes and reads of the same bytes, and then trains with each of them. Peers: pip install '.[bench]'; one that is not
+there is left out, with the reason. Prints tables and whether the targets were met, writes build/bench.json and
+build/bench.png.
+
+One row of the table: save() returned; blocked: save() and fence() at once, until the tensors may change, without an
+fsync; durable: until everything is fsynced, by us where a peer does not; load: from a cold page cache into fresh
+tensors; lost: by a training loop for each save, until the last one is durable; peak: memory above the idle process, of
+a process of its own; pause: 99.9th percentile lateness of a thread that wants to run every millisecond, while a save is
+written in the background.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import machine, measure, report, systems
+
+BUILD = Path(__file__).resolve().parents[2] / "build"
+RESULT, PLOT = BUILD / "bench.json", BUILD / "bench.png"
+
+LONG, SHORT = "long steps", "short steps"
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.movement", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="256 MiB, 3 rounds, one kind of loop")
+    parser.add_argument("--mib", type=int, help="size of the state; default 1024, quick 256")
+    parser.add_argument("--tensors", type=int, default=400)
+    parser.add_argument("--many", type=int, default=5000, help="tensors of the second state, saved by us alone")
+    parser.add_argument("--rounds", type=int, help="measured saves of each contestant; default 7, quick 3")
+    parser.add_argument("--loop-rounds", type=int, help="measured loops with each contestant; default 5, quick 2")
+    parser.add_argument("--loop-saves", type=int, default=2, help="saves in one loop")
+    parser.add_argument("--only", action="append", metavar="WORD", help="peers whose name has this word; repeatable")
+    parser.add_argument("--directory", type=Path, help="where checkpoints go; default a new one under the temporary")
+    parser.add_argument("--child", nargs=5, metavar="ARG", help=argparse.SUPPRESS)
+    told = parser.parse_args()
+    told.mib = told.mib or (256 if told.quick else 1024)
+    told.rounds = told.rounds or (3 if told.quick else 7)
+    told.loop_rounds = told.loop_rounds or (2 if told.quick else 5)
+    return told
+
+
+def tell(line: str) -> None:
+    """What is being done, on one line that the next one replaces."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+
+
+def run(told: argparse.Namespace, root: Path) -> report.Results:
+    before = machine.processor_times()
+    load_average = os.getloadavg()[0]
+    tell("making the state")
+    state = measure.make_state(told.mib << 20, told.tensors)
+    nbytes = measure.bytes_of(state)
+    target = machine.HugePages(nbytes)
+    copier = machine.Copier(list(state.values()), target)
+    disk = machine.RawDisk(root, target)
+    contestants, missing = systems.open_all(state, told.only)
+    saves = measure.measure_saves(contestants, state, root, copier, disk, told.rounds, tell)
+    memcpy_s = report.median(saves.memcpy)
+
+    loops, steps_s = {}, {}
+    for kind, memcpys in ((LONG, 3.0), (SHORT, 0.5))[: 1 if told.quick else 2]:
+        steps_s[kind] = memcpys * memcpy_s
+        trainer = measure.Trainer(state, steps_s[kind])
+        step_s = min(machine.timed(lambda trainer=trainer: trainer.step(lambda: None)) for _ in range(3))
+        loops[kind] = measure.measure_loop(
+            *(contestants, state, root, trainer, copier),
+            rounds=told.loop_rounds,
+            saves=told.loop_saves,
+            interval=math.ceil(3 * report.best_write(saves) / step_s),
+            tell=tell,
+        )
+
+    many: list[float] = []
+    if told.tensors < told.many:
+        tell(f"a state of {told.many} tensors")
+        many = measure.measure_many(contestants[0], measure.make_state(nbytes, told.many, 1), root, told.rounds)
+    firsts, memory, cap = children(told, root, [system.name for system in contestants])
+    for system in contestants:
+        system.close()
+    about = about_run(told, contestants) | {
+        "load_average": load_average,
+        "stolen": stolen(before, machine.processor_times()),
+    }
+    return report.Results(
+        nbytes=nbytes,
+        saves=saves,
+        loops=loops,
+        steps_s=steps_s,
+        many=many,
+        firsts=firsts,
+        memory=memory,
+        cap_bytes=cap,
+        missing=missing,
+        loop_missing={system.name: system.loop_reason for system in contestants if system.loop_reason},
+        background=frozenset(system.name for system in contestants if system.background),
+        about=about,
+    )
+
+
+def children(told: argparse.Namespace, root: Path, names: list[str]) -> tuple[list[Any], dict[str, Any], int]:
+    """First saves and peak memory, which only a fresh process can show."""
+    cap = (told.mib << 20) // 4
+
+    def child(name: str, cap_bytes: int, saves: int) -> Any:
+        arguments = [name, str(told.mib << 20), str(told.tensors), str(cap_bytes), str(saves)]
+        return measure.run_child([*arguments, "--directory", str(root)])
+
+    firsts = []
+    for number in range(2 if told.quick else 5):
+        tell(f"first save of process {number}")
+        firsts.append(child(report.OURS, 0, 6))
+    memory = {}
+    for name in names if not told.quick else [report.OURS]:
+        tell(f"peak memory of {name}")
+        memory[name] = child(name, cap if name == report.OURS else 0, 3)
+    return firsts, memory, cap
+
+
+def stolen(before: dict[str, int], after: dict[str, int]) -> float:
+    spent = {key: after[key] - before[key] for key in before}
+    return spent.get("steal", 0) / max(1, sum(spent.values()))
+
+
+def about_run(told: argparse.Namespace, contestants: list[systems.System]) -> dict[str, Any]:
+    versions = {}
+    for package in ("torch", "safetensors", "torchsnapshot", "torch_checkpointing", "deepspeed"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "command": " ".join(["python -m benchmarks.movement", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "cores": machine.cores(),
+        "versions": versions,
+        "tensors": told.tensors,
+        "many_tensors": told.many,
+        "rounds": told.rounds,
+        "loop_rounds": told.loop_rounds,
+        "contestants": [system.name for system in contestants],
+    }
+
+
+def main() -> None:
+    told = parse()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(machine.cores())
+    if told.child is not None:
+        name, nbytes, tensors, cap, saves = told.child
+        measure.child_main(name, int(nbytes), int(tensors), int(cap) or None, int(saves), told.directory)
+        return
+    root = Path(tempfile.mkdtemp(prefix="movement-", dir=told.directory))
+    try:
+        results = run(told, root)
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+    tell("")
+    figures = report.Figures(results)
+    found = report.verdicts(figures)
+    about = results.about
+    print(
+        f"{about['command']}: {results.nbytes / 2**20:.0f} MiB in {about['tensors']} tensors, {about['cores']} cores, "
+        f"medians of {about['rounds']} saves and {about['loop_rounds']} loops"
+    )
+    for lines in (report.machine_lines(figures), report.table(figures), report.verdict_lines(found)):
+        print("\n".join(["", *lines]))
+    BUILD.mkdir(exist_ok=True)
+    RESULT.write_text(json.dumps(report.as_json(figures, found), indent=1, default=str) + "\n")
+    print(f"\nall samples in {RESULT.relative_to(BUILD.parent)}; {report.plot(figures, PLOT)}")
+
+
+if __name__ == "__main__":
+    main()
