@@ -274,6 +274,7 @@ class BasePipeline:
             NotFound: the path holds no complete checkpoint, or not the registered clusters.
             HubRefused, HubUnavailable, NoRoom: it could not be pulled from the Hub.
             Damaged: the checkpoint that was asked for by path is damaged; its files are named.
+            UnsupportedError: another number of ranks saved it. On every rank, before anything changes.
             ModelMismatch: it holds another model. RunIsLive: another live run owns the output directory.
         """
         committed = self._claim_and_list()
@@ -338,6 +339,7 @@ class BasePipeline:
                 return None
             for cluster in self._clusters.values():
                 self._ranks.together(partial(cluster.check, unit), self.config.commit_timeout_s)
+            self._ranks.together(partial(self._check_state, unit), self.config.commit_timeout_s)
             name = manifest.read(unit).name
             for cluster in self._clusters.values():
                 cluster.load(unit, name)
@@ -346,17 +348,33 @@ class BasePipeline:
             self._after_commit.resumed_from = unit.name
         return self.state.step
 
+    def _check_state(self, unit: Path) -> None:
+        """Raise unless `unit` holds this rank's part of the pipeline's own state. No collective."""
+        directory, rank, size = unit / self._pipeline_dir, self._ranks.rank, self._ranks.size
+        voters = [names.parse_vote_file(vote) for vote in manifest.read(unit).votes]
+        for name in self._clusters:
+            saved = sum(voter is not None and voter[0] == name for voter in voters)
+            if saved != size:
+                raise errors.UnsupportedError(
+                    f"{unit}: {saved} ranks saved cluster {name}, and this job has {size}; a pipeline resumes on as "
+                    f"many ranks as saved it. Start it on {saved} ranks"
+                )
+        for path in (directory / WORKER_STATE_FILE, directory / rng_file(rank)):
+            if not disk.exists(path):
+                raise errors.NotFound(f"{path}: the checkpoint holds no state of this pipeline for rank {rank}")
+        for name in self._stateful:
+            path = directory / stateful_file(name, rank)
+            if not disk.exists(path):
+                raise errors.NotFound(
+                    f"{path}: the checkpoint holds no state of {name!r} for rank {rank}; it was saved before the "
+                    "component was registered"
+                )
+
     def _restore_state(self, unit: Path) -> None:
         directory, rank = unit / self._pipeline_dir, self._ranks.rank
         with loader.reading(unit, self.config) as reader:
             for name, component in self._stateful.items():
-                path = directory / stateful_file(name, rank)
-                if not disk.exists(path):
-                    raise errors.NotFound(
-                        f"{path}: the checkpoint holds no state of {name!r} for rank {rank}; it was saved on other "
-                        "ranks, or before the component was registered"
-                    )
-                component.load_state_dict(reader.load(path, "cpu"))
+                component.load_state_dict(reader.load(directory / stateful_file(name, rank), "cpu"))
             self.state = WorkerState.from_json(disk.read_bytes(directory / WORKER_STATE_FILE))
             self._restore_rng(reader.load(directory / rng_file(rank), "cpu"))
 

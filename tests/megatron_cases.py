@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import importlib
 import logging
+import os
 import pkgutil
 import sys
 from collections.abc import Callable
@@ -228,6 +229,37 @@ def refusal_of_load(layout: str, directory: str, **options: Any) -> tuple[str, b
     return told, not differences(gathered(tiny, moments=False), before)
 
 
+def refusal_of_code(layout: str, directory: str) -> tuple[str, bool]:
+    """`refusal_of_load` where torch is told to load without restriction."""
+    with mock.patch.dict(os.environ, TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD="1"):
+        return refusal_of_load(layout, directory)
+
+
+def load_without_optimizer(layout: str, directory: str) -> list[list[str]]:
+    """What differs where no optimizer brings the weights back: saved and loaded by themselves, and in a load whose
+    optimizer does nothing."""
+    tiny = trained(layout)
+    alone = backend.attach(tiny.model, tiny.optimizer, save_only_model=True)
+    alone.save(Path(directory) / "alone", 2)
+    attach(tiny).save(Path(directory) / "whole", 2)
+    wanted = gathered(tiny, moments=False)
+    told = []
+
+    other = made(layout, seed=7)
+    assert differences(gathered(other, moments=False), wanted)
+    loaded = backend.load(model_state(other, backend.content_metadata_of("dp_reshardable")), f"{directory}/alone")
+    for index, chunk in enumerate(other.model):
+        chunk.module.load_state_dict(loaded["model" if len(other.model) == 1 else f"model{index}"])
+    told.append(differences(gathered(other, moments=False), wanted))
+
+    other = made(layout, seed=7)
+    ours = attach(other)
+    other.optimizer.load_state_dict = lambda state: None
+    ours.load(Path(directory) / "whole")
+    told.append(differences(gathered(other, moments=False), wanted))
+    return told
+
+
 def refusal_of_import(layout: str, holder: str, name: str) -> str:
     """The error of importing our backend where Megatron has no `name` in `holder`."""
     owner = pkgutil.resolve_name(f"megatron.core.dist_checkpointing.{holder}")
@@ -240,12 +272,16 @@ def refusal_of_import(layout: str, holder: str, name: str) -> str:
         sys.modules[backend.__name__] = kept
 
 
-def save_and_keep_one(layout: str, directory: str) -> None:
+def save_and_keep_one(layout: str, directory: str) -> list[Path | None]:
+    """The newest checkpoint, as it is found before each save and after the last."""
     tiny = made(layout)
     ours = attach(tiny, max_ckpt_to_keep=1)
+    found = [ours.find(directory)]
     for step in range(2):
         tiny.train()
         ours.save(Path(directory) / f"iter_{step}", step)
+        found.append(ours.find(directory))
+    return found
 
 
 def refusal_of_form(layout: str, form: str) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -12,7 +15,7 @@ from megatron_cpu import Tiny, build, gathered
 from pipeline_cases import Config, pipeline
 from tiny import engine, train
 
-from roll_ckpt import BasePipeline, Cluster, MegatronModel, saver
+from roll_ckpt import BasePipeline, Cluster, MegatronModel, disk, saver
 
 Both = tuple[Any, Tiny]
 
@@ -103,6 +106,114 @@ def companions(out: str) -> dict[str, Any]:
     again = registered(out, *other)
     again.resume()
     return dict(again._clusters["critic"].loaded_client_state)
+
+
+class Custom:
+    """Nothing that a safe load knows."""
+
+
+def weights(pair: Both) -> list[torch.Tensor]:
+    return [part.detach().clone() for chunk in (pair[0].module, pair[1].model[0]) for part in chunk.parameters()]
+
+
+def refused(resume: Any, pair: Both) -> tuple[str, bool]:
+    """What it says, and whether both models stayed as they were."""
+    before = weights(pair)
+    told = raised(resume)
+    return told, all(torch.equal(a, b) for a, b in zip(before, weights(pair), strict=True))
+
+
+def unloadable_client_state(out: str) -> tuple[str, bool, str]:
+    """A client state that a safe load refuses: what resuming does, and what comes back where it is allowed."""
+    pair = both()
+    made = registered(out, *pair, options={"client_state": {"args": Custom()}})
+    made.resume()
+    steps(pair, 0, 1)
+    made.do_checkpoint(1, is_last_step=True)
+    other = both(seed=5)
+    told, untouched = refused(registered(out, *other).resume, other)
+    again = registered(out, *both(seed=5), load={"allow": [f"{Custom.__module__}.{Custom.__name__}"]})
+    again.resume()
+    return told, untouched, type(again._clusters["critic"].loaded_client_state["args"]).__name__
+
+
+def only_model_resumes(out: str) -> tuple[str, bool]:
+    """A whole checkpoint, and a cluster that saves only its model."""
+    pair = both()
+    made = registered(out, *pair)
+    made.resume()
+    steps(pair, 0, 1)
+    made.do_checkpoint(1, is_last_step=True)
+    other = both(seed=5)
+    clusters = [
+        Cluster("actor", other[0]),
+        Cluster("critic", MegatronModel(other[1].model, other[1].optimizer), save_only_model=True),
+    ]
+    return refused(pipeline(out, *clusters).resume, other)
+
+
+class Component:
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def new_component(out: str) -> tuple[str, bool]:
+    """Resuming with a component that was not there when it was saved."""
+    pair = both()
+    made = registered(out, *pair)
+    made.resume()
+    steps(pair, 0, 1)
+    made.do_checkpoint(1, is_last_step=True)
+    other = both(seed=5)
+    again = registered(out, *other)
+    again.register_stateful("loader", Component())
+    return refused(again.resume, other)
+
+
+def save_critic_alone(out: str) -> None:
+    tiny = build()
+    made = pipeline(out, Cluster("critic", MegatronModel(tiny.model, tiny.optimizer, tiny.scheduler)))
+    made.resume()
+    tiny.train(2)
+    made.do_checkpoint(1, is_last_step=True)
+
+
+def resume_critic_alone(out: str, checkpoint: str) -> tuple[str, bool]:
+    """A pipeline of Megatron clusters only: what it says, and whether the model stayed as it was."""
+    tiny = build(seed=7)
+    cluster = Cluster("critic", MegatronModel(tiny.model, tiny.optimizer, tiny.scheduler))
+    before = [part.detach().clone() for part in tiny.model[0].parameters()]
+    told = raised(pipeline(out, cluster, resume_from_checkpoint=checkpoint).resume)
+    return told, all(torch.equal(a, b) for a, b in zip(before, tiny.model[0].parameters(), strict=True))
+
+
+@contextmanager
+def no_directory_on_one_rank() -> Iterator[None]:
+    stock = disk.make_dirs
+
+    def failing(path: Path, **how: bool) -> None:
+        if path.name == "critic":
+            raise OSError("no more directories")
+        stock(path, **how)
+
+    with mock.patch.object(disk, "make_dirs", failing if dist.get_rank() == 1 else stock):
+        yield
+
+
+def no_directory(out: str) -> list[str]:
+    """Saves with and without a directory for the critic on rank 1, which plans and later replays."""
+    pair = both()
+    made = registered(out, *pair)
+    made.resume()
+    steps(pair, 0, 1)
+    told = []
+    for step in (1, 3):
+        with no_directory_on_one_rank():
+            told.append(raised(lambda step=step: made.do_checkpoint(step, is_last_step=True)))  # type: ignore[misc]
+        made.do_checkpoint(step + 1, is_last_step=True)
+    return told
 
 
 class Collides:

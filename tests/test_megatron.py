@@ -6,12 +6,15 @@ This is the short form; tests/test_megatron_matrix.py has every layout against e
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import shutil
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from megatron_worlds import MISSING, Saved, Worlds
 
 from roll_ckpt import verify
@@ -201,6 +204,30 @@ def test_a_strange_file_in_a_directory_that_stock_wrote_is_named(
         assert untouched
 
 
+class Evil:
+    """Unpickled without restriction, it makes a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.mark),)
+
+
+def test_code_in_the_common_state_is_refused_and_not_run(megatron: Worlds, stock_saved: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "ran"
+    torch.save({"iteration": 2, "evil": Evil(mark)}, stock_saved / "common.pt")
+    for told, untouched in megatron.call("TP2", "refusal_of_code", str(stock_saved)):
+        assert told.startswith("Damaged") and "common.pt" in told and "posix.mkdir" in told
+        assert untouched
+    assert not mark.exists()
+
+
+def test_every_chunk_is_loaded_where_no_optimizer_restores_it(megatron: Worlds, tmp_path: Path) -> None:
+    for told in megatron.call(VPP, "load_without_optimizer", str(tmp_path)):
+        assert told == [[], []]
+
+
 def test_a_save_that_fails_on_one_rank_leaves_nothing(megatron: Worlds, tmp_path: Path) -> None:
     directory = tmp_path / "run" / "iter_2"
     for told in megatron.call("TP2", "fail_on_one_rank", str(directory), "ours"):
@@ -215,6 +242,7 @@ def test_a_stock_save_that_fails_on_one_rank_has_no_marker(megatron: Worlds, tmp
     assert {path.name for path in directory.iterdir()} == {"__0_0.distcp", "common.pt"}
 
 
-def test_older_checkpoints_are_pruned(megatron: Worlds, tmp_path: Path) -> None:
-    megatron.call("DP2", "save_and_keep_one", str(tmp_path))
+def test_the_newest_checkpoint_is_found_and_older_ones_are_pruned(megatron: Worlds, tmp_path: Path) -> None:
+    for found in megatron.call("DP2", "save_and_keep_one", str(tmp_path)):
+        assert found == [None, tmp_path / "iter_0", tmp_path / "iter_1"]
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("iter")] == ["iter_1"]

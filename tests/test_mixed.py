@@ -55,6 +55,43 @@ def test_companions_and_client_state_come_with_a_megatron_cluster(ranks: World, 
     assert verify.verify(unit) == []
 
 
+def test_what_a_safe_load_refuses_is_told_at_the_save_and_before_anything_is_loaded(
+    ranks: World, tmp_path: Path
+) -> None:
+    for told, untouched, allowed in ranks.call(f"{CASES}:unloadable_client_state", str(tmp_path / "run")):
+        assert told.startswith("Damaged") and "common.pt" in told and "load.allow" in told and "Custom" in told
+        assert untouched
+        assert allowed == "Custom"
+    assert "holds mixed_cases.Custom, which a safe load refuses" in ranks.log()
+
+
+def test_a_cluster_that_saves_only_its_model_does_not_resume(ranks: World, tmp_path: Path) -> None:
+    for told, untouched in ranks.call(f"{CASES}:only_model_resumes", str(tmp_path / "run")):
+        assert told.startswith("UnsupportedError") and "save_only_model" in told and "cluster critic" in told
+        assert untouched
+
+
+def test_a_component_that_was_not_saved_is_missed_before_anything_is_loaded(ranks: World, tmp_path: Path) -> None:
+    for told, untouched in ranks.call(f"{CASES}:new_component", str(tmp_path / "run")):
+        assert told.startswith("NotFound") and "'loader'" in told
+        assert untouched
+
+
+def test_another_number_of_ranks_is_refused_before_anything_is_loaded(megatron: Worlds, tmp_path: Path) -> None:
+    megatron.at("DP2").call(f"{CASES}:save_critic_alone", str(tmp_path / "run"))
+    place = str(tmp_path / "elsewhere"), str(tmp_path / "run" / "checkpoint-1")
+    for told, untouched in megatron.at("DP1").call(f"{CASES}:resume_critic_alone", *place):
+        assert told.startswith("UnsupportedError") and "2 ranks saved cluster critic" in told
+        assert untouched
+
+
+def test_an_error_before_megatron_plans_holds_nobody_up(ranks: World, tmp_path: Path) -> None:
+    for told in ranks.call(f"{CASES}:no_directory", str(tmp_path / "run")):
+        assert all(problem.startswith("SaveFailed") and "no more directories" in problem for problem in told)
+    saved = [path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith(".")]
+    assert sorted(saved) == ["checkpoint-2", "checkpoint-4", "latest"]
+
+
 def test_a_companion_with_the_name_of_a_frameworks_file_fails_the_save(ranks: World, tmp_path: Path) -> None:
     for told in ranks.call(f"{CASES}:collision", str(tmp_path / "run")):
         assert told.startswith("SaveFailed") and "metadata.json" in told and "cluster critic" in told

@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.checkpoint.planner import WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from roll_ckpt import arena, disk, errors, loader, names, native, retention, saver, seal
+from roll_ckpt import arena, commit, disk, errors, loader, names, native, retention, saver, seal
 from roll_ckpt.config import Settings
 from roll_ckpt.image import FileImage
 from roll_ckpt.layout import dcp, dcp_index, torch_zip
@@ -170,10 +170,25 @@ class SaveStrategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
         self.plan: Plan | None = None
         """What the last save under our commit planned, if this rank could lay it out."""
         self._planned: list[Any] | None = None
+        self._warned: set[str] = set()
+
+    def warn_unloadable(self, common: dict[str, Any], image: FileImage, directory: Path, settings: Settings) -> None:
+        """Warn, once, of each entry of the common state, laid out as `image`, that a safe load would refuse."""
+        for key, found in torch_zip.unsafe_parts(common, image, loader.allowed(settings)).items():
+            if key not in self._warned:
+                self._warned.add(key)
+                log.warning(
+                    "%s: the entry %r holds %s, which a safe load refuses; keep plain values and tensors in it, or "
+                    "add these names to load.allow",
+                    directory / COMMON,
+                    key,
+                    ", ".join(found),
+                )
 
     def planned_by_stock(self, outer: Any, sharded: dict[str, Any], directory: Path) -> tuple[Any, Any, Any]:
         """Who writes what, as stock code plans it: its writer, `.metadata`'s content on the coordinator, and the
-        group that planned. `outer` is this strategy or what wraps it. Every rank calls; writes nothing.
+        group that planned. `outer` is this strategy or what wraps it. Every rank calls; writes nothing, but makes
+        `directory` if it is missing.
 
         Stock's own caches are left out: they trust that the structure never changes.
         """
@@ -473,20 +488,24 @@ def stage(
 
     Returns when everything but the `stable` storages is copied; not durable. The strategy's last plan is used again
     where it fits on every rank: `saver.begin` knows, from the `plan` of what `prepare` returned; without `prepared`
-    there is a rendezvous here. Otherwise stock code plans, with collectives of its own.
+    there is a rendezvous here. Otherwise stock code plans, with collectives of its own. An error becomes this rank's
+    no vote, so that no rank waits for it in a collective.
     """
     ours = _strategy_of(strategy)
     replay = ticket.cluster in ticket.save.replays
     if prepared is None:
         prepared, replay = _prepare_together(ticket, sharded_state_dict, strategy, content_metadata)
-    disk.make_dirs(directory)
-    if not replay:
-        _plan_together(ticket, directory, prepared, strategy)
-    if ours.plan is None:
-        return  # this rank could not lay its part out, and has voted no
     try:
+        disk.make_dirs(directory)
+    except Exception as problem:
+        ticket.fail(problem)  # but plan with the others: they would wait for this rank
+    try:
+        if not replay:
+            _plan_together(ticket, prepared, strategy)
+        if ours.plan is None or ticket.error is not None:
+            return  # this rank has voted no
         objects = prepared.objects if replay else ours.plan.pickled(prepared.parts)
-        _stage_planned(ticket, directory, ours.plan, prepared, objects, stable)
+        _stage_planned(ticket, directory, ours, ours.plan, prepared, objects, stable)
     except Exception as problem:
         ticket.fail(problem)
 
@@ -525,6 +544,7 @@ def _prepare_together(
 def _stage_planned(
     ticket: saver.Ticket,
     directory: Path,
+    strategy: SaveStrategy,
     plan: Plan,
     prepared: Prepared,
     objects: Sequence[FileImage],
@@ -537,6 +557,7 @@ def _stage_planned(
             DCP_METADATA: FileImage.of_bytes(plan.metadata),
             MARKER: FileImage.of_bytes(_MARKER),
         }
+        strategy.warn_unloadable(prepared.common, small[COMMON], directory, ticket.save.settings)
         for name, image in small.items():
             ticket.stage(directory / name, image, overlap=False)
     rest = iter(objects)
@@ -624,13 +645,21 @@ def _slot_bytes(nbytes: int) -> int:
     return (nbytes + nbytes // 4 + 1024) // 64 * 64
 
 
-def _plan_together(ticket: saver.Ticket, directory: Path, prepared: Prepared, strategy: Any) -> None:
+def _plan_together(ticket: saver.Ticket, prepared: Prepared, strategy: Any) -> None:
     """Let stock code plan, and keep what it planned; every rank calls, also one that cannot lay its part out: it
-    votes no and has no plan then."""
-    ours = _strategy_of(strategy)
+    votes no and has no plan then.
+
+    Raises:
+        SaveFailed: on every rank, if stock code finds the state invalid, which it says on rank 0 alone.
+    """
+    ours, attempt = _strategy_of(strategy), ticket.save.attempt
     ours.plan = None
-    sharded, _ = save_preprocess(prepared.state)
-    writer, metadata, group = ours.planned_by_stock(strategy, sharded, directory)
+    sharded: dict[str, Any] = {}
+    World.current().together(
+        lambda: sharded.update(save_preprocess(prepared.state)[0]), ticket.save.settings.commit_timeout_s
+    )
+    # Planned for a directory that is there: stock code would make the attempt's again after it was thrown away.
+    writer, metadata, group = ours.planned_by_stock(strategy, sharded, attempt.output_dir)
     files: list[PlannedFile] = []
     results: list[WriteResult] = []
     problem = None
@@ -647,7 +676,7 @@ def _plan_together(ticket: saver.Ticket, directory: Path, prepared: Prepared, st
         if problem is not None:
             raise problem
         written = _dcp_metadata(metadata, gathered) if group.is_coordinator else b""
-        ours.plan = Plan(str(ticket.save.attempt.unit), prepared.structure, tuple(files), written)
+        ours.plan = Plan(str(attempt.unit), prepared.structure, tuple(files), written)
     except Exception as found_problem:
         ticket.fail(found_problem)
 
@@ -731,10 +760,10 @@ def load(
         if reader.unit is not None and not verified:
             loader.check_bytes(world, reader.unit.directory)
         if reader.unit is None:
-            world.together(lambda: _told_by_stock(path), settings.commit_timeout_s)
-        world.together(lambda: _check_pickles(path, settings, world), LONGEST_S)
-        world.together(lambda: _compare(sharded_state_dict, path, settings), settings.commit_timeout_s)
-        loaded: dict[str, Any] = dist_checkpointing.load(sharded_state_dict, str(path), strategy)
+            world.together(lambda: _told_by_stock(path, settings), settings.commit_timeout_s)
+        world.together(lambda: _check_content(sharded_state_dict, path, settings, world), LONGEST_S)
+        with torch.serialization.safe_globals(loader.allowed(settings)):
+            loaded: dict[str, Any] = dist_checkpointing.load(sharded_state_dict, str(path), strategy)
         return loaded
 
 
@@ -768,11 +797,12 @@ def _check_complete(path: Path) -> None:
             raise errors.NotFound(f"{path}: no complete Megatron checkpoint: it has no {name}{later}; load another one")
 
 
-def _told_by_stock(path: Path) -> dict[str, Any]:
+def _told_by_stock(path: Path, settings: Settings) -> dict[str, Any]:
     """The content metadata of a checkpoint that has no manifest.
 
     Raises:
-        UnsupportedError: another backend wrote it. Damaged: the marker or the common state cannot be read.
+        UnsupportedError: another backend wrote it. Damaged: the marker or the common state cannot be read, or a safe
+            load refuses it.
     """
     try:
         marker = json.loads(disk.read_bytes(path / MARKER))
@@ -783,29 +813,24 @@ def _told_by_stock(path: Path) -> dict[str, Any]:
             f"{path / MARKER}: {marker} wrote this checkpoint; roll_ckpt loads what torch_dist, version 1, wrote. "
             "Load it with Megatron, and save it again as torch_dist"
         )
-    try:
+    allowed = loader.allowed(settings)
+    dcp_index.check_file(path / COMMON, allowed)
+    with torch.serialization.safe_globals(allowed):
         return dist_checkpointing.load_content_metadata(str(path)) or {}
-    except OSError:
-        raise
-    except Exception as problem:  # a damaged pickle can raise anything
-        raise errors.Damaged(
-            f"{path / COMMON}: cannot be read, it is truncated or damaged: {type(problem).__name__}: {problem}"
-        ) from problem
 
 
-def _check_pickles(path: Path, settings: Settings, world: World) -> None:
-    """Refuse what stock code would unpickle without restriction: the index, and this rank's share of the objects."""
-    index = _index(path, settings)
-    dcp_index.check_objects(path, index, loader.allowed(settings), part=world.rank, parts=world.size)
+def _check_content(sharded_state_dict: dict[str, Any], path: Path, settings: Settings, world: World) -> None:
+    """Refuse what stock code would unpickle without restriction, or stumble over (the index, the common state, and
+    this rank's share of the objects), and tensors that are not those that this rank wants. No collective."""
+    allowed = loader.allowed(settings)
+    index = dcp_index.read(path, [kind for kind in allowed if isinstance(kind, type)])
+    dcp_index.check_file(path / COMMON, allowed)
+    _compare(sharded_state_dict, path, index)
+    dcp_index.check_objects(path, index, allowed, part=world.rank, parts=world.size)
 
 
-def _index(path: Path, settings: Settings) -> Metadata:
-    return dcp_index.read(path, [kind for kind in loader.allowed(settings) if isinstance(kind, type)])
-
-
-def _compare(sharded_state_dict: dict[str, Any], path: Path, settings: Settings) -> None:
-    """Refuse a checkpoint whose tensors are not those that this rank wants."""
-    stored = _index(path, settings).state_dict_metadata.items()
+def _compare(sharded_state_dict: dict[str, Any], path: Path, index: Metadata) -> None:
+    stored = index.state_dict_metadata.items()
     saved = {name: {"shape": list(kind.size)} for name, kind in stored if isinstance(kind, TensorStorageMetadata)}
     live = {tensor.key: {"shape": list(tensor.global_shape)} for tensor in _tensors(sharded_state_dict)}
     if live and not saved:
@@ -920,7 +945,7 @@ class Attached:
         """
         told = content_metadata_of(form or self.form)
         if not loading:
-            self._ready_to_save(gathers=(form or self.form) == "fully_reshardable")
+            self._ready_to_save()
         state: dict[str, Any] = {key: chunk.sharded_state_dict(metadata=told) for key, chunk in self._chunks().items()}
         if self._save_only_model:
             return state
@@ -986,12 +1011,12 @@ class Attached:
         """
         self._fence.wait()
 
-    def _ready_to_save(self, gathers: bool) -> None:
+    def _ready_to_save(self) -> None:
         if not self._save_only_model:
-            if gathers:  # a rank that stays away from a gather would leave the others in it
-                World.current().together(self._check_stepped, self.settings.commit_timeout_s)
-            else:
+            if self.alone:
                 self._check_stepped()
+            else:  # a rank that stays away from a gather would leave the others in it
+                World.current().together(self._check_stepped, self.settings.commit_timeout_s)
         for chunk in self.model:
             if _gathers_late(chunk):
                 chunk.start_param_sync(force_sync=True)
@@ -1006,13 +1031,28 @@ class Attached:
                     "the first step"
                 )
 
+    def find(self, output_dir: str | os.PathLike[str]) -> Path | None:
+        """The newest complete checkpoint in `output_dir`, the same on every rank; None if there is none. What a killed
+        run left there is finished or discarded first."""
+        path, world = Path(output_dir).absolute(), World.current()
+        saver.wait_pending()
+
+        def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
+            saver.recover(path, self.settings, {self.cluster: world.size})
+            newest = commit.find(path)
+            return {"name": None if newest is None else newest.name}
+
+        name = world.agree({}, decide, self.settings.commit_timeout_s)["name"]
+        return None if name is None else path / name
+
     def load(self, directory: str | os.PathLike[str]) -> int:
         """Restore everything from `directory` and return its step; see `load` of this module.
 
         The random states come back where the parallel layout is the one that saved; elsewhere a warning says so.
 
         Raises:
-            UnsupportedError: the optimizer was saved in a form that this layout cannot load. Nothing was read.
+            UnsupportedError: the optimizer was saved in a form that this layout cannot load, or `save_only_model` is
+                set. Nothing was read.
         """
         path = Path(directory).absolute()
         self.fence()
@@ -1023,12 +1063,15 @@ class Attached:
 
     def restore(self, path: Path, *, verified: bool) -> dict[str, Any]:
         """Load `path`, which is complete, and return the state that it held; see `load`."""
+        self._check_resumes(path)
         _agree_on_manifest(World.current(), path, self.settings)
         saved = _recorded(path, self.cluster)
         self._check_layout(path, saved)
         told = dict(saved)
         if not saved:
-            World.current().together(lambda: told.update(_told_by_stock(path)), self.settings.commit_timeout_s)
+            World.current().together(
+                lambda: told.update(_told_by_stock(path, self.settings)), self.settings.commit_timeout_s
+            )
         check_form(told)
         form = told.get("distrib_optim_sharding_type")
         with_rng = saved.get("layout") == parallel_layout()
@@ -1062,14 +1105,24 @@ class Attached:
         return loaded
 
     def check(self, path: Path) -> None:
-        """Raise unless `path`, a checkpoint of ours, can be loaded here; nothing is loaded. No collective."""
+        """Raise unless `path`, a checkpoint of ours, can be loaded here; nothing is loaded. No collective: a rank
+        looks at its share of the pickled objects."""
+        self._check_resumes(path)
         _check_complete(path)
         saved = _recorded(path, self.cluster)
         check_form(saved)
         self._check_layout(path, saved)
         told = content_metadata_of(self.form)
         parameters = {key: chunk.sharded_state_dict(metadata=told) for key, chunk in self._chunks().items()}
-        _compare(parameters, path, self.settings)
+        _check_content(parameters, path, self.settings, World.current())
+
+    def _check_resumes(self, path: Path) -> None:
+        if self._save_only_model:
+            raise errors.UnsupportedError(
+                f"{path}: cluster {self.cluster} saves only its model (save_only_model), and such a cluster cannot "
+                "resume; leave save_only_model out to resume with the optimizer, or load the weights alone with "
+                "roll_ckpt.backends.megatron.load"
+            )
 
     def _chunks(self) -> dict[str, Any]:
         bare = [chunk.module if isinstance(chunk, DistributedDataParallel) else chunk for chunk in self.model]
@@ -1184,9 +1237,11 @@ class Fence:
             return found
         fence = optimizer._roll_ckpt_fence = cls()
         for part in [optimizer, *getattr(optimizer, "chained_optimizers", ())]:
-            for name in _CHANGES:
+            loads = (name for name in dir(part) if name.startswith("load_parameter_state"))
+            for name in (*_CHANGES, *loads):
                 fence._before(part, name)
         for chunk in model:
+            fence._before(chunk, "broadcast_params")
             for buffer in _buffers(chunk):
                 fence._before(buffer, "offload_to_cpu")
             for module in chunk.modules():  # a hook, no wrapper: a copy of the model must load into itself
