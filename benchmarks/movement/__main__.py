@@ -34,8 +34,8 @@ import torch
 
 from . import machine, measure, report, systems
 
-BUILD = Path(__file__).resolve().parents[2] / "build"
-RESULT, PLOT = BUILD / "bench.json", BUILD / "bench.png"
+BUILD = Path("build")
+RESULT, PLOT = "bench.json", "bench.png"
 
 LONG, SHORT = "long steps", "short steps"
 
@@ -44,7 +44,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.movement", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="256 MiB, 3 rounds, one kind of loop")
+    parser.add_argument("--quick", action="store_true", help="256 MiB, fewer rounds, one kind of loop")
     parser.add_argument("--mib", type=int, help="size of the state; default 1024, quick 256")
     parser.add_argument("--tensors", type=int, default=400)
     parser.add_argument("--many", type=int, default=5000, help="tensors of the second state, saved by us alone")
@@ -53,6 +53,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--loop-saves", type=int, default=2, help="saves in one loop")
     parser.add_argument("--only", action="append", metavar="WORD", help="peers whose name has this word; repeatable")
     parser.add_argument("--directory", type=Path, help="where checkpoints go; default a new one under the temporary")
+    parser.add_argument("--output", type=Path, default=BUILD, help="where bench.json and bench.png go; default build")
     parser.add_argument("--child", nargs=5, metavar="ARG", help=argparse.SUPPRESS)
     told = parser.parse_args()
     told.mib = told.mib or (256 if told.quick else 1024)
@@ -76,7 +77,7 @@ def run(told: argparse.Namespace, root: Path) -> report.Results:
     target = machine.HugePages(nbytes)
     copier = machine.Copier(list(state.values()), target)
     disk = machine.RawDisk(root, target)
-    contestants, missing = systems.open_all(state, told.only)
+    contestants, missing = systems.open_all(state, told.only, quick=told.quick)
     saves = measure.measure_saves(contestants, state, root, copier, disk, told.rounds, tell)
     memcpy_s = report.median(saves.memcpy)
 
@@ -129,7 +130,7 @@ def children(told: argparse.Namespace, root: Path, names: list[str]) -> tuple[li
         return measure.run_child([*arguments, "--directory", str(root)])
 
     firsts = []
-    for number in range(2 if told.quick else 5):
+    for number in range(1 if told.quick else 5):
         tell(f"first save of process {number}")
         firsts.append(child(report.OURS, 0, 6))
     memory = {}
@@ -187,9 +188,10 @@ def main() -> None:
     )
     for lines in (report.machine_lines(figures), report.table(figures), report.verdict_lines(found)):
         print("\n".join(["", *lines]))
-    BUILD.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(report.as_json(figures, found), indent=1, default=str) + "\n")
-    print(f"\nall samples in {RESULT.relative_to(BUILD.parent)}; {report.plot(figures, PLOT)}")
+    told.output.mkdir(parents=True, exist_ok=True)
+    result = told.output / RESULT
+    result.write_text(json.dumps(report.as_json(figures, found), indent=1, default=str) + "\n")
+    print(f"\nall samples in {result}; {report.plot(figures, told.output / PLOT)}")
 
 
 if __name__ == "__main__":

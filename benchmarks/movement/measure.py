@@ -36,8 +36,9 @@ def make_state(nbytes: int, tensors: int, seed: int = 0) -> State:
     for number, weight in enumerate(weights):
         dtype = torch.bfloat16 if number % 3 == 2 else torch.float32
         numel = max(64, int(weight * scale) // dtype.itemsize // 64 * 64)
-        raw = torch.randint(-(2**15), 2**15 - 1, (numel * dtype.itemsize // 2,), dtype=torch.int16, generator=generator)
-        state[f"layers.{number}.weight"] = (raw & 0x3FFF).view(dtype)  # no exponent of NaN or infinity
+        raw = torch.randint(-(2**63), 2**63 - 1, (numel * dtype.itemsize // 8,), generator=generator)
+        raw &= 0x3FFF3FFF3FFF3FFF  # no exponent of a NaN or an infinity
+        state[f"layers.{number}.weight"] = raw.view(dtype)
     return state
 
 
@@ -64,7 +65,6 @@ def save_once(system: System, state: State, directory: Path) -> dict[str, float]
 def load_once(system: System, state: State, directory: Path, check: bool) -> dict[str, float]:
     """Seconds until a cold checkpoint stands in fresh tensors, and the share of it that could not be made cold."""
     cached = machine.drop_cache(directory)
-    gc.collect()
     began = time.perf_counter()
     loaded = system.load(directory)
     seconds = time.perf_counter() - began

@@ -329,7 +329,7 @@ OTHERS: tuple[type[System], ...] = (
 ELSEWHERE = {"Megatron-core's strategies": "they need two ranks and a Megatron model: make bench-megatron"}
 
 
-def open_all(state: State, only: list[str] | None) -> tuple[list[System], dict[str, str]]:
+def open_all(state: State, only: list[str] | None, quick: bool) -> tuple[list[System], dict[str, str]]:
     """Every contestant that can be used here, ours first, and why the others cannot."""
     _one_rank()
     found: list[System] = []
@@ -337,6 +337,9 @@ def open_all(state: State, only: list[str] | None) -> tuple[list[System], dict[s
     for kind in (Ours, *OTHERS):
         if only is not None and kind is not Ours and not any(word in kind.name for word in only):
             missing[kind.name] = "left out by --only"
+            continue
+        if quick and kind.loop_reason:
+            missing[kind.name] = f"left out by --quick: {kind.loop_reason}"
             continue
         try:
             found.append(open_one(kind(), state))
