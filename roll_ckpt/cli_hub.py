@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -170,21 +170,16 @@ def push_path(args: argparse.Namespace) -> int:
 
 def _push_one(place: Place, to: Destination, known: Destination | None, args: argparse.Namespace) -> int:
     name = place.unit.name
-    entry, hashes = None, None
-    if known is not None and known.remote == to.remote:
-        entry = push_queue.find(place.output_dir, name)
-        hashes = push_queue.Hashes(place.output_dir, entry)
     with _bar() as bar:
-        made = push.push(
-            place.unit,
-            to.remote,
-            private=to.private,
-            progress=lambda doing, done, total: bar({"name": name, "doing": doing, "done": done, "total": total}),
-            hashes=hashes,
-        )
-    if entry is not None:
-        done = replace(entry, state="done", detail="", commit=made, attempts=entry.attempts + 1)
-        push_queue.record(place.output_dir, done)
+        if known is not None and known.remote == to.remote:
+            made = uploader.push_one(place.output_dir, name, to, _teller(bar, args))
+        else:
+            made = push.push(
+                place.unit,
+                to.remote,
+                private=to.private,
+                progress=lambda doing, done, total: bar({"name": name, "doing": doing, "done": done, "total": total}),
+            )
     uri = Remote(to.repo_id, name).uri
     if args.json:
         print_json({"path": str(place.unit), "name": name, "uri": uri, "commit": made})
@@ -195,22 +190,25 @@ def _push_one(place: Place, to: Destination, known: Destination | None, args: ar
 
 def _drain(output_dir: Path, args: argparse.Namespace) -> int:
     with _bar() as bar:
-
-        def tell(event: dict[str, Any]) -> None:
-            if event["event"] == "progress":
-                bar(event)
-                return
-            bar.end()
-            if event["event"] in ("waiting", "failed"):
-                say(event["detail"])
-            elif event["event"] == "done" and not args.json:
-                print(f"pushed {event['name']}, commit {event['commit'][:12]}", flush=True)
-
         try:
-            uploader.drain(output_dir, tell, again=True, patient=False)
+            uploader.drain(output_dir, _teller(bar, args), again=True, patient=False)
         except HubUnavailable as error:
             say(str(error))
     return _show_queue(output_dir, args)
+
+
+def _teller(bar: uploader.Bar, args: argparse.Namespace) -> uploader.Tell:
+    def tell(event: dict[str, Any]) -> None:
+        if event["event"] == "progress":
+            bar(event)
+            return
+        bar.end()
+        if event["event"] in ("waiting", "failed"):
+            say(event["detail"])
+        elif event["event"] == "done" and not args.json:
+            print(f"pushed {event['name']}, commit {event['commit'][:12]}", flush=True)
+
+    return tell
 
 
 # --- queue --------------------------------------------------------------------------------------------------

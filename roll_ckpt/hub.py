@@ -32,8 +32,9 @@ _TIMEOUT = "ROLL_CKPT_HUB_TIMEOUT_S"  # for tests: another limit in the place of
 
 _PASSING = (408, 409, 412, 423, 425, 429)  # the refusals that time may change; so may every 5xx
 _SCHEME = "hf://"
-_TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{8,}")
-_LONG_TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
+_TOKEN = re.compile(r"(?:hf|api_org)_[A-Za-z0-9]{8,}")
+_LONG_TOKEN = re.compile(rb"(?:hf|api_org)_[A-Za-z0-9]{30,}")
+_USER = re.compile(r"://[^/\s'\"]+@")  # a name and a password before the host
 _QUERY = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+")  # signed addresses are secrets for a while
 
 _TOKENS_BELONG = "set HF_TOKEN in the environment of the job, or run `hf auth login` once on its machine"
@@ -131,16 +132,25 @@ def translate(problem: BaseException, remote: Remote, doing: str) -> HubRefused 
 
 
 def redact(text: str) -> str:
-    """`text` without anything that looks like a token, and without the queries of addresses."""
-    return _QUERY.sub(r"\1?…", _TOKEN.sub("hf_…", text))
+    """`text` without the token in use and what looks like one, and without users and queries of addresses."""
+    token = _token()
+    if token:
+        text = text.replace(token, "hf_…")
+    return _USER.sub("://…@", _QUERY.sub(r"\1?…", _TOKEN.sub("hf_…", text)))
 
 
 def holds_token(data: bytes) -> bool:
     """Whether `data` holds what looks like a token of the Hub, or the one that is in use."""
+    token = _token()
+    return _LONG_TOKEN.search(data) is not None or (token is not None and token.encode() in data)
+
+
+def _token() -> str | None:
+    """The token in use, if it is long enough not to be found everywhere."""
     from huggingface_hub import get_token
 
     token = get_token()
-    return _LONG_TOKEN.search(data) is not None or bool(token and len(token) > 7 and token.encode() in data)
+    return token if token and len(token) > 7 else None
 
 
 # --- reading ------------------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ def push(
         told = manifest.parse_manifest(record, unit / names.MANIFEST)
         digest = sha256(record)
         _open(remote, private)
-        side = Remote(remote.repo_id, f"roll_ckpt-{digest[:16]}")
+        side = Remote(remote.repo_id, f"roll_ckpt-{sha256(f'{digest} {remote.revision}'.encode())[:16]}")
         landed = _find(remote, side, told.name, digest)
         if landed is None:
             checked = _check(unit, told, record, hashes, progress or (lambda *_: None))
@@ -120,17 +120,19 @@ def _mark(digest: str) -> str:
 
 
 def _find(remote: Remote, side: Remote, name: str, digest: str) -> str | None:
-    """The commit that brought this very checkpoint, wherever one of ours can be; None if there is none."""
+    """The commit that brought this very checkpoint to the branch, or beside it; None if there is none."""
     branches, tags = hub.refs(remote)
-    found = _find_on(Remote(remote.repo_id, tags[name]), digest, 1) if name in tags else None
-    if found is None and side.revision in branches:
-        found = _find_on(side, digest, 1)
-    return found or _find_on(remote, digest, _HISTORY)
+    found = _find_on(side, digest, 1) if side.revision in branches else None
+    found = found or _find_on(remote, digest, _HISTORY)
+    if found is None and name in tags:
+        # The tag may be another branch's: this one's only if the commit was made on our side branch.
+        found = _find_on(Remote(remote.repo_id, tags[name]), digest, 1, made_on=side.revision)
+    return found
 
 
-def _find_on(remote: Remote, digest: str, limit: int) -> str | None:
+def _find_on(remote: Remote, digest: str, limit: int, made_on: str = "") -> str | None:
     mark = _mark(digest)
-    return next((found for found, text in hub.history(remote, limit) if mark in text), None)
+    return next((found for found, text in hub.history(remote, limit) if mark in text and made_on in text), None)
 
 
 def _tag(remote: Remote, name: str, landed: str) -> None:
@@ -175,7 +177,8 @@ def _commit_once(unit: Path, remote: Remote, checked: _Checked, progress: Progre
                 _card(remote, head, checked),
                 _outdated(remote, head, checked),
                 title=checked.told.name,
-                message=f"{_mark(checked.digest)}\nrun {checked.told.run_id}, step {checked.told.step}",
+                message=f"{_mark(checked.digest)}\n"
+                f"run {checked.told.run_id}, step {checked.told.step}, on {remote.revision}",
                 parent=head.commit,
             )
         except HubUnavailable as error:

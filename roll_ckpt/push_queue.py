@@ -45,7 +45,10 @@ class Destination:
 
 @dataclass(frozen=True)
 class Entry:
-    """One checkpoint and its push. `detail` is the last problem, for a person; `commit` the one on the Hub."""
+    """One checkpoint and its push. `detail` is the last problem, for a person; `commit` the one on the Hub.
+
+    `age` is epoch, step and attempt: the newer checkpoint has the greater one.
+    """
 
     name: str
     state: State
@@ -54,6 +57,7 @@ class Entry:
     attempts: int
     nbytes: int
     manifest_sha256: str
+    age: tuple[int, ...]
 
 
 # --- where to ------------------------------------------------------------------------------------------------
@@ -83,20 +87,19 @@ def destination(output_dir: Path) -> Destination | None:
 # --- what is owed --------------------------------------------------------------------------------------------
 
 
-def entries(output_dir: Path) -> list[Entry]:
-    """Every checkpoint of the run, the oldest first, those that were pushed and then pruned before the others.
+def entries(output_dir: Path, to: Destination | None = None) -> list[Entry]:
+    """Every checkpoint of the run and what `to`, its destination if None, has of it: the oldest first, those that
+    were pushed and then pruned before the others.
 
     [] if the run has no destination.
     """
-    to = destination(output_dir)
+    to = to or destination(output_dir)
     if to is None:
         return []
     records = _records(output_dir, to)
-    here = [
-        _entry(output_dir / told.name, told.nbytes(), records.pop(told.name, None)) for told in _committed(output_dir)
-    ]
+    here = [_entry(output_dir / told.name, told, records.pop(told.name, None)) for told in _committed(output_dir)]
     gone = [entry for entry in records.values() if entry.state in ("done", "cancelled")]
-    return [*sorted(gone, key=_age), *(entry for entry in here if entry is not None)]
+    return [*sorted(gone, key=lambda entry: entry.age), *(entry for entry in here if entry is not None)]
 
 
 def owed(output_dir: Path) -> list[str]:
@@ -122,7 +125,7 @@ def _committed(output_dir: Path) -> list[Manifest]:
     return commit.committed(output_dir, report=lambda problem: log.debug("%s", problem))
 
 
-def _entry(unit: Path, nbytes: int, known: Entry | None) -> Entry | None:
+def _entry(unit: Path, told: Manifest, known: Entry | None) -> Entry | None:
     """The entry of a committed checkpoint: what is recorded of it, unless that is about another manifest."""
     try:
         digest = seal.sha256(disk.read_bytes(unit / names.MANIFEST))
@@ -130,39 +133,40 @@ def _entry(unit: Path, nbytes: int, known: Entry | None) -> Entry | None:
         return None  # pruned or replaced just now
     if known is not None and known.manifest_sha256 == digest:
         return known
-    return Entry(unit.name, "owed", "", None, 0, nbytes, digest)
-
-
-def _age(entry: Entry) -> tuple[int, str]:
-    step = names.step_of(entry.name)
-    return (-1 if step is None else step, entry.name)
+    age = (told.epoch, -1 if told.step is None else told.step, told.attempt)
+    return Entry(unit.name, "owed", "", None, 0, told.nbytes(), digest, age)
 
 
 # --- what became of it ---------------------------------------------------------------------------------------
 
 
-def record(output_dir: Path, entry: Entry) -> None:
-    """Keep what became of a push; durable. NotFound if the run has no destination."""
-    _write(output_dir / names.hub_record(entry.name), {**asdict(entry), **asdict(_needed(output_dir))})
+def record(output_dir: Path, entry: Entry, to: Destination) -> None:
+    """Keep what became of a push to `to`; durable. Nothing is kept if the run goes elsewhere by now: its record of
+    that destination stays, and whoever comes back to `to` finds on the Hub what is there."""
+    now = destination(output_dir)
+    if now is None or now.remote != to.remote:
+        return
+    _write(output_dir / names.hub_record(entry.name), {**asdict(entry), **asdict(to)})
     if entry.state in ("done", "cancelled"):
         disk.discard_file(output_dir / names.hub_hashes(entry.name))
 
 
 def retry(output_dir: Path, name: str | None = None) -> list[str]:
     """Let failed and cancelled pushes (of one name, or all failed ones) be owed again; return their names."""
-    chosen = [find(output_dir, name)] if name is not None else entries(output_dir)
+    to = _needed(output_dir)
+    chosen = [find(output_dir, name)] if name is not None else entries(output_dir, to)
     states = ("failed", "cancelled") if name is not None else ("failed",)
     again = [entry for entry in chosen if entry.state in states]
     for entry in again:
-        record(output_dir, replace(entry, state="owed", attempts=0))
+        record(output_dir, replace(entry, state="owed", attempts=0), to)
     return [entry.name for entry in again]
 
 
 def cancel(output_dir: Path, name: str) -> None:
     """Do not push this checkpoint; it may be pruned. One that was pushed stays where it is."""
-    entry = find(output_dir, name)
+    to, entry = _needed(output_dir), find(output_dir, name)
     if entry.state != "done":
-        record(output_dir, replace(entry, state="cancelled"))
+        record(output_dir, replace(entry, state="cancelled"), to)
 
 
 def _records(output_dir: Path, to: Destination) -> dict[str, Entry]:
@@ -183,6 +187,7 @@ def _records(output_dir: Path, to: Destination) -> dict[str, Entry]:
                 attempts=fields.count("attempts"),
                 nbytes=fields.count("nbytes"),
                 manifest_sha256=fields.take("manifest_sha256", str, seal.is_sha256),
+                age=tuple(fields.take("age", list, _is_age)),
             )
             fields.end()
         except FileNotFoundError:
@@ -193,6 +198,10 @@ def _records(output_dir: Path, to: Destination) -> dict[str, Entry]:
         if (where.repo_id, where.revision) == (to.repo_id, to.revision):
             found[name] = entry
     return found
+
+
+def _is_age(value: Any) -> bool:
+    return len(value) == 3 and all(type(part) is int for part in value)
 
 
 def _needed(output_dir: Path) -> Destination:

@@ -583,7 +583,7 @@ def _finish_at_exit() -> None:
         except (errors.RollCkptError, TimeoutError) as problem:
             if not save.reported:
                 log.error("at exit: %s", problem)
-    for thread, limit_s in _background:
+    for thread, limit_s in list(_background):
         thread.join(limit_s)
     for epoch in _epochs.values():
         epoch.release()

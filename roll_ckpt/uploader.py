@@ -9,10 +9,12 @@ time for an output directory. Killed at any instant, the next one goes on: see p
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import logging
 import os
 import select
+import site
 import subprocess
 import sys
 import threading
@@ -26,7 +28,7 @@ from typing import Any, TextIO
 
 from . import disk, names, push, push_queue
 from .errors import HubUnavailable, NotFound, RollCkptError
-from .push_queue import Entry
+from .push_queue import Destination, Entry
 
 log = logging.getLogger("roll_ckpt")
 
@@ -35,6 +37,8 @@ Tell = Callable[[dict[str, Any]], None]
 _PROGRESS_S = 0.5
 _POLL_S = 0.5
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
+_OF_THIS_ONE = (409, 412, 423, 500)  # the Hub speaks, and may take another checkpoint all the same
+_TRIES = 3  # so often one of those is heard before the others have their turn
 _DEATHS = 5
 _LOG_S = 30.0
 
@@ -46,84 +50,118 @@ def drain(output_dir: Path, tell: Tell, *, again: bool = False, patient: bool = 
     """Push every checkpoint that is owed, the oldest first, and record what became of each.
 
     Blocks. Failed ones are tried only if `again`. While the Hub cannot be reached it waits, longer each time, and
-    as long as the Hub asks for; unless `patient` it raises HubUnavailable instead. Waits for another process that
-    is at it. `tell` is told of events: {"event": "begin" | "progress" | "waiting" | "done" | "failed", "name", …}.
+    as long as the Hub asks for; unless `patient` it raises HubUnavailable instead. One that the Hub does not take
+    again and again lets the others go first. Waits for another process that is at it. `tell` is told of events:
+    {"event": "begin" | "progress" | "waiting" | "done" | "failed", "name", …}.
     """
     with _alone(output_dir, tell):
         pause_s = _FIRST_PAUSE_S
-        tried: set[str] = set()
-        furthest: dict[str, int] = {}
-        began: dict[str, float] = {}
-        while (entry := _next(output_dir, tried, again)) is not None:
-            began.setdefault(entry.manifest_sha256, time.monotonic())
+        tried: set[_Key] = set()
+        not_taken: dict[_Key, int] = {}
+        furthest: dict[tuple[str, _Key], int] = {}
+        began: dict[_Key, float] = {}
+        while (found := _next(output_dir, tried, again, not_taken)) is not None:
+            to, entry = found
+            key = _key(to, entry)
+            began.setdefault(key, time.monotonic())
             tell({"event": "begin", "name": entry.name, "nbytes": entry.nbytes})
             entry = replace(entry, attempts=entry.attempts + 1, detail="")
             try:
-                made = _push(output_dir, entry, tell, furthest)
+                made = _push(output_dir, entry, to, tell, furthest)
             except HubUnavailable as problem:
-                _note(output_dir, replace(entry, state="owed", detail=str(problem)))
-                if not patient:
+                _note(output_dir, replace(entry, state="owed", detail=str(problem)), to)
+                if problem.status in _OF_THIS_ONE:
+                    not_taken[key] = not_taken.get(key, 0) + 1
+                    if not patient:
+                        tried.add(key)
+                        tell({"event": "waiting", "name": entry.name, "detail": str(problem), "pause_s": 0.0})
+                        continue
+                elif not patient:
                     raise
                 wait_s = max(pause_s, problem.retry_after_s or 0.0)
                 tell({"event": "waiting", "name": entry.name, "detail": str(problem), "pause_s": wait_s})
                 time.sleep(wait_s)
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
             except NotFound:
-                tried.add(entry.manifest_sha256)  # pruned, or being replaced by a save of the same name
+                tried.add(key)  # pruned, or being replaced by a save of the same name
             except (RollCkptError, OSError) as problem:
-                tried.add(entry.manifest_sha256)
-                _note(output_dir, replace(entry, state="failed", detail=str(problem)))
+                tried.add(key)
+                _note(output_dir, replace(entry, state="failed", detail=str(problem)), to)
                 tell({"event": "failed", "name": entry.name, "detail": str(problem)})
             else:
                 pause_s = _FIRST_PAUSE_S
-                push_queue.record(output_dir, replace(entry, state="done", commit=made))
-                seconds = time.monotonic() - began[entry.manifest_sha256]
+                push_queue.record(output_dir, replace(entry, state="done", commit=made), to)
+                seconds = time.monotonic() - began[key]
                 tell({"event": "done", "name": entry.name, "commit": made, "seconds": seconds})
 
 
-def _next(output_dir: Path, tried: set[str], again: bool) -> Entry | None:
-    states = ("owed", "failed") if again else ("owed",)
-    for entry in push_queue.entries(output_dir):
-        if entry.state in states and entry.manifest_sha256 not in tried:
-            return entry
-    return None
+def push_one(output_dir: Path, name: str, to: Destination, tell: Tell) -> str:
+    """Push one checkpoint to the run's destination, whatever is recorded of it, and record it; its commit's id.
+
+    Blocks, and waits for another process that pushes. `tell` as for `drain`. Raises what `push.push` does.
+    """
+    with _alone(output_dir, tell):
+        entry = push_queue.find(output_dir, name)
+        made = _push(output_dir, entry, to, tell, {})
+        done = replace(entry, state="done", detail="", commit=made, attempts=entry.attempts + 1)
+        push_queue.record(output_dir, done, to)
+        return made
 
 
-def _push(output_dir: Path, entry: Entry, tell: Tell, furthest: dict[str, int]) -> str:
-    """Push one. `furthest` is how far earlier tries got: what is only done once more is no progress."""
+_Key = tuple[str, str]
+
+
+def _key(to: Destination, entry: Entry) -> _Key:
+    """This very checkpoint, there."""
+    return (to.remote.uri, entry.manifest_sha256)
+
+
+def _next(
+    output_dir: Path, tried: set[_Key], again: bool, not_taken: dict[_Key, int]
+) -> tuple[Destination, Entry] | None:
     to = push_queue.destination(output_dir)
     if to is None:
-        raise NotFound(f"{output_dir}: it has no destination any more")
+        return None
+    states = ("owed", "failed") if again else ("owed",)
+    left = [e for e in push_queue.entries(output_dir, to) if e.state in states and _key(to, e) not in tried]
+    if not left:
+        return None
+    return to, min(left, key=lambda entry: not_taken.get(_key(to, entry), 0) // _TRIES)
+
+
+def _push(output_dir: Path, entry: Entry, to: Destination, tell: Tell, furthest: dict[tuple[str, _Key], int]) -> str:
+    """Push one. `furthest` is how far earlier tries got: what is only done once more is no progress."""
     told = [float("-inf")]
 
     def progress(doing: str, done: int, total: int) -> None:
         now = time.monotonic()
         if now - told[0] >= _PROGRESS_S or done == total:
             told[0] = now
-            moved = done > furthest.get(f"{doing} {entry.manifest_sha256}", -1)
+            what = (doing, _key(to, entry))
+            moved = done > furthest.get(what, -1)
             if moved:
-                furthest[f"{doing} {entry.manifest_sha256}"] = done
+                furthest[what] = done
                 disk.touch(output_dir / names.HUB_LOCK)  # other worlds of the run look at its time
             event = {"event": "progress", "name": entry.name, "doing": doing, "done": done, "total": total}
             tell({**event, "moved": moved})
 
     # The branch shall hold the newest: one that comes late goes beside it.
-    newer = [e for e in reversed(push_queue.entries(output_dir)) if e.state == "done" or e.name == entry.name]
+    newest = max((e.age for e in push_queue.entries(output_dir, to) if e.state == "done"), default=entry.age)
     return push.push(
         output_dir / entry.name,
         to.remote,
         private=to.private,
         progress=progress,
         hashes=push_queue.Hashes(output_dir, entry),
-        aside=newer[0].name != entry.name if newer else False,
+        aside=newest > entry.age,
     )
 
 
-def _note(output_dir: Path, entry: Entry) -> None:
-    """Record a push that did not come about, unless somebody has cancelled it meanwhile."""
+def _note(output_dir: Path, entry: Entry, to: Destination) -> None:
+    """Record a push that did not come about, unless somebody has cancelled or made it meanwhile."""
     with suppress(NotFound):
-        if push_queue.find(output_dir, entry.name).state != "cancelled":
-            push_queue.record(output_dir, entry)
+        if push_queue.find(output_dir, entry.name).state not in ("cancelled", "done"):
+            push_queue.record(output_dir, entry, to)
 
 
 @contextmanager
@@ -133,9 +171,12 @@ def _alone(output_dir: Path, tell: Tell) -> Iterator[None]:
     with suppress(FileExistsError):
         os.close(disk.create(path))
     lock = None
+    told = False
     try:
         while (lock := disk.try_lock(path, exclusive=True)) is None:
-            tell({"event": "waiting", "name": None, "detail": f"another process pushes from {output_dir}"})
+            if not told:
+                tell({"event": "waiting", "name": None, "detail": f"another process pushes from {output_dir}"})
+            told = True
             time.sleep(_POLL_S)
     except OSError as error:
         if error.errno not in disk.NO_LOCKS:
@@ -223,11 +264,15 @@ class Uploader:
         self._background = background
         self._changed = threading.Condition()
         self._wanted = self._again = self._serving = self._stopping = False
+        self._stuck = self._leaving = False
+        self._pid = os.getpid()
         self._process: subprocess.Popen[str] | None = None
         self._ended: dict[str, Ended] = {}
         self._progress: dict[str, dict[str, Any]] = {}
         self._trouble = ""
         self._moved = time.monotonic()
+        # Registered after the one that joins the background's threads, so it comes before that.
+        atexit.register(self._leave)
 
     def notify(self, name: str | None = None, *, again: bool = False) -> None:
         """Something may be owed: `name`, or whatever lies there; `again` includes what failed before."""
@@ -238,15 +283,22 @@ class Uploader:
             if self._serving:
                 return
             self._serving = True
-        self._background(self._serve, "uploads")
+        try:
+            self._background(self._serve, "uploads")
+        except BaseException:
+            self._serve_no_more()
+            raise
 
     def wait(self, name: str, patience_s: float, show: Callable[[dict[str, Any]], None]) -> Ended:
-        """Block until the push of `name` has ended, or nothing has moved for `patience_s`.
+        """Block until the push of `name` has ended, or nothing has moved for `patience_s`, here or in another process.
 
         `show` is given the newest progress event now and then.
         """
         self._moved = time.monotonic()
+        seen = last_moved_ns(self._output_dir)
         while True:
+            if seen != (seen := last_moved_ns(self._output_dir)):
+                self._moved = time.monotonic()
             with self._changed:
                 self._changed.wait(_POLL_S)
                 ended, progress, serving = self._ended.get(name), self._progress.get(name), self._serving
@@ -266,6 +318,18 @@ class Uploader:
             if self._process is not None:
                 self._process.kill()
 
+    def _leave(self) -> None:
+        """The interpreter ends: a push that moves may finish, one that waits is for the next start.
+
+        The rank of a job that has crashed must not stay while the others hang in its collectives.
+        """
+        if self._pid != os.getpid():
+            return
+        with self._changed:
+            self._leaving = True
+            if self._stuck:
+                self.stop()
+
     def _as_recorded(self, name: str) -> Ended:
         try:
             entry = push_queue.find(self._output_dir, name)
@@ -275,11 +339,15 @@ class Uploader:
 
     def _serve(self) -> None:
         try:
-            self._keep_running()
-        finally:
-            with self._changed:
-                self._serving = False
-                self._changed.notify_all()
+            self._keep_running()  # at its end another may serve already
+        except BaseException:
+            self._serve_no_more()
+            raise
+
+    def _serve_no_more(self) -> None:
+        with self._changed:
+            self._serving = False
+            self._changed.notify_all()
 
     def _keep_running(self) -> None:
         deaths = 0
@@ -307,17 +375,16 @@ class Uploader:
         with self._changed:
             self._serving = self._wanted and not self._stopping
             again, self._wanted, self._again = self._again, False, False
+            self._changed.notify_all()
             return again if self._serving else None
 
     def _run(self, again: bool) -> int:
-        package = str(Path(__file__).resolve().parent.parent)
-        path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
         with self._changed:
             if self._stopping:
                 return 0
             process = self._process = subprocess.Popen(
                 [sys.executable, "-m", "roll_ckpt.uploader", str(self._output_dir), *(["--again"] if again else [])],
-                env={**os.environ, "PYTHONPATH": path},
+                env=_environment(),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -346,8 +413,21 @@ class Uploader:
             elif kind == "waiting":
                 self._trouble = event["detail"]
             if ended is not None or event.get("moved"):
-                self._moved = time.monotonic()
+                self._moved, self._stuck = time.monotonic(), False
+            self._stuck = self._stuck or kind == "waiting"
+            if self._stuck and self._leaving:
+                self.stop()
             self._changed.notify_all()
+
+
+def _environment() -> dict[str, str]:
+    """Ours, in which the process finds this package even where only a script's folder or a changed sys.path has it."""
+    package = Path(__file__).resolve().parent.parent
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    found = [*given, *site.getsitepackages(), *([site.getusersitepackages()] if site.ENABLE_USER_SITE else [])]
+    if package in [Path(path).resolve() for path in found if path]:
+        return dict(os.environ)  # PYTHONPATH comes before the standard library, where site-packages must not
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(package), *filter(None, given)])}
 
 
 class Bar:

@@ -140,6 +140,35 @@ def test_one_push_of_a_run_that_pushes_there_is_recorded(shell: Shell, run: Path
     assert (owed["state"], done["state"], done["commit"]) == ("owed", "done", pushed["commit"])
 
 
+def test_an_older_one_leaves_the_newest_on_the_branch_and_waits_for_the_uploader(
+    hub: LocalHub, shell: Shell, run: Path
+) -> None:
+    repo = "dev/late"
+    push_queue.set_destination(run, push_queue.Destination(repo))
+    push_queue.cancel(run, "checkpoint-1")
+    hub.faults.add(Fault("commit", stall_s=5.0))
+    running = shell.start("push", run)
+    deadline = time.monotonic() + 60
+    while not any(f.get("seen", 0) for f in hub.faults.pending()) and time.monotonic() < deadline:
+        if any(repo in line["path"] and line["route"] == "preupload" for line in hub.requests()):
+            break
+        time.sleep(0.02)
+    pushed = json.loads((told := shell("push", run / "checkpoint-1", "--json"))[0])
+    assert "another process pushes" in told[1]
+    running.communicate()
+    found = hub.store.repo(repo)
+    assert hub.store.resolve(found, "main").title == "checkpoint-2" and found.branches.keys() == {"main"}
+    assert found.tags["checkpoint-1"] == pushed["commit"] != found.branches["main"]
+    assert [entry["state"] for entry in shell.json("queue", "ls", run)["entries"]] == ["done", "done"]
+
+
+def test_one_that_the_hub_does_not_take_holds_up_no_other(hub: LocalHub, shell: Shell, run: Path) -> None:
+    hub.faults.add(Fault("commit", status=409))
+    out, err = shell("push", run, "dev/busy", code=printing.OWED)
+    assert "409" in err and "pushed checkpoint-2" in out
+    assert "pushed checkpoint-1" in shell("push", run)[0]
+
+
 def test_private_is_what_a_push_is_unless_public_is_given(hub: LocalHub, shell: Shell, run: Path) -> None:
     shell("push", run / "checkpoint-1", "dev/private")
     assert hub.store.repo("dev/private").private

@@ -154,6 +154,28 @@ def test_a_push_to_another_branch(hub: LocalHub, client: Client, run: Path, repo
     assert error.kind == "HubRefused" and "no branch" in error.text
 
 
+def test_a_tag_of_another_branch_is_no_push_to_this_one(hub: LocalHub, client: Client, run: Path, repo: str) -> None:
+    client("api.create_repo(repo, private=True); api.create_branch(repo, branch='experiment')", repo=repo)
+    push(client, run / "checkpoint-1", repo)
+    push(client, run / "checkpoint-1", repo, revision="experiment")
+    for branch in ("main", "experiment"):
+        assert len(landed(hub, repo, run / "checkpoint-1", branch)) == 1
+        assert "manifest.json" in contents(hub, repo, branch)
+    aside = PUSH.replace("progress=progress", "aside=True")
+    push(client, run / "checkpoint-2", repo)
+    client("api.create_branch(repo, branch='third', revision='main')", repo=repo)
+    hub_runs.history(run, [3])
+    made = {
+        branch: [
+            client(aside, unit=run / "checkpoint-3", repo=repo, revision=branch, private=True)["commit"]
+            for _ in range(2)
+        ]
+        for branch in ("main", "experiment")
+    }
+    assert made["main"][0] == made["main"][1] != made["experiment"][0] == made["experiment"][1]
+    assert hub.store.repo(repo).branches.keys() == {"main", "experiment", "third"}
+
+
 def refused_branch(hub: LocalHub, client: Client, run: Path, repo: str) -> str:
     hub.store.create(repo, private=True)
     error = refused(client, run / "checkpoint-1", repo, revision="runs/one")
@@ -187,7 +209,7 @@ def test_a_damaged_checkpoint_is_not_pushed(hub: LocalHub, client: Client, run: 
     assert contents(hub, repo).keys() == {".gitattributes"}
 
 
-@pytest.mark.parametrize("secret", [TOKEN, "hf_" + "aB3" * 12])
+@pytest.mark.parametrize("secret", [TOKEN, "hf_" + "aB3" * 12, "my_hf_" + "aB3" * 12, "api_org_" + "aB3" * 12])
 def test_a_token_in_a_file_is_refused_and_told_nowhere(
     hub: LocalHub, client: Client, tmp_path: Path, repo: str, secret: str
 ) -> None:
@@ -325,6 +347,20 @@ def test_who_may_only_read_is_refused(hub: LocalHub, run: Path, repo: str, tmp_p
         client = Client(hub.url, tmp_path / "home", HF_TOKEN=token, PYTHONPATH=hub_runs.ROOT)
         error = refused(client, run / "checkpoint-1", repo)
         assert error.kind == "HubRefused" and status in error.text and (not token or token not in error.text)
+        client.close()
+
+
+def test_no_secret_is_told(hub: LocalHub, run: Path, repo: str, tmp_path: Path) -> None:
+    hub.store.create(repo, private=True)
+    token = "sesame-open-sesame"
+    hub.faults.add(Fault("repo_info", status=403, message=f"{token} and org_api_org_aB3aB3aB3 may not"))
+    host = hub.url.removeprefix("http://")
+    for endpoint in (hub.url, f"http://bob:s@cret@{host}", "http://bob:s@cret@127.0.0.1:1"):
+        client = Client(endpoint, tmp_path / "home", HF_TOKEN=token, PYTHONPATH=hub_runs.ROOT)
+        with pytest.raises(Refused) as caught:
+            push(client, run / "checkpoint-1", repo)
+        told = caught.value.text
+        assert not [secret for secret in (token, "aB3", "bob", "cret") if secret in told], told
         client.close()
 
 

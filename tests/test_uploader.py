@@ -6,9 +6,12 @@ import json
 import os
 import shutil
 import signal
+import site
 import subprocess
 import sys
 import threading
+import time
+import venv
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +23,7 @@ import runs
 from hub_client import settings
 from hub_runs import TOKEN, assert_there_once, landed
 
-from roll_ckpt import push_queue, retention
+from roll_ckpt import disk, push_queue, retention, uploader
 from roll_ckpt.errors import NotFound
 from roll_ckpt.hub_dev import Fault, LocalHub
 from roll_ckpt.push_queue import Destination
@@ -50,6 +53,30 @@ def on_end(ended):
 made = Uploader(Path(sys.argv[1]), on_end=on_end, background=background)
 made.notify(again=True)
 threading.Event().wait(60)
+"""
+
+CRASHES = """
+import sys, time
+from pathlib import Path
+from roll_ckpt import push_queue, saver
+from roll_ckpt.uploader import Uploader
+run, tries = Path(sys.argv[2]), int(sys.argv[1])
+made = Uploader(run, on_end=lambda ended: None, background=lambda work, name: saver.in_background(work, name, 600.0))
+made.notify()
+while made._process is None or push_queue.entries(run)[0].attempts < tries:
+    time.sleep(0.02)
+raise RuntimeError("the loss is not a number")
+"""
+
+TURNED_AROUND = """
+import sys
+from pathlib import Path
+from roll_ckpt import disk, push_queue, uploader
+def turn(reached, where):
+    if reached == "push.sent":
+        push_queue.set_destination(Path(sys.argv[1]), push_queue.Destination("dev/other"))
+disk.listener = turn
+uploader.main()
 """
 
 
@@ -126,8 +153,8 @@ def test_a_run_without_a_destination_owes_nothing(tmp_path: Path) -> None:
 def test_what_is_owed_is_derived(run: Path) -> None:
     assert push_queue.owed(run) == NAMES
     first, second = push_queue.entries(run)
-    push_queue.record(run, replace(first, state="done", commit="c" * 40))
-    push_queue.record(run, replace(second, state="failed", detail="no"))
+    push_queue.record(run, replace(first, state="done", commit="c" * 40), Destination(REPO))
+    push_queue.record(run, replace(second, state="failed", detail="no"), Destination(REPO))
     assert push_queue.owed(run) == ["checkpoint-2"] and states(run)["checkpoint-2"] == "failed"
     hub_runs.history(run, [1], salt="new")
     assert push_queue.owed(run) == ["checkpoint-2", "checkpoint-1"]  # another manifest: the newest epoch's
@@ -139,7 +166,7 @@ def test_what_is_owed_is_derived(run: Path) -> None:
 
 def test_a_damaged_record_counts_as_missing(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     first, _ = push_queue.entries(run)
-    push_queue.record(run, replace(first, state="done"))
+    push_queue.record(run, replace(first, state="done"), Destination(REPO))
     record = run / ".hub/records/checkpoint-1.json"
     record.write_bytes(record.read_bytes().replace(b"done", b"dome"))
     assert push_queue.owed(run) == NAMES and "checkpoint-1.json" in caplog.text
@@ -147,12 +174,12 @@ def test_a_damaged_record_counts_as_missing(run: Path, caplog: pytest.LogCapture
 
 def test_retry_and_cancel(run: Path) -> None:
     first, second = push_queue.entries(run)
-    push_queue.record(run, replace(first, state="failed", detail="no", attempts=3))
+    push_queue.record(run, replace(first, state="failed", detail="no", attempts=3), Destination(REPO))
     assert push_queue.retry(run) == ["checkpoint-1"] and states(run)["checkpoint-1"] == "owed"
     push_queue.cancel(run, "checkpoint-2")
     assert push_queue.owed(run) == ["checkpoint-1"]
     assert push_queue.retry(run) == [] and push_queue.retry(run, "checkpoint-2") == ["checkpoint-2"]
-    push_queue.record(run, replace(second, state="done"))
+    push_queue.record(run, replace(second, state="done"), Destination(REPO))
     push_queue.cancel(run, "checkpoint-2")
     assert states(run)["checkpoint-2"] == "done"
     with pytest.raises(NotFound, match=r"checkpoint-9.*checkpoint-1, checkpoint-2"):
@@ -205,6 +232,8 @@ def test_it_ends_with_the_job_and_the_next_job_goes_on(
     job = start(run, code=JOB)
     hub_runs.wait_for(lambda: any(line["route"] == "validate_yaml" for line in hub.requests()))
     (child,) = children(job)
+    assert os.getpgid(int(child)) == int(child) != os.getpgid(job.pid)  # an interrupt of the job is not its own
+    assert os.getsid(int(child)) == os.getsid(job.pid)
     job.kill()
     job.wait()
     try:
@@ -272,10 +301,93 @@ def test_what_fails_is_named_and_the_next_goes_on(hub: LocalHub, run: Path, tmp_
     finish(start(run, "push.tagged", "--again", code=KILLED_AT), -signal.SIGKILL)
     upload(run, "--again")
     assert_all_there(hub, run, tmp_path)
+    (run / ".hub/records/checkpoint-1.json").unlink()
+    upload(run)
+    assert_all_there(hub, run, tmp_path)
     # It came late: the newest stays the one on the branch.
     repo = hub.store.repo(REPO)
     assert repo.branches.keys() == {"main"} and hub.store.resolve(repo, "main").title == "checkpoint-2"
     assert repo.tags["checkpoint-2"] == repo.branches["main"] != repo.tags["checkpoint-1"]
+
+
+def newest_there(hub: LocalHub) -> str:
+    return hub.store.resolve(hub.store.repo(REPO), "main").title
+
+
+def test_what_comes_late_goes_beside_a_newer_one_that_is_here_no_more(hub: LocalHub, run: Path, tmp_path: Path) -> None:
+    push_queue.cancel(run, "checkpoint-1")
+    upload(run)
+    shutil.rmtree(run / "checkpoint-2")
+    push_queue.retry(run, "checkpoint-1")
+    upload(run)
+    assert_there_once(hub, REPO, run / "checkpoint-1", tmp_path)
+    assert newest_there(hub) == "checkpoint-2"
+    hub_runs.history(run, [1], salt="new")  # by a run that went back is newer, though its step is not
+    upload(run)
+    assert_there_once(hub, REPO, run / "checkpoint-1", tmp_path)
+    assert newest_there(hub) == "checkpoint-1"
+
+
+def test_one_that_the_hub_does_not_take_lets_the_others_go_first(hub: LocalHub, run: Path, tmp_path: Path) -> None:
+    hub.faults.add(Fault("commit", status=409, times=3))
+    told = upload(run)
+    assert [event["name"] for event in told if event["event"] == "waiting"] == ["checkpoint-1"] * 3
+    assert [event["name"] for event in told if event["event"] == "done"] == ["checkpoint-2", "checkpoint-1"]
+    assert_all_there(hub, run, tmp_path)
+    assert newest_there(hub) == "checkpoint-2"
+
+
+def test_a_push_is_recorded_for_where_it_went(hub: LocalHub, run: Path) -> None:
+    finish(start(run, code=TURNED_AROUND))
+    assert push_queue.destination(run) == Destination("dev/other") and push_queue.owed(run) == []
+    assert [len(landed(hub, REPO, run / name)) for name in NAMES] == [1, 0]
+    assert [len(landed(hub, "dev/other", run / name)) for name in NAMES] == [1, 1]
+
+
+def test_what_became_of_it_meanwhile_stays(hub: LocalHub, run: Path) -> None:
+    first, _ = push_queue.entries(run)
+    to = push_queue.destination(run)
+    assert to is not None
+    push_queue.record(run, replace(first, state="done", commit="c" * 40), to)
+    uploader._note(run, replace(first, state="failed", detail="no"), to)
+    assert states(run)["checkpoint-1"] == "done"
+
+
+def test_a_job_that_crashes_does_not_wait_for_a_hub_that_is_away(hub: LocalHub, run: Path) -> None:
+    hub.faults.add(Fault("repo_info", status=503, times=0))
+    assert "is not a number" in crash(run, 2)
+    assert push_queue.owed(run) == NAMES
+
+
+def test_a_job_that_crashes_lets_a_push_that_moves_end(hub: LocalHub, run: Path, tmp_path: Path) -> None:
+    hub.faults.add(Fault("commit", stall_s=0.5))
+    assert "is not a number" in crash(run, 0)
+    assert_all_there(hub, run, tmp_path)
+
+
+def crash(run: Path, tries: int) -> str:
+    """What a job says that crashes after so many tries of its uploader; it must end long before its 600 s."""
+    job = start(run, str(tries), code=CRASHES)
+    try:
+        return job.communicate(timeout=hub_runs.LIMIT_S)[1]
+    finally:
+        job.kill()
+
+
+def test_packages_do_not_come_before_the_standard_library(run: Path, tmp_path: Path) -> None:
+    for name in NAMES:
+        push_queue.cancel(run, name)
+    venv.create(tmp_path / "venv", symlinks=True)
+    (packages,) = tmp_path.glob("venv/lib/python*/site-packages")
+    shutil.copytree(Path(hub_runs.ROOT) / "roll_ckpt", packages / "roll_ckpt")
+    (packages / "json.py").write_text("raise ImportError('this is not the one')")
+    (packages / "others.pth").write_text("\n".join(site.getsitepackages()))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    code = CRASHES.replace("made.notify()", "made.notify()\nprint(made.wait('checkpoint-1', 60, print))")
+    told = subprocess.run(
+        [tmp_path / "venv/bin/python", "-c", code, "0", run], env=environment, capture_output=True, text=True, cwd="/"
+    )
+    assert "this is not the one" not in told.stderr and "state='cancelled'" in told.stdout, told.stderr
 
 
 def test_a_cancelled_one_is_not_pushed(hub: LocalHub, run: Path) -> None:
@@ -344,6 +456,52 @@ def test_a_dead_uploader_is_started_again(
     assert "signal 9" in caplog.text and "started again" in caplog.text
     parent.threads[0].join()
     assert_all_there(hub, run, tmp_path)
+
+
+def test_waiting_sees_that_another_process_moves(hub: LocalHub, run: Path) -> None:
+    (run / ".hub/uploader.lock").touch()
+    lock = disk.try_lock(run / ".hub/uploader.lock", exclusive=True)
+    assert lock is not None
+    began, over = time.monotonic(), threading.Event()
+
+    def another() -> None:
+        while not over.wait(0.1):
+            (run / ".hub/uploader.lock").touch()
+            if time.monotonic() - began > 4:
+                lock.release()
+
+    other = threading.Thread(target=another)
+    other.start()
+    parent = Parent(run)
+    parent.uploader.notify()
+    ended = parent.uploader.wait("checkpoint-2", 1, lambda _: None)
+    over.set()
+    other.join()
+    lock.release()
+    assert ended.state == "done"
+    parent.threads[0].join()
+
+
+def test_who_serves_next_is_not_taken_for_nobody(hub: LocalHub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in NAMES:
+        push_queue.cancel(run, name)
+    parent = Parent(run)
+    claim, handed_over = parent.uploader._claim_work, threading.Event()
+
+    def claim_and_be_slow() -> bool | None:
+        claimed = claim()
+        if claimed is None and not handed_over.is_set():
+            handed_over.set()
+            for name in NAMES:
+                push_queue.retry(run, name)
+            parent.uploader.notify("checkpoint-2")
+        return claimed
+
+    monkeypatch.setattr(parent.uploader, "_claim_work", claim_and_be_slow)
+    parent.uploader.notify()
+    parent.threads[0].join()
+    assert parent.uploader.wait("checkpoint-2", 60, lambda _: None).state == "done"
+    parent.threads[1].join()
 
 
 def test_one_that_always_dies_is_given_up(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
