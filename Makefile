@@ -8,7 +8,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help run train run-worlds test matrix bench-megatron bench-push lint format clean ready
+.PHONY: help run train run-worlds test test-long matrix bench-megatron bench-push lint format clean ready
 
 PYTHON ?= python3
 ARGS ?=
@@ -35,6 +35,9 @@ train: ready ## the plain job in runs/train; started again, it resumes
 
 test: ready ## all tests that need no GPU, in less than 10 minutes on 2 cores
 	@python -m pytest $(ARGS)
+
+test-long: ready ## what `make test` leaves out: the same in more depth, and the matrix
+	@python -m pytest -m "long or matrix" $(ARGS)
 
 matrix: ready ## every Megatron layout against every other on 2 and 4 ranks, about ten minutes
 	@python -m pytest -m matrix tests/test_megatron_matrix.py -v $(ARGS)

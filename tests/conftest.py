@@ -6,17 +6,21 @@ import pytest
 from megatron_worlds import Worlds
 from worlds import World
 
-MATRIX = "matrix: every Megatron layout against every other, for minutes; left out unless asked for (pytest -m matrix)"
+LEFT_OUT = {
+    "matrix": "every Megatron layout against every other, for minutes",
+    "long": "what takes long and repeats in depth what a shorter test shows",
+}
+"""Run only when asked for by name: `pytest -m long`."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", MATRIX)
+    for name, about in LEFT_OUT.items():
+        config.addinivalue_line("markers", f"{name}: {about}; left out unless asked for (pytest -m {name})")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if "matrix" in config.getoption("-m"):
-        return
-    left_out = [item for item in items if item.get_closest_marker("matrix")]
+    unasked = [name for name in LEFT_OUT if name not in config.getoption("-m")]
+    left_out = [item for item in items if any(item.get_closest_marker(name) for name in unasked)]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
 

@@ -146,6 +146,7 @@ def test_killed_at_three_points_it_comes_back_on_the_same_losses(unbroken: Jobs,
     assert sorted(p.name for p in jobs.out.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-8"]
 
 
+@pytest.mark.long
 def test_without_its_rng_a_resumed_run_goes_another_way(unbroken: Jobs, tmp_path: Path) -> None:
     jobs = Jobs(tmp_path)
     shutil.copytree(unbroken.folder / "upload" / "checkpoint-4", jobs.out / "checkpoint-4")
