@@ -102,7 +102,7 @@ def test_the_last_step_waits_for_the_hub(two_ranks: World, hub: LocalHub, tmp_pa
 def test_the_last_step_does_not_wait_for_ever(two_ranks: World, hub: LocalHub, tmp_path: Path) -> None:
     hub.faults.add(Fault("commit", status=503, times=0))
     for told in two_ranks.call(
-        f"{CASES}:last_step", str(tmp_path / "run"), environment(hub, tmp_path), REPO, exit_timeout_s=1
+        f"{CASES}:last_step", str(tmp_path / "run"), environment(hub, tmp_path), REPO, exit_timeout_s=8
     ):
         assert told["raised"].startswith("SaveFailed") and "503" in told["raised"] and REPO in told["raised"]
     assert push_queue.owed(tmp_path / "run") == ["checkpoint-1", "checkpoint-2"]
