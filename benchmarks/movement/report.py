@@ -273,8 +273,8 @@ def machine_lines(figures: Figures) -> list[str]:
     lines.append(f"dropping the page cache by POSIX_FADV_DONTNEED {verb} here: at most {cached:.1%} of a file stayed")
     about = results.about
     lines.append(
-        f"load average at the start {about['load_average']:.1f}, processor time taken by other guests "
-        f"{about['stolen']:.1%}"
+        f"load average {about['load_averages'][0]:.1f} at the start and {about['load_averages'][1]:.1f} at the end; "
+        f"processor time taken by other guests {about['stolen']:.1%}"
     )
     return lines
 
@@ -367,4 +367,6 @@ def plot(figures: Figures, path: Path) -> str:
 
 
 def _label(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"
+    if value is None:
+        return ""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
