@@ -263,13 +263,14 @@ def load_without_optimizer(layout: str, directory: str) -> list[list[str]]:
 def refusal_of_import(layout: str, holder: str, name: str) -> str:
     """The error of importing our backend where Megatron has no `name` in `holder`."""
     owner = pkgutil.resolve_name(f"megatron.core.dist_checkpointing.{holder}")
-    kept = sys.modules.pop(backend.__name__)
+    ours = [module for module in sys.modules if f"{module}.".startswith(f"{backend.__name__}.")]
+    kept = {module: sys.modules.pop(module) for module in ours}
     try:
         with mock.patch.object(owner, name):
             delattr(owner, name)
             return error_of(lambda: importlib.import_module(backend.__name__))
     finally:
-        sys.modules[backend.__name__] = kept
+        sys.modules.update(kept)
 
 
 def save_and_keep_one(layout: str, directory: str) -> list[Path | None]:

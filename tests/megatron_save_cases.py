@@ -28,6 +28,7 @@ from roll_ckpt import arena, errors, loader, saver  # noqa: E402
 from roll_ckpt.backends import megatron as backend  # noqa: E402
 from roll_ckpt.config import Settings  # noqa: E402
 from roll_ckpt.image import Extent, FileImage, Memory  # noqa: E402
+from roll_ckpt.layout import dcp  # noqa: E402
 from roll_ckpt.world import World  # noqa: E402
 
 PLUG_BYTES = 512 << 20
@@ -437,7 +438,7 @@ def fail_to_lay_out(directory: str) -> dict[str, Any]:
         return made
 
     for turn, name in enumerate(["form", None, "join", None]):
-        with mock.patch.object(backend.dcp, name, broken) if name and second else mock.patch("os.sep", os.sep):
+        with mock.patch.object(dcp, name, broken) if name and second else mock.patch("os.sep", os.sep):
             made = save(turn)
         sound = made.failure is None and _read_back(Path(directory) / f"turn_{turn}", turn, {})
         told.append((sound, "model" in made.replays, str(made.failure or "")))

@@ -1,0 +1,72 @@
+"""What a checkpoint of Megatron-core holds, and what is told of it: names of files, forms, the parallel layout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import megatron.core
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingConfig
+
+from roll_ckpt import errors
+
+FRAMEWORK = "megatron-core"
+
+COMMON, DCP_METADATA, MARKER = "common.pt", ".metadata", "metadata.json"
+"""What a checkpoint has beside the `.distcp` files; in a save by stock code the marker comes last."""
+
+MARKER_BYTES = json.dumps(asdict(CheckpointingConfig("torch_dist", 1))).encode()
+
+RESHARDABLE = {
+    "dp_reshardable": "on any number of data parallel ranks",
+    "fully_reshardable": "in any layout",
+}
+"""Forms of the distributed optimizer that can be saved, and where they can be loaded."""
+
+
+def check_form(content_metadata: Mapping[str, Any] | None) -> None:
+    """Refuse forms of the distributed optimizer that cannot be saved or that were not tried.
+
+    Raises:
+        UnsupportedError: names the form and those to choose from.
+    """
+    form = (content_metadata or {}).get("distrib_optim_sharding_type")
+    if form is not None and form not in RESHARDABLE:
+        raise errors.UnsupportedError(
+            f"roll_ckpt does not support distrib_optim_sharding_type {form!r}: Megatron cannot save it as whole "
+            f"tensors, or it was not tried; choose one of {', '.join(sorted(RESHARDABLE))}"
+        )
+
+
+def content_metadata_of(form: str) -> dict[str, Any]:
+    """What Megatron's `sharded_state_dict` functions are told, and what the checkpoint records of it."""
+    return {
+        "distrib_optim_sharding_type": form,
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+    }
+
+
+def parallel_layout() -> dict[str, int]:
+    """Sizes of the parallel dimensions of this job."""
+    return {
+        "tp": parallel_state.get_tensor_model_parallel_world_size(),
+        "pp": parallel_state.get_pipeline_model_parallel_world_size(),
+        "vpp": parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
+        "cp": parallel_state.get_context_parallel_world_size(),
+        "ep": parallel_state.get_expert_model_parallel_world_size(),
+        "dp": parallel_state.get_data_parallel_world_size(),
+    }
+
+
+def describe(content_metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Facts for the manifest: framework, parallel sizes, form of the optimizer."""
+    return {
+        "framework": FRAMEWORK,
+        "framework_version": megatron.core.__version__,
+        "layout": parallel_layout(),
+        "distrib_optim_sharding_type": (content_metadata or {}).get("distrib_optim_sharding_type"),
+    }

@@ -1,0 +1,144 @@
+"""Loads of a sharded state, and what is refused before a tensor is read."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from roll_ckpt import disk, errors, loader, names, saver, seal
+from roll_ckpt.backends.megatron.facts import COMMON, DCP_METADATA, MARKER, MARKER_BYTES
+from roll_ckpt.config import Settings
+from roll_ckpt.layout import dcp_index
+from roll_ckpt.world import LONGEST_S, World
+
+
+def load(
+    sharded_state_dict: dict[str, Any],
+    directory: str | os.PathLike[str],
+    *,
+    settings: Settings | None = None,
+    cluster: str = "model",
+    strategy: Any = None,
+    verified: bool = False,
+) -> dict[str, Any]:
+    """What `dist_checkpointing.load` returns, after every byte was verified; every rank calls.
+
+    Checkpoints that stock wrote are loaded with a warning. `strategy` is a stock load strategy; `verified` says
+    that the ranks have just read every byte.
+
+    Raises:
+        NotFound: there is no complete checkpoint in `directory`. Damaged: bytes differ. ModelMismatch: other
+            names or shapes. UnsupportedError: stock wrote it with another backend than torch_dist. On every rank,
+            and before a tensor was read.
+    """
+    settings = settings or Settings()
+    path, world = Path(directory).absolute(), World.current()
+    saver.wait_pending()
+    world.together(lambda: check_complete(path), settings.commit_timeout_s)
+    agree_on_manifest(world, path, settings)
+    with loader.reading(path, settings) as reader:
+        if reader.unit is not None and not verified:
+            loader.check_bytes(world, reader.unit.directory)
+        if reader.unit is None:
+            world.together(lambda: told_by_stock(path, settings), settings.commit_timeout_s)
+        world.together(lambda: check_content(sharded_state_dict, path, settings, world), LONGEST_S)
+        with torch.serialization.safe_globals(loader.allowed(settings)):
+            loaded: dict[str, Any] = dist_checkpointing.load(sharded_state_dict, str(path), strategy)
+        return loaded
+
+
+def agree_on_manifest(world: World, path: Path, settings: Settings) -> None:
+    """Refuse on every rank a checkpoint whose ranks see different manifests: one would verify what others trust."""
+    mine: dict[str, Any] = {"manifest": None}
+
+    def look() -> None:
+        unit = loader.Unit.around(path)
+        if unit is not None:
+            mine["manifest"] = seal.sha256(disk.read_bytes(unit.directory / names.MANIFEST))
+
+    world.together(look, settings.commit_timeout_s)
+
+    def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
+        others = [str(rank) for rank, post in enumerate(posts) if post != posts[0]]
+        if others:
+            raise errors.RanksDisagree(
+                f"{path}: rank {', '.join(others)} and rank 0 see different manifests, or none; nothing was loaded. "
+                "Give every rank the same directory"
+            )
+        return {}
+
+    world.agree(mine, decide, settings.commit_timeout_s)
+
+
+def check_complete(path: Path) -> None:
+    for name in (MARKER, DCP_METADATA, COMMON):
+        if not disk.exists(path / name):
+            later = " (Megatron-core later than 0.16 writes none, and 0.16 cannot read it)" if name == COMMON else ""
+            raise errors.NotFound(f"{path}: no complete Megatron checkpoint: it has no {name}{later}; load another one")
+
+
+def told_by_stock(path: Path, settings: Settings) -> dict[str, Any]:
+    """The content metadata of a checkpoint that has no manifest.
+
+    Raises:
+        UnsupportedError: another backend wrote it. Damaged: the marker or the common state cannot be read, or a safe
+            load refuses it.
+    """
+    try:
+        marker = json.loads(disk.read_bytes(path / MARKER))
+    except ValueError as problem:
+        raise errors.Damaged(f"{path / MARKER}: cannot be read, it is truncated or damaged: {problem}") from problem
+    if marker != json.loads(MARKER_BYTES):
+        raise errors.UnsupportedError(
+            f"{path / MARKER}: {marker} wrote this checkpoint; roll_ckpt loads what torch_dist, version 1, wrote. "
+            "Load it with Megatron, and save it again as torch_dist"
+        )
+    allowed = loader.allowed(settings)
+    dcp_index.check_file(path / COMMON, allowed)
+    with torch.serialization.safe_globals(allowed):
+        return dist_checkpointing.load_content_metadata(str(path)) or {}
+
+
+def check_content(sharded_state_dict: dict[str, Any], path: Path, settings: Settings, world: World) -> None:
+    """Refuse what stock code would unpickle without restriction, or stumble over (the index, the common state, and
+    this rank's share of the objects), and tensors that are not those that this rank wants. No collective."""
+    allowed = loader.allowed(settings)
+    index = dcp_index.read(path, [kind for kind in allowed if isinstance(kind, type)])
+    dcp_index.check_file(path / COMMON, allowed)
+    _compare(sharded_state_dict, path, index)
+    dcp_index.check_objects(path, index, allowed, part=world.rank, parts=world.size)
+
+
+def _compare(sharded_state_dict: dict[str, Any], path: Path, index: Metadata) -> None:
+    stored = index.state_dict_metadata.items()
+    saved = {name: {"shape": list(kind.size)} for name, kind in stored if isinstance(kind, TensorStorageMetadata)}
+    live = {tensor.key: {"shape": list(tensor.global_shape)} for tensor in _tensors(sharded_state_dict)}
+    if live and not saved:
+        raise errors.ModelMismatch(f"{path} holds no tensors")
+    loader.compare_models({name: saved[name] for name in live if name in saved} or saved, live, str(path))
+
+
+def _tensors(sharded_state_dict: dict[str, Any]) -> Iterator[ShardedTensor]:
+    for value in nested_values(sharded_state_dict):
+        if isinstance(value, ShardedTensorFactory):
+            yield from (part for part in nested_values({"": value.build()}) if isinstance(part, ShardedTensor))
+        elif isinstance(value, ShardedTensor):
+            yield value
+
+
+def recorded(path: Path, cluster: str) -> Mapping[str, Any]:
+    """The facts that the manifest holds of a cluster; nothing for a checkpoint that stock wrote."""
+    unit = loader.Unit.around(path)
+    if unit is None:
+        return {}
+    clusters = unit.manifest.clusters
+    return clusters[cluster if cluster in clusters else next(iter(clusters))]

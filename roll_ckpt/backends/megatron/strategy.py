@@ -1,0 +1,224 @@
+"""`SaveStrategy`: stock code plans, we move the bytes; and its files under stock's own save."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.msc_utils import MultiStorageClientFeature
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.storage import WriteResult
+
+from roll_ckpt import arena, disk, errors, loader, names, native, saver
+from roll_ckpt.backends.megatron.facts import COMMON, DCP_METADATA
+from roll_ckpt.backends.megatron.plan import Plan
+from roll_ckpt.config import Settings
+from roll_ckpt.image import FileImage
+from roll_ckpt.layout import dcp, torch_zip
+from roll_ckpt.world import LONGEST_S, World
+
+log = logging.getLogger("roll_ckpt")
+
+
+class SaveStrategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
+    """Stock's `torch_dist` strategy with our files: one for each rank, staged, written and fsynced natively.
+
+    Under stock `dist_checkpointing.save` every file is durable under its name before `.metadata`, and that
+    before `metadata.json`, which stays the marker of a complete checkpoint. With `async_sharded_save=True` the
+    request goes into Megatron's `AsyncCallsQueue` (not its persistent worker: that one pickles the request):
+    scheduling it returns when everything was copied.
+    """
+
+    def __init__(self, settings: Settings | None = None, **stock: Any) -> None:
+        super().__init__("torch_dist", 1, **{"thread_count": 1, **stock})
+        self.settings = settings or Settings()
+        self.use_cached_ckpt_structure: bool
+        self.plan: Plan | None = None
+        """What the last save under our commit planned, if this rank could lay it out."""
+        self._planned: list[Any] | None = None
+        self._warned: set[str] = set()
+
+    def warn_unloadable(self, common: dict[str, Any], image: FileImage, directory: Path, settings: Settings) -> None:
+        """Warn, once, of each entry of the common state, laid out as `image`, that a safe load would refuse."""
+        for key, found in torch_zip.unsafe_parts(common, image, loader.allowed(settings)).items():
+            if key not in self._warned:
+                self._warned.add(key)
+                log.warning(
+                    "%s: the entry %r holds %s, which a safe load refuses; keep plain values and tensors in it, or "
+                    "add these names to load.allow",
+                    directory / COMMON,
+                    key,
+                    ", ".join(found),
+                )
+
+    def planned_by_stock(self, outer: Any, sharded: dict[str, Any], directory: Path) -> tuple[Any, Any, Any]:
+        """Who writes what, as stock code plans it: its writer, `.metadata`'s content on the coordinator, and the
+        group that planned. `outer` is this strategy or what wraps it. Every rank calls; writes nothing, but makes
+        `directory` if it is missing.
+
+        Stock's own caches are left out: they trust that the structure never changes.
+        """
+        kept, self.use_cached_ckpt_structure = self.use_cached_ckpt_structure, False
+        if isinstance(outer, FullyParallelSaveStrategyWrapper):
+            outer.cached_distribution = None
+        self._planned = []
+        try:
+            outer.async_save(sharded, directory)
+            writer, metadata, group = self._planned
+        finally:
+            self._planned = None
+            self.use_cached_ckpt_structure = kept
+        return writer, metadata, group
+
+    def async_save(self, *args: Any, **kwargs: Any) -> AsyncRequest:
+        if MultiStorageClientFeature.is_enabled():
+            raise errors.UnsupportedError(
+                "roll_ckpt does not support Megatron's multi-storage client in this version: the commit needs a "
+                "directory of a file system; disable it"
+            )
+        with _without_results_process():
+            return super().async_save(*args, **kwargs)
+
+    def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any, *rest: Any) -> AsyncRequest:
+        """Stock's hook between planning and writing. `planned`: the writer, `.metadata`'s content on the
+        coordinator, and the group that planned."""
+        _, metadata, group = planned
+        if self._planned is not None:
+            self._planned += [writer, metadata, group]
+            return AsyncRequest(None, (), [])
+        files = _Files(self.settings, writer, metadata, group)
+        return AsyncRequest(_write, (None, None, None), [files.finish], {}, preload_fn=files.begin)
+
+
+def strategy_of(strategy: Any) -> SaveStrategy:
+    ours = getattr(strategy, "base_strategy", strategy)
+    if not isinstance(ours, SaveStrategy):
+        raise errors.ConfigError(f"strategy is {type(ours).__name__}; give a {SaveStrategy.__name__}, wrapped or not")
+    return ours
+
+
+@dataclass
+class _LaidOut:
+    path: Path
+    image: FileImage
+    results: list[WriteResult]
+
+
+def _lay_out(writer: Any) -> list[_LaidOut]:
+    """One image for each file that stock code wants this rank to write; they now hold the tensors, not `writer`."""
+    files = []
+    for path, name, (objects, tensors) in writer.write_buckets or ():
+        plan = [*objects, *tensors]
+        image, spans = dcp.lay_out((item.index.fqn, _plain(value)) for item, value in plan)
+        results = [
+            WriteResult(item.index, span.length, _StorageInfo(name, span.offset, span.length))
+            for (item, _), span in zip(plan, spans, strict=True)
+        ]
+        files.append(_LaidOut(Path(path), image, results))
+    writer.write_buckets = None
+    return files
+
+
+def _plain(value: Any) -> torch.Tensor | bytes:
+    """A planned item: a tensor, or what Megatron has pickled into a stream."""
+    return value.detach() if isinstance(value, torch.Tensor) else bytes(value.getbuffer())
+
+
+class _Files:
+    """This rank's files of one save by stock code: written beside their names, then renamed.
+
+    Between `begin` and `finish` stock code meets at a barrier: an error on one rank waits for `finish`.
+    """
+
+    def __init__(self, settings: Settings, writer: Any, metadata: Any, group: Any) -> None:
+        self._settings = settings
+        self._writer = writer
+        self._metadata = metadata
+        self._group = group
+        self._results: list[WriteResult] = []
+        self._moving: list[tuple[Path, Path, native.Transfer]] = []
+        self._problem: Exception | None = None
+        self._pid = os.getpid()
+
+    def begin(self) -> _Files:
+        """Copy everything, and start to write; returns when the tensors may change."""
+        try:
+            mover = arena.mover(self._settings)
+            for file in _lay_out(self._writer):
+                temporary = file.path.with_name(names.temporary_file(file.path.name))
+                transfer = mover.save(temporary, saver.native_image(file.image), overlap=False)
+                self._moving.append((temporary, file.path, transfer))
+                self._results += file.results
+        except Exception as problem:
+            self._problem = problem
+        return self
+
+    def write(self) -> None:
+        """Wait until the files are durable under their names. In a forked child, which has no threads of ours,
+        it does nothing: `finish` comes back to it in the parent."""
+        if os.getpid() != self._pid:
+            return
+        try:
+            while self._moving and self._problem is None:
+                temporary, path, transfer = self._moving[0]
+                transfer.wait_written()
+                disk.rename(temporary, path)
+                disk.fsync_dir(path.parent)
+                self._moving.pop(0)
+        except Exception as problem:
+            self._problem = problem
+        for temporary, _, transfer in self._moving:
+            transfer.abandon()
+            disk.discard_file(temporary)
+        self._moving.clear()
+
+    def finish(self) -> None:
+        """Every rank calls, on the training thread: `.metadata`, once all files of all ranks are durable.
+
+        Raises:
+            SaveFailed: on every rank, if it failed on any; the directory has no `metadata.json` then.
+        """
+        world = World.current()
+        world.together(self._check, LONGEST_S)
+        gathered = self._group.gather_object(self._results)
+
+        def write_metadata() -> None:
+            if self._group.is_coordinator:
+                path = Path(self._writer.path)
+                self._writer.finish(self._metadata, gathered)
+                disk.fsync_file(path / DCP_METADATA)
+                disk.fsync_dir(path)
+
+        world.together(write_metadata, LONGEST_S)
+
+    def _check(self) -> None:
+        self.write()
+        if self._problem is not None:
+            raise self._problem
+
+
+def _write(rank: object, files: _Files, unused: object) -> None:
+    """What Megatron's queue runs, in a forked child or here."""
+    files.write()
+
+
+@contextmanager
+def _without_results_process() -> Iterator[None]:
+    """Stock code starts a manager process to collect results from writer processes; we have none of them."""
+    stock = filesystem_async._results_queue
+    filesystem_async._results_queue = stock or queue.SimpleQueue()
+    try:
+        yield
+    finally:
+        filesystem_async._results_queue = stock
