@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,14 @@ from roll_ckpt import manifest, verify
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
 CASES = "mixed_cases"
+
+
+@pytest.fixture(scope="module")
+def megatron() -> Iterator[Worlds]:
+    """Worlds of this module's own: a process has one arena, and the other modules ask for one of another size."""
+    worlds = Worlds()
+    yield worlds
+    worlds.close()
 
 
 @pytest.fixture
