@@ -68,76 +68,51 @@ def tell(line: str) -> None:
         print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
 
 
-def run(told: argparse.Namespace, root: Path) -> report.Results:
-    before = machine.processor_times()
-    load_average = os.getloadavg()[0]
+def run(told: argparse.Namespace, root: Path, results: report.Results) -> None:
+    """Measure everything; `results` always holds what was measured so far."""
     tell("making the state")
     state = measure.make_state(told.mib << 20, told.tensors)
-    nbytes = measure.bytes_of(state)
-    target = machine.HugePages(nbytes)
+    results.nbytes = measure.bytes_of(state)
+    target = machine.HugePages(results.nbytes)
     copier = machine.Copier(list(state.values()), target)
     disk = machine.RawDisk(root, target)
-    contestants, missing = systems.open_all(state, told.only, quick=told.quick)
-    saves = measure.measure_saves(contestants, state, root, copier, disk, told.rounds, tell)
-    memcpy_s = report.median(saves.memcpy)
-
-    loops, steps_s = {}, {}
-    for kind, memcpys in ((LONG, 3.0), (SHORT, 0.5))[: 1 if told.quick else 2]:
-        steps_s[kind] = memcpys * memcpy_s
-        trainer = measure.Trainer(state, steps_s[kind])
-        step_s = min(machine.timed(lambda trainer=trainer: trainer.step(lambda: None)) for _ in range(3))
-        loops[kind] = measure.measure_loop(
-            *(contestants, state, root, trainer, copier),
-            rounds=told.loop_rounds,
-            saves=told.loop_saves,
-            interval=math.ceil(3 * report.best_write(saves) / step_s),
-            tell=tell,
-        )
-
-    many: list[float] = []
-    if told.tensors < told.many:
-        tell(f"a state of {told.many} tensors")
-        many = measure.measure_many(contestants[0], measure.make_state(nbytes, told.many, 1), root, told.rounds)
-    firsts, memory, cap = children(told, root, [system.name for system in contestants])
-    for system in contestants:
-        system.close()
-    about = about_run(told, contestants) | {
-        "load_averages": [load_average, os.getloadavg()[0]],
-        "stolen": stolen(before, machine.processor_times()),
-    }
-    return report.Results(
-        nbytes=nbytes,
-        saves=saves,
-        loops=loops,
-        steps_s=steps_s,
-        many=many,
-        firsts=firsts,
-        memory=memory,
-        cap_bytes=cap,
-        missing=missing,
-        loop_missing={system.name: system.loop_reason for system in contestants if system.loop_reason},
-        background=frozenset(system.name for system in contestants if system.background),
-        about=about,
-    )
+    contestants, results.missing = systems.open_all(state, told.only, quick=told.quick)
+    results.loop_missing = {system.name: system.loop_reason for system in contestants if system.loop_reason}
+    results.background = frozenset(system.name for system in contestants if system.background)
+    results.about |= about_run(told, contestants)
+    try:
+        measure.measure_saves(contestants, state, root, copier, disk, told.rounds, tell, results.saves)
+        for kind, memcpys in ((LONG, 3.0), (SHORT, 0.5))[: 1 if told.quick else 2]:
+            results.steps_s[kind] = memcpys * report.median(results.saves.memcpy)
+            trainer = measure.Trainer(state, results.steps_s[kind])
+            step_s = min(machine.timed(lambda trainer=trainer: trainer.step(lambda: None)) for _ in range(3))
+            interval = math.ceil(3 * report.best_write(results.saves) / step_s)
+            loop = results.loops[kind] = measure.Loop(told.loop_saves * interval, told.loop_saves)
+            measure.measure_loop(contestants, state, root, trainer, copier, told.loop_rounds, tell, loop)
+        if told.tensors < told.many:
+            tell(f"a state of {told.many} tensors")
+            many = measure.make_state(results.nbytes, told.many, 1)
+            results.many += measure.measure_many(contestants[0], many, root, told.rounds)
+        run_children(told, root, [system.name for system in contestants], results)
+    finally:
+        for system in contestants:
+            system.close()
 
 
-def children(told: argparse.Namespace, root: Path, names: list[str]) -> tuple[list[Any], dict[str, Any], int]:
+def run_children(told: argparse.Namespace, root: Path, names: list[str], results: report.Results) -> None:
     """First saves and peak memory, which only a fresh process can show."""
-    cap = (told.mib << 20) // 4
+    results.cap_bytes = (told.mib << 20) // 4
 
     def child(name: str, cap_bytes: int, saves: int) -> Any:
         arguments = [name, str(told.mib << 20), str(told.tensors), str(cap_bytes), str(saves)]
         return measure.run_child([*arguments, "--directory", str(root)])
 
-    firsts = []
     for number in range(1 if told.quick else 5):
         tell(f"first save of process {number}")
-        firsts.append(child(report.OURS, 0, 6))
-    memory = {}
+        results.firsts.append(child(report.OURS, 0, 6))
     for name in names if not told.quick else [report.OURS]:
         tell(f"peak memory of {name}")
-        memory[name] = child(name, cap if name == report.OURS else 0, 3)
-    return firsts, memory, cap
+        results.memory[name] = child(name, results.cap_bytes if name == report.OURS else 0, 3)
 
 
 def stolen(before: dict[str, int], after: dict[str, int]) -> float:
@@ -174,11 +149,22 @@ def main() -> None:
         measure.child_main(name, int(nbytes), int(tensors), int(cap) or None, int(saves), told.directory)
         return
     root = Path(tempfile.mkdtemp(prefix="movement-", dir=told.directory))
+    results = report.Results()
+    before, load_average = machine.processor_times(), os.getloadavg()[0]
     try:
-        results = run(told, root)
+        run(told, root, results)
+    except KeyboardInterrupt:
+        results.interrupted = True
+        if any(name not in results.saves.systems for name in results.about.get("contestants", [""])):
+            raise
+        print("\ninterrupted: what was measured until then")
     finally:
         shutil.rmtree(root, ignore_errors=True)
     tell("")
+    results.about |= {
+        "load_averages": [load_average, os.getloadavg()[0]],
+        "stolen": stolen(before, machine.processor_times()),
+    }
     figures = report.Figures(results)
     found = report.verdicts(figures)
     about = results.about

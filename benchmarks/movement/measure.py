@@ -101,9 +101,9 @@ def measure_saves(
     disk: machine.RawDisk,
     rounds: int,
     tell: Callable[[str], None],
-) -> Saves:
+    found: Saves,
+) -> None:
     """Every contestant and the raw disk in turn, `rounds` times; a round before them warms up and is thrown away."""
-    found = Saves()
     turns: list[tuple[str, Callable[[bool], None]]] = []
 
     def contest(system: System) -> Callable[[bool], None]:
@@ -138,7 +138,6 @@ def measure_saves(
             turn(number == 0)
             if number:
                 found.memcpy.append(memcpy)
-    return found
 
 
 def measure_many(ours: System, state: State, root: Path, rounds: int) -> list[float]:
@@ -189,11 +188,11 @@ class Trainer:
 class Loop:
     """What a loop of steps took, from its first step until its last save was durable."""
 
+    steps: int
+    saves: int
     seconds: dict[str, list[float]] = field(default_factory=dict)
     pauses: dict[str, list[float]] = field(default_factory=dict)
     memcpy: list[float] = field(default_factory=list)
-    steps: int = 0
-    saves: int = 0
 
 
 WITHOUT = "without saves"
@@ -205,14 +204,11 @@ def measure_loop(
     root: Path,
     trainer: Trainer,
     copier: machine.Copier,
-    *,
     rounds: int,
-    saves: int,
-    interval: int,
     tell: Callable[[str], None],
-) -> Loop:
+    found: Loop,
+) -> None:
     """The same loop without saves and with each contestant's, in turn."""
-    found = Loop(steps=saves * interval, saves=saves)
     entrants: list[System | None] = [system for system in contestants if not system.loop_reason]
     entrants[len(entrants) // 2 : len(entrants) // 2] = [None]
     entrants.insert(0, None)
@@ -224,10 +220,9 @@ def measure_loop(
             os.sync()
             gc.collect()
             found.memcpy.append(copier())
-            seconds, pauses = _one_loop(system, state, root, trainer, saves, interval)
+            seconds, pauses = _one_loop(system, state, root, trainer, found.saves, found.steps // found.saves)
             found.seconds.setdefault(name, []).append(seconds)
             found.pauses.setdefault(name, []).extend(pauses)
-    return found
 
 
 def _one_loop(

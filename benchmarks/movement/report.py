@@ -17,22 +17,23 @@ MILLI = 1e3
 
 @dataclass
 class Results:
-    """Everything one run measured."""
+    """Everything one run measured, filled in as it goes."""
 
-    nbytes: int
-    saves: Saves
-    loops: dict[str, Loop]
-    steps_s: dict[str, float]
+    nbytes: int = 0
+    saves: Saves = field(default_factory=Saves)
+    loops: dict[str, Loop] = field(default_factory=dict)
+    steps_s: dict[str, float] = field(default_factory=dict)
     """The arithmetic of one step of each kind of loop, in seconds."""
-    many: list[float]
-    firsts: list[dict[str, Any]]
+    many: list[float] = field(default_factory=list)
+    firsts: list[dict[str, Any]] = field(default_factory=list)
     """Fresh processes of ours with the cap at the whole state."""
-    memory: dict[str, dict[str, Any]]
+    memory: dict[str, dict[str, Any]] = field(default_factory=dict)
     """One fresh process of each contestant; ours with the cap at a quarter of the state."""
-    cap_bytes: int
-    missing: dict[str, str]
-    loop_missing: dict[str, str]
-    background: frozenset[str]
+    cap_bytes: int = 0
+    missing: dict[str, str] = field(default_factory=dict)
+    loop_missing: dict[str, str] = field(default_factory=dict)
+    background: frozenset[str] = frozenset()
+    interrupted: bool = False
     about: dict[str, Any] = field(default_factory=dict)
 
 
@@ -181,8 +182,9 @@ def _process(figures: Figures) -> list[Verdict]:
     if small:
         limit = 1.05 * results.cap_bytes
         found.append(_at_most("peak memory, cap a quarter of the state", small["peak"], limit, "MiB", 2**-20, 0))
-        same = bool(results.firsts) and all(first["crc"] == small["crc"] for first in results.firsts)
-        found.append(Verdict("the same bytes on disk with that cap", "yes", "yes" if same else "no", same))
+        if results.firsts:
+            same = all(first["crc"] == small["crc"] for first in results.firsts)
+            found.append(Verdict("the same bytes on disk with that cap", "yes", "yes" if same else "no", same))
     for key, told in (("blocked", "save() and fence()"), ("durable", "durable")):
         ratios = [first["rows"][0][key] / median([row[key] for row in first["rows"][1:]]) for first in results.firsts]
         found.append(_at_most(f"first save against later ones, {told}", median(ratios), 1.5, "x"))
@@ -289,6 +291,7 @@ def as_json(figures: Figures, found: Sequence[Verdict]) -> dict[str, Any]:
     spread = machine.spread
     return {
         **results.about,
+        "interrupted": results.interrupted,
         "state_bytes": results.nbytes,
         "cap_bytes_for_memory": results.cap_bytes,
         "seconds": {
