@@ -169,12 +169,13 @@ def check_bytes(world: World, unit: Path) -> None:
 
 
 def allowed(settings: Settings) -> list[Any]:
-    """The objects that `load.allow` names.
+    """What pickles may hold beyond torch's list: members of allowed enumerations, and the objects that `load.allow`
+    names.
 
     Raises:
         ConfigError: a name that cannot be imported.
     """
-    found = []
+    found: list[Any] = [torch_zip.ENUM_MEMBERS]
     for name in settings.load.allow:
         module, _, attribute = name.rpartition(".")
         try:

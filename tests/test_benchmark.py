@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from benchmarks.movement import machine, measure, report, systems
@@ -16,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MIB = 1 << 20
 
 
+@pytest.mark.long
 def test_a_run_of_ours_alone_fills_the_table_and_the_file(tmp_path: Path) -> None:
     told = ["--quick", "--mib", "64", "--tensors", "20", "--many", "40", "--rounds", "1", "--loop-rounds", "1"]
     told += ["--only", "nobody", "--output", str(tmp_path), "--directory", str(tmp_path)]

@@ -202,3 +202,27 @@ def test_any_flipped_byte_of_the_index_is_read_or_damaged_but_runs_nothing(saved
             dcp_index.read(saved)
         except errors.Damaged:
             continue
+
+
+class ByName:
+    """Pickled as some versions of Python pickle the member of an enumeration: by `getattr`."""
+
+    def __init__(self, kind: Any, name: str) -> None:
+        self.found = kind, name
+
+    def __reduce__(self) -> Any:
+        return getattr, self.found
+
+
+def test_getattr_finds_members_of_enumerations_and_nothing_else(saved: Path) -> None:
+    rewrite(saved, lambda index: setattr(index, "planner_data", ByName(_MEM_FORMAT_ENCODING, "TORCH_CHANNELS_LAST")))
+    assert dcp_index.read(saved).planner_data is _MEM_FORMAT_ENCODING.TORCH_CHANNELS_LAST
+    for kind, name in ((Metadata, "__init__"), (_MEM_FORMAT_ENCODING, "__class__"), (_MEM_FORMAT_ENCODING, "mro")):
+        rewrite_raw(saved, ByName(kind, name))
+        with pytest.raises(errors.Damaged, match=r"\.metadata"):
+            dcp_index.read(saved)
+
+
+def rewrite_raw(directory: Path, planner_data: object) -> None:
+    index = Metadata({}, planner_data, {})
+    (directory / ".metadata").write_bytes(pickle.dumps(index))

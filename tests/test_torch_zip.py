@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import io
 import os
 import pickle
@@ -806,3 +807,29 @@ def test_unsafe_parts_agree_with_what_loads(mover: native.Mover, tmp_path: Path)
     write(mover, tmp_path / "s.pt", state)
     with pytest.raises(errors.Damaged):
         parse(tmp_path / "s.pt")
+
+
+class Colour(enum.Enum):
+    RED = 1
+
+
+class ByName:
+    """Pickled as Python 3.11.0 to 3.11.3 pickle the member of an enumeration: by `getattr`."""
+
+    def __init__(self, kind: Any, name: str) -> None:
+        self.found = kind, name
+
+    def __reduce__(self) -> Any:
+        return getattr, self.found
+
+
+def test_members_of_allowed_enumerations_load_on_every_python(mover: native.Mover, tmp_path: Path) -> None:
+    allow = [Colour, torch_zip.ENUM_MEMBERS]
+    state = {"colour": ByName(Colour, "RED")}
+    write(mover, tmp_path / "s.pt", state)
+    image = torch_zip.lay_out(state, "s", lambda storage: False)
+    assert torch_zip.unsafe_parts(state, image, allow) == {}
+    assert torch_zip.parse((tmp_path / "s.pt").read_bytes(), "s.pt", "cpu", allow) == {"colour": Colour.RED}
+    write(mover, tmp_path / "s.pt", {"colour": ByName(Colour, "mro")})
+    with pytest.raises(errors.Damaged, match="no member"):
+        torch_zip.parse((tmp_path / "s.pt").read_bytes(), "s.pt", "cpu", allow)

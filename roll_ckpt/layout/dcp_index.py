@@ -21,10 +21,12 @@ from torch.distributed.checkpoint import filesystem, metadata, planner
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
 from roll_ckpt import disk, errors, names
+from roll_ckpt.layout import torch_zip
 
 INDEX = ".metadata"
 
 _MODULES = {module.__name__: module for module in (metadata, planner, filesystem)}
+
 _PLAIN = {
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): torch.serialization._get_layout,  # a look-up by name
@@ -32,6 +34,7 @@ _PLAIN = {
     ("pathlib._local", "PosixPath"): Path,  # Python 3.13
     ("collections", "OrderedDict"): dict,
     ("builtins", "set"): set,
+    ("builtins", "getattr"): torch_zip.enum_member,
 }
 
 

@@ -9,6 +9,7 @@ follow from a constant alignment.
 
 from __future__ import annotations
 
+import enum
 import io
 import pickle
 import struct
@@ -57,6 +58,19 @@ def lay_out(state: object, archive: str, stable: Stable = lambda storage: False,
     archive_writer.add("version", b"3\n")
     archive_writer.add_serialization_id()
     return archive_writer.close(pieces.index(state), at_least)
+
+
+def enum_member(kind: object, name: object) -> enum.Enum:
+    """`getattr` for members of enumerations and nothing else: Python 3.11.0 to 3.11.3 pickle them by it."""
+    if not (
+        isinstance(kind, type) and issubclass(kind, enum.Enum) and isinstance(name, str) and name in kind.__members__
+    ):
+        raise pickle.UnpicklingError("it looks up what is no member of an enumeration")
+    return kind[name]
+
+
+ENUM_MEMBERS = (enum_member, "builtins.getattr")
+"""For torch's list of safe globals; the enumeration itself must be there, too."""
 
 
 def unsafe_parts(state: object, image: FileImage, allow: Iterable[Any] = ()) -> dict[str, list[str]]:
