@@ -13,6 +13,7 @@ from tiny import engine, train
 
 from roll_ckpt import arena, disk, errors, native, saver
 from roll_ckpt.backends import deepspeed as backend
+from roll_ckpt.layout import torch_zip
 
 BLOCK = 1 << 16
 SMALL_IO = {"block_bytes": BLOCK}
@@ -385,7 +386,7 @@ def setters_fence(out: str) -> bool:
             safe_set_full_fp32_param(parameter, torch.full(parameter.shape, 9.0))
     saver.wait_pending()
     for file in Path(out).glob("t/*optim_states.pt"):
-        with torch.serialization.safe_globals(list(backend.ALLOWED_GLOBALS)):
+        with torch.serialization.safe_globals([*backend.ALLOWED_GLOBALS, torch_zip.ENUM_MEMBERS]):
             state = torch.load(file, weights_only=True)["optimizer_state_dict"]
         if any(bool((group == 9.0).any()) for group in state["single_partition_of_fp32_groups"]):
             return False

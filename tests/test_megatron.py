@@ -49,7 +49,7 @@ def copied(saved_once: Saved, tmp_path: Path) -> Path:
     ("layout", "precision", "loads"),
     [
         ("TP2", "fp32", ["TP2 stock", "TP2 ours", "PP2 stock", "DP2 ours"]),
-        ("PP2", "fp32", ["PP2 ours", "DP2 stock"]),
+        pytest.param("PP2", "fp32", ["PP2 ours", "DP2 stock"], marks=pytest.mark.long),
         ("DP2", "bf16", ["DP2 stock", "PP2 ours"]),
         (VPP, "fp32", [f"{VPP} stock", f"{VPP} ours", "TP2 ours"]),
     ],
@@ -88,7 +88,12 @@ def test_stock_save_with_our_strategy_is_read_in_other_layouts(
 
 
 @pytest.mark.parametrize(
-    ("layout", "form"), [("TP2", "fully_reshardable"), ("PP2", "dp_reshardable"), (VPP, "dp_reshardable")]
+    ("layout", "form"),
+    [
+        ("TP2", "fully_reshardable"),
+        pytest.param("PP2", "dp_reshardable", marks=pytest.mark.long),
+        pytest.param(VPP, "dp_reshardable", marks=pytest.mark.long),
+    ],
 )
 def test_random_states_make_the_difference_under_dropout(
     megatron: Worlds, tmp_path: Path, layout: str, form: str

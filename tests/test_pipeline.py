@@ -278,6 +278,7 @@ def test_the_step_resumed_by_path_stays_until_the_run_has_its_own(two_ranks: Wor
         assert kept == ["checkpoint-1", "checkpoint-3"]
 
 
+@pytest.mark.long
 def test_another_number_of_ranks_is_refused_by_name(unbroken: Jobs, tmp_path: Path) -> None:
     jobs = Jobs(tmp_path)
     shutil.copytree(unbroken.out, jobs.out)
