@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -268,11 +267,10 @@ def _cell(found: dict[str, float] | None) -> str:
 
 
 def main() -> None:
-    run: Callable[[], object] = lambda: rank_main(parse())  # noqa: E731
+    arguments = parse()
     if "RANK" not in os.environ:
-        parse()
         sys.exit(start(sys.argv[1:]))
-    run()
+    rank_main(arguments)
 
 
 if __name__ == "__main__":

@@ -161,20 +161,31 @@ class BasePipeline:
         uploaded = last or (upload is not None and not upload.async_upload)
         if uploaded and self._ranks.rank == 0:
             self._after_commit.awaited.add(names.checkpoint(step))
+        met = self._ranks.meetings
         save = self._begin(step)
         metrics: dict[str, Any] = {}
+        problem: Exception | None = None
         with save.staging():
             first = next(iter(self._clusters.values()))
             for cluster in self._clusters.values():
                 cluster.bind(save)
-                metrics |= cluster.do_checkpoint(global_step=step, is_last_step=last, blocking=False)
-                metrics[f"time/{cluster.name}/do_checkpoint/host_collectives"] = int(cluster is first)
-            self._stage_state(save.tickets[first.name])
+                try:
+                    metrics |= cluster.do_checkpoint(global_step=step, is_last_step=last, blocking=False)
+                except Exception as found:  # raised below: the other ranks go on to the next cluster
+                    problem = problem or found
+                metrics[f"time/{cluster.name}/do_checkpoint/host_collectives"] = self._ranks.meetings - met
+                met = self._ranks.meetings
+            if problem is None:
+                self._stage_state(save.tickets[first.name])
+            else:
+                save.tickets[first.name].fail(problem)
         self._saves.append(save)
         if uploaded or not self._async_save:
             metrics[f"time/{first.name}/do_checkpoint/host_collectives"] += 1
             saver.wait_together(self._ranks, save, uploaded=uploaded)
             self._add_ended(metrics)
+        if problem is not None:
+            raise problem
         metrics["time/do_checkpoint/total"] = time.monotonic() - began
         return metrics
 

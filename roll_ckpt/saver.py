@@ -563,6 +563,22 @@ def fence(saves: Iterable[Save] | None = None) -> None:
         save.fence()
 
 
+def wait_copied(saves: list[Save]) -> None:
+    """`fence` of these saves; those that are settled leave the list.
+
+    Raises:
+        SaveFailed, EpochLost: one of them failed in the background and its settings say `fail_training`.
+    """
+    for save in list(saves):
+        save.fence()
+        if not save.settled:
+            continue
+        saves.remove(save)
+        if save.failure is not None and not save.reported and save.settings.fail_training:
+            save.reported = True
+            raise save.failure
+
+
 _background: list[tuple[threading.Thread, float]] = []
 
 

@@ -209,8 +209,6 @@ def main() -> None:
     # An interrupt of the job is not one of the upload; a session of its own would make Linux's autogroups weigh it
     # against the whole job, and nice would count for nothing.
     os.setpgid(0, 0)
-    with suppress(OSError):
-        os.nice(19)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     disk.reach("uploader.started", output_dir=told.output_dir)
     drain(told.output_dir, lambda event: _tell(events, event), again=told.again)
@@ -389,6 +387,8 @@ class Uploader:
                 stdout=subprocess.PIPE,
                 text=True,
             )
+            with suppress(OSError):  # from the first instruction on: its imports alone take half a second
+                os.setpriority(os.PRIO_PROCESS, process.pid, 19)
         assert process.stdin and process.stdout
         with process.stdin, process.stdout:
             for line in process.stdout:

@@ -51,6 +51,11 @@ class World:
             _current = shared, ranks
         return _current[1]
 
+    @property
+    def meetings(self) -> int:
+        """How many rendezvous there were so far."""
+        return self._sequence
+
     def agree(
         self, mine: dict[str, Any], decide: Callable[[list[dict[str, Any]]], dict[str, Any]], timeout_s: float
     ) -> dict[str, Any]:

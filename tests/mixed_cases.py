@@ -251,3 +251,45 @@ def refusals(out: str) -> dict[str, str]:
         "neither": raised(lambda: pipeline(out, Cluster("critic", critic))),
         "form": raised(lambda: registered(out, actor, critic, form="fully_sharded_model_space")),
     }
+
+
+def escaping(out: str, background: bool) -> tuple[str, list[str]]:
+    """The actor's part raises on rank 1 when all was staged, while the critic has yet to be planned by all ranks; what
+    the save says there, and what a later save has left on disk."""
+    pair = both()
+    made = registered(out, *pair, options={"client_state": {}}, async_save=background)
+    made.resume()
+    steps(pair, 0, 1)
+    actor: Any = made._clusters["actor"]._backend
+    stage = actor.stage
+
+    def staged_and_raised(save: Any, directory: Path) -> Any:
+        stage(save, directory)
+        raise RuntimeError("out of the actor")
+
+    if dist.get_rank() == 1:
+        actor.stage = staged_and_raised
+    told = ""
+    try:
+        made.do_checkpoint(1)
+    except Exception as problem:
+        told = str(problem)
+    actor.stage = stage
+    saver.wait_pending()
+    dist.barrier()
+    made.do_checkpoint(2, is_last_step=True)
+    return told, sorted(path.name for path in Path(out).glob("checkpoint-*"))
+
+
+def rendezvous(out: str) -> list[list[int]]:
+    """How many each of two saves counts, for the actor and for the critic."""
+    pair = both()
+    made = registered(out, *pair)
+    made.resume()
+    counted = []
+    for step in (1, 2):
+        steps(pair, step, 1)
+        metrics = made.do_checkpoint(step)
+        counted.append([metrics[f"time/{name}/do_checkpoint/host_collectives"] for name in ("actor", "critic")])
+    saver.wait_pending()
+    return counted

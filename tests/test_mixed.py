@@ -119,3 +119,16 @@ def test_what_cannot_be_meant_is_refused_by_name(ranks: World, tmp_path: Path) -
         assert told["neither"].startswith("ConfigError") and "Tiny" in told["neither"]
         assert told["form"].startswith("UnsupportedError") and "fully_sharded_model_space" in told["form"]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_an_error_out_of_one_cluster_holds_nobody_up(ranks: World, tmp_path: Path, background: bool) -> None:
+    told = ranks.call(f"{CASES}:escaping", str(tmp_path / "run"), background)
+    assert "out of the actor" in told[1][0] and background == ("out of the actor" not in told[0][0])
+    assert [left for _, left in told] == [["checkpoint-2"]] * 2
+
+
+def test_a_warm_save_meets_once(ranks: World, tmp_path: Path) -> None:
+    for planned, replayed in ranks.call(f"{CASES}:rendezvous", str(tmp_path / "run")):
+        assert planned[0] == 1 and planned[1] > 0
+        assert replayed == [1, 0]

@@ -234,6 +234,7 @@ def test_it_ends_with_the_job_and_the_next_job_goes_on(
     (child,) = children(job)
     assert os.getpgid(int(child)) == int(child) != os.getpgid(job.pid)  # an interrupt of the job is not its own
     assert os.getsid(int(child)) == os.getsid(job.pid)
+    assert os.getpriority(os.PRIO_PROCESS, int(child)) == 19
     job.kill()
     job.wait()
     try:

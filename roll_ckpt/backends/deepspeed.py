@@ -126,14 +126,7 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
         Raises:
             SaveFailed: an earlier save failed in the background and `fail_training` is set.
         """
-        for save in list(self._saves):
-            save.fence()
-            if not save.settled:
-                continue
-            self._saves.remove(save)
-            if save.failure is not None and not save.reported and self.settings.fail_training:
-                save.reported = True
-                raise save.failure
+        saver.wait_copied(self._saves)
 
     def save_checkpoint(
         self,

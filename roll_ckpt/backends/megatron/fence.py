@@ -48,14 +48,7 @@ class Fence:
 
     def wait(self) -> None:
         """See `Attached.fence`."""
-        for save in list(self._saves):
-            save.fence()
-            if not save.settled:
-                continue
-            self._saves.remove(save)
-            if save.failure is not None and not save.reported and save.settings.fail_training:
-                save.reported = True
-                raise save.failure
+        saver.wait_copied(self._saves)
 
     def _before(self, owner: Any, name: str) -> None:
         stock = getattr(owner, name, None)
