@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 #include <unistd.h>
 
+#include <array>
 #include <cerrno>
 #include <chrono>
 #include <cmath>
@@ -144,31 +145,61 @@ class Bytes {
 };
 
 // Rows of `width` 64-bit integers: any contiguous buffer of them, such as array('q').
-std::vector<std::vector<uint64_t>> rows(const py::object& object, size_t width, const char* what) {
-    Bytes bytes(object);
-    if (bytes.nbytes() % (8 * width) != 0) {
-        throw std::invalid_argument(std::string(what) + ": not rows of " + std::to_string(width) +
-                                    " 64-bit integers");
+template <size_t width>
+class Table {
+  public:
+    using Row = std::array<uint64_t, width>;
+    Table(const py::object& object, const char* what) : bytes_(object) {
+        if (bytes_.nbytes() % sizeof(Row) != 0) {
+            throw std::invalid_argument(std::string(what) + ": not rows of " + std::to_string(width) +
+                                        " 64-bit integers");
+        }
     }
-    std::vector<std::vector<uint64_t>> table(bytes.nbytes() / (8 * width), std::vector<uint64_t>(width));
-    for (size_t i = 0; i < table.size(); ++i) {
-        std::memcpy(table[i].data(), static_cast<const char*>(bytes.data()) + 8 * width * i, 8 * width);
+    size_t size() const { return bytes_.nbytes() / sizeof(Row); }
+    Row operator[](size_t i) const {
+        Row row;
+        std::memcpy(row.data(), static_cast<const char*>(bytes_.data()) + i * sizeof(Row), sizeof(Row));
+        return row;
     }
-    return table;
+
+  private:
+    Bytes bytes_;
+};
+
+// The bytes objects among the owners are themselves the sources of rows without an address.
+uint64_t address_of_owner(const py::list& owners, size_t i, uint64_t nbytes) {
+    if (nbytes == 0 || i >= owners.size()) return 0;
+    PyObject* owner = PyList_GET_ITEM(owners.ptr(), static_cast<Py_ssize_t>(i));
+    if (!PyBytes_Check(owner) || static_cast<uint64_t>(PyBytes_GET_SIZE(owner)) != nbytes) return 0;
+    return reinterpret_cast<uint64_t>(PyBytes_AS_STRING(owner));
 }
 
-std::shared_ptr<Image> make_image(uint64_t nbytes, const py::object& extents, const py::object& records,
-                                  const py::object& patches, const py::object& serials,
-                                  const std::map<int, int64_t>& streams) {
+std::shared_ptr<Image> make_image(uint64_t nbytes, const py::object& extents, const py::list& owners,
+                                  const py::object& records, const py::object& patches,
+                                  const py::object& serials, const std::map<int, int64_t>& streams) {
+    const Table<5> extent_rows(extents, "extents");
     std::vector<Extent> all_extents;
-    for (auto& row : rows(extents, 5, "extents")) {
+    all_extents.reserve(extent_rows.size());
+    for (size_t i = 0; i < extent_rows.size(); ++i) {
+        auto row = extent_rows[i];
+        if (row[1] == 0) row[1] = address_of_owner(owners, i, row[2]);
         all_extents.push_back({row[0], row[1], row[2], row[3] != 0, static_cast<int32_t>(row[4])});
     }
+    const Table<2> record_rows(records, "records"), patch_rows(patches, "patches");
+    const Table<3> serial_rows(serials, "serials");
     std::vector<Record> all_records;
-    for (auto& row : rows(records, 2, "records")) all_records.push_back({row[0], row[1]});
+    all_records.reserve(record_rows.size());
+    for (size_t i = 0; i < record_rows.size(); ++i) {
+        all_records.push_back({record_rows[i][0], record_rows[i][1]});
+    }
     std::vector<Stamp> stamps;
-    for (auto& row : rows(patches, 2, "patches")) stamps.push_back({Stamp::kCrc, row[1], row[0], 1});
-    for (auto& row : rows(serials, 3, "serials")) stamps.push_back({Stamp::kSerial, row[0], row[1], row[2]});
+    stamps.reserve(patch_rows.size() + serial_rows.size());
+    for (size_t i = 0; i < patch_rows.size(); ++i) {
+        stamps.push_back({Stamp::kCrc, patch_rows[i][1], patch_rows[i][0], 1});
+    }
+    for (size_t i = 0; i < serial_rows.size(); ++i) {
+        stamps.push_back({Stamp::kSerial, serial_rows[i][0], serial_rows[i][1], serial_rows[i][2]});
+    }
     return std::make_shared<Image>(nbytes, std::move(all_extents), std::move(all_records), std::move(stamps),
                                    streams);
 }
@@ -305,8 +336,8 @@ PYBIND11_MODULE(_native, m) {
         });
 
     py::class_<Image, std::shared_ptr<Image>>(m, "Image")
-        .def(py::init(&make_image), py::arg("nbytes"), py::arg("extents"), py::arg("records"),
-             py::arg("patches"), py::arg("serials"), py::arg("streams"))
+        .def(py::init(&make_image), py::arg("nbytes"), py::arg("extents"), py::arg("owners"),
+             py::arg("records"), py::arg("patches"), py::arg("serials"), py::arg("streams"))
         .def_property_readonly("nbytes", &Image::nbytes)
         .def_property_readonly("eager_bytes", &Image::eager_bytes)
         .def_property_readonly("lazy_bytes", &Image::lazy_bytes);

@@ -20,12 +20,12 @@ void check_order(const std::vector<Range>& ranges, uint64_t file_bytes, const ch
     uint64_t end = 0;
     for (size_t i = 0; i < ranges.size(); ++i) {
         uint64_t first = ranges[i].*start, nbytes = nbytes_of(ranges[i]);
-        std::string name = std::string(kind) + " " + std::to_string(i) + " " + range(first, nbytes);
+        auto name = [&] { return std::string(kind) + " " + std::to_string(i) + " " + range(first, nbytes); };
         if (nbytes > file_bytes || first > file_bytes - nbytes) {
-            refuse(name + " leaves the file of " + std::to_string(file_bytes) + " bytes");
+            refuse(name() + " leaves the file of " + std::to_string(file_bytes) + " bytes");
         }
         if (first < end)
-            refuse(name + " starts before byte " + std::to_string(end) + ", where the one before it ends");
+            refuse(name() + " starts before byte " + std::to_string(end) + ", where the one before it ends");
         end = first + nbytes;
     }
 }

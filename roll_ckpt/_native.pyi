@@ -1,3 +1,5 @@
+from typing import Any
+
 from _typeshed import ReadableBuffer
 
 class DamagedFile(ValueError): ...
@@ -38,6 +40,7 @@ class Image:
         self,
         nbytes: int,
         extents: ReadableBuffer,
+        owners: list[Any],
         records: ReadableBuffer,
         patches: ReadableBuffer,
         serials: ReadableBuffer,

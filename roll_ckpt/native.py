@@ -58,8 +58,8 @@ class NativeImage:
     """What one file will hold: its size, and for each byte where it comes from; bytes of no extent are zero.
 
     Build it with the methods below, in file order (patches in any order), then pass it to Mover.save.
-    Addresses are plain numbers: who gives one keeps its memory alive and in place (see Mover.save). Only what
-    add_bytes was given is kept by the image itself.
+    Addresses are plain numbers: who gives one keeps its memory alive and in place (see Mover.save). What add_bytes or
+    `of` was given is kept by the image itself.
     """
 
     def __init__(self, nbytes: int) -> None:
@@ -70,6 +70,25 @@ class NativeImage:
         self._serials = array("q")
         self._streams: dict[int, int] = {}
         self._kept: list[Any] = []
+        self._owners: list[Any] = []
+
+    @classmethod
+    def of(
+        cls,
+        nbytes: int,
+        extents: array[int],
+        owners: list[Any],
+        records: array[int],
+        patches: array[int],
+        serials: array[int],
+        streams: dict[int, int],
+    ) -> NativeImage:
+        """An image of whole tables, which it does not change; see `image.Extents` and `image.Seals`. Keeps `owners`
+        alive."""
+        made = cls(nbytes)
+        made._extents, made._owners, made._streams = extents, owners, streams
+        made._records, made._patches, made._serials = records, patches, serials
+        return made
 
     def add(self, offset: int, address: int, nbytes: int, *, lazy: bool = False, device: int = -1) -> None:
         """File bytes [offset, offset + nbytes) come from `address` of the host, or of CUDA device `device`.
@@ -114,7 +133,9 @@ class NativeImage:
         self._streams[device] = stream
 
     def _freeze(self) -> _native.Image:
-        return _native.Image(self.nbytes, self._extents, self._records, self._patches, self._serials, self._streams)
+        return _native.Image(
+            self.nbytes, self._extents, self._owners, self._records, self._patches, self._serials, self._streams
+        )
 
 
 class Transfer:
@@ -182,7 +203,10 @@ class Transfer:
         Raises what ended the transfer, each time it is asked: OSError with errno and path, ECANCELED after
         abandon or shutdown; TimeoutError after `timeout` seconds.
         """
-        return self._transfer.wait_written(timeout)
+        try:
+            return self._transfer.wait_written(timeout)
+        finally:
+            self._release_sources()
 
     def abandon(self) -> None:
         """Stops early: on return no source byte is read any more. What was written stays on disk. After the

@@ -13,13 +13,13 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from roll_ckpt import arena, commit, disk, errors, manifest, names, native, seal
 from roll_ckpt.config import Settings
-from roll_ckpt.image import HOST, FileImage, TensorPiece
+from roll_ckpt.image import FileImage, TensorPiece
 from roll_ckpt.world import LONGEST_S, World
 
 log = logging.getLogger("roll_ckpt")
@@ -146,9 +146,7 @@ class Ticket:
             for path, d in digests.items()
         }
         pieces = [
-            {**asdict(piece), "file": _relative(staged.path, unit)}
-            for staged in self._staged
-            for piece in staged.pieces
+            record for staged in self._staged for record in _piece_records(staged.pieces, _relative(staged.path, unit))
         ]
         index = {"parameters": self.parameters, "pieces": pieces}
         for relative, record in (
@@ -162,6 +160,14 @@ class Ticket:
         return receipts
 
 
+def _piece_records(pieces: Iterable[TensorPiece], file: str) -> Iterator[dict[str, Any]]:
+    for piece in pieces:
+        yield {
+            **{"name": piece.name, "dtype": piece.dtype, "shape": piece.shape},
+            **{"offset": piece.offset, "nbytes": piece.nbytes, "file": file},
+        }
+
+
 def _stage(mover: native.Mover, path: Path, image: FileImage, overlap: bool) -> _Staged:
     transfer = mover.save(path, native_image(image), overlap=overlap)
     return _Staged(path, image if transfer.overlapped else None, transfer, image.pieces)
@@ -169,22 +175,10 @@ def _stage(mover: native.Mover, path: Path, image: FileImage, overlap: bool) -> 
 
 def native_image(image: FileImage) -> native.NativeImage:
     """The image as the extension takes it: addresses and sizes."""
-    made = native.NativeImage(image.nbytes)
-    for extent in image.extents:
-        source = extent.source
-        if isinstance(source, bytes):
-            made.add_bytes(extent.offset, source)
-        else:
-            made.add(extent.offset, source.address, source.nbytes, lazy=extent.stable, device=source.device)
-            if source.device != HOST:
-                made.stream(source.device, source.stream)
-    for record in image.records:
-        index = made.record(record.start, record.nbytes)
-        for offset in record.crc_at:
-            made.crc_at(index, offset)
-    for serial in image.serials:
-        made.serial_at(serial.offset, serial.first, serial.count)
-    return made
+    extents, seals = image.extents, image.seals
+    return native.NativeImage.of(
+        image.nbytes, extents.rows, extents.owners, seals.records, seals.crcs, seals.serials, extents.streams
+    )
 
 
 def _relative(path: Path, unit: Path) -> str:

@@ -13,6 +13,7 @@ from tiny import engine, train
 
 from roll_ckpt import arena, disk, errors, native, saver
 from roll_ckpt.backends import deepspeed as backend
+from roll_ckpt.image import Memory
 from roll_ckpt.layout import torch_zip
 
 BLOCK = 1 << 16
@@ -330,7 +331,12 @@ def changes_after_save_stay_out(out: str) -> dict[str, bool]:
     finally:
         saver.Ticket.stage = stage  # type: ignore[method-assign]
     # Small copies end before anybody could change their source: who may be late is read off the images.
-    late = {extent.source.owner._cdata for image in images for extent in image.extents if extent.stable}
+    late = {
+        extent.source.owner._cdata
+        for image in images
+        for extent in image.extents
+        if extent.stable and isinstance(extent.source, Memory)
+    }
     others = (made.module.calls, made.module.frozen.weight, mine)
     made.module.calls.fill_(-1)
     made.module.frozen.weight.data.fill_(-1)

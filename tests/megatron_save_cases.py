@@ -27,7 +27,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from roll_ckpt import arena, errors, loader, saver  # noqa: E402
 from roll_ckpt.backends import megatron as backend  # noqa: E402
 from roll_ckpt.config import Settings  # noqa: E402
-from roll_ckpt.image import Extent, FileImage, Memory  # noqa: E402
+from roll_ckpt.image import Extent, Extents, FileImage, Memory  # noqa: E402
 from roll_ckpt.layout import dcp  # noqa: E402
 from roll_ckpt.world import World  # noqa: E402
 
@@ -83,7 +83,7 @@ def busy_copiers(path: Path) -> Iterator[None]:
     path.parent.mkdir(exist_ok=True)
     plug = torch.zeros(PLUG_BYTES, dtype=torch.uint8)
     memory = Memory(plug.data_ptr(), PLUG_BYTES, plug)
-    image = FileImage(PLUG_BYTES, (Extent(0, memory, stable=True),))
+    image = FileImage(PLUG_BYTES, Extents.of([Extent(0, memory, stable=True)]))
     transfer = arena.mover(Settings()).save(
         str(path.with_name(f"plug.{dist.get_rank()}")), saver.native_image(image), overlap=True
     )

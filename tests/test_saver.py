@@ -19,7 +19,7 @@ import torch
 
 from roll_ckpt import arena, commit, disk, errors, native, saver, verify
 from roll_ckpt.config import Settings
-from roll_ckpt.image import Extent, FileImage, Memory
+from roll_ckpt.image import Extent, Extents, FileImage, Memory
 from roll_ckpt.layout import torch_zip
 from roll_ckpt.world import World
 
@@ -249,7 +249,7 @@ def test_a_ticket_that_failed_gives_the_arena_back_and_commits_nothing(out: Path
 def test_an_error_while_staging_is_the_callers_and_a_no(out: Path) -> None:
     save = begin(out)
     with pytest.raises(ValueError, match="extent"), save.staging():
-        outside = FileImage(10, (Extent(8, b"abc"),))
+        outside = FileImage(10, Extents.of([Extent(8, b"abc")]))
         save.ticket("model", {}).stage(save.attempt.unit / "x", outside, overlap=True)
     with pytest.raises(errors.SaveFailed, match=r"ValueError: .*extent"):
         save.wait(20)
@@ -391,7 +391,7 @@ class Owner:
 def owned_image(nbytes: int) -> tuple[FileImage, weakref.ref[Owner]]:
     owner = Owner(nbytes)
     source = Memory(native.address_of(owner.data)[0], nbytes, owner)
-    return FileImage(nbytes, (Extent(0, source, stable=True),)), weakref.ref(owner)
+    return FileImage(nbytes, Extents.of([Extent(0, source, stable=True)])), weakref.ref(owner)
 
 
 def test_sources_are_held_until_the_fence_and_no_longer(out: Path) -> None:

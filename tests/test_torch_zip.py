@@ -24,7 +24,9 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from roll_ckpt import errors, native, saver
 from roll_ckpt.image import FileImage
+from roll_ckpt.layout import archive as archive_module
 from roll_ckpt.layout import torch_zip
+from roll_ckpt.layout.archive import Archive
 
 BLOCK = 64 << 10
 DTYPES = [
@@ -451,8 +453,8 @@ def test_the_index_points_at_each_tensors_bytes(mover: native.Mover, tmp_path: P
 
 def test_large_records_lie_at_multiples_of_4096_and_small_ones_of_64(mover: native.Mover, tmp_path: Path) -> None:
     image = write(mover, tmp_path / "s.pt", across_alignments())
-    for record in image.records:
-        assert record.start % (4096 if record.nbytes >= BLOCK else 64) == 0
+    for start, nbytes in zip(image.seals.records[::2], image.seals.records[1::2], strict=True):
+        assert start % (4096 if nbytes >= BLOCK else 64) == 0
     ends = [0, *(extent.offset + extent.nbytes for extent in image.extents)]
     assert [extent.offset for extent in image.extents] == ends[:-1] and ends[-1] == image.nbytes
 
@@ -491,11 +493,11 @@ def directory_entry(name: bytes, data: bytes, header_at: int) -> bytes:
 
 def test_a_whole_file_byte_for_byte(mover: native.Mover, tmp_path: Path) -> None:
     pickled = (
-        b"\x80\x02}q\x00(X\x01\x00\x00\x00nq\x01K\x07X\x01\x00\x00\x00wq\x02"
-        b"ctorch._utils\n_rebuild_tensor_v2\nq\x03"
-        b"((X\x07\x00\x00\x00storageq\x04ctorch\nShortStorage\nq\x05X\x01\x00\x00\x000q\x06"
-        b"X\x03\x00\x00\x00cpuq\x07K\x03tq\x08QK\x00K\x03\x85q\tK\x01\x85q\n\x89"
-        b"ccollections\nOrderedDict\nq\x0b)Rq\x0ctq\rRq\x0eu."
+        b"\x80\x02}qA(X\x01\x00\x00\x00nqBK\x07X\x01\x00\x00\x00wqC"
+        b"ctorch._utils\n_rebuild_tensor_v2\nq\x03("
+        b"(X\x07\x00\x00\x00storageq\x00ctorch\nShortStorage\nq\x01X\x01\x00\x00\x000"
+        b"X\x03\x00\x00\x00cpuq\x02K\x03tQK\x00K\x03\x85K\x01\x85\x89"
+        b"ccollections\nOrderedDict\nq\x04)RtRu."
     )
     records = [
         (b"tiny/data.pkl", pickled),
@@ -548,12 +550,12 @@ def test_the_fingerprint_tells_contents_and_names_apart(mover: native.Mover, tmp
 
 
 def test_more_records_than_a_plain_directory_counts(mover: native.Mover, tmp_path: Path) -> None:
-    made = torch_zip._Archive("s")
+    made = Archive("s")
     made.add("data.pkl", pickle.dumps({"a": 1}, protocol=2))
     for key in range(66_000):
         made.add(f"data/{key}", b"")
     made.add_serialization_id()
-    image = made.close(tuple, at_least=0)
+    image = FileImage(made.close(), made.extents, made.seals)
     mover.save(tmp_path / "s.pt", saver.native_image(image)).wait_written()
     with zipfile.ZipFile(tmp_path / "s.pt") as archive:
         assert len(archive.namelist()) == 66_002
@@ -567,7 +569,7 @@ def test_wide_directory_entries_are_read_by_python_and_by_us(
     # so the image is laid out with another limit, and only the marker is put right afterwards.
     limit = 100_000
     state = {"small": torch.arange(9), "big": random_tensor(torch.uint8, 3 * limit), "far": torch.rand(3)}
-    monkeypatch.setattr(torch_zip, "_ZIP64_LIMIT", limit)
+    monkeypatch.setattr(archive_module, "ZIP64_LIMIT", limit)
     write(mover, tmp_path / "s.pt", state)
     monkeypatch.undo()
     data = (tmp_path / "s.pt").read_bytes().replace(struct.pack("<I", limit), b"\xff" * 4)
@@ -780,7 +782,7 @@ def test_a_tensor_that_leaves_its_storage_is_refused(sample: bytes) -> None:
 
 
 def unsafe(state: object, allow: tuple[Any, ...] = ()) -> dict[str, list[str]]:
-    return torch_zip.unsafe_parts(state, torch_zip.lay_out(state, "s"), allow)
+    return torch_zip.unsafe_parts(state, allow)
 
 
 def test_unsafe_parts_name_the_entry_and_the_name_in_it() -> None:
@@ -827,8 +829,7 @@ def test_members_of_allowed_enumerations_load_on_every_python(mover: native.Move
     allow = [Colour, torch_zip.ENUM_MEMBERS]
     state = {"colour": ByName(Colour, "RED")}
     write(mover, tmp_path / "s.pt", state)
-    image = torch_zip.lay_out(state, "s", lambda storage: False)
-    assert torch_zip.unsafe_parts(state, image, allow) == {}
+    assert torch_zip.unsafe_parts(state, allow) == {}
     assert torch_zip.parse((tmp_path / "s.pt").read_bytes(), "s.pt", "cpu", allow) == {"colour": Colour.RED}
     write(mover, tmp_path / "s.pt", {"colour": ByName(Colour, "mro")})
     with pytest.raises(errors.Damaged, match="no member"):

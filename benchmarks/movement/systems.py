@@ -65,9 +65,11 @@ class Ours(System):
     def __init__(self, cap_bytes: int | None = None) -> None:
         from roll_ckpt import saver
         from roll_ckpt.config import Settings
+        from roll_ckpt.layout import torch_zip
         from roll_ckpt.world import World
 
         self._saver = saver
+        self._layouts = torch_zip.Layouts()
         self._cap_bytes = cap_bytes
         self._world = World.current()
         self._settings = Settings()
@@ -84,16 +86,13 @@ class Ours(System):
         arena.warm(self._settings, nbytes)
 
     def save(self, state: State, directory: Path) -> None:
-        from roll_ckpt.layout import torch_zip
-
         nbytes = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
         request = self._saver.Request(directory.parent, directory.name, None, {"model": 1})
         save = self._saver.begin(self._world, request, self._settings, nbytes=nbytes)
         with save.staging():
             ticket = save.ticket("model", {"framework": "none"})
             stable = frozenset(tensor.untyped_storage()._cdata for tensor in state.values())
-            image = torch_zip.lay_out(state, "model", lambda storage: storage._cdata in stable)
-            torch_zip.unsafe_parts(state, image)
+            image, _ = self._layouts.lay_out("model.pt", state, "model", lambda storage: storage._cdata in stable)
             ticket.stage(save.attempt.unit / "model.pt", image, overlap=True)
         self._save = save
 

@@ -68,6 +68,7 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
         self._saves: list[saver.Save] = []
         self._loose_problem: str | None = None
         self._warned: set[str] = set()
+        self._layouts = torch_zip.Layouts([*ALLOWED_GLOBALS, *loader.allowed(settings)])
         self.verified: Path | None = None
         """A checkpoint whose every byte all ranks have just read; loading from it reads it once."""
 
@@ -89,9 +90,9 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
     def save(self, state_dict: object, path: str) -> None:
         """Lay out and stage one file. Outside of `save_checkpoint`: write it at once, durable on return."""
         with self._no_raise():
-            stem = Path(path).stem
-            image = torch_zip.lay_out(state_dict, stem, lambda storage: storage._cdata in self._stable)
-            self._warn_unloadable(state_dict, image, path)
+            name, stem, stable = Path(path).name, Path(path).stem, self._stable
+            image, unsafe = self._layouts.lay_out(name, state_dict, stem, lambda storage: storage._cdata in stable)
+            self._warn_unloadable(unsafe, path)
             if self._ticket is None:
                 saver.write_file(Path(path), image, self.settings)
             else:
@@ -269,9 +270,8 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
             else:
                 self._loose_problem = f"{type(problem).__name__}: {problem}"
 
-    def _warn_unloadable(self, state: object, image: FileImage, path: str) -> None:
-        allow = [*ALLOWED_GLOBALS, *loader.allowed(self.settings)]
-        for key, found in torch_zip.unsafe_parts(state, image, allow).items():
+    def _warn_unloadable(self, unsafe: Mapping[str, list[str]], path: str) -> None:
+        for key, found in unsafe.items():
             if key in self._warned:
                 continue
             self._warned.add(key)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from roll_ckpt.image import Extent, FileImage, Memory, Record, Serial, TensorPiece
+from roll_ckpt.image import Extents, FileImage, Memory, Seals, TensorPiece
 from roll_ckpt.layout import torch_zip
 
 ARCHIVE = "archive"
@@ -60,34 +60,19 @@ def place(end: int, nbytes: int) -> Span:
 
 def join(parts: Iterable[tuple[Span, FileImage]]) -> FileImage:
     """The file that holds `parts`, each at its span; spans ascend, and may be longer than what lies in them."""
-    extents: list[Extent] = []
-    records: list[Record] = []
-    serials: list[Serial] = []
+    extents, seals = Extents(), Seals()
     pieces: list[TensorPiece] = []
     end = 0
     for span, image in parts:
-        moved = _moved(image, span.offset, len(records))
-        extents += moved.extents
-        records += moved.records
-        serials += moved.serials
-        pieces += moved.pieces
+        extents.extend(image.extents, by=span.offset)
+        seals.extend(image.seals, by=span.offset)
+        pieces += (
+            [replace(piece, offset=span.offset + piece.offset) for piece in image.pieces]
+            if span.offset
+            else image.pieces
+        )
         end = span.end
-    return FileImage(end, tuple(extents), tuple(records), tuple(serials), tuple(pieces))
-
-
-def _moved(image: FileImage, by: int, first: int) -> FileImage:
-    """`image` as a part of a larger one: `by` bytes behind its start, after `first` records."""
-    if not by and not first:
-        return image
-    return FileImage(
-        image.nbytes,
-        tuple(replace(extent, offset=by + extent.offset) for extent in image.extents),
-        tuple(
-            Record(by + record.start, record.nbytes, tuple(by + at for at in record.crc_at)) for record in image.records
-        ),
-        tuple(replace(serial, offset=by + serial.offset, first=first + serial.first) for serial in image.serials),
-        tuple(replace(piece, offset=by + piece.offset) for piece in image.pieces),
-    )
+    return FileImage(end, extents, seals, tuple(pieces))
 
 
 def _item(name: str, value: torch.Tensor | bytes, stable: torch_zip.Stable) -> FileImage:
@@ -105,7 +90,7 @@ class Form:
     """
 
     image: FileImage
-    _holes: tuple[tuple[int, int, int], ...]  # place in the extents, offset, bytes
+    _holes: tuple[tuple[int, int], ...]  # place in the extents, bytes
 
     def fill(self, tensors: Iterable[torch.Tensor], stable: torch_zip.Stable) -> FileImage:
         """What `lay_out` would return for `tensors`, which are those of `form` in its order, made contiguous.
@@ -113,25 +98,26 @@ class Form:
         Raises:
             ValueError: a tensor of another size.
         """
-        extents = list(self.image.extents)
+        extents = self.image.extents.copy()
         holes = iter(self._holes)
         for tensor in tensors:
             nbytes = tensor.nbytes
             if not nbytes:
                 continue
-            at, offset, wanted = next(holes)
+            place, wanted = next(holes)
             if nbytes != wanted:
                 raise ValueError(f"a tensor has {nbytes} bytes, its place in the file {wanted}")
-            extents[at] = torch_zip.extent_of(offset, tensor.contiguous(), nbytes, stable)
-        return replace(self.image, extents=tuple(extents))
+            source, steady = torch_zip.source_of(tensor.contiguous(), nbytes, stable)
+            extents.put(place, source, steady)
+        return replace(self.image, extents=extents)
 
 
 def form(items: Iterable[tuple[str, torch.Tensor]]) -> tuple[Form, tuple[Span, ...]]:
     """Lay `items` out, contiguous plain tensors, as a form; and tell where each lies."""
     image, spans = lay_out(items)
-    holes, extents = [], list(image.extents)
-    for at, extent in enumerate(extents):
+    holes = []
+    for place, extent in enumerate(image.extents):
         if isinstance(extent.source, Memory):
-            holes.append((at, extent.offset, extent.nbytes))
-            extents[at] = Extent(extent.offset, b"")
-    return Form(replace(image, extents=tuple(extents)), tuple(holes)), spans
+            holes.append((place, extent.nbytes))
+            image.extents.put(place, b"")
+    return Form(image, tuple(holes)), spans

@@ -1,43 +1,42 @@
 """The `torch_zip` layout: the bytes that `torch.save` would write, and views of the bytes it wrote.
 
 The format is that of `torch.serialization` (zip, stored records, `data.pkl` by pickle protocol 2 with storages
-as persistent ids). Three things differ from a stock file, none visible to a reader: large records start at
+as persistent ids). Four things differ from a stock file, none visible to a reader: large records start at
 multiples of 4096, so that direct I/O and views are aligned; a storage holds only the bytes that the saved
-tensors show, never the rest of a flat buffer; `.format_version` is left out, because it promises offsets that
-follow from a constant alignment.
+tensors show, never the rest of a flat buffer; zeros may follow the pickle in its record, so that it may grow; and
+`.format_version` is left out, because it promises offsets that follow from a constant alignment.
 """
 
 from __future__ import annotations
 
+import bisect
 import enum
 import io
 import pickle
 import struct
 import sys
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import _weights_only_unpickler as safe_pickle
 
 from roll_ckpt import errors
-from roll_ckpt.image import Extent, FileImage, Memory, Record, Serial, TensorPiece
+from roll_ckpt.image import Extents, FileImage, Memory, TensorPiece
+from roll_ckpt.layout.archive import ZIP64_LIMIT, Archive
+from roll_ckpt.layout.skeleton import (
+    MEMO_RESERVED,
+    Fragments,
+    Marked,
+    MemoFull,
+    Skeleton,
+    is_plain,
+    skeleton_of,
+    splice,
+)
 
 Stable = Callable[[torch.UntypedStorage], bool]
-
-_LARGE = 64 << 10
-_LARGE_ALIGNMENT = 4096
-_SMALL_ALIGNMENT = 64
-_UTF8_AND_DESCRIPTOR = 0x0808
-_UTF8 = 0x0800
-_ZIP64_LIMIT = 0xFFFFFFFF
-_NO_TENSORS = frozenset([int, float, str, bool, bytes, type(None), tuple, list, dict])
-"""Most of what a pickler asks about; random states are thousands of numbers."""
-_NO_HOOKS: OrderedDict[Any, Any] = OrderedDict()
-_NEW_DTYPES = frozenset(torch.storage._new_dtypes())
-_STORAGE_NAMES: dict[torch.dtype, str] = dict(torch.storage._dtype_to_storage_type_map())
 
 
 def lay_out(state: object, archive: str, stable: Stable = lambda storage: False, *, at_least: int = 0) -> FileImage:
@@ -47,17 +46,38 @@ def lay_out(state: object, archive: str, stable: Stable = lambda storage: False,
     folder inside the zip (stock uses the file's stem). Extents of storages for which `stable` is true may be
     copied until the next fence, all others before the caller goes on. A file shorter than `at_least` bytes
     gets zeros before its directory, where no reader looks.
+
+    Raises:
+        SaveFailed: a tensor's memory was freed, or two view the same data as different types.
     """
-    pieces = _StoragePieces(stable)
-    data_pkl = pieces.pickle(state)
-    archive_writer = _Archive(archive)
-    archive_writer.add("data.pkl", data_pkl)
-    archive_writer.add("byteorder", sys.byteorder.encode())
-    for key, piece in enumerate(pieces.used):
-        piece.offset = archive_writer.add(f"data/{key}", piece.memory(), piece.stable)
-    archive_writer.add("version", b"3\n")
-    archive_writer.add_serialization_id()
-    return archive_writer.close(pieces.index(state), at_least)
+    return _planned(state, skeleton_of(state), archive, stable, at_least=at_least)[1]
+
+
+class Layouts:
+    """Lays out the same few files at every save: one whose structure did not change keeps its offsets, and only its
+    pickle and its addresses are made anew. Holds no tensor."""
+
+    def __init__(self, allow: Iterable[Any] = ()) -> None:
+        self._allow = list(allow)
+        self._plans: dict[str, _Plan] = {}
+        self._kinds: dict[str, frozenset[Any]] = {}
+
+    def lay_out(self, name: str, state: object, archive: str, stable: Stable) -> tuple[FileImage, dict[str, list[str]]]:
+        """The file called `name`, as the function `lay_out` describes it; and what `unsafe_parts` says of its state
+        when that holds other kinds of objects than at its last save."""
+        plan = self._plans.get(name)
+        skeleton = skeleton_of(state, plan.skeleton.reserved if plan else MEMO_RESERVED)
+        image = None
+        if plan is not None and plan.archive == archive:
+            plan, image = plan.refilled(state, skeleton, stable)
+        if plan is None or image is None:
+            plan, image = _planned(state, skeleton, archive, stable, room=len(skeleton.data) // 16 + 1024)
+        self._plans[name] = plan
+        unsafe: dict[str, list[str]] = {}
+        if self._kinds.get(name) != skeleton.kinds:
+            self._kinds[name] = skeleton.kinds
+            unsafe = unsafe_parts(state, self._allow)
+        return image, unsafe
 
 
 def enum_member(kind: object, name: object) -> enum.Enum:
@@ -73,28 +93,21 @@ ENUM_MEMBERS = (enum_member, "builtins.getattr")
 """For torch's list of safe globals; the enumeration itself must be there, too."""
 
 
-def unsafe_parts(state: object, image: FileImage, allow: Iterable[Any] = ()) -> dict[str, list[str]]:
+def unsafe_parts(state: object, allow: Iterable[Any] = ()) -> dict[str, list[str]]:
     """What `weights_only=True` would refuse to load back: for each top-level key of `state`, the qualified
-    names that its pickle holds beyond torch's list and `allow`. `image` is what `lay_out(state)` returned."""
+    names that its pickle holds beyond torch's list and `allow`."""
     with torch.serialization.safe_globals(list(allow)):
         allowed = {*safe_pickle._get_allowed_globals(), *safe_pickle._get_user_allowed_globals()}
-    start, nbytes = image.records[0].start, image.records[0].nbytes
-    head = image.extents[0].source
-    assert isinstance(head, bytes), "data.pkl is the first record, and plain bytes"
-    if _globals_of(head[start : start + nbytes]) <= allowed:
+    if _globals_of(state) <= allowed:
         return {}
     parts = state.items() if isinstance(state, dict) else [("", state)]
-    found = {}
-    for key, value in parts:
-        unsafe = _globals_of(_StoragePieces(lambda storage: False).pickle(value)) - allowed
-        if unsafe:
-            found[str(key)] = sorted(unsafe)
-    return found
+    unsafe = {str(key): sorted(_globals_of(value) - allowed) for key, value in parts}
+    return {key: found for key, found in unsafe.items() if found}
 
 
-def _globals_of(data_pkl: bytes) -> set[str]:
+def _globals_of(state: object) -> set[str]:
     try:
-        return {str(name) for name in safe_pickle.get_globals_in_pkl(io.BytesIO(data_pkl))}
+        return {str(name) for name in safe_pickle.get_globals_in_pkl(io.BytesIO(skeleton_of(state).data))}
     except pickle.UnpicklingError as problem:
         return {str(problem)}
 
@@ -106,10 +119,8 @@ def _globals_of(data_pkl: bytes) -> set[str]:
 class _Piece:
     """A run of bytes of one storage that becomes one record of the archive."""
 
-    storage: torch.UntypedStorage
     start: int
     stop: int
-    stable: bool
     dtype: torch.dtype | None = None
     key: str | None = None
     offset: int = 0
@@ -127,12 +138,9 @@ class _Piece:
             )
         self.dtype = dtype
 
-    def memory(self) -> Memory | bytes:
-        return memory_of(self.storage, self.start, self.stop) if self.stop > self.start else b""
 
-
-def extent_of(offset: int, tensor: torch.Tensor, nbytes: int, stable: Stable) -> Extent:
-    """The extent at `offset` of the file that holds a contiguous tensor of `nbytes` bytes, and nothing else.
+def source_of(tensor: torch.Tensor, nbytes: int, stable: Stable) -> tuple[Memory, bool]:
+    """The memory of a contiguous tensor of `nbytes` bytes, and whether it is stable.
 
     Raises:
         SaveFailed: its memory was freed.
@@ -141,7 +149,7 @@ def extent_of(offset: int, tensor: torch.Tensor, nbytes: int, stable: Stable) ->
     start = tensor.data_ptr() - storage.data_ptr()
     if start + nbytes > storage.nbytes():
         raise _freed(tensor, start + nbytes, storage)
-    return Extent(offset, memory_of(storage, start, start + nbytes), stable(storage))
+    return memory_of(storage, start, start + nbytes), stable(storage)
 
 
 def _freed(tensor: torch.Tensor, needed: int, storage: torch.UntypedStorage) -> errors.SaveFailed:
@@ -161,106 +169,6 @@ def memory_of(storage: torch.UntypedStorage, start: int, stop: int) -> Memory:
         return Memory(address, nbytes, storage)
     stream = torch.cuda.current_stream(device).cuda_stream
     return Memory(address, nbytes, storage, device.index or 0, stream)
-
-
-@dataclass(frozen=True)
-class _StorageStub:
-    """Stands for a storage in the pickle: what `persistent_id` turns into stock's tuple."""
-
-    type: type
-    piece: _Piece
-    location: str
-    numel: int
-
-
-class _StoragePieces:
-    """The storages of one state, cut to what its tensors show.
-
-    Tensors that overlap in one storage share a piece, as they must to share memory after loading; neighbours
-    that do not overlap get pieces of their own.
-    """
-
-    def __init__(self, stable: Stable) -> None:
-        self._stable = stable
-        self._by_storage: dict[int, list[_Piece]] = {}
-        self.used: list[_Piece] = []
-
-    def pickle(self, state: object) -> bytes:
-        seen = _Collector()
-        seen.dump(state)
-        spans: dict[int, tuple[torch.UntypedStorage, list[tuple[int, int]]]] = {}
-        for tensor in seen.tensors:
-            storage, span = tensor.untyped_storage(), _span(tensor)
-            if span[1] > storage.nbytes():
-                raise _freed(tensor, span[1], storage)
-            spans.setdefault(storage._cdata, (storage, []))[1].append(span)
-        for storage in seen.storages:
-            spans.setdefault(storage._cdata, (storage, []))[1].append((0, storage.nbytes()))
-        for identity, (storage, wanted) in spans.items():
-            stable = self._stable(storage)
-            runs = _merge(wanted)
-            self._by_storage[identity] = [_Piece(storage, start, stop, stable) for start, stop in runs]
-        buffer = io.BytesIO()
-        _Writer(buffer, self).dump(state)
-        return buffer.getvalue()
-
-    def piece_of(self, storage: torch.UntypedStorage, start: int) -> _Piece:
-        runs = self._by_storage.get(storage._cdata)
-        if runs is None:  # a `__reduce__` made this tensor anew: nobody else will change it
-            runs = self._by_storage[storage._cdata] = [_Piece(storage, 0, storage.nbytes(), False)]
-        piece = next(p for p in reversed(runs) if p.start <= start)
-        if piece.key is None:
-            piece.key = str(len(self.used))
-            self.used.append(piece)
-        return piece
-
-    def reduce(self, tensor: torch.Tensor) -> Any:
-        """What `Tensor.__reduce_ex__` returns for a plain tensor, with a stub for its storage."""
-        storage = tensor.untyped_storage()
-        itemsize = tensor.element_size()
-        piece = self.piece_of(storage, _span(tensor)[0])
-        piece.claim(tensor.dtype)
-        offset = tensor.storage_offset() - piece.start // itemsize
-        location = _location(storage)
-        new_dtype = tensor.dtype in _NEW_DTYPES
-        kind = torch.UntypedStorage if new_dtype else getattr(torch, _storage_name(tensor.dtype))
-        size = piece.stop - piece.start
-        stub = _StorageStub(kind, piece, location, size if new_dtype else size // itemsize)
-        args = (stub, offset, tuple(tensor.size()), tensor.stride(), tensor.requires_grad, _NO_HOOKS)
-        if new_dtype:
-            return torch._utils._rebuild_tensor_v3, (*args, tensor.dtype)
-        return torch._utils._rebuild_tensor_v2, args
-
-    def index(self, state: object) -> Callable[[], tuple[TensorPiece, ...]]:
-        """The tensors of the state by name, to be called once the pieces have their offsets."""
-
-        def build() -> tuple[TensorPiece, ...]:
-            found = []
-            for name, tensor in _named_tensors(state):
-                if not (is_plain(tensor) or type(tensor) is torch.nn.Parameter):
-                    continue
-                start, stop = _span(tensor)
-                piece = self.piece_of(tensor.untyped_storage(), start)
-                where = piece.offset + start - piece.start
-                dtype = str(tensor.dtype).removeprefix("torch.")
-                found.append(TensorPiece(name, dtype, tuple(tensor.shape), where, stop - start))
-            return tuple(found)
-
-        return build
-
-
-def is_plain(obj: object) -> bool:
-    """Whether `obj` is a tensor that stock pickles as dtype, shape, strides and a storage, and nothing else."""
-    return (
-        type(obj) is torch.Tensor
-        and not obj.__dict__  # stock keeps attributes, in a form of its own
-        and obj.layout is torch.strided
-        and not obj.is_quantized
-        and obj.device.type != "meta"
-        and not obj.is_conj()
-        and not obj.is_neg()
-        and not obj.is_nested
-    )
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
@@ -284,81 +192,18 @@ def _merge(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return merged
 
 
-def _location(storage: torch.UntypedStorage) -> str:
-    return "cpu" if storage.device.type == "cpu" else torch.serialization.location_tag(storage)
-
-
-def _storage_name(dtype: torch.dtype) -> str:
-    return _STORAGE_NAMES[dtype]
-
-
-def _untyped(obj: object) -> torch.UntypedStorage | None:
-    if isinstance(obj, torch.storage.TypedStorage):
-        return obj._untyped_storage
-    return obj if isinstance(obj, torch.UntypedStorage) else None
-
-
-class _Discard(io.RawIOBase):
-    def write(self, data: Any) -> int:
-        return len(data)
-
-
-class _Collector(pickle.Pickler):
-    """Walks a state as pickling would and keeps the tensors and bare storages that it meets."""
-
-    def __init__(self) -> None:
-        super().__init__(_Discard(), protocol=2)
-        self.tensors: list[torch.Tensor] = []
-        self.storages: list[torch.UntypedStorage] = []
-
-    def persistent_id(self, obj: object) -> Any:
-        if type(obj) in _NO_TENSORS:
-            return None
-        if is_plain(obj):
-            assert isinstance(obj, torch.Tensor)
-            self.tensors.append(obj)
-            return "tensor"
-        storage = _untyped(obj)
-        if storage is not None:
-            self.storages.append(storage)
-            return "storage"
-        return None
-
-
-class _Writer(pickle.Pickler):
-    """Pickles a state with its storages as stock's persistent ids."""
-
-    def __init__(self, file: io.BytesIO, pieces: _StoragePieces) -> None:
-        super().__init__(file, protocol=2)
-        self._pieces = pieces
-
-    def reducer_override(self, obj: object) -> Any:
-        if is_plain(obj):
-            assert isinstance(obj, torch.Tensor)
-            return self._pieces.reduce(obj)
-        return NotImplemented
-
-    def persistent_id(self, obj: object) -> Any:
-        if type(obj) in _NO_TENSORS:
-            return None
-        if type(obj) is _StorageStub:
-            return ("storage", obj.type, obj.piece.key, obj.location, obj.numel)
-        storage = _untyped(obj)
-        if storage is None:
-            return None
-        piece = self._pieces.piece_of(storage, 0)
-        piece.claim(obj.dtype if isinstance(obj, torch.storage.TypedStorage) else torch.uint8)
-        location = _location(storage)
-        if isinstance(obj, torch.storage.TypedStorage):
-            return ("storage", getattr(torch, obj._pickle_storage_type()), piece.key, location, obj._size())
-        return ("storage", torch.UntypedStorage, piece.key, location, storage.nbytes())
+def _untyped(obj: Marked) -> torch.UntypedStorage:
+    if isinstance(obj, torch.Tensor):
+        return obj.untyped_storage()
+    return obj._untyped_storage if isinstance(obj, torch.storage.TypedStorage) else obj
 
 
 def _named_tensors(
     state: object, name: str = "", inside: frozenset[int] = frozenset()
 ) -> Iterator[tuple[str, torch.Tensor]]:
     if isinstance(state, torch.Tensor):
-        yield name, state
+        if type(state) is torch.nn.Parameter or is_plain(state):
+            yield name, state
         return
     if id(state) in inside:  # a container that holds itself
         return
@@ -373,120 +218,202 @@ def _named_tensors(
             yield from _named_tensors(value, f"{name}.{key}" if name else str(key), inside)
 
 
-# --- the archive ---------------------------------------------------------------------------------------------
+# --- plans -----------------------------------------------------------------------------------------------------
+
+_Signature = list[tuple[Any, ...]]
 
 
-@dataclass
-class _Entry:
-    name: bytes
-    header_at: int
-    nbytes: int
-    flags: int
-    record: int | None
+def _look_at(marked: Iterable[Marked]) -> tuple[_Signature, list[torch.UntypedStorage]]:
+    """All that a file's structure has from its tensors and storages; and their storages, each once."""
+    signature: _Signature = []
+    storages: list[torch.UntypedStorage] = []
+    numbers: dict[int, int] = {}
+    first: dict[int, int] = {}
+    for obj in marked:
+        storage = _untyped(obj)
+        number = numbers.get(storage._cdata)
+        if number is None:
+            number = numbers[storage._cdata] = len(storages)
+            storages.append(storage)
+        if not isinstance(obj, torch.Tensor):
+            signature.append((number, storage.nbytes(), storage.device, getattr(obj, "dtype", None)))
+            continue
+        before = first.setdefault(id(obj), len(signature))
+        if before < len(signature):
+            signature.append((before,))
+            continue
+        signature.append(
+            (number, obj.dtype, obj.shape, obj.stride(), obj.storage_offset(), obj.requires_grad, obj.device)
+        )
+    return signature, storages
 
 
-_END_BYTES = 56 + 20 + 22  # zip64 end record, its locator, end record
+@dataclass(frozen=True)
+class _Plan:
+    """The layout of one file: every byte of it but the pickle and the tensors."""
+
+    archive: str
+    skeleton: Skeleton  # without what its marks stand for
+    signature: _Signature
+    fragments: list[bytes]
+    image: FileImage  # without memory
+    pickle_at: int
+    pickle_bytes: int
+    holes: list[tuple[int, int, int, int]]  # place in the extents, number of the storage, first and last-plus-one byte
+    names: list[str]
+
+    def refilled(self, state: object, skeleton: Skeleton, stable: Stable) -> tuple[_Plan | None, FileImage | None]:
+        """The plan and the image for a state that fits this plan; None and None for any other."""
+        signature, storages = _look_at(skeleton.marked)
+        if signature != self.signature or len(skeleton.data) > self.pickle_bytes:
+            return None, None
+        plan = self
+        if skeleton.data != self.skeleton.data:
+            if [name for name, _ in _named_tensors(state)] != self.names:
+                return None, None
+            pickled = splice(skeleton.data, self.fragments)
+            if len(pickled) > self.pickle_bytes:
+                return None, None
+            extents = self.image.extents.copy()
+            extents.put(0, _replaced(extents.owners[0], self.pickle_at, pickled.ljust(self.pickle_bytes, b"\0")))
+            plan = replace(self, skeleton=replace(skeleton, marked=()), image=replace(self.image, extents=extents))
+        if any(stop > storages[number].nbytes() for _, number, _, stop in self.holes):
+            return None, None
+        return plan, plan.fill(storages, stable)
+
+    def fill(self, storages: list[torch.UntypedStorage], stable: Stable) -> FileImage:
+        """The image of the file whose tensors lie in `storages`."""
+        extents = self.image.extents.copy()
+        rows, owners, width = extents.rows, extents.owners, Extents.WIDTH
+        bases = [storage.data_ptr() if storage.device.type == "cpu" else None for storage in storages]
+        steady = [stable(storage) for storage in storages]
+        for place, number, start, stop in self.holes:
+            base = bases[number]
+            if base is None:
+                extents.put(place, memory_of(storages[number], start, stop), steady[number])
+                continue
+            at = place * width
+            rows[at + 1], rows[at + 3] = base + start, steady[number]
+            owners[place] = storages[number]
+        return replace(self.image, extents=extents)
 
 
-def _zip64_extra(entry: _Entry) -> bytes:
-    wide = [entry.nbytes, entry.nbytes] if entry.nbytes >= _ZIP64_LIMIT else []
-    wide += [entry.header_at] if entry.header_at >= _ZIP64_LIMIT else []
-    return struct.pack(f"<2H{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
+def _replaced(data: bytes, at: int, new: bytes) -> bytes:
+    return b"".join((data[:at], new, data[at + len(new) :]))
 
 
-@dataclass
-class _Archive:
-    """A zip of stored records whose CRCs are filled in by the writer, see `image.Record`."""
-
-    folder: str
-    extents: list[Extent] = field(default_factory=list)
-    entries: list[_Entry] = field(default_factory=list)
-    records: list[tuple[int, int, list[int]]] = field(default_factory=list)
-    serial_at: int = 0
-    _plain: bytearray = field(default_factory=bytearray)
-    _plain_at: int = 0
-
-    @property
-    def _end(self) -> int:
-        return self._plain_at + len(self._plain)
-
-    def add(self, name: str, source: bytes | Memory, stable: bool = False) -> int:
-        """Append one record; return the file offset of its first byte."""
-        nbytes = len(source) if isinstance(source, bytes) else source.nbytes
-        header_at, encoded = self._end, f"{self.folder}/{name}".encode()
-        alignment = _LARGE_ALIGNMENT if nbytes >= _LARGE else _SMALL_ALIGNMENT
-        unpadded = header_at + 30 + len(encoded) + 4
-        padding = -unpadded % alignment
-        flags = _UTF8_AND_DESCRIPTOR if nbytes else _UTF8
-        sizes = (0, 0, 0, 0, 0, 0, len(encoded), 4 + padding)
-        self._plain += struct.pack("<4s3H2H3I2H", b"PK\x03\x04", 0, flags, *sizes)
-        self._plain += encoded + b"FB" + struct.pack("<H", padding) + b"Z" * padding
-        start = self._end
-        self.entries.append(_Entry(encoded, header_at, nbytes, flags, len(self.records) if nbytes else None))
+def _planned(
+    state: object, skeleton: Skeleton, archive: str, stable: Stable, *, at_least: int = 0, room: int = 0
+) -> tuple[_Plan, FileImage]:
+    """Lay a state out; its pickle may grow by `room` bytes before the file must be laid out anew."""
+    signature, storages = _look_at(skeleton.marked)
+    runs = _runs(skeleton.marked, storages)
+    try:
+        fragments, used = _fragments(skeleton, signature, storages, runs)
+    except MemoFull:
+        wider = skeleton_of(state, 2 * skeleton.reserved + len(skeleton.marked))
+        return _planned(state, wider, archive, stable, at_least=at_least, room=room)
+    pickled = splice(skeleton.data, fragments)
+    written = Archive(archive)
+    pickle_at = written.add("data.pkl", pickled.ljust(len(pickled) + room, b"\0"))
+    written.add("byteorder", sys.byteorder.encode())
+    holes = []
+    for key, (number, piece) in enumerate(used):
+        nbytes = piece.stop - piece.start
+        piece.offset = written.add(f"data/{key}", Memory(0, nbytes, None) if nbytes else b"")
         if nbytes:
-            self._put(source, stable)
-            self.records.append((start, nbytes, [self._end + 4]))
-            wide = nbytes >= _ZIP64_LIMIT
-            self._plain += struct.pack("<4sIQQ" if wide else "<4sIII", b"PK\x07\x08", 0, nbytes, nbytes)
-        return start
+            holes.append((len(written.extents) - 1, number, piece.start, piece.stop))
+    written.add("version", b"3\n")
+    written.add_serialization_id()
+    nbytes = written.close(at_least)
+    pieces = tuple(_index(state, storages, runs))
+    image = FileImage(nbytes, written.extents, written.seals, pieces)
+    plan = _Plan(
+        archive,
+        replace(skeleton, marked=()),
+        signature,
+        fragments,
+        image,
+        pickle_at,
+        len(pickled) + room,
+        holes,
+        [piece.name for piece in pieces],
+    )
+    return plan, plan.fill(storages, stable)
 
-    def add_serialization_id(self) -> None:
-        """Stock's fingerprint of names and contents: 20 digits of each, of our own making."""
-        names = 0
-        for entry in self.entries:
-            for byte in entry.name:
-                names = (names ^ byte) * 0x100000001B3 % 2**64  # FNV-1a
-        start = self.add(".data/serialization_id", b"%020d%020d" % (names, 0))
-        self.serial_at = start + 20
 
-    def close(self, index: Callable[[], tuple[TensorPiece, ...]], at_least: int) -> FileImage:
-        tail = sum(46 + len(entry.name) + len(_zip64_extra(entry)) for entry in self.entries) + _END_BYTES
-        self._plain += bytes(max(0, at_least - self._end - tail))
-        directory_at = self._end
-        for entry in self.entries:
-            self._add_directory_entry(entry)
-        size, count, end_at = self._end - directory_at, len(self.entries), self._end
-        self._plain += struct.pack("<4sQ2H2I4Q", b"PK\x06\x06", 44, 798, 45, 0, 0, count, count, size, directory_at)
-        self._plain += struct.pack("<4sIQI", b"PK\x06\x07", 0, end_at, 1)
-        self._plain += struct.pack(
-            "<4s4H2IH",
-            *(b"PK\x05\x06", 0, 0, min(count, 0xFFFF), min(count, 0xFFFF)),
-            *(min(size, _ZIP64_LIMIT), min(directory_at, _ZIP64_LIMIT), 0),
-        )
-        nbytes = self._end
-        self._flush()
-        records = tuple(Record(start, size, tuple(crc_at)) for start, size, crc_at in self.records)
-        serial = Serial(self.serial_at, 0, len(records) - 1)
-        return FileImage(nbytes, tuple(self.extents), records, (serial,), index())
+_Runs = list[list[_Piece]]
 
-    def _add_directory_entry(self, entry: _Entry) -> None:
-        large = entry.nbytes >= _ZIP64_LIMIT
-        far = entry.header_at >= _ZIP64_LIMIT
-        extra = _zip64_extra(entry)
-        short = _ZIP64_LIMIT if large else entry.nbytes
-        if entry.record is not None:
-            self.records[entry.record][2].append(self._end + 16)
-        self._plain += struct.pack(
-            "<4s6H3I5H2I",
-            *(b"PK\x01\x02", 0, 45 if extra else 0, entry.flags, 0, 0, 0),
-            *(0, short, short, len(entry.name), len(extra), 0, 0, 0, 0),
-            _ZIP64_LIMIT if far else entry.header_at,
-        )
-        self._plain += entry.name + extra
 
-    def _put(self, source: bytes | Memory, stable: bool) -> None:
-        if isinstance(source, bytes):
-            self._plain += source
-            return
-        self._flush()
-        self.extents.append(Extent(self._plain_at, source, stable))
-        self._plain_at += source.nbytes
+def _runs(marked: Iterable[Marked], storages: list[torch.UntypedStorage]) -> _Runs:
+    """The pieces of each storage, cut to what its tensors show.
 
-    def _flush(self) -> None:
-        if self._plain:
-            self.extents.append(Extent(self._plain_at, bytes(self._plain)))
-            self._plain_at += len(self._plain)
-            self._plain.clear()
+    Tensors that overlap in one storage share a piece, as they must to share memory after loading; neighbours
+    that do not overlap get pieces of their own.
+    """
+    spans: dict[int, list[tuple[int, int]]] = {storage._cdata: [] for storage in storages}
+    for obj in marked:
+        storage = _untyped(obj)
+        span = _span(obj) if isinstance(obj, torch.Tensor) else (0, storage.nbytes())
+        if span[1] > storage.nbytes():
+            assert isinstance(obj, torch.Tensor)
+            raise _freed(obj, span[1], storage)
+        spans[storage._cdata].append(span)
+    return [[_Piece(start, stop) for start, stop in _merge(spans[storage._cdata])] for storage in storages]
+
+
+def _piece_of(runs: list[_Piece], start: int) -> _Piece:
+    return runs[bisect.bisect_right(runs, start, key=lambda piece: piece.start) - 1]
+
+
+def _fragments(
+    skeleton: Skeleton, signature: _Signature, storages: list[torch.UntypedStorage], runs: _Runs
+) -> tuple[list[bytes], list[tuple[int, _Piece]]]:
+    """What stands in the place of each mark; and the pieces with the numbers of their storages, in file order."""
+    written = Fragments(skeleton.reserved)
+    repeated = {row[0] for row in signature if len(row) == 1}
+    locations = [_location(storage) for storage in storages]
+    used: list[tuple[int, _Piece]] = []
+    fragments = []
+    for place, (obj, row) in enumerate(zip(skeleton.marked, signature, strict=True)):
+        if len(row) == 1:
+            assert isinstance(obj, torch.Tensor)
+            fragments.append(written.same(obj))
+            continue
+        number = row[0]
+        piece = _piece_of(runs[number], _span(obj)[0] if isinstance(obj, torch.Tensor) else 0)
+        if piece.key is None:
+            piece.key = str(len(used))
+            used.append((number, piece))
+        nbytes, location = piece.stop - piece.start, locations[number]
+        if isinstance(obj, torch.Tensor):
+            piece.claim(obj.dtype)
+            offset = int(obj.storage_offset()) - piece.start // obj.element_size()
+            storage = written.storage_of(obj.dtype, piece.key, location, nbytes)
+            fragments.append(written.tensor(obj, storage, offset, again=place in repeated))
+        elif isinstance(obj, torch.storage.TypedStorage):
+            piece.claim(obj.dtype)
+            kind = obj._pickle_storage_type()
+            fragments.append(written.storage("torch", kind, piece.key, location, obj._size()))
+        else:
+            piece.claim(torch.uint8)
+            fragments.append(written.storage("torch.storage", "UntypedStorage", piece.key, location, nbytes))
+    return fragments, used
+
+
+def _location(storage: torch.UntypedStorage) -> str:
+    return "cpu" if storage.device.type == "cpu" else torch.serialization.location_tag(storage)
+
+
+def _index(state: object, storages: list[torch.UntypedStorage], runs: _Runs) -> Iterator[TensorPiece]:
+    """The tensors of the state by name, once the pieces have their offsets."""
+    numbers = {storage._cdata: number for number, storage in enumerate(storages)}
+    for name, tensor in _named_tensors(state):
+        start, stop = _span(tensor)
+        piece = _piece_of(runs[numbers[tensor.untyped_storage()._cdata]], start)
+        where = piece.offset + start - piece.start
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        yield TensorPiece(name, dtype, tuple(tensor.shape), where, stop - start)
 
 
 # --- reading -------------------------------------------------------------------------------------------------
@@ -574,9 +501,9 @@ def _directory_entries(view: memoryview, end: int, path: str) -> Iterator[tuple[
         name = bytes(view[at + 46 : at + 46 + name_len]).decode()
         extra = bytes(view[at + 46 + name_len : at + 46 + name_len + extra_len])
         wide_values = _zip64_values(extra)
-        nbytes = wide_values.pop(0) if nbytes == _ZIP64_LIMIT else nbytes
-        stored = wide_values.pop(0) if stored == _ZIP64_LIMIT else stored
-        header_at = wide_values.pop(0) if header_at == _ZIP64_LIMIT else header_at
+        nbytes = wide_values.pop(0) if nbytes == ZIP64_LIMIT else nbytes
+        stored = wide_values.pop(0) if stored == ZIP64_LIMIT else stored
+        header_at = wide_values.pop(0) if header_at == ZIP64_LIMIT else header_at
         if method != 0 or stored != nbytes:
             raise errors.Damaged(f"{path}: record {name} is compressed; torch never writes that")
         local_name, local_extra = struct.unpack_from("<2H", view, header_at + 26)

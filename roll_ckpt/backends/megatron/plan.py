@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.planner import WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
 from roll_ckpt.image import FileImage
-from roll_ckpt.layout import dcp, torch_zip
+from roll_ckpt.layout import dcp, skeleton, torch_zip
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def plan_file(name: str, items: Sequence[Any], parts: Sequence[Any]) -> tuple[Pl
     for item in items:
         offset = None if item.type is WriteItemType.BYTE_IO else tuple(item.index.offset or ())
         found = places[item.index.fqn, offset]
-        if offset is not None and torch_zip.is_plain(parts[found[0]].data.detach()):
+        if offset is not None and skeleton.is_plain(parts[found[0]].data.detach()):
             tensors.append((item, found[0]))
         else:
             objects.append((item, tuple(found)))

@@ -236,7 +236,7 @@ def _stage_planned(
             DCP_METADATA: FileImage.of_bytes(plan.metadata),
             MARKER: FileImage.of_bytes(MARKER_BYTES),
         }
-        strategy.warn_unloadable(prepared.common, small[COMMON], directory, ticket.save.settings)
+        strategy.warn_unloadable(prepared.common, directory, ticket.save.settings)
         for name, image in small.items():
             ticket.stage(directory / name, image, overlap=False)
     rest = iter(objects)

@@ -49,9 +49,9 @@ class SaveStrategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
         self._planned: list[Any] | None = None
         self._warned: set[str] = set()
 
-    def warn_unloadable(self, common: dict[str, Any], image: FileImage, directory: Path, settings: Settings) -> None:
-        """Warn, once, of each entry of the common state, laid out as `image`, that a safe load would refuse."""
-        for key, found in torch_zip.unsafe_parts(common, image, loader.allowed(settings)).items():
+    def warn_unloadable(self, common: dict[str, Any], directory: Path, settings: Settings) -> None:
+        """Warn, once, of each entry of the common state that a safe load would refuse."""
+        for key, found in torch_zip.unsafe_parts(common, loader.allowed(settings)).items():
             if key not in self._warned:
                 self._warned.add(key)
                 log.warning(
