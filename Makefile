@@ -8,7 +8,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help run train run-worlds test test-long matrix bench-megatron bench-push lint format clean ready
+.PHONY: help run train run-worlds test test-long matrix bench bench-quick bench-megatron bench-push lint format clean ready
 
 PYTHON ?= python3
 ARGS ?=
@@ -41,6 +41,12 @@ test-long: ready ## what `make test` leaves out: the same in more depth, and the
 
 matrix: ready ## every Megatron layout against every other on 2 and 4 ranks, about ten minutes
 	@python -m pytest -m matrix tests/test_megatron_matrix.py -v $(ARGS)
+
+bench: .venv/.bench ## how fast a state moves to disk and back, beside the peers: tables, build/bench.json and .png
+	@python -m benchmarks.movement $(ARGS)
+
+bench-quick: .venv/.bench ## the same in about a minute, with a smaller state
+	@python -m benchmarks.movement --quick $(ARGS)
 
 bench-megatron: ready ## how long a Megatron save holds up training: stock's and ours
 	@python benchmarks/megatron_stall.py $(ARGS)
@@ -98,6 +104,11 @@ PIP := python -m pip install --no-input --disable-pip-version-check -c constrain
 
 .venv/.installed: .venv/.torch pyproject.toml setup.py $(CSRC)
 	$(call step,roll_ckpt$(comma) its extension and what it needs,$(PIP) $(if $(filter .venv/.torch pyproject.toml,$?),,--no-deps) --no-build-isolation -e '.[deepspeed$(comma)megatron$(comma)hub$(comma)examples$(comma)dev]')
+	@touch $@
+
+# Peers are measured, never needed.
+.venv/.bench: .venv/.installed
+	$(call step,the peers that are measured,$(PIP) --no-build-isolation -e '.[bench]')
 	@touch $@
 
 # DeepSpeed would compile this at the first start of every fresh machine, for half a minute, in all ranks at once.
