@@ -42,8 +42,9 @@ class Unit:
                 return cls(parent)
         return None
 
-    def read(self, path: Path, settings: Settings) -> native.Buffer:
-        """The bytes of a file of this checkpoint, each block checked as it is read.
+    def read(self, path: Path, settings: Settings, *, cached: bool = False) -> native.Buffer:
+        """The bytes of a file of this checkpoint, each block checked as it is read; `cached` says that they were
+        just read through the page cache, and are there.
 
         Raises:
             Damaged: the manifest does not list the file, or its bytes are not those that were written.
@@ -64,7 +65,7 @@ class Unit:
             receipt.block_bytes,
             blocks,
             threads=max(4, settings.io.threads),
-            direct=settings.io.direct,
+            direct=settings.io.direct and not cached,
         )
 
     def parameters(self, cluster: str, rank: int) -> dict[str, Any]:
@@ -106,6 +107,8 @@ class Reader:
         self._settings = settings
         self._allow = [*allow, *allowed(settings)]
         self._last: tuple[Path, native.Buffer] | None = None
+        self.cached = False
+        """Whether `check_bytes` has just read the checkpoint: then the disk need not be read once more."""
         if self.unit is None:
             log.warning(
                 "%s has no %s of ours: it is loaded, but what it holds cannot be verified",
@@ -124,7 +127,7 @@ class Reader:
         if self._last is not None and self._last[0] == path:
             buffer, self._last = self._last[1], None
         else:
-            buffer = self.unit.read(path, self._settings)
+            buffer = self.unit.read(path, self._settings, cached=self.cached)
             self._last = (path, buffer)
         return torch_zip.parse(buffer, str(path), map_location, self._allow)
 
@@ -153,14 +156,15 @@ def reading(directory: Path, settings: Settings, allow: Iterable[Any] = ()) -> I
 
 
 def check_bytes(world: World, unit: Path) -> None:
-    """Re-read every file of a checkpoint, each rank its share. Every rank calls; blocks.
+    """Re-read every file of a checkpoint, each rank its share, through the page cache: who loads it then reads memory
+    and not the disk, as far as memory goes. Every rank calls; blocks.
 
     Raises:
         Damaged: on every rank; names the first ten damaged files.
     """
 
     def check() -> None:
-        problems = verify.verify(unit, part=world.rank, parts=world.size)
+        problems = verify.verify(unit, part=world.rank, parts=world.size, cache=True)
         if problems:
             told = "; ".join(f"{problem.path}: {problem.detail}" for problem in problems[:10])
             raise errors.Damaged(f"{unit}: damaged: {told}")

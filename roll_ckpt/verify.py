@@ -27,10 +27,11 @@ class Problem:
     detail: str
 
 
-def verify(unit: Path, *, part: int = 0, parts: int = 1) -> list[Problem]:
+def verify(unit: Path, *, part: int = 0, parts: int = 1, cache: bool = False) -> list[Problem]:
     """All problems of one checkpoint, sorted by path; [] if every byte is as it was committed.
 
-    Several processes share the reading: each of `parts` reads its `part` of the large files, and all records.
+    Several processes share the reading: each of `parts` reads its `part` of the large files, and all records. With
+    `cache` the bytes stay in the page cache, for whoever loads them next.
     A process that holds `commit.reading(unit)` may call it.
     """
     try:
@@ -48,7 +49,7 @@ def verify(unit: Path, *, part: int = 0, parts: int = 1) -> list[Problem]:
     if not bad & records:
         problems += _records(unit, told, record)
     for receipt in _share([r for r in told.files if r.path not in bad], part, parts):
-        problems += _contents(unit, receipt)
+        problems += _contents(unit, receipt, direct=not cache)
     return sorted(set(problems))
 
 
@@ -98,7 +99,7 @@ def _check_rebuilt(votes: dict[str, bytes], expected: bytes, record: bytes) -> N
         raise Damaged("it is not what the votes amount to")
 
 
-def _contents(unit: Path, receipt: manifest.Receipt) -> list[Problem]:
+def _contents(unit: Path, receipt: manifest.Receipt, *, direct: bool) -> list[Problem]:
     path = unit / receipt.path
     try:
         if receipt.nbytes <= _SMALL_BYTES or disk.is_held(path):
@@ -106,7 +107,7 @@ def _contents(unit: Path, receipt: manifest.Receipt) -> list[Problem]:
             data = disk.read_bytes(path)
             nbytes, crcs = len(data), manifest.digest_bytes(data, receipt.block_bytes)
         else:
-            digest = native.digest_file(str(path), receipt.block_bytes)
+            digest = native.digest_file(str(path), receipt.block_bytes, direct=direct)
             nbytes, crcs = digest.nbytes, list(digest.crcs)
     except Damaged as error:
         return [Problem(receipt.path, "size", str(error))]

@@ -215,6 +215,7 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
                 told = inspect.signature(stock).bind(self.engine, load_dir, name, *args, **kwargs)
                 told.apply_defaults()
                 self._check_together(reader.unit, Path(load_dir), told.arguments)
+                reader.cached = True
             self._reader = reader
             try:
                 return stock(self.engine, load_dir, name, *args, **kwargs)
