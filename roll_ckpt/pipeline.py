@@ -64,6 +64,7 @@ class BasePipeline:
         self._world: World | None = None
         self._saves: list[saver.Save] = []
         self._after_commit = _AfterCommit(config)
+        self._layouts = torch_zip.Layouts(loader.allowed(config))
 
     # --- set-up
 
@@ -222,7 +223,16 @@ class BasePipeline:
             for name, component in self._stateful.items():
                 states[stateful_file(name, rank)] = component.state_dict()
             for file, state in states.items():
-                ticket.stage(directory / file, torch_zip.lay_out(state, Path(file).stem), overlap=False)
+                image, unsafe = self._layouts.lay_out(file, state, Path(file).stem, lambda storage: False)
+                for key, found in unsafe.items():
+                    log.warning(
+                        "%s: the entry %r holds %s, which a safe load refuses; keep plain values and tensors in the "
+                        "state, or add these names to load.allow",
+                        directory / file,
+                        key,
+                        ", ".join(found),
+                    )
+                ticket.stage(directory / file, image, overlap=False)
             if rank == 0:
                 ticket.stage(directory / WORKER_STATE_FILE, FileImage.of_bytes(self.state.to_json()), overlap=False)
         except Exception as problem:

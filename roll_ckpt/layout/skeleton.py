@@ -19,7 +19,8 @@ import torch
 
 Marked: TypeAlias = "torch.Tensor | torch.UntypedStorage | torch.storage.TypedStorage"
 
-_PLAIN = frozenset([int, float, str, bool, bytes, type(None), tuple, list, dict])
+NO_TENSORS = frozenset([int, float, str, bool, bytes, type(None)])
+_PLAIN = NO_TENSORS | {tuple, list, dict}
 """Most of what a pickler asks about; random states are thousands of numbers."""
 
 _MARK = int.from_bytes(os.urandom(15) + b"\x5a", "little")  # nobody else can have this number

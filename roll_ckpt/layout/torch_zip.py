@@ -27,6 +27,7 @@ from roll_ckpt.image import Extents, FileImage, Memory, TensorPiece
 from roll_ckpt.layout.archive import ZIP64_LIMIT, Archive
 from roll_ckpt.layout.skeleton import (
     MEMO_RESERVED,
+    NO_TENSORS,
     Fragments,
     Marked,
     MemoFull,
@@ -198,24 +199,33 @@ def _untyped(obj: Marked) -> torch.UntypedStorage:
     return obj._untyped_storage if isinstance(obj, torch.storage.TypedStorage) else obj
 
 
-def _named_tensors(
-    state: object, name: str = "", inside: frozenset[int] = frozenset()
-) -> Iterator[tuple[str, torch.Tensor]]:
-    if isinstance(state, torch.Tensor):
-        if type(state) is torch.nn.Parameter or is_plain(state):
-            yield name, state
-        return
-    if id(state) in inside:  # a container that holds itself
-        return
-    items: Iterable[tuple[object, object]] = ()
-    if isinstance(state, dict):
-        items = state.items()
-    elif isinstance(state, list | tuple):
-        items = enumerate(state)
-    inside |= {id(state)}
-    for key, value in items:
-        if isinstance(value, torch.Tensor | dict | list | tuple):
-            yield from _named_tensors(value, f"{name}.{key}" if name else str(key), inside)
+def _named_tensors(state: object) -> list[tuple[str, torch.Tensor]]:
+    """The tensors in the dicts, lists and tuples of a state, by the path of keys to each."""
+    found: list[tuple[str, torch.Tensor]] = []
+    inside: set[int] = set()
+
+    def walk(value: object, name: str) -> None:
+        items: Iterable[tuple[object, object]]
+        if isinstance(value, dict):
+            items = value.items()
+        elif isinstance(value, list | tuple):
+            items = enumerate(value)
+        elif isinstance(value, torch.Tensor):
+            found.append((name, value))
+            return
+        else:
+            return
+        if id(value) in inside:  # a container that holds itself
+            return
+        inside.add(id(value))
+        before = name + "." if name else ""
+        for key, inner in items:
+            if type(inner) not in NO_TENSORS:
+                walk(inner, f"{before}{key}")
+        inside.discard(id(value))
+
+    walk(state, "")
+    return found
 
 
 # --- plans -----------------------------------------------------------------------------------------------------
@@ -260,7 +270,7 @@ class _Plan:
     pickle_at: int
     pickle_bytes: int
     holes: list[tuple[int, int, int, int]]  # place in the extents, number of the storage, first and last-plus-one byte
-    names: list[str]
+    names: list[str]  # of its tensors
 
     def refilled(self, state: object, skeleton: Skeleton, stable: Stable) -> tuple[_Plan | None, FileImage | None]:
         """The plan and the image for a state that fits this plan; None and None for any other."""
@@ -337,7 +347,7 @@ def _planned(
         pickle_at,
         len(pickled) + room,
         holes,
-        [piece.name for piece in pieces],
+        [name for name, _ in _named_tensors(state)],
     )
     return plan, plan.fill(storages, stable)
 
@@ -409,6 +419,8 @@ def _index(state: object, storages: list[torch.UntypedStorage], runs: _Runs) -> 
     """The tensors of the state by name, once the pieces have their offsets."""
     numbers = {storage._cdata: number for number, storage in enumerate(storages)}
     for name, tensor in _named_tensors(state):
+        if not (type(tensor) is torch.nn.Parameter or is_plain(tensor)):
+            continue
         start, stop = _span(tensor)
         piece = _piece_of(runs[numbers[tensor.untyped_storage()._cdata]], start)
         where = piece.offset + start - piece.start
