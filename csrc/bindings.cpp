@@ -16,6 +16,7 @@
 #include "digest.h"
 #include "image.h"
 #include "reader.h"
+#include "watch.h"
 #include "writer.h"
 
 namespace py = pybind11;
@@ -205,12 +206,13 @@ std::shared_ptr<Image> make_image(uint64_t nbytes, const py::object& extents, co
 }
 
 std::unique_ptr<PyTransfer> save(PyMover& self, const std::string& path, const std::shared_ptr<Image>& image,
-                                 bool overlap) {
+                                 bool overlap, const std::string& check) {
+    const Check wanted = check_named(check);
     auto mover = self.mover.get();
     std::shared_ptr<Transfer> transfer;
     {
         py::gil_scoped_release released;
-        transfer = mover->begin(path, image, overlap);
+        transfer = mover->begin(path, image, overlap, wanted);
     }
     // From here on the handle's destructor stops the transfer if a signal handler raises.
     auto handle = std::unique_ptr<PyTransfer>(new PyTransfer{Owned(transfer), Owned(mover)});
@@ -258,6 +260,8 @@ PYBIND11_MODULE(_native, m) {
     m.attr("crc32_kind") = crc32_kind();
 
     static py::handle damaged = py::exception<DamagedFile>(m, "DamagedFile", PyExc_ValueError).release();
+    static py::handle source_changed =
+        py::exception<SourceChanged>(m, "SourceChanged", PyExc_RuntimeError).release();
     py::register_exception_translator([](std::exception_ptr pointer) {
         try {
             if (pointer) std::rethrow_exception(pointer);
@@ -267,6 +271,11 @@ PYBIND11_MODULE(_native, m) {
             // The text holds a path, which need not be UTF-8.
             py::object text = py::reinterpret_steal<py::object>(PyUnicode_DecodeFSDefault(error.what()));
             if (text) PyErr_SetObject(damaged.ptr(), text.ptr());
+        } catch (const SourceChanged& error) {
+            py::object text = py::reinterpret_steal<py::object>(PyUnicode_DecodeFSDefault(error.what()));
+            if (text) {
+                PyErr_SetObject(source_changed.ptr(), py::make_tuple(text, error.start, error.end).ptr());
+            }
         } catch (const Cancelled&) {
             if (!PyErr_Occurred()) PyErr_SetNone(PyExc_KeyboardInterrupt);
         }
@@ -364,13 +373,14 @@ PYBIND11_MODULE(_native, m) {
 
     py::class_<PyMover>(m, "Mover")
         .def(py::init([](const PyArena& arena, int copy_threads, int io_threads, bool direct) {
-                 if (copy_threads < 1 || io_threads < 1)
-                     throw py::value_error("a Mover needs at least one thread of each kind");
+                 if (copy_threads < 0 || io_threads < 1)
+                     throw py::value_error(
+                         "a Mover needs a thread that writes, and no negative number of others");
                  return std::unique_ptr<PyMover>(new PyMover{
                      Owned(std::make_shared<Mover>(arena.arena.get(), copy_threads, io_threads, direct))});
              }),
              py::arg("arena"), py::arg("copy_threads"), py::arg("io_threads"), py::arg("direct"))
-        .def("save", &save, py::arg("path"), py::arg("image"), py::arg("overlap"))
+        .def("save", &save, py::arg("path"), py::arg("image"), py::arg("overlap"), py::arg("check"))
         .def(
             "shutdown",
             [](const PyMover& m, double timeout_s) {

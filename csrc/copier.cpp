@@ -85,7 +85,7 @@ std::vector<cuda::Region> device_regions(const Image& image, uint64_t start, uin
 Copier::Copier(int threads) {
     SignalsBlocked blocked;
     std::lock_guard lock(mutex_);  // the threads start to look at lanes_ when all are there
-    for (int i = 0; i < std::max(1, threads); ++i) {
+    for (int i = 0; i < threads; ++i) {
         try {
             threads_.emplace_back([this] { run(); });
             ++alive_;

@@ -45,7 +45,7 @@ class CopyJob {
 // A queue of chunks and the threads that empty it. Any thread may call anything.
 class Copier {
   public:
-    explicit Copier(int threads);
+    explicit Copier(int threads);  // with none, only help() copies what lies on the host
     ~Copier();
 
     void submit(const std::shared_ptr<CopyJob>& job, const std::vector<Chunk>& chunks);

@@ -30,7 +30,7 @@ Transfer::~Transfer() {
     for (auto& [device, event] : events_) cuda::table().drop(device, event);
 }
 
-void Transfer::start(bool overlap) {
+void Transfer::start(bool overlap, Check check) {
     for (int device : image_->devices()) {
         auto stream = image_->streams().find(device);
         events_[device] =
@@ -51,6 +51,7 @@ void Transfer::start(bool overlap) {
             std::lock_guard lock(mutex_);
             overlapped_ = true;
         }
+        watch_ = Watch(*image_, block_bytes_, check);  // before any copy, while the caller is in save()
         add_blocks(slots);
     }
     std::lock_guard lock(mutex_);
@@ -158,7 +159,13 @@ void Transfer::copy_ended(uint64_t block, bool urgent) {
 // it.
 void Transfer::scan(uint64_t block) noexcept {
     try {
-        if (!stopped_) sealer_.scan(block, blocks_[block].slot);
+        if (!stopped_) {
+            const uint8_t* slot = blocks_[block].slot;
+            sealer_.scan(block, slot);
+            if (auto piece = watch_.changed(start_of(block), end_of(block), slot)) {
+                throw SourceChanged(path_, piece->start, piece->end);
+            }
+        }
     } catch (...) {
         fail(std::current_exception());
     }
@@ -351,7 +358,8 @@ Mover::Mover(std::shared_ptr<Arena> arena, int copy_threads, int io_threads, boo
 
 Mover::~Mover() { shutdown(Clock::time_point::min()); }
 
-std::shared_ptr<Transfer> Mover::begin(std::string path, std::shared_ptr<const Image> image, bool overlap) {
+std::shared_ptr<Transfer> Mover::begin(std::string path, std::shared_ptr<const Image> image, bool overlap,
+                                       Check check) {
     auto transfer = std::make_shared<Transfer>(*this, std::move(path), std::move(image));
     {
         std::lock_guard lock(mutex_);
@@ -360,7 +368,7 @@ std::shared_ptr<Transfer> Mover::begin(std::string path, std::shared_ptr<const I
         std::erase_if(transfers_, [](const auto& other) { return other.expired(); });
         transfers_.push_back(transfer);
     }
-    transfer->start(overlap);
+    transfer->start(overlap, check);
     return transfer;
 }
 

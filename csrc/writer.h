@@ -15,6 +15,7 @@
 #include "copier.h"
 #include "file.h"
 #include "image.h"
+#include "watch.h"
 
 namespace roll {
 
@@ -65,7 +66,7 @@ class Transfer : public CopyJob, public std::enable_shared_from_this<Transfer> {
         bool urgent;
     };
 
-    void start(bool overlap);
+    void start(bool overlap, Check check);
     void add_blocks(const std::vector<uint8_t*>& slots);
     void list_copies(uint64_t block, Pass pass, bool urgent, std::vector<Chunk>& chunks,
                      std::vector<DeviceCopy>& device_copies) const;
@@ -95,6 +96,7 @@ class Transfer : public CopyJob, public std::enable_shared_from_this<Transfer> {
     bool overlapped_ = false;
     std::map<int, void*> events_;  // per device: behind all the caller had queued when save() began
     Sealer sealer_;
+    Watch watch_;
 
     std::mutex file_mutex_;
     std::unique_ptr<File> file_;
@@ -121,8 +123,10 @@ class Mover {
     ~Mover();
 
     // Begins a transfer and returns at once; the caller then drives advance() until it is true. Sources of
-    // lazy extents must stay as they are until wait_copied, all others until advance() is true.
-    std::shared_ptr<Transfer> begin(std::string path, std::shared_ptr<const Image> image, bool overlap);
+    // lazy extents must stay as they are until wait_copied, all others until advance() is true. What `check`
+    // finds changed by then fails the transfer with SourceChanged.
+    std::shared_ptr<Transfer> begin(std::string path, std::shared_ptr<const Image> image, bool overlap,
+                                    Check check);
     // Lets running transfers end until the deadline, then stops them. True: all threads have ended. False:
     // some hang in the operating system, and this object must never be destroyed.
     bool shutdown(Clock::time_point deadline);

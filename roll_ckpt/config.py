@@ -17,6 +17,7 @@ import yaml
 from pydantic import (
     AliasChoices,
     BaseModel,
+    BeforeValidator,
     ByteSize,
     ConfigDict,
     Field,
@@ -29,6 +30,9 @@ from roll_ckpt import errors, names
 Parsed = TypeVar("Parsed", bound="Section")
 
 HubUri = Annotated[str, Field(pattern="^hf://")]  # a Path would make one slash of the two
+
+Check = Annotated[Literal["off", "sample", "full"], BeforeValidator(lambda value: "off" if value is False else value)]
+"""YAML reads a bare `off` as false."""
 
 SMALLEST_BLOCK_BYTES = 64 << 10
 
@@ -106,6 +110,9 @@ class Staging(Section):
     """Cap of the staging memory of one host, shared by its ranks; default a quarter of its memory."""
     overlap: bool = True
     """Copy what only the optimizer changes under the next forward and backward pass."""
+    check: Check = "sample"
+    """Look whether somebody else changed it before it was copied, which fails the save: not at all, at 512
+    bytes of each tensor in each block (of a random part of them where they are many and small), or at every byte."""
 
 
 class IO(Section):

@@ -8,6 +8,7 @@
     ├── EpochLost (RuntimeError)          a newer run has taken the output directory over
     ├── NoRoom (OSError)                  the file system cannot hold one more checkpoint
     ├── SaveFailed (RuntimeError)         a copy, write, vote, commit or upload failed; older checkpoints are sound
+    │   └── SourceChanged                 a tensor was changed before it was copied
     ├── NotFound (FileNotFoundError)      no complete checkpoint where one was asked for
     ├── Damaged (ValueError)              bytes on disk are not the bytes that were written
     ├── HubRefused (OSError)              the Hub says no, and will again until somebody changes something
@@ -50,6 +51,18 @@ class NoRoom(RollCkptError, OSError):
 
 class SaveFailed(RollCkptError, RuntimeError):
     """A copy, write, vote, commit or upload failed. Checkpoints that were committed before are sound."""
+
+
+class SourceChanged(SaveFailed):
+    """A tensor was changed between a save and the end of its copy, by something that did not wait for the fence.
+
+    `start` and `end` tell which bytes of the file are concerned.
+    """
+
+    def __init__(self, message: str, start: int, end: int) -> None:
+        super().__init__(message)
+        self.start = start
+        self.end = end
 
 
 class NotFound(RollCkptError, FileNotFoundError):

@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from roll_ckpt.errors import Damaged
+from roll_ckpt.errors import Damaged, SourceChanged
 
 try:
     from roll_ckpt import _native
@@ -201,10 +201,12 @@ class Transfer:
         """Waits until the file is durable (fsync done) and returns its digest.
 
         Raises what ended the transfer, each time it is asked: OSError with errno and path, ECANCELED after
-        abandon or shutdown; TimeoutError after `timeout` seconds.
+        abandon or shutdown; SourceChanged, see Mover.save; TimeoutError after `timeout` seconds.
         """
         try:
             return self._transfer.wait_written(timeout)
+        except _native.SourceChanged as changed:
+            raise SourceChanged(*changed.args) from None
         finally:
             self._release_sources()
 
@@ -222,6 +224,7 @@ class Mover:
     """The native threads that copy, digest and write. Any thread may save; transfers share the arena.
 
     direct=False writes through the page cache; with True a file system that refuses direct I/O is served too.
+    With copy_threads=0 whoever waits copies: save what it must, and nothing but wait_copied the rest.
     """
 
     def __init__(self, arena: Arena, copy_threads: int = 2, io_threads: int = 4, direct: bool = True) -> None:
@@ -230,7 +233,7 @@ class Mover:
         self._mover = _native.Mover(arena, copy_threads, io_threads, direct)
         _movers.add(self)
 
-    def save(self, path: StrOrBytesPath, image: NativeImage, *, overlap: bool = True) -> Transfer:
+    def save(self, path: StrOrBytesPath, image: NativeImage, *, overlap: bool = True, check: str = "off") -> Transfer:
         """Begins to write `image` to `path` (created or emptied, mode 0644 & umask).
 
         Returns when all eager extents were copied: the caller may then change their memory. If the whole file
@@ -238,11 +241,15 @@ class Mover:
         unchanged until wait_copied. Otherwise, or with overlap=False, save returns only when every byte was
         copied, which waits for the disk if the file is larger than what is free.
 
+        With `check` "sample" or "full", 512 bytes of each lazy extent in each block (of a random part of them where
+        they are many and small), or every lazy byte, are digested before save returns and again when they were
+        copied; wait_written raises SourceChanged if they differ. Memory of a device is not looked at.
+
         A file that cannot be made or written is no error here but in wait_written. ValueError: an image whose
         extents, records or patches overlap, leave the file or stand out of order.
         """
         frozen = image._freeze()
-        transfer = self._mover.save(os.fsencode(path), frozen, overlap)
+        transfer = self._mover.save(os.fsencode(path), frozen, overlap, check)
         return Transfer(os.fsdecode(path), transfer, image)
 
     def shutdown(self, timeout_s: float = EXIT_TIMEOUT_S) -> bool:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from roll_ckpt import arena, commit, disk, errors, manifest, names, native, seal
-from roll_ckpt.config import Settings
+from roll_ckpt.config import Check, Settings
 from roll_ckpt.image import FileImage, TensorPiece
 from roll_ckpt.world import LONGEST_S, World
 
@@ -71,7 +71,8 @@ class Ticket:
         false or the arena has too little room. Not durable on return.
         """
         began = time.monotonic()
-        staged = _stage(arena.mover(self.save.settings), path, image, overlap)
+        settings = self.save.settings
+        staged = _stage(arena.mover(settings), path, image, overlap, settings.staging.check)
         self.timing.stage_s += time.monotonic() - began
         self.nbytes += image.nbytes
         self._staged.append(staged)
@@ -131,7 +132,7 @@ class Ticket:
         unit = self.save.attempt.unit
         digests: dict[str, Any] = {}
         for staged in self._staged:
-            digests[_relative(staged.path, unit)] = staged.transfer.wait_written()
+            digests[_relative(staged.path, unit)] = _written(staged)
             staged.image = None
         for path in sorted(set(self._adopted)):
             disk.fsync_file(path)
@@ -168,9 +169,24 @@ def _piece_records(pieces: Iterable[TensorPiece], file: str) -> Iterator[dict[st
         }
 
 
-def _stage(mover: native.Mover, path: Path, image: FileImage, overlap: bool) -> _Staged:
-    transfer = mover.save(path, native_image(image), overlap=overlap)
+def _stage(mover: native.Mover, path: Path, image: FileImage, overlap: bool, check: Check = "off") -> _Staged:
+    transfer = mover.save(path, native_image(image), overlap=overlap, check=check)
     return _Staged(path, image if transfer.overlapped else None, transfer, image.pieces)
+
+
+def _written(staged: _Staged) -> native.Digest:
+    try:
+        return staged.transfer.wait_written()
+    except errors.SourceChanged as changed:
+        start, end = changed.start, changed.end
+        tensors = [piece.name for piece in staged.pieces if piece.offset < end and start < piece.offset + piece.nbytes]
+        raise errors.SourceChanged(
+            f"{staged.path}: {', '.join(map(repr, tensors)) or 'a tensor'} (bytes {start} to {end} of the file) was "
+            "changed while it was being copied; call roll_ckpt.fence() before changing it, or set "
+            "staging.overlap: false",
+            start,
+            end,
+        ) from None
 
 
 def native_image(image: FileImage) -> native.NativeImage:

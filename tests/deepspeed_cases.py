@@ -6,19 +6,20 @@ import contextlib
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+from late_copies import copied, late_copies
 from tiny import engine, train
 
 from roll_ckpt import arena, disk, errors, native, saver
 from roll_ckpt.backends import deepspeed as backend
 from roll_ckpt.image import Memory
-from roll_ckpt.layout import torch_zip
 
 BLOCK = 1 << 16
 SMALL_IO = {"block_bytes": BLOCK}
-OURS: dict[str, Any] = {"async_save": True, "io": SMALL_IO, "staging": {"arena_bytes": 64 << 20}}
+OURS: dict[str, Any] = {"async_save": True, "io": SMALL_IO, "staging": {"arena_bytes": 64 << 20, "check": "full"}}
 
 
 def settings(**more: Any) -> dict[str, Any]:
@@ -380,23 +381,85 @@ def fails_before_staging(out: str) -> dict[str, Any]:
     return {"told": told, "entries": sorted(p.name for p in Path(out).iterdir())}
 
 
-def setters_fence(out: str) -> bool:
-    """DeepSpeed's own setters change what overlaps: they wait for the copies of pending saves."""
-    from deepspeed.utils import safe_set_full_fp32_param
+# --- what changes the state waits for the copies ---
 
-    made = engine(2, "bf16", settings(), width=512)
-    train(made, 1, seed=1)
-    made.save_checkpoint(out, tag="t")
-    for parameter in made.module.parameters():
+
+def _set_full(trained: Any) -> None:
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    for parameter in trained.module.parameters():
         if parameter.requires_grad:
-            safe_set_full_fp32_param(parameter, torch.full(parameter.shape, 9.0))
-    saver.wait_pending()
-    for file in Path(out).glob("t/*optim_states.pt"):
-        with torch.serialization.safe_globals([*backend.ALLOWED_GLOBALS, torch_zip.ENUM_MEMBERS]):
-            state = torch.load(file, weights_only=True)["optimizer_state_dict"]
-        if any(bool((group == 9.0).any()) for group in state["single_partition_of_fp32_groups"]):
-            return False
-    return True
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            safe_set_full_fp32_param(parameter, torch.full(shape, 9.0))
+            safe_set_full_optimizer_state(parameter, torch.full(shape, 9.0), "exp_avg")
+
+
+def _set_local(trained: Any) -> None:
+    from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+    for parameter in trained.module.parameters():
+        if parameter.requires_grad:
+            nine = torch.full_like(safe_get_local_fp32_param(parameter), 9.0)
+            safe_set_local_fp32_param(parameter, nine)
+            safe_set_local_optimizer_state(parameter, nine, "exp_avg")
+
+
+def _load_module(trained: Any) -> None:
+    state = {name: torch.zeros_like(value) for name, value in trained.module.state_dict().items()}
+    trained.load_module_state_dict({"module": state})
+
+
+def _offload(trained: Any) -> None:
+    with contextlib.suppress(AssertionError):  # DeepSpeed does it for FusedAdam only, which needs a GPU
+        trained.offload_states()
+
+
+CHANGES: dict[str, tuple[tuple[int, ...], Any]] = {
+    "step": ((0, 1, 2, 3), lambda trained, out: train(trained, 1, seed=2)),
+    "full": ((2, 3), lambda trained, out: _set_full(trained)),
+    "local": ((3,), lambda trained, out: _set_local(trained)),
+    "module": ((0, 1, 2), lambda trained, out: _load_module(trained)),
+    "load": ((0, 1, 2, 3), lambda trained, out: trained.load_checkpoint(out, tag="old")),
+    "offload": ((3,), lambda trained, out: _offload(trained)),
+    "reload": ((3,), lambda trained, out: trained.reload_states()),
+    "destroy": ((0, 1, 2, 3), lambda trained, out: trained.destroy()),
+}
+"""What changes an engine's state, and the ZeRO stages that have it."""
+
+
+def change_before_the_copies(out: str, stage: int) -> dict[str, tuple[bool, bool, str]]:
+    """Change an engine in each way as soon as a save has returned: whether there was something to copy then, whether
+    it was copied when the change was done, and how the save failed."""
+    made = engine(stage, "bf16", settings())
+    train(made, 1, seed=1)
+    made.save_checkpoint(out, tag="old")
+    told = {}
+    for what, (stages, change) in CHANGES.items():
+        if stage not in stages:
+            continue
+        with late_copies(backend.attached(made).settings):  # type: ignore[union-attr]
+            made.save_checkpoint(out, tag=what)
+            save = backend.attached(made)._saves[-1]  # type: ignore[union-attr]
+            late = not copied(save)
+            change(made, out)
+            fenced = copied(save)
+        told[what] = late, fenced, str(save.failure)
+    return told
+
+
+def step_without_the_fence(out: str, stage: int) -> list[str]:
+    """A step that does not wait for the copies: how the save before it failed, and the one after it."""
+    made = engine(stage, "bf16", settings())
+    train(made, 1, seed=1)
+    wrapped, told = type(made)._take_model_step, []
+    for tag, step in (("torn", wrapped.__wrapped__), ("next", wrapped)):
+        with late_copies(backend.attached(made).settings):  # type: ignore[union-attr]
+            made.save_checkpoint(out, tag=tag)
+            save = backend.attached(made)._saves[-1]  # type: ignore[union-attr]
+            with mock.patch.object(type(made), "_take_model_step", step):
+                train(made, 1, seed=2)
+        told.append(str(save.failure))
+    return told
 
 
 def foreign_files(out: str) -> str:

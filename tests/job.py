@@ -106,7 +106,7 @@ def main() -> None:
         "max_ckpt_to_keep": told.keep,
         "commit_timeout_s": 120,
         "io": {"block_bytes": 65536},
-        "staging": {"arena_bytes": 64 << 20},
+        "staging": {"arena_bytes": 64 << 20, "check": "full"},
     }
     if told.resume_from:
         values["resume_from_checkpoint"] = told.resume_from

@@ -49,7 +49,8 @@ def trained(layout: str, **options: Any) -> Tiny:
 
 
 def attach(tiny: Tiny, form: str = "fully_reshardable", **settings: Any) -> backend.Attached:
-    return backend.attach(tiny.model, tiny.optimizer, tiny.scheduler, settings=Settings(**settings), form=form)
+    told = Settings(**{"staging": {"check": "full"}, **settings})
+    return backend.attach(tiny.model, tiny.optimizer, tiny.scheduler, settings=told, form=form)
 
 
 # --- who saves and who loads ---------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from unittest import mock
 import megatron_cpu
 import torch
 import torch.distributed as dist
+from late_copies import copied, late_copies
 from megatron_cpu import Tiny, build, gathered
 
 megatron_cpu.install()
@@ -24,20 +25,18 @@ from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor  # noqa: E402
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper  # noqa: E402
 
-from roll_ckpt import arena, errors, loader, saver  # noqa: E402
+from roll_ckpt import errors, loader, saver  # noqa: E402
 from roll_ckpt.backends import megatron as backend  # noqa: E402
 from roll_ckpt.config import Settings  # noqa: E402
-from roll_ckpt.image import Extent, Extents, FileImage, Memory  # noqa: E402
+from roll_ckpt.image import FileImage, Memory  # noqa: E402
 from roll_ckpt.layout import dcp  # noqa: E402
 from roll_ckpt.world import World  # noqa: E402
-
-PLUG_BYTES = 512 << 20
 
 gc.freeze()  # Megatron collects garbage at each sharded_state_dict; what the imports made is none
 
 
 def attach(tiny: Tiny, form: str = "dp_reshardable", **settings: Any) -> backend.Attached:
-    told = Settings(**{"async_save": True, **settings})
+    told = Settings(**{"async_save": True, "staging": {"check": "full"}, **settings})
     return backend.attach(tiny.model, tiny.optimizer, tiny.scheduler, settings=told, form=form)
 
 
@@ -77,27 +76,6 @@ def error_of(action: Callable[[], object]) -> str:
     return "no error"
 
 
-@contextmanager
-def busy_copiers(path: Path) -> Iterator[None]:
-    """The copies of what is saved inside have to wait: the copiers have something large to do first."""
-    path.parent.mkdir(exist_ok=True)
-    plug = torch.zeros(PLUG_BYTES, dtype=torch.uint8)
-    memory = Memory(plug.data_ptr(), PLUG_BYTES, plug)
-    image = FileImage(PLUG_BYTES, Extents.of([Extent(0, memory, stable=True)]))
-    transfer = arena.mover(Settings()).save(
-        str(path.with_name(f"plug.{dist.get_rank()}")), saver.native_image(image), overlap=True
-    )
-    try:
-        yield
-    finally:
-        transfer.abandon()
-        os.unlink(transfer.path)
-
-
-def copied(save: saver.Save) -> bool:
-    return all(staged.transfer.copied for ticket in save.tickets.values() for staged in ticket._staged)
-
-
 # --- copies under training -----------------------------------------------------------------------------------
 
 CHANGES: dict[str, Callable[[Tiny, dict[str, Any]], object]] = {
@@ -134,8 +112,8 @@ def _load_optimizer(tiny: Tiny, old: dict[str, Any]) -> None:
 
 
 def change_while_copying(directory: str) -> dict[str, tuple[bool, bool]]:
-    """Change the model in each way as soon as a save has returned: whether copies were still to be made when it
-    returned, and whether they were when the change was done."""
+    """Change the model in each way as soon as a save has returned: whether there was something to copy then, and
+    whether it was copied when the change was done."""
     tiny = trained()
     ours = attach(tiny)
     ours.save(Path(directory) / "old", 0).wait(60)
@@ -149,7 +127,7 @@ def change_while_copying(directory: str) -> dict[str, tuple[bool, bool]]:
     told = {}
     for what, change in CHANGES.items():
         path = Path(directory) / what
-        with busy_copiers(path):
+        with late_copies(Settings()):
             save = ours.save(path, tiny.steps)
             late = not copied(save)
             change(tiny, old)
@@ -163,7 +141,7 @@ def step_while_copying(directory: str, bf16: bool) -> dict[str, Any]:
     path = Path(directory) / "iter"
     tiny = trained(bf16=bf16)
     wanted = gathered(tiny)
-    with busy_copiers(path):
+    with late_copies(Settings()):
         save = attach(tiny).save(path, tiny.steps)
         tiny.optimizer.step()
     save.wait(60)
@@ -171,6 +149,20 @@ def step_while_copying(directory: str, bf16: bool) -> dict[str, Any]:
         "stepped": bool(differences(gathered(tiny), wanted)),
         "differ": differences(gathered(stock_loaded(path, bf16=bf16)), wanted),
     }
+
+
+def step_without_the_fence(directory: str) -> list[str]:
+    """A step that does not wait for the copies: how the save before it failed, and the one after it."""
+    tiny = trained()
+    ours, told = attach(tiny), []
+    wait = backend.Fence.wait
+    for name, fence in (("torn", lambda fence: None), ("next", wait)):
+        with late_copies(Settings()):
+            save = ours.save(Path(directory) / name, tiny.steps)
+            with mock.patch.object(backend.Fence, "wait", fence):
+                tiny.optimizer.step()
+        told.append(str(save.failure))
+    return told
 
 
 def load_while_copying(directory: str) -> dict[str, Any]:
@@ -182,7 +174,7 @@ def load_while_copying(directory: str) -> dict[str, Any]:
     tiny.train()
     wanted = gathered(tiny)
     path = Path(directory) / "new"
-    with busy_copiers(path):
+    with late_copies(Settings()):
         ours.save(path, 3)
         step = ours.load(Path(directory) / "old")
     return {
@@ -534,7 +526,7 @@ def gather_late(directory: str) -> dict[str, Any]:
         for step in range(2):
             losses += tiny.train()
             path = Path(directory) / f"{overlap}_{step}"
-            with busy_copiers(path), watched_images() as images:
+            with late_copies(Settings()), watched_images() as images:
                 saves.append(ours.save(path, step))
                 losses += tiny.train()
             buffers = {buffer.param_data.untyped_storage()._cdata for buffer in tiny.model[0].buffers}

@@ -27,7 +27,7 @@ def test_the_defaults_are_those_that_are_written_down() -> None:
     assert made.commit_timeout_s == made.exit_timeout_s == 600
     assert not made.fail_training and not made.take_over and made.run_id is None
     assert made.max_ckpt_to_keep == 0 and made.resume_from_checkpoint is True
-    assert made.staging.arena_bytes is None and made.staging.overlap
+    assert made.staging.arena_bytes is None and made.staging.overlap and made.staging.check == "sample"
     assert made.io.direct and made.io.threads == 2 and made.io.block_bytes == 4 << 20
     assert made.load.allow == () and made.checkpoint_config is None and made.expected_clusters is None
     assert DeepSpeedConfig.parse({}, "here").cluster == "model"
@@ -112,6 +112,7 @@ def test_both_names_of_the_number_to_keep_at_once_are_refused() -> None:
         ({"io": {"block_bytes": "32KiB"}}, "io.block_bytes"),
         ({"staging": {"arena_bytes": "64KiB"}}, "staging.arena_bytes"),
         ({"staging": 3}, "staging"),
+        ({"staging": {"check": True}}, "staging.check"),
         ({"load": {"allow": "os.system"}}, "load.allow"),
     ],
 )
@@ -255,6 +256,12 @@ def test_yaml_is_read_and_keywords_replace_its_keys(tmp_path: Path) -> None:
     made = PipelineConfig.from_yaml(str(path), save_steps=5, io={"threads": 4}, output_dir=tmp_path)
     assert (made.save_steps, made.io.threads, made.io.block_bytes) == (5, 4, 4 << 20)
     assert made.output_dir == tmp_path
+
+
+@pytest.mark.parametrize("text", ["off", "'off'"])
+def test_a_check_may_be_off_without_quotes(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path, f"output_dir: run\nsave_steps: 2\nmax_steps: 10\nstaging: {{check: {text}}}\n")
+    assert PipelineConfig.from_yaml(path).staging.check == "off"
 
 
 def test_an_override_is_checked_like_the_file_and_named_with_it(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from worlds import ROOT, World, environment
 
+from roll_ckpt import verify
+
 CASES = "deepspeed_cases"
 
 MATRIX = [(stage, precision) for stage in (0, 1, 2, 3) for precision in ("bf16", "fp32")]
@@ -173,8 +175,19 @@ def test_a_failure_before_staging_commits_nothing(two_ranks: World, tmp_path: Pa
         assert "t" not in found["entries"] and "next" in found["entries"]
 
 
-def test_deepspeeds_setters_wait_for_the_copies(two_ranks: World, tmp_path: Path) -> None:
-    assert two_ranks.call(f"{CASES}:setters_fence", str(tmp_path)) == [True, True]
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_what_changes_the_state_waits_for_the_copies(two_ranks: World, tmp_path: Path, stage: int) -> None:
+    for rank, told in enumerate(two_ranks.call(f"{CASES}:change_before_the_copies", str(tmp_path), stage)):
+        writes = stage > 0 or rank == 0
+        assert told and told == dict.fromkeys(told, (writes, True, "None"))
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_step_that_does_not_wait_fails_the_save_by_name(two_ranks: World, tmp_path: Path, stage: int) -> None:
+    for torn, after in two_ranks.call(f"{CASES}:step_without_the_fence", str(tmp_path), stage):
+        assert "torn" in torn and "optim_states.pt: 'optimizer_state_dict." in torn and "roll_ckpt.fence()" in torn
+        assert after == "None"
+    assert not (tmp_path / "torn").exists() and verify.verify(tmp_path / "next") == []
 
 
 def test_files_of_others_in_a_tag_are_not_deleted(two_ranks: World, tmp_path: Path) -> None:

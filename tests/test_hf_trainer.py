@@ -25,7 +25,7 @@ config = {
     "gradient_accumulation_steps": "auto",
     "zero_optimization": {"stage": 2},
     "zero_allow_untested_optimizer": True,
-    "checkpoint": {"roll_ckpt": {}},
+    "checkpoint": {"roll_ckpt": {"staging": {"check": "full"}}},
 }
 
 

@@ -31,8 +31,14 @@ def test_a_save_under_training_holds_the_step_that_it_was_asked_at(
 def test_what_changes_the_model_waits_for_the_copies(megatron: Worlds, tmp_path: Path) -> None:
     for told in call(megatron, "change_while_copying", str(tmp_path / "run")):
         assert len(told) == 9
-        late, fenced = zip(*told.values(), strict=True)
-        assert any(late) and all(fenced)
+        assert all(late and fenced for late, fenced in told.values())
+
+
+def test_a_step_that_does_not_wait_fails_the_save_by_name(megatron: Worlds, tmp_path: Path) -> None:
+    for torn, after in call(megatron, "step_without_the_fence", str(tmp_path / "run")):
+        assert "torn" in torn and "distcp: 'embedding.word_embeddings.weight' " in torn and "fence()" in torn
+        assert after == "None"
+    assert not (tmp_path / "run" / "torn").exists() and verify.verify(tmp_path / "run" / "next") == []
 
 
 def test_a_load_waits_for_the_copies_of_a_save(megatron: Worlds, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from roll_ckpt import native
-from roll_ckpt.errors import Damaged
+from roll_ckpt.errors import Damaged, SourceChanged
 
 BLOCK = 64 << 10
 SIZES = [0, 1, 4095, 4096, 4097, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK + 12345]
@@ -154,7 +154,7 @@ def test_random_extents_gaps_patches_and_serials_come_out_right(
         expected[at : at + 4] = crcs[-1].to_bytes(4, "little")
         at += 4
     path = tmp_path_factory.mktemp("random") / "f"
-    transfer = mover.save(path, image, overlap=rng.random() < 0.7)
+    transfer = mover.save(path, image, overlap=rng.random() < 0.7, check=rng.choice(["off", "sample", "full"]))
     transfer.wait_copied()
     digest = transfer.wait_written()
     assert path.read_bytes() == expected
@@ -391,6 +391,61 @@ def test_a_file_of_another_size_is_named(tmp_path: Path, mover: native.Mover) ->
         native.read_file(tmp_path / "f", len(data), BLOCK, crcs[:1])
     with pytest.raises(IsADirectoryError):
         native.digest_file(tmp_path, BLOCK)
+
+
+# ---- sources that are changed before they are copied
+
+
+@pytest.fixture
+def late_mover(arena: native.Arena) -> Iterator[native.Mover]:
+    """Copies nothing that is lazy before wait_copied."""
+    mover = native.Mover(arena, copy_threads=0)
+    yield mover
+    mover.shutdown(10)
+
+
+def noticed(mover: native.Mover, path: Path, at: int, check: str, nbytes: int = 3 * BLOCK, extents: int = 1) -> bool:
+    """Whether one byte that is changed before it is copied fails the save."""
+    data = bytearray(nbytes)
+    image, each = native.NativeImage(nbytes), nbytes // extents
+    for offset in range(0, nbytes, each):
+        image.add(offset, native.address_of(data)[0] + offset, each, lazy=True)
+    transfer = mover.save(path, image, check=check)
+    assert transfer.overlapped and not transfer.copied
+    data[at] = 1
+    transfer.wait_copied()
+    try:
+        transfer.wait_written(20)
+    except SourceChanged as changed:
+        assert changed.start <= at < changed.end and f"{path}: " in str(changed)
+        assert changed.end - changed.start == (BLOCK if check == "full" else min(each, 512))
+        return True
+    assert path.read_bytes() == data
+    return False
+
+
+@pytest.mark.parametrize("at", [0, BLOCK - 1, BLOCK, 2 * BLOCK + 5, 3 * BLOCK - 1])
+def test_a_full_check_notices_every_byte_and_none_if_off(tmp_path: Path, late_mover: native.Mover, at: int) -> None:
+    assert noticed(late_mover, tmp_path / "f", at, "full")
+    assert not noticed(late_mover, tmp_path / "f", at, "off")
+
+
+def test_a_sample_is_another_one_at_each_save(tmp_path: Path, late_mover: native.Mover) -> None:
+    for at in (1000, 3000):  # no sample has both
+        assert any(noticed(late_mover, tmp_path / "f", at, "sample", 4096) for _ in range(500))
+
+
+def test_a_sample_has_of_each_extent_but_not_of_thousands(tmp_path: Path, late_mover: native.Mover) -> None:
+    few, many = (
+        [noticed(late_mover, tmp_path / "f", 777, "sample", extents * 64, extents) for _ in range(100)]
+        for extents in (500, 3000)
+    )
+    assert all(few) and any(many) and not all(many)
+
+
+def test_an_unknown_check_is_refused(tmp_path: Path, late_mover: native.Mover) -> None:
+    with pytest.raises(ValueError, match="give off, sample or full"):
+        noticed(late_mover, tmp_path / "f", 0, "some")
 
 
 # ---- lives and deaths

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from late_copies import late_copies
 
 from roll_ckpt import arena, commit, disk, errors, native, saver, verify
 from roll_ckpt.config import Settings
@@ -23,7 +24,11 @@ from roll_ckpt.image import Extent, Extents, FileImage, Memory
 from roll_ckpt.layout import torch_zip
 from roll_ckpt.world import World
 
-SMALL: dict[str, Any] = {"staging": {"arena_bytes": "1MiB"}, "io": {"block_bytes": "64KiB"}, "commit_timeout_s": 20}
+SMALL: dict[str, Any] = {
+    "staging": {"arena_bytes": "1MiB", "check": "full"},
+    "io": {"block_bytes": "64KiB"},
+    "commit_timeout_s": 20,
+}
 SETTINGS = Settings.parse(SMALL, "the test")
 ALONE = World(0, 1, None)
 
@@ -63,9 +68,9 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 5) -> bool:
     return condition()
 
 
-def begin(out: Path, name: str = "t1", **more: Any) -> saver.Save:
+def begin(out: Path, name: str = "t1", settings: Settings = SETTINGS, **more: Any) -> saver.Save:
     request = saver.Request(out, name, 1, {"model": 1})
-    return saver.begin(ALONE, request, SETTINGS, nbytes=1000, **more)
+    return saver.begin(ALONE, request, settings, nbytes=1000, **more)
 
 
 def stage(save: saver.Save, state: object, *, stable: bool = False, file: str = "model.pt") -> saver.Ticket:
@@ -433,6 +438,73 @@ def test_sources_are_released_without_a_fence_once_the_save_has_ended(out: Path,
     assert wait_until(lambda: save.finished)
     gc.collect()
     assert owner() is None and (save.failure is not None) == fails
+
+
+# ---- sources that are changed before they are copied
+
+
+def checked(check: str, **more: Any) -> Settings:
+    return Settings.parse({**SMALL, "staging": {**SMALL["staging"], "check": check}, **more}, "the test")
+
+
+def two_tensors() -> dict[str, torch.Tensor]:
+    return {"first": torch.arange(50_000.0), "last": torch.arange(50_000.0)}
+
+
+@pytest.mark.parametrize("check", ["sample", "full"])
+def test_a_tensor_that_is_changed_before_the_fence_fails_the_save_by_name(out: Path, check: str) -> None:
+    save_now(out, two_tensors(), "old")
+    state = two_tensors()
+    with late_copies(SETTINGS):
+        save = begin(out, settings=checked(check))
+        stage(save, state, stable=True)
+        state["last"].data.add_(1)
+        seal(save)
+    with pytest.raises(errors.SaveFailed) as caught:
+        save.wait(20)
+    for what in ("t1", "cluster 'model' rank 0", "model.pt: 'last' ", "roll_ckpt.fence()", "staging.overlap: false"):
+        assert what in str(caught.value)
+    assert "first" not in str(caught.value)
+    assert not (out / "t1").exists() and (out / "latest").read_text() == "old" and verify.verify(out / "old") == []
+    save_now(out, state)
+    assert torch.equal(load(out)["last"], state["last"]) and verify.verify(out / "t1") == []
+
+
+def test_what_is_changed_when_it_was_copied_fails_nothing(out: Path) -> None:
+    state = two_tensors()
+    with late_copies(SETTINGS):
+        late, early = begin(out, "late"), begin(out, "early")
+        stage(late, state, stable=True)
+        stage(early, state)
+        seal(early)
+        late.fence()
+        state["last"].data.add_(1)
+        seal(late)
+    for save in (late, early):
+        save.wait(20)
+        assert torch.equal(load(out, save.attempt.name)["last"], two_tensors()["last"])
+
+
+def test_with_fail_training_a_changed_tensor_is_raised_at_the_next_fence(out: Path) -> None:
+    state = two_tensors()
+    with late_copies(SETTINGS):
+        save = begin(out, settings=checked("full", fail_training=True))
+        stage(save, state, stable=True)
+        state["first"].data.add_(1)
+        seal(save)
+    with pytest.raises(errors.SaveFailed, match="'first'"):
+        saver.wait_copied([save])
+
+
+def test_what_is_looked_at_does_not_change_what_is_written(out: Path) -> None:
+    written = set()
+    for check in ("off", "sample", "full"):
+        save = begin(out, check, checked(check))
+        stage(save, two_tensors(), stable=True)
+        seal(save)
+        save.wait(20)
+        written.add((out / check / "model.pt").read_bytes())
+    assert len(written) == 1
 
 
 # ---- forks and exits
