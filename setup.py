@@ -17,8 +17,9 @@ from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
-# Real code for Ampere and Hopper; PTX lets later devices compile it when it is first loaded.
+# Real code from Turing to Hopper; PTX lets later devices compile it when it is first loaded, and earlier ones do without.
 CUDA_TARGETS = [
+    "-gencode=arch=compute_75,code=sm_75",
     "-gencode=arch=compute_80,code=sm_80",
     "-gencode=arch=compute_90,code=[sm_90,compute_90]",
 ]
@@ -90,7 +91,11 @@ class BuildNative(build_ext):
         command = [nvcc, "-c", "csrc/gather.cu", "-o", str(target), "-O3", "-std=c++17", *CUDA_TARGETS]
         command += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
         print(shlex.join(command))
-        subprocess.run(command, check=True)
+        if subprocess.run(command).returncode:
+            raise SystemExit(
+                f"roll_ckpt: {nvcc} cannot compile csrc/gather.cu, for the reason above. Set CUDA_HOME to another toolkit, "
+                "or ROLL_CKPT_CUDA=0 to build without CUDA: then only tensors of the CPU can be saved"
+            )
         return str(target)
 
 

@@ -19,6 +19,8 @@ namespace {
 
 constexpr uint64_t kHugePage = 2 << 20;
 constexpr uint64_t kMinBlock = 64 << 10;
+// Pinning keeps other CUDA calls of the process waiting, and takes memory that is not needed yet.
+constexpr uint64_t kPinBytes = 64 << 20;
 
 uint64_t checked_capacity(uint64_t capacity, uint64_t block) {
     if (block < kMinBlock || block % kPage != 0) {
@@ -65,7 +67,9 @@ Arena::Arena(uint64_t capacity_bytes, uint64_t block_bytes)
 Arena::~Arena() {
     stop_ = true;
     wait_warm();
-    if (pinned_) cuda::table().unpin(mapping_.data());
+    for (uint64_t offset = 0; offset < pinned_bytes_; offset += pin_step()) {
+        cuda::table().unpin(pin_device_, mapping_.data() + offset);
+    }
 }
 
 uint64_t Arena::leased_bytes() const {
@@ -124,8 +128,10 @@ void Arena::warm(uint64_t nbytes, int device) {
             uint64_t step = std::min<uint64_t>(8 * kHugePage, nbytes - done);
             fault_in(mapping_.data() + done, round_up(step, kPage));
             done += step;
+            // Faulting in while pinning would be slower.
+            if (device >= 0 && (done == nbytes || done >= pinned_bytes_ + pin_step()))
+                pin_first(device, done);
         }
-        if (device >= 0 && !stop_) pin(device);
     });
 }
 
@@ -134,23 +140,29 @@ void Arena::wait_warm() {
     if (warmer_.joinable()) warmer_.join();
 }
 
-void Arena::pin(int device) {
-    std::lock_guard lock(pin_mutex_);
-    if (pin_tried_) return;
-    pin_tried_ = true;
-    try {
-        cuda::table().use(device);
-        cuda::table().pin(mapping_.data(), capacity_);
-        pinned_ = true;
-        pinned_reason_.clear();
-    } catch (const std::exception& error) {
-        pinned_reason_ = error.what();
-    }
+uint64_t Arena::pin_step() const { return round_up(kPinBytes, block_bytes_); }
+
+bool Arena::pin(int device, const uint8_t* slot) {
+    return pin_first(device, static_cast<uint64_t>(slot - mapping_.data()) + block_bytes_);
 }
 
-bool Arena::pinned() const {
+bool Arena::pin_first(int device, uint64_t nbytes) {
+    if (nbytes <= pinned_bytes_) return true;
     std::lock_guard lock(pin_mutex_);
-    return pinned_;
+    while (pinned_bytes_ < nbytes && !pin_failed_ && !stop_) {
+        const uint64_t step = std::min(pin_step(), capacity_ - pinned_bytes_);
+        try {
+            cuda::table().use(device);
+            cuda::table().pin(mapping_.data() + pinned_bytes_, step);
+            pin_device_ = device;
+            pinned_bytes_ += step;
+            pinned_reason_.clear();
+        } catch (const std::exception& error) {
+            pin_failed_ = true;
+            pinned_reason_ = error.what();
+        }
+    }
+    return nbytes <= pinned_bytes_;
 }
 
 std::string Arena::pinned_reason() const {

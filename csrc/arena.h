@@ -49,16 +49,20 @@ class Arena {
     void give_back(uint8_t* slot);
     void nudge();  // wakes wait_free
 
-    // Faults nbytes in on a background thread, and with device >= 0 pins the mapping for CUDA there.
+    // Faults the first nbytes in on a background thread, and with device >= 0 pins them for CUDA there.
     void warm(uint64_t nbytes, int device);
     void wait_warm();
-    // Pins the mapping unless that was tried before; returns when it is known. Failure is no error: pinned()
-    // stays false and pinned_reason() says why.
-    void pin(int device);
-    bool pinned() const;
+    // Native threads: pins the memory up to the end of this slot where that is not done yet, and says whether
+    // the slot is pinned now. Failure is no error: nothing more is pinned then, and pinned_reason() says why.
+    bool pin(int device, const uint8_t* slot);
+    bool pinned() const { return pinned_bytes_ > 0; }
     std::string pinned_reason() const;
 
   private:
+    bool pin_first(int device, uint64_t nbytes);
+    // What is pinned at once: whole slots, since no copy may leave the memory of one registration.
+    uint64_t pin_step() const;
+
     uint64_t block_bytes_, capacity_;
     Mapping mapping_;
     mutable std::mutex mutex_;
@@ -70,7 +74,9 @@ class Arena {
     std::thread warmer_;
     std::atomic<bool> stop_{false};
     mutable std::mutex pin_mutex_;
-    bool pin_tried_ = false, pinned_ = false;
+    std::atomic<uint64_t> pinned_bytes_{0};  // from the start of the mapping
+    bool pin_failed_ = false;
+    int pin_device_ = -1;
     std::string pinned_reason_ = "not asked for";
 };
 

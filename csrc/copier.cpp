@@ -180,8 +180,9 @@ void Copier::run() {
 void Copier::submit_device(int device, std::function<void(void*, const std::string&)> task) {
     std::lock_guard lock(mutex_);
     auto& pool = devices_[device];
-    // Two threads with a stream each keep the copy engine busy while one of them settles its block.
-    if (!pool) pool = std::make_unique<ThreadPool>(2, "roll-device", 0);
+    // A block takes about as long to cross the bus as its thread to wake up and settle it: while one does,
+    // the streams of the others keep the copy engine busy.
+    if (!pool) pool = std::make_unique<ThreadPool>(4, "roll-device", 0);
     pool->submit([device, task = std::move(task)] {
         thread_local ThreadStream own;
         std::string error;

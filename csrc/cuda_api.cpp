@@ -5,7 +5,13 @@
 #ifdef ROLL_CKPT_CUDA
 #include <cuda_runtime_api.h>
 
+#include <exception>
+#include <functional>
+#include <memory>
+#include <thread>
+
 #include "gather.h"
+#include "thread_pool.h"
 #endif
 
 namespace roll::cuda {
@@ -14,12 +20,37 @@ namespace {
 #ifdef ROLL_CKPT_CUDA
 
 constexpr uint64_t kSmall = 64 << 10;  // below this a copy engine call costs more than the bytes
+constexpr size_t kFew = 8;             // so many copies of their own are no dearer than a kernel
 
 void check(cudaError_t code, const char* call) {
     if (code == cudaSuccess) return;
     cudaGetLastError();
     throw std::runtime_error(std::string(call) + " failed: " + cudaGetErrorString(code) + " (error " +
                              std::to_string(static_cast<int>(code)) + ")");
+}
+
+// A stream, and the event by which its thread waits for it: made beforehand, so that waiting cannot fail for
+// want of one.
+struct Stream {
+    cudaStream_t queue = nullptr;
+    cudaEvent_t end = nullptr;
+    bool gathers = false;
+    ~Stream() {
+        if (end) cudaEventDestroy(end);
+        if (queue) cudaStreamDestroy(queue);
+    }
+};
+
+Stream& stream_of(void* stream) { return *static_cast<Stream*>(stream); }
+
+std::string status() {
+    int count = 0;
+    cudaError_t code = cudaGetDeviceCount(&count);
+    if (code == cudaSuccess && count > 0) return "";
+    cudaGetLastError();
+    if (code == cudaSuccess) return "the CUDA driver reports no device";
+    return std::string("no usable CUDA device: ") + cudaGetErrorString(code) + " (error " +
+           std::to_string(static_cast<int>(code)) + ")";
 }
 
 // Lets this thread make CUDA calls while some thread captures a graph; puts the old mode back.
@@ -34,111 +65,124 @@ class RelaxedCapture {
     cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
-// The caller's current device, restored at the end of the scope.
-class OnDevice {
-  public:
-    explicit OnDevice(int device) {
-        check(cudaGetDevice(&old_), "cudaGetDevice");
-        if (device != old_) check(cudaSetDevice(device), "cudaSetDevice");
-        changed_ = device != old_;
-    }
-    ~OnDevice() {
-        if (changed_) cudaSetDevice(old_);
-    }
-
-  private:
-    int old_ = 0;
-    bool changed_ = false;
-};
-
-std::string status() {
-    int count = 0;
-    cudaError_t code = cudaGetDeviceCount(&count);
-    if (code == cudaSuccess && count > 0) return "";
-    cudaGetLastError();
-    if (code == cudaSuccess) return "the CUDA driver reports no device";
-    return std::string("no usable CUDA device: ") + cudaGetErrorString(code) + " (error " +
-           std::to_string(static_cast<int>(code)) + ")";
-}
-
 void use(int device) {
     check(cudaSetDevice(device), "cudaSetDevice");
     cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
     check(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
 }
 
+// Runs `work` where `device` is the current one: here, or else on a thread that lives as long as the work.
+// Setting the caller's device and then setting it back would make a context, hundreds of megabytes, on the
+// device that it happens to have, which in a new thread is 0 whatever the process uses.
+void on_device(int device, const std::function<void()>& work) {
+    int current = -1;
+    check(cudaGetDevice(&current), "cudaGetDevice");
+    if (current == device) {
+        RelaxedCapture relaxed;
+        work();
+        return;
+    }
+    std::exception_ptr error;
+    SignalsBlocked blocked;
+    std::thread([&] {
+        try {
+            use(device);
+            work();
+        } catch (...) {
+            error = std::current_exception();
+        }
+    }).join();
+    if (error) std::rethrow_exception(error);
+}
+
 void* open_stream() {
     int least = 0, greatest = 0;
     check(cudaDeviceGetStreamPriorityRange(&least, &greatest), "cudaDeviceGetStreamPriorityRange");
-    cudaStream_t stream = nullptr;
-    check(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, least),
+    auto stream = std::make_unique<Stream>();
+    check(cudaStreamCreateWithPriority(&stream->queue, cudaStreamNonBlocking, least),
           "cudaStreamCreateWithPriority");
-    return stream;
+    check(cudaEventCreateWithFlags(&stream->end, cudaEventDisableTiming | cudaEventBlockingSync),
+          "cudaEventCreateWithFlags");
+    auto code = static_cast<cudaError_t>(load_gather());
+    stream->gathers = code == cudaSuccess;
+    if (code == cudaErrorNoKernelImageForDevice) {
+        cudaGetLastError();
+    } else {
+        check(code, "loading the gather kernel");
+    }
+    return stream.release();
 }
 
-void close_stream(void* stream) { cudaStreamDestroy(static_cast<cudaStream_t>(stream)); }
+void close_stream(void* stream) { delete &stream_of(stream); }
 
 void* record(int device, int64_t stream) {
-    OnDevice on(device);
-    RelaxedCapture relaxed;
     auto callers = reinterpret_cast<cudaStream_t>(stream);
-    cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
-    check(cudaStreamIsCapturing(callers, &capturing), "cudaStreamIsCapturing");
-    if (capturing != cudaStreamCaptureStatusNone) {
-        throw std::runtime_error("cannot save while a CUDA graph is being captured on the current stream");
-    }
     cudaEvent_t event = nullptr;
-    check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreateWithFlags");
-    cudaError_t code = cudaEventRecord(event, callers);
-    if (code != cudaSuccess) cudaEventDestroy(event);
-    check(code, "cudaEventRecord");
+    on_device(device, [&] {
+        cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
+        check(cudaStreamIsCapturing(callers, &capturing), "cudaStreamIsCapturing");
+        if (capturing != cudaStreamCaptureStatusNone) {
+            throw std::runtime_error(
+                "cannot save while a CUDA graph is being captured on the current stream");
+        }
+        check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreateWithFlags");
+        cudaError_t code = cudaEventRecord(event, callers);
+        if (code != cudaSuccess) cudaEventDestroy(event);
+        check(code, "cudaEventRecord");
+    });
     return event;
 }
 
-void drop(int, void* event) { cudaEventDestroy(static_cast<cudaEvent_t>(event)); }
+void drop(int device, void* event) {
+    try {
+        on_device(device, [event] { cudaEventDestroy(static_cast<cudaEvent_t>(event)); });
+    } catch (const std::exception&) {
+        // The context is gone, and the event with it.
+    }
+}
 
 void follow(void* stream, void* event) {
-    check(cudaStreamWaitEvent(static_cast<cudaStream_t>(stream), static_cast<cudaEvent_t>(event), 0),
+    check(cudaStreamWaitEvent(stream_of(stream).queue, static_cast<cudaEvent_t>(event), 0),
           "cudaStreamWaitEvent");
 }
 
-void gather(void* stream, const GatherTable& regions, int count) {
-    if (count > 0) check(static_cast<cudaError_t>(launch_gather(regions, count, stream)), "gather kernel");
-}
-
 void copy(void* stream, const Region* regions, size_t count, bool mapped) {
+    const Stream& own = stream_of(stream);
+    const bool gathers = mapped && own.gathers && count >= kFew;
+    ptrdiff_t seen_from_device = 0;  // what the device adds to an address of the host
+    if (gathers) {
+        void* seen = nullptr;
+        check(cudaHostGetDevicePointer(&seen, regions[0].target, 0), "cudaHostGetDevicePointer");
+        seen_from_device = static_cast<unsigned char*>(seen) - static_cast<unsigned char*>(regions[0].target);
+    }
     GatherTable small;
     int waiting = 0;
-    bool kernels = mapped && count >= 8;
+    auto gather = [&] {
+        if (waiting > 0) {
+            check(static_cast<cudaError_t>(launch_gather(small, waiting, own.queue)), "the gather kernel");
+        }
+        waiting = 0;
+    };
     for (size_t i = 0; i < count; ++i) {
         const Region& region = regions[i];
-        if (kernels && region.nbytes < kSmall) {
-            void* target = nullptr;
-            check(cudaHostGetDevicePointer(&target, region.target, 0), "cudaHostGetDevicePointer");
+        if (gathers && region.nbytes < kSmall) {
             small.source[waiting] = static_cast<const unsigned char*>(region.source);
-            small.target[waiting] = static_cast<unsigned char*>(target);
+            small.target[waiting] = static_cast<unsigned char*>(region.target) + seen_from_device;
             small.nbytes[waiting] = region.nbytes;
-            if (++waiting == kGatherRegions) {
-                gather(stream, small, waiting);
-                waiting = 0;
-            }
+            if (++waiting == kGatherRegions) gather();
         } else {
             check(cudaMemcpyAsync(region.target, region.source, region.nbytes, cudaMemcpyDeviceToHost,
-                                  static_cast<cudaStream_t>(stream)),
+                                  own.queue),
                   "cudaMemcpyAsync");
         }
     }
-    gather(stream, small, waiting);
+    gather();
 }
 
 void finish(void* stream) {
-    cudaEvent_t event = nullptr;
-    check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming | cudaEventBlockingSync),
-          "cudaEventCreateWithFlags");
-    cudaError_t code = cudaEventRecord(event, static_cast<cudaStream_t>(stream));
-    if (code == cudaSuccess) code = cudaEventSynchronize(event);
-    cudaEventDestroy(event);
-    check(code, "copying from the device");
+    const Stream& own = stream_of(stream);
+    check(cudaEventRecord(own.end, own.queue), "cudaEventRecord");
+    check(cudaEventSynchronize(own.end), "copying from the device");
 }
 
 void pin(void* data, uint64_t nbytes) {
@@ -146,7 +190,13 @@ void pin(void* data, uint64_t nbytes) {
           "cudaHostRegister");
 }
 
-void unpin(void* data) { cudaHostUnregister(data); }
+void unpin(int device, void* data) {
+    try {
+        on_device(device, [data] { cudaHostUnregister(data); });
+    } catch (const std::exception&) {
+        // The context is gone, and the registration with it.
+    }
+}
 
 constexpr Table kTable{true, status, use,  open_stream, close_stream, record,
                        drop, follow, copy, finish,      pin,          unpin};
@@ -169,7 +219,7 @@ constexpr Table kTable{
     [](void*, const Region*, size_t, bool) { missing(); },
     [](void*) { missing(); },
     [](void*, uint64_t) { missing(); },
-    [](void*) {},
+    [](int, void*) {},
 };
 
 #endif

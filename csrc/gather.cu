@@ -6,28 +6,44 @@ namespace roll::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kBlocks = 32;  // fill the bus, and leave most multiprocessors to training
 
-// One thread block a region. Sixteen bytes at a time where source and target allow it, else single bytes.
-__global__ void __launch_bounds__(kThreads) gather(const __grid_constant__ GatherTable regions) {
-    const unsigned char* source = regions.source[blockIdx.x];
-    unsigned char* target = regions.target[blockIdx.x];
-    uint64_t nbytes = regions.nbytes[blockIdx.x];
-    uint64_t done = 0;
-    if (((reinterpret_cast<uintptr_t>(source) | reinterpret_cast<uintptr_t>(target)) & 15) == 0) {
-        uint64_t words = nbytes / 16;
-        const uint4* from = reinterpret_cast<const uint4*>(source);
-        uint4* to = reinterpret_cast<uint4*>(target);
-        for (uint64_t i = threadIdx.x; i < words; i += kThreads) to[i] = from[i];
-        done = words * 16;
+// Copies as much as whole words can hold, if source and target are aligned for them; returns how much.
+template <class Word>
+__device__ uint64_t copy_as(const unsigned char* source, unsigned char* target, uint64_t nbytes) {
+    if ((reinterpret_cast<uintptr_t>(source) | reinterpret_cast<uintptr_t>(target)) % sizeof(Word)) return 0;
+    const uint64_t words = nbytes / sizeof(Word);
+    const Word* from = reinterpret_cast<const Word*>(source);
+    Word* to = reinterpret_cast<Word*>(target);
+    for (uint64_t i = threadIdx.x; i < words; i += kThreads) to[i] = from[i];
+    return words * sizeof(Word);
+}
+
+// A thread block takes one region after another, in the widest words that it allows.
+__global__ void __launch_bounds__(kThreads)
+    gather(const __grid_constant__ GatherTable regions, const int count) {
+    for (int i = blockIdx.x; i < count; i += gridDim.x) {
+        const unsigned char* source = regions.source[i];
+        unsigned char* target = regions.target[i];
+        const uint64_t nbytes = regions.nbytes[i];
+        uint64_t done = copy_as<uint4>(source, target, nbytes);
+        done += copy_as<uint32_t>(source + done, target + done, nbytes - done);
+        copy_as<unsigned char>(source + done, target + done, nbytes - done);
     }
-    for (uint64_t i = done + threadIdx.x; i < nbytes; i += kThreads) target[i] = source[i];
 }
 
 }  // namespace
 
+int load_gather() {
+    cudaFuncAttributes unused;
+    return cudaFuncGetAttributes(&unused, gather);
+}
+
 int launch_gather(const GatherTable& regions, int count, void* stream) {
-    gather<<<count, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(regions);
-    return cudaPeekAtLastError();
+    void* arguments[] = {const_cast<GatherTable*>(&regions), &count};
+    const int blocks = count < kBlocks ? count : kBlocks;
+    return cudaLaunchKernel(reinterpret_cast<const void*>(&gather), dim3(blocks), dim3(kThreads), arguments,
+                            0, static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace roll::cuda

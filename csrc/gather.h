@@ -13,7 +13,10 @@ struct GatherTable {
     uint64_t nbytes[kGatherRegions];
 };
 
-// Queues one kernel that packs `count` regions; returns the launch's cudaError_t.
+// Both return a cudaError_t. Loads the kernel onto the current device; one too old for every target it was
+// compiled for has cudaErrorNoKernelImageForDevice.
+int load_gather();
+// Queues one kernel that copies `count` regions.
 int launch_gather(const GatherTable& regions, int count, void* stream);
 
 }  // namespace roll::cuda

@@ -120,12 +120,13 @@ void Transfer::copy_from_device(const DeviceCopy& copy, void* stream, const std:
     std::string failure = error;
     if (!stopped_ && stream) {
         const cuda::Table& cuda = cuda::table();
-        mover_.arena_->pin(copy.device);
+        uint8_t* slot = blocks_[copy.block].slot;
+        const bool pinned = mover_.arena_->pin(copy.device, slot);
         try {
             auto regions = device_regions(*image_, start_of(copy.block), end_of(copy.block), copy.pass,
-                                          copy.device, blocks_[copy.block].slot);
+                                          copy.device, slot);
             cuda.follow(stream, events_.at(copy.device));
-            cuda.copy(stream, regions.data(), regions.size(), mover_.arena_->pinned());
+            cuda.copy(stream, regions.data(), regions.size(), pinned);
         } catch (const std::exception& thrown) {
             failure = thrown.what();
         }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import torch
+
 from roll_ckpt import disk, errors, native
 from roll_ckpt.config import Settings
 
@@ -42,12 +44,14 @@ def mover(settings: Settings) -> native.Mover:
 
 
 def warm(settings: Settings, nbytes: int) -> None:
-    """Make the arena and have it faulted in (and pinned, where there is a GPU) in the background.
+    """Make the arena and have it faulted in (and pinned, where this process uses a GPU) in the background.
 
     `nbytes` is what this rank's saves need; the cap stays the cap.
     """
     staging = mover(settings).arena
-    device = int(os.environ.get("LOCAL_RANK", "0")) if not native.cuda_status() else -1
+    # The device this process works on, which need not be number LOCAL_RANK of those that it sees. One that works on
+    # none gets no context, which costs memory of the device; its first tensor there still pins.
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else -1
     staging.warm(min(nbytes + 2 * staging.block_bytes, staging.capacity_bytes), device)
 
 
