@@ -8,7 +8,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help run train run-worlds test test-long matrix bench bench-quick bench-megatron bench-push lint format clean ready
+.PHONY: help run train run-worlds test test-long matrix bench bench-quick bench-gpu bench-megatron bench-push lint format clean ready
 
 PYTHON ?= python3
 ARGS ?=
@@ -47,6 +47,9 @@ bench: .venv/.bench ## how fast a state moves to disk and back, beside the peers
 
 bench-quick: .venv/.bench ## the same in about a minute, with a smaller state
 	@python -m benchmarks.movement --quick $(ARGS)
+
+bench-gpu: ready ## what a save of CUDA tensors costs, on a machine with a GPU: tables and build/bench-gpu.json
+	@python -m benchmarks.gpu $(ARGS)
 
 bench-megatron: ready ## how long a Megatron save holds up training: stock's and ours
 	@python benchmarks/megatron_stall.py $(ARGS)

@@ -17,7 +17,7 @@ from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
-# Real code from Turing to Hopper; PTX lets later devices compile it when it is first loaded, and earlier ones do without.
+# Real code from Turing to Hopper. Later devices compile PTX when it is first loaded; earlier ones do without.
 CUDA_TARGETS = [
     "-gencode=arch=compute_75,code=sm_75",
     "-gencode=arch=compute_80,code=sm_80",
@@ -93,8 +93,8 @@ class BuildNative(build_ext):
         print(shlex.join(command))
         if subprocess.run(command).returncode:
             raise SystemExit(
-                f"roll_ckpt: {nvcc} cannot compile csrc/gather.cu, for the reason above. Set CUDA_HOME to another toolkit, "
-                "or ROLL_CKPT_CUDA=0 to build without CUDA: then only tensors of the CPU can be saved"
+                f"roll_ckpt: {nvcc} cannot compile csrc/gather.cu, for the reason above. Set CUDA_HOME to another "
+                "toolkit, or ROLL_CKPT_CUDA=0 to build without CUDA: then only tensors of the CPU can be saved"
             )
         return str(target)
 

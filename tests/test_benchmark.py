@@ -84,3 +84,12 @@ def test_a_figure_over_its_limit_is_missed_and_one_that_was_not_measured_is_blan
     assert report._at_most("f", float("nan"), 1.0, "s").met is None
     assert report._at_least("f", None, 1.0, "x").met is None
     assert report.verdict_lines([report._at_most("f", 1.1, 1.0, "s")])[0].startswith("MISSED")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_the_benchmark_of_the_gpu_refuses_without_one_in_a_sentence(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and done.stdout == "" and list(tmp_path.iterdir()) == []
+    assert done.stderr.count("\n") == 1 and "finds no CUDA device here: run it where" in done.stderr

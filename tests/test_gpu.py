@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import random
+import subprocess
+import sys
+import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,6 +83,48 @@ def test_every_dtype_loads_as_stock_loads_its_own_file(
     assert ours["whole"].untyped_storage()._cdata == ours["part"].untyped_storage()._cdata
 
 
+@pytest.mark.parametrize("stable", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_small_tensors_of_every_dtype_arrive_each_in_its_place(
+    tmp_path: Path, dtype: torch.dtype, stable: bool
+) -> None:
+    own = native.Mover(native.Arena(64 << 20, 1 << 20), copy_threads=2, io_threads=2)
+    pool = random_tensor(dtype, 400_000)
+    generator = random.Random(str(dtype))
+    sizes = [generator.choice([1, 2, 3, 7, 16, 100, 1000, 5000]) for _ in range(1000)]
+    state: dict[str, torch.Tensor] = {}
+    for number, size in enumerate(sizes):
+        start = generator.randrange(pool.numel() - size)
+        piece = pool[start : start + size]  # at any address: words of every width
+        state[f"t{number}"] = piece.cpu() if number % 10 == 9 else piece if number % 10 == 8 else piece.clone()
+    write(own, tmp_path / "s.pt", state, stable=stable)
+    assert own.arena.pinned, own.arena.pinned_reason
+    assert zipfile.ZipFile(tmp_path / "s.pt").testzip() is None
+    loaded = torch.load(tmp_path / "s.pt", "cpu", weights_only=True)
+    assert [name for name in state if not torch.equal(bits(loaded[name]), bits(state[name]))] == []
+    assert own.shutdown(10)
+
+
+def test_extents_that_lie_anywhere_arrive_and_their_neighbours_stay(mover: native.Mover, tmp_path: Path) -> None:
+    """As a layout with another alignment would have them: gaps, host bytes between, pieces cut by blocks."""
+    generator = random.Random(0)
+    device = torch.randint(0, 256, (8 << 20,), dtype=torch.uint8, device="cuda")
+    host = device.cpu()
+    rows, wanted, at = [], bytearray(), 0
+    while at < 6 << 20:
+        nbytes = generator.choice([1, 3, 15, 16, 17, 255, 4096, 4097, 65_535, 65_536, 200_000])
+        start, gap = generator.randrange(len(host) - nbytes), generator.choice([0, 0, 1, 8, 64])
+        source, number = (host, -1) if generator.random() < 0.3 else (device, 0)
+        rows.append((at + gap, source.data_ptr() + start, nbytes, generator.random() < 0.5, number))
+        wanted += bytes(gap) + bytes(host[start : start + nbytes].numpy())
+        at += gap + nbytes
+    image = native.NativeImage(at)
+    image.add_many(rows)
+    image.stream(0, torch.cuda.current_stream().cuda_stream)
+    mover.save(tmp_path / "f", image).wait_written(60)
+    assert (tmp_path / "f").read_bytes() == wanted
+
+
 def test_we_read_it_back_to_the_device_and_to_the_host(mover: native.Mover, tmp_path: Path) -> None:
     state = {"w": torch.nn.Parameter(torch.rand(300_000, device="cuda")), "n": 3}
     write(mover, tmp_path / "s.pt", state)
@@ -133,6 +179,80 @@ def test_a_state_larger_than_the_arena_streams_through_it(tmp_path: Path) -> Non
     write(small, tmp_path / "s.pt", {"w": tensor}, stable=True)
     assert torch.equal(torch.load(tmp_path / "s.pt", "cpu")["w"], tensor.cpu())
     assert small.arena.peak_bytes <= 4 * BLOCK and small.shutdown(10)
+
+
+def test_a_save_during_a_capture_is_refused_and_leaves_the_graph_alone(mover: native.Mover, tmp_path: Path) -> None:
+    tensor, graph = torch.zeros(1000, device="cuda"), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        tensor.add_(1)
+        with pytest.raises(RuntimeError, match="graph is being captured"):
+            start(mover, tmp_path / "s.pt", {"w": tensor}, stable=True)
+    graph.replay()
+    write(mover, tmp_path / "s.pt", {"w": tensor})
+    assert bool((torch.load(tmp_path / "s.pt", "cpu")["w"] == 1).all())
+
+
+def test_a_graph_can_be_captured_while_a_save_is_copied(tmp_path: Path) -> None:
+    """The first copies pin memory, load the kernel and open streams: calls that a capture forbids other threads."""
+    own = native.Mover(native.Arena(300 << 20, BLOCK), copy_threads=2, io_threads=2)
+    tensor, other, graph = torch.rand(64 << 20, device="cuda"), torch.zeros(1000, device="cuda"), torch.cuda.CUDAGraph()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):  # not torch.cuda.graph, which waits for the device first
+        graph.capture_begin()
+        with torch.cuda.stream(torch.cuda.default_stream()):
+            transfer, image = start(own, tmp_path / "s.pt", {"w": tensor}, stable=True)
+        other.add_(1)
+        assert transfer.wait_copied(60)
+        graph.capture_end()
+    graph.replay()
+    transfer.wait_written(60)
+    del image
+    torch.cuda.synchronize()
+    assert float(other.sum()) == 1000 and own.shutdown(10)
+    assert torch.equal(torch.load(tmp_path / "s.pt", "cpu")["w"], tensor.cpu())
+
+
+def test_a_thread_of_its_own_can_save(mover: native.Mover, tmp_path: Path) -> None:
+    tensor = torch.rand(1 << 20, device="cuda")
+    thread = threading.Thread(target=write, args=(mover, tmp_path / "s.pt", {"w": tensor}), kwargs={"stable": True})
+    thread.start()
+    thread.join()
+    assert torch.equal(torch.load(tmp_path / "s.pt", "cpu")["w"], tensor.cpu())
+
+
+SECOND_DEVICE = """
+import sys, torch
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+import test_gpu
+from roll_ckpt import native
+tensor = torch.rand(1 << 20, device="cuda:1")
+before = torch._C._cuda_hasPrimaryContext(0)
+mover = native.Mover(native.Arena(64 << 20, test_gpu.BLOCK), copy_threads=2, io_threads=2)
+test_gpu.write(mover, Path(sys.argv[1]), {"w": tensor}, stable=True)
+assert torch.equal(torch.load(sys.argv[1], "cpu")["w"], tensor.cpu())
+assert mover.shutdown(10)
+del mover
+assert not before and not torch._C._cuda_hasPrimaryContext(0), "a context on device 0"
+"""
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+def test_tensors_of_another_device_are_saved_without_a_context_on_the_current_one(tmp_path: Path) -> None:
+    here = str(Path(__file__).parent)
+    command = [sys.executable, "-c", SECOND_DEVICE, str(tmp_path / "s.pt"), here]
+    subprocess.run(command, check=True, timeout=300)
+
+
+def test_memory_is_pinned_as_it_is_needed(tmp_path: Path) -> None:
+    """And in several registrations, across whose borders no copy may go."""
+    own = native.Mover(native.Arena(1 << 36, 3 << 20), copy_threads=2, io_threads=2)
+    tensor = torch.rand(60 << 20, device="cuda")
+    write(own, tmp_path / "s.pt", {"w": tensor}, stable=True)
+    assert own.arena.pinned, own.arena.pinned_reason
+    assert torch.equal(torch.load(tmp_path / "s.pt", "cpu")["w"], tensor.cpu()) and own.shutdown(10)
 
 
 def test_the_arena_is_pinned_once_it_was_warmed_for_a_device(tmp_path: Path) -> None:
