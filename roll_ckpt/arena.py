@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import torch
-
 from roll_ckpt import disk, errors, native
 from roll_ckpt.config import Settings
 
@@ -43,15 +41,13 @@ def mover(settings: Settings) -> native.Mover:
     return _mover
 
 
-def warm(settings: Settings, nbytes: int) -> None:
-    """Make the arena and have it faulted in (and pinned, where this process uses a GPU) in the background.
+def warm(settings: Settings, nbytes: int, device: int = -1) -> None:
+    """Make the arena and have it faulted in, and with a device pinned for CUDA, in the background.
 
-    `nbytes` is what this rank's saves need; the cap stays the cap.
+    `nbytes` is what this rank's saves need; the cap stays the cap. `device` is the CUDA device this process works on:
+    any other would get a context that takes its memory.
     """
     staging = mover(settings).arena
-    # The device this process works on, which need not be number LOCAL_RANK of those that it sees. One that works on
-    # none gets no context, which costs memory of the device; its first tensor there still pins.
-    device = torch.cuda.current_device() if torch.cuda.is_initialized() else -1
     staging.warm(min(nbytes + 2 * staging.block_bytes, staging.capacity_bytes), device)
 
 

@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from roll_ckpt import (
     arena,
     commit,
@@ -89,7 +91,8 @@ class BasePipeline:
         for cluster in clusters:
             cluster.attach(self.config)
         self._clusters = registered
-        arena.warm(self.config, sum(cluster.estimate_bytes() for cluster in clusters))
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else -1
+        arena.warm(self.config, sum(cluster.estimate_bytes() for cluster in clusters), device)
 
     def register_stateful(self, name: str, component: Stateful) -> None:
         """Save and restore `component` on every rank with the pipeline; call it before `resume()`."""

@@ -83,7 +83,7 @@ class Ours(System):
         blocks = 2 * int(self._settings.io.block_bytes)
         cap = nbytes + (nbytes >> 5) + blocks if self._cap_bytes is None else self._cap_bytes
         self._settings = Settings(staging={"arena_bytes": cap}, async_save=True)
-        arena.warm(self._settings, nbytes)
+        arena.warm(self._settings, nbytes, max((tensor.get_device() for tensor in state.values()), default=-1))
 
     def save(self, state: State, directory: Path) -> None:
         nbytes = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
