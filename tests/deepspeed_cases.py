@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import ctypes
+import json
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import deepspeed
+import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.moe.layer import MoE
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.sequence_parallel import parallel_state_sp
+from deepspeed.sequence.layer import DistributedAttention
+from deepspeed.utils import groups
 from late_copies import copied, late_copies
-from tiny import engine, train
+from tiny import Net, config, engine, train
 
 from roll_ckpt import arena, disk, errors, native, saver
 from roll_ckpt.backends import deepspeed as backend
@@ -253,8 +265,41 @@ def load_after_flip(out: str, file: str) -> str:
     return raised(lambda: made.load_checkpoint(out, tag="flip"))
 
 
-def refuse(section: dict[str, Any], more: dict[str, Any], stage: int = 2) -> str:
-    return raised(lambda: engine(stage, "bf16", section, **more))
+def refused(place: str, asked: dict[str, dict[str, Any]]) -> dict[str, tuple[str, list[str]]]:
+    """What an engine, and the save after it, tells of each configuration, and what then lies in its folder."""
+    found = {}
+    for name, more in asked.items():
+        folder = Path(place) / name
+        if dist.get_rank() == 0:
+            folder.mkdir()
+        dist.barrier()
+        ours = None if "checkpoint" in more else settings()
+        asked_for = config(2, "bf16", ours, **json.loads(json.dumps(more).replace("SWAP", str(folder))))
+        mpu = Alone() if asked_for.pop("mpu", None) else None
+
+        def start(asked_for: dict[str, Any] = asked_for, mpu: Any = mpu, folder: Path = folder) -> None:
+            with own_groups():
+                made = deepspeed.initialize(model=Net(), model_parameters=None, config=asked_for, mpu=mpu)[0]
+                made.save_checkpoint(str(folder))
+
+        told = raised(start)
+        dist.barrier()
+        found[name] = (told, sorted(str(path) for path in folder.rglob("*")))
+    return found
+
+
+class Alone:
+    """An mpu under which every rank is a world of its own."""
+
+    def __init__(self) -> None:
+        alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+        self.group = alone[dist.get_rank()]
+
+    def __getattr__(self, name: str) -> Any:
+        if "parallel" not in name or name.startswith("initialize"):
+            raise AttributeError(name)
+        kinds = {"group": self.group, "rank": 0, "world_size": 1}
+        return lambda: next(value for kind, value in kinds.items() if name.endswith(kind))
 
 
 def loads_with_edited_latest(out: str) -> dict[str, Any]:
@@ -490,35 +535,100 @@ def os_error_in_begin(out: str) -> str:
         disk.make_dir = real
 
 
-# --- engines that save without overlap ---
+# --- engines of every kind: what is copied late, and who goes on from it ---
+
+Made = Callable[[int, dict[str, Any] | None], Any]
+"""Makes an engine from a seed and its `checkpoint.roll_ckpt`, None for stock DeepSpeed."""
+Steps = Callable[[Any, int], list[float]]
+"""Trains an engine on data that follows from a seed; its losses."""
+MICRO_BATCHES = {"gradient_accumulation_steps": 2}
 
 
-def continued_alike(out: str, made: Any, steps: Any, unbroken: list[float]) -> list[bool]:
-    """Whether stock DeepSpeed, and we, go on from the checkpoint in `out` with the unbroken run's losses."""
-    found = []
+def save_and_go_on(out: str, made: Made, steps: Steps) -> dict[str, Any]:
+    """Save while training goes on, then load with stock DeepSpeed and with us.
+
+    "late" is the share of the bytes that were copied after `save_checkpoint` returned, "changed" how many of their
+    extents had changed when the optimizer's step came, "alike" whether stock and we go on with the unbroken losses.
+    """
+    first = made(0, settings())
+    steps(first, 1)
+    with watched_until_the_fence(first) as found:
+        first.save_checkpoint(out)
+        unbroken = steps(first, 2)
+    saver.wait_pending()
+    alike = []
     for seed, ours in ((3, None), (4, settings())):
         again = made(seed, ours)
         again.load_checkpoint(out)
-        found.append(steps(again) == unbroken)
-    return found
+        alike.append(steps(again, 2) == unbroken)
+    return {**found, "alike": alike}
 
 
-def offloaded(out: str) -> list[bool]:
-    """CPU offload of the optimizer: copied before save returns, continued alike by stock and by us."""
-    more = {
-        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": False}},
-        "zero_force_ds_cpu_optimizer": False,
-    }
-    assert not backend.overlappable(engine(2, "bf16", settings(), **more))
-    losses = save_with_us_load_with_all(out, 2, "bf16", **more)
-    return [losses["unbroken"] == losses["stock"], losses["unbroken"] == losses["ours"]]
+@contextlib.contextmanager
+def watched_until_the_fence(trained: Any) -> Iterator[dict[str, Any]]:
+    """Compare what the block's save leaves for later with what it is at the next fence."""
+    ours = backend.attached(trained)
+    assert ours is not None
+    then: list[tuple[Any, bytes]] = []
+    found: dict[str, Any] = {"late": 0.0, "changed": 0}
+    total = 0
+    stage = saver.Ticket.stage
+
+    def watched(ticket: saver.Ticket, path: Path, image: Any, *, overlap: bool) -> None:
+        nonlocal total
+        total += sum(piece.nbytes for piece in image.pieces)
+        late = [extent.source for extent in image.extents if extent.stable and overlap]
+        then.extend((memory, bytes_of(memory)) for memory in late)
+        stage(ticket, path, image, overlap=overlap)
+
+    def fence() -> None:
+        if then:
+            found["late"] = sum(len(held) for _, held in then) / total
+            found["changed"] = sum(bytes_of(memory) != held for memory, held in then)
+            then.clear()
+        backend.RollCheckpointEngine.fence(ours)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saver.Ticket, "stage", watched)
+        patch.setattr(ours, "fence", fence)
+        yield found
 
 
-def with_lora(out: str) -> list[bool]:
+def bytes_of(memory: Any) -> bytes:
+    return ctypes.string_at(memory.address, memory.nbytes)
+
+
+@contextlib.contextmanager
+def own_groups() -> Iterator[None]:
+    """DeepSpeed keeps process groups and grids for every later engine of the process; the block leaves none."""
+    try:
+        yield
+    finally:
+        for name in ("mpu", "mesh_device", "_ZERO_PARAM_INTRA_PARALLEL_GROUP", *TENSOR_PARALLEL_GROUPS):
+            setattr(groups, name, None)
+        parallel_state_sp._release_sequence_parallel_groups()
+
+
+TENSOR_PARALLEL_GROUPS = ("_TENSOR_MODEL_PARALLEL_GROUP", "_MODEL_PARALLEL_GROUP", "_DATA_PARALLEL_GROUP")
+
+
+def with_zero(out: str, stage: int, **more: Any) -> dict[str, Any]:
+    """Plain ZeRO, or what `more` adds to `zero_optimization`."""
+    zero = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 100, **more}}
+
+    def made(seed: int, ours: dict[str, Any] | None) -> Any:
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # hpZ makes its groups once in a process and then asserts
+        if "zero_hpz_partition_size" in more and ours is None:
+            seed = 0  # stock's load leaves frozen weights as they were initialised: see docs/deepspeed.md
+        return engine(stage, "bf16", ours, seed, zero_force_ds_cpu_optimizer=False, **MICRO_BATCHES, **zero)
+
+    with own_groups():
+        return save_and_go_on(out, made, lambda trained, seed: train(trained, 4, seed))
+
+
+def with_lora(out: str) -> dict[str, Any]:
     """A PEFT model: only the adapters train; merged and unmerged behind a fence."""
-    import deepspeed
     import peft
-    from tiny import Net, config
 
     def made(seed: int, ours: dict[str, Any] | None) -> Any:
         torch.manual_seed(seed)
@@ -527,70 +637,57 @@ def with_lora(out: str) -> list[bool]:
         trained = [p for p in model.parameters() if p.requires_grad]
         return deepspeed.initialize(model=model, model_parameters=trained, config=config(2, "bf16", ours))[0]
 
-    first = made(0, settings())
-    assert not backend.overlappable(first)
-    train(first, 2, seed=1)
-    first.save_checkpoint(out)
-    unbroken = train(first, 2, seed=2)
-    return continued_alike(out, made, lambda again: train(again, 2, seed=2), unbroken)
+    return save_and_go_on(out, made, lambda trained, seed: train(trained, 2, seed))
 
 
-def with_experts(out: str) -> list[bool]:
-    """A mixture of experts over two ranks."""
-    import deepspeed
-    from deepspeed.moe.layer import MoE
-    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
-    from tiny import config
+class Experts(torch.nn.Module):
+    """A mixture of two experts, one on each of two ranks."""
 
-    class Experts(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inside = torch.nn.Linear(16, 16)
-            self.moe = MoE(16, torch.nn.Linear(16, 16), num_experts=2, ep_size=2, k=1, min_capacity=8)
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = torch.nn.Linear(16, 16)
+        self.moe = MoE(16, torch.nn.Linear(16, 16), num_experts=2, ep_size=2, k=1, min_capacity=8)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.moe(torch.relu(self.inside(x)))[0].float().pow(2).mean()
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.moe(torch.relu(self.inside(x)))[0].float().pow(2).mean()
 
+
+def with_experts(out: str, stage: int) -> dict[str, Any]:
     def made(seed: int, ours: dict[str, Any] | None) -> Any:
         torch.manual_seed(seed)
         model = Experts()
-        group = {"params": list(model.parameters()), "name": "all"}
-        groups = split_params_into_different_moe_groups_for_optimizer(group)
-        optimizer = torch.optim.AdamW(groups, lr=1e-3)
-        settings_ = config(2, "bf16", ours)
+        parted = split_params_into_different_moe_groups_for_optimizer({"params": list(model.parameters()), "name": "a"})
+        settings_ = config(stage, "bf16", ours, **MICRO_BATCHES)
         del settings_["optimizer"]
+        optimizer = torch.optim.AdamW(parted, lr=1e-3)
         return deepspeed.initialize(model=model, optimizer=optimizer, config=settings_)[0]
 
     def steps(trained: Any, seed: int) -> list[float]:
-        losses = []
-        for step in range(2):
-            torch.manual_seed(100 * seed + 10 * step + dist.get_rank())
-            loss = trained(torch.randn(4, 8, 16).bfloat16())
-            trained.backward(loss)
-            trained.step()
-            losses.append(float(loss))
-        return losses
+        return trained_on(trained, seed, lambda: torch.randn(4, 8, 16).bfloat16())
 
-    first = made(0, settings())
-    assert first.has_moe_layers and not backend.overlappable(first)
-    steps(first, 1)
-    first.save_checkpoint(out)
-    unbroken = steps(first, 2)
-    return continued_alike(out, made, lambda again: steps(again, 2), unbroken)
+    return save_and_go_on(out, made, steps)
 
 
-def with_stages(out: str) -> list[bool]:
+def trained_on(trained: Any, seed: int, batch: Callable[[], torch.Tensor], *, alike: bool = False) -> list[float]:
+    """Four micro-batches; the same ones on every rank if `alike`."""
+    losses = []
+    for step in range(4):
+        torch.manual_seed(100 * seed + 10 * step + (0 if alike else dist.get_rank()))
+        loss = trained(batch())
+        trained.backward(loss)
+        trained.step()
+        losses.append(float(loss))
+    return losses
+
+
+def with_stages(out: str, stage: int) -> dict[str, Any]:
     """A PipelineModule with one stage on each rank."""
-    import deepspeed
-    from deepspeed.pipe import PipelineModule
-    from tiny import config
 
     def made(seed: int, ours: dict[str, Any] | None) -> Any:
         torch.manual_seed(seed)
         layers = [torch.nn.Linear(16, 16) for _ in range(4)]
         model = PipelineModule(layers=layers, loss_fn=torch.nn.MSELoss(), num_stages=2)
-        settings_ = config(1, "bf16", ours, train_batch_size=8, gradient_accumulation_steps=2)
-        settings_["zero_optimization"] = {"stage": 1}
+        settings_ = config(stage, "bf16", ours, train_batch_size=8, **MICRO_BATCHES)
         trained = [p for p in model.parameters() if p.requires_grad]
         return deepspeed.initialize(model=model, model_parameters=trained, config=settings_)[0]
 
@@ -600,21 +697,73 @@ def with_stages(out: str) -> list[bool]:
         batches = iter(data)
         return [float(trained.train_batch(data_iter=batches)) for _ in range(2)]
 
-    first = made(0, settings())
-    assert not backend.overlappable(first)
-    steps(first, 1)
-    first.save_checkpoint(out)
-    unbroken = steps(first, 2)
-    found = continued_alike(out, made, lambda again: steps(again, 2), unbroken)
-    deepspeed.utils.groups.mpu = None  # PipelineEngine leaves its grid there for every later engine
-    return found
+    with own_groups():
+        return save_and_go_on(out, made, steps)
+
+
+class Attention(torch.nn.Module):
+    """Ulysses attention: each rank holds a part of the sequence, and of the heads while it attends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = torch.nn.Linear(16, 48)
+        self.attend = DistributedAttention(self.local, parallel_state_sp.get_sequence_parallel_group(), 2, 1)
+        self.outside = torch.nn.Linear(16, 16)
+
+    @staticmethod
+    def local(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
+        heads = [part.transpose(1, 2) for part in (query, key, value)]
+        return torch.nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        query, key, value = (part.unflatten(-1, (4, 4)) for part in self.inside(x).chunk(3, -1))
+        return self.outside(self.attend(query, key, value, 0).flatten(-2)).float().pow(2).mean()
+
+
+def with_sequence_parallel(out: str, stage: int) -> dict[str, Any]:
+    def made(seed: int, ours: dict[str, Any] | None) -> Any:
+        torch.manual_seed(seed)
+        settings_ = config(stage, "bf16", ours, **MICRO_BATCHES)
+        with deepspeed.zero.Init(config_dict_or_path=settings_, enabled=stage == 3, mpu=parallel_state_sp):
+            model = Attention()
+        trained = list(model.parameters())
+        return deepspeed.initialize(model=model, model_parameters=trained, config=settings_, mpu=parallel_state_sp)[0]
+
+    def steps(trained: Any, seed: int) -> list[float]:
+        return trained_on(trained, seed, lambda: torch.randn(4, 8, 16).bfloat16())
+
+    with own_groups():
+        parallel_state_sp.initialize_sequence_parallel(2)
+        return save_and_go_on(out, made, steps)
+
+
+def with_tensor_parallel(out: str, stage: int) -> dict[str, Any]:
+    """AutoTP: columns of one layer and rows of the next on each rank."""
+    slices = {
+        "autotp_size": 2,
+        "partition_config": {
+            "use_default_specs": False,
+            "layer_specs": [
+                {"patterns": [".*layers.0.weight$"], "partition_type": "column"},
+                {"patterns": [".*layers.1.weight$"], "partition_type": "row"},
+            ],
+        },
+    }
+
+    def made(seed: int, ours: dict[str, Any] | None) -> Any:
+        torch.manual_seed(seed)
+        settings_ = config(stage, "bf16", ours, tensor_parallel=copy.deepcopy(slices), **MICRO_BATCHES)
+        return deepspeed.initialize(model=Net(), config=settings_)[0]
+
+    def steps(trained: Any, seed: int) -> list[float]:
+        return trained_on(trained, seed, lambda: torch.randint(0, 50, (4, 8)), alike=True)
+
+    with own_groups():
+        return save_and_go_on(out, made, steps)
 
 
 def without_optimizer(out: str, stage: int) -> str:
     """An engine that only infers: it starts with our section, and its save is refused with the reason."""
-    import deepspeed
-    from tiny import Net, config
-
     made = config(stage, "bf16", settings())
     del made["optimizer"], made["scheduler"]
     made["zero_optimization"] = {"stage": stage}

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from worlds import ROOT, World, environment
@@ -200,22 +201,51 @@ def test_an_error_of_the_disk_in_begin_is_raised_on_every_rank(two_ranks: World,
         assert "No space left" in told
 
 
-REFUSED = {
-    "unknown key": ({"asinc_save": True}, {}, "did you mean 'async_save'"),
-    "writer": ({}, {"checkpoint": {"roll_ckpt": {}, "writer": {"type": "MOCK"}}}, "writer"),
-    "datastates": ({}, {"datastates_ckpt": {"some": "key"}}, "datastates_ckpt"),
-    "ZeRO++": ({}, {"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}, "ZeRO++"),
-    "hpZ": ({}, {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, "hpZ"),
-    "node-local": ({}, {"checkpoint": {"roll_ckpt": {}, "use_node_local_storage": True}}, "node_local"),
+NVME = {"device": "nvme", "nvme_path": "SWAP"}
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown key": ({"checkpoint": {"roll_ckpt": {"asinc_save": True}}}, "did you mean 'async_save'"),
+    "writer": ({"checkpoint": {"roll_ckpt": {}, "writer": {"type": "MOCK"}}}, "checkpoint.writer"),
+    "datastates": ({"datastates_ckpt": {"some": "key"}}, "datastates_ckpt"),
+    "node-local": ({"checkpoint": {"roll_ckpt": {}, "use_node_local_storage": True}}, "use_node_local_storage"),
+    "NVMe optimizer": ({"zero_optimization": {"stage": 3, "offload_optimizer": NVME}}, "NVMe offload"),
+    "NVMe parameters": ({"zero_optimization": {"stage": 3, "offload_param": NVME}}, "NVMe offload"),
+    "qwZ": ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "zero_quantized_weights"),
+    "qgZ": ({"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}, "zero_quantized_gradients"),
+    "quantized frozen weights": (
+        {"zero_optimization": {"stage": 3, "zero_quantized_nontrainable_weights": True}},
+        "zero_quantized_nontrainable_weights",
+    ),
+    "ZenFlow": (
+        {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}, "zenflow": {}}},
+        "ZenFlow",
+    ),
+    "SuperOffload": (
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": True}}},
+        "SuperOffload",
+    ),
+    "device mesh": ({"data_parallel_size": 1, "sequence_parallel_size": 2}, "over a device mesh"),
+    "subset": ({"mpu": "every rank alone"}, "subset of its world"),
 }
 
 
+@pytest.fixture(scope="module")
+def refused(two_ranks: World, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, tuple[str, list[str]]]]:
+    """What each rank is told of each of REFUSED, and what then lies in a folder of its own."""
+    place = tmp_path_factory.mktemp("refused")
+    found: list[dict[str, tuple[str, list[str]]]] = two_ranks.call(
+        f"{CASES}:refused", str(place), {name: more for name, (more, _) in REFUSED.items()}
+    )
+    return found
+
+
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_not_supported_is_refused_by_name(two_ranks: World, name: str) -> None:
-    section, more, word = REFUSED[name]
-    stage = more.get("zero_optimization", {}).get("stage", 2)
-    for told in two_ranks.call(f"{CASES}:refuse", section, more, stage):
-        assert word in told, told
+def test_what_is_not_supported_is_refused_by_name_before_the_disk_is_touched(
+    refused: list[dict[str, tuple[str, list[str]]]], name: str
+) -> None:
+    for told, left in (rank[name] for rank in refused):
+        assert told.startswith(("UnsupportedError: roll_ckpt does not support ", "ConfigError: ")), told
+        assert REFUSED[name][1] in told, told
+        assert left == []
 
 
 LAST_LINE_SAVES = """
@@ -264,11 +294,40 @@ def launch(*arguments: str) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("case", ["offloaded", "with_lora", "with_experts", "with_stages"])
-def test_what_saves_without_overlap_is_continued_by_stock_and_by_us(
-    two_ranks: World, tmp_path: Path, case: str
+CPU = {"device": "cpu", "pin_memory": False}
+LATE = {
+    "optimizer offload": ("with_zero", 2, {"offload_optimizer": CPU}),
+    "optimizer and parameter offload": ("with_zero", 3, {"offload_optimizer": CPU, "offload_param": CPU}),
+    "hpZ": ("with_zero", 3, {"zero_hpz_partition_size": 2}),
+    "MoE": ("with_experts", 2, {}),
+    "PipelineModule": ("with_stages", 1, {}),
+    "Ulysses": ("with_sequence_parallel", 2, {}),
+    "AutoTP": ("with_tensor_parallel", 2, {}),
+}
+DEEPER = {
+    "optimizer offload, ZeRO-1": ("with_zero", 1, {"offload_optimizer": CPU}),
+    "MoE, ZeRO-0": ("with_experts", 0, {}),
+    "MoE, ZeRO-1": ("with_experts", 1, {}),
+    "Ulysses, ZeRO-3": ("with_sequence_parallel", 3, {}),
+    "AutoTP, ZeRO-0": ("with_tensor_parallel", 0, {}),
+    "AutoTP, ZeRO-3": ("with_tensor_parallel", 3, {}),
+}
+
+
+@pytest.mark.parametrize("name", [*LATE, *(pytest.param(name, marks=pytest.mark.long) for name in DEEPER)])
+def test_what_is_copied_under_training_does_not_change_before_the_step(
+    two_ranks: World, tmp_path: Path, name: str
 ) -> None:
-    assert two_ranks.call(f"{CASES}:{case}", str(tmp_path)) == [[True, True], [True, True]]
+    case, stage, more = {**LATE, **DEEPER}[name]
+    for found in two_ranks.call(f"{CASES}:{case}", str(tmp_path), stage, **more):
+        assert found["late"] > 0.5 and found["changed"] == 0
+        assert found["alike"] == [True, True]
+
+
+def test_what_may_change_between_two_steps_is_copied_at_once(two_ranks: World, tmp_path: Path) -> None:
+    for found in two_ranks.call(f"{CASES}:with_lora", str(tmp_path)):
+        assert found["late"] == 0
+        assert found["alike"] == [True, True]
 
 
 @pytest.mark.parametrize("stage", [0, 3])

@@ -1,6 +1,6 @@
 """The DeepSpeed backend: `engine.save_checkpoint()` and its kin go through us.
 
-`install()` wraps seven methods of `DeepSpeedEngine`. An engine whose config has `checkpoint.roll_ckpt`, or that a
+`install()` wraps methods of `DeepSpeedEngine`. An engine whose config has `checkpoint.roll_ckpt`, or that a
 `Cluster` attached, gets our `CheckpointEngine`; every other engine behaves as before. Stock code still decides
 what a checkpoint holds and how its files are called; we decide where they go (an attempt directory that is
 renamed into place when all ranks have voted), how their bytes get there, and when `latest` is written.
@@ -29,7 +29,7 @@ from deepspeed.runtime.hybrid_engine import DeepSpeedHybridEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.utils import DummyOptim
 from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils import groups, tensor_fragment
+from deepspeed.utils import tensor_fragment
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from roll_ckpt import commit, disk, errors, loader, names, retention, saver
@@ -441,15 +441,12 @@ def _optimized_parameters(engine: DeepSpeedEngine) -> Iterator[torch.Tensor]:
 
 
 def overlappable(engine: DeepSpeedEngine) -> bool:
-    """Whether the engine's state changes in the optimizer step alone, so that copies may run until then."""
-    zero = engine._config.zero_config
-    offloads = [zero.offload_optimizer, zero.offload_param]
-    return not (
-        isinstance(engine, PipelineEngine | DeepSpeedHybridEngine)
-        or engine.has_moe_layers
-        or any(hasattr(module, "peft_config") for module in engine.module.modules())
-        or any(offload is not None and offload.device != "none" for offload in offloads)
-    )
+    """Whether the engine's state changes in the optimizer step alone, so that copies may run until then.
+
+    A hybrid engine fuses LoRA weights to generate; PEFT merges them, and AdaLoRA masks them: between two steps.
+    """
+    adapted = any(hasattr(module, "peft_config") for module in engine.module.modules())
+    return not (isinstance(engine, DeepSpeedHybridEngine) or adapted)
 
 
 def stable_storages(engine: DeepSpeedEngine) -> frozenset[int]:
@@ -515,7 +512,11 @@ def refuse_unsupported(engine: DeepSpeedEngine) -> None:
     Raises:
         UnsupportedError
     """
-    for name, (found, reason) in _refusals(engine).items():
+    _refuse({**_refusals_of_config(engine), **_refusals_of_engine(engine)})
+
+
+def _refuse(refusals: dict[str, tuple[bool, str]]) -> None:
+    for name, (found, reason) in refusals.items():
         if found:
             raise errors.UnsupportedError(f"roll_ckpt does not support {name} in this version: {reason}")
 
@@ -538,43 +539,51 @@ def refuse_rivals(engine: DeepSpeedEngine) -> None:
             )
 
 
-def _refusals(engine: DeepSpeedEngine) -> dict[str, tuple[bool, str]]:
+def _refusals_of_config(engine: DeepSpeedEngine) -> dict[str, tuple[bool, str]]:
+    """What can be told before the engine has an optimizer, groups or swap files."""
     zero = engine._config.zero_config
     offloads = [zero.offload_optimizer, zero.offload_param]
+    return {
+        "NVMe offload": (
+            any(offload is not None and offload.device == "nvme" for offload in offloads),
+            "the state lies in swap files, which DeepSpeed copies past the checkpoint engine: no digest and no vote "
+            "would cover them. Offload to the CPU instead",
+        ),
+        "zero_quantized_nontrainable_weights": (
+            zero.zero_quantized_nontrainable_weights,
+            "DeepSpeed's checkpoint holds the frozen weights as 8-bit integers without their scales",
+        ),
+        "ZeRO++ quantization (zero_quantized_weights, zero_quantized_gradients)": (
+            zero.zero_quantized_weights or zero.zero_quantized_gradients,
+            "its kernels do not exist on CPUs, where every mode is tried before it is allowed. hpZ alone works",
+        ),
+        "ZenFlow": (
+            zero.zenflow is not None,
+            "its second optimizer changes weights after the step, and neither that one's state nor the moments in "
+            "its overlapping process are in DeepSpeed's checkpoint",
+        ),
+        "SuperOffload": (
+            zero.offload_optimizer is not None and zero.offload_optimizer.super_offload,
+            "its weights change during backward, and the moments in its worker process are not in DeepSpeed's "
+            "checkpoint",
+        ),
+        "use_node_local_storage": (
+            bool(engine.use_node_local_storage()),
+            "the commit needs one directory that all ranks see",
+        ),
+    }
+
+
+def _refusals_of_engine(engine: DeepSpeedEngine) -> dict[str, tuple[bool, str]]:
     subset = engine.seq_dp_world_size * engine.mp_world_size
     if isinstance(engine, PipelineEngine):
         grid = engine.module.mpu()
         subset = grid.data_parallel_size * grid.pipe_parallel_size * grid.model_parallel_size
     return {
-        "NVMe offload": (
-            any(o is not None and o.device == "nvme" for o in offloads),
-            "DeepSpeed copies its swap folder beside the checkpoint engine",
-        ),
-        "MiCS": (
-            getattr(zero, "mics_shard_size", -1) > 0,
-            "its shards are replicated over groups that we do not read yet",
-        ),
-        "hpZ (zero_hpz_partition_size)": (
-            zero.zero_hpz_partition_size > 1,
-            "its secondary partitions change outside the optimizer step",
-        ),
-        "ZeRO++ quantization": (
-            zero.zero_quantized_weights or zero.zero_quantized_gradients or zero.zero_quantized_nontrainable_weights,
-            "its quantized weights were not tried",
-        ),
-        "AutoTP": (engine.autotp_size() > 1, "its tensor slices were not tried"),
-        "sequence parallelism": (
-            getattr(engine, "sequence_parallel_size", 1) > 1 or groups._get_sequence_parallel_world_size() > 1,
-            "its process groups were not tried",
-        ),
-        "ZenFlow": (zero.zenflow is not None, "its optimizer updates asynchronously"),
-        "SuperOffload": (
-            bool(zero.offload_optimizer is not None and zero.offload_optimizer.super_offload),
-            "its optimizer updates asynchronously",
-        ),
-        "use_node_local_storage": (
-            bool(engine.use_node_local_storage()),
-            "the commit needs one directory that all ranks see",
+        "sequence parallelism over a device mesh": (
+            engine.mesh_device is not None and engine.sequence_parallel_size > 1,
+            "every rank of a sequence would write the same files. Give DeepSpeed an mpu instead: "
+            "deepspeed.runtime.sequence_parallel.parallel_state_sp",
         ),
         "an engine on a subset of its world": (
             subset != dist.get_world_size(),
@@ -644,6 +653,7 @@ def install() -> None:
 
         setattr(DeepSpeedEngine, name, method)
 
+    wrap("_do_sanity_check", _do_sanity_check)
     wrap("_configure_checkpointing", _configure_checkpointing)
     wrap("save_checkpoint", _save_checkpoint)
     wrap("load_checkpoint", _load_checkpoint)
@@ -673,11 +683,17 @@ def _fencing(setter: Callable[..., Any]) -> Callable[..., Any]:
     return fenced
 
 
-def _configure_checkpointing(original: Callable[..., Any], engine: DeepSpeedEngine, *args: Any, **kw: Any) -> None:
-    settings = section_of(engine)
-    if settings is not None:
+def _do_sanity_check(original: Callable[..., Any], engine: DeepSpeedEngine) -> None:
+    """Refuse what the config asks for before DeepSpeed starts on it: swap folders, processes, minutes of work."""
+    if section_of(engine) is not None:
         refuse_rivals(engine)
+        _refuse(_refusals_of_config(engine))
+    original(engine)
+
+
+def _configure_checkpointing(original: Callable[..., Any], engine: DeepSpeedEngine, *args: Any, **kw: Any) -> None:
     original(engine, *args, **kw)
+    settings = section_of(engine)
     if settings is not None and not _without_optimizer(engine):
         attach(engine, settings, settings.cluster)
 
@@ -698,7 +714,17 @@ def _load_checkpoint(original: Callable[..., Any], engine: DeepSpeedEngine, *arg
     ours = attached(engine)
     if ours is None:
         return original(engine, *args, **kwargs)
-    return ours.load_checkpoint(original, *args, **kwargs)
+    loaded = ours.load_checkpoint(original, *args, **kwargs)
+    _forget_secondary_partitions(engine)
+    return loaded
+
+
+def _forget_secondary_partitions(engine: DeepSpeedEngine) -> None:
+    """hpZ gathers weights from second partitions. After a load DeepSpeed drops those of trained parameters only, and
+    frozen ones would keep the values of before."""
+    for parameter in engine.module.parameters():
+        if getattr(parameter, "ds_secondary_tensor", None) is not None:
+            parameter.ds_secondary_tensor = None
 
 
 def _save_16bit_model(original: Callable[..., Any], engine: DeepSpeedEngine, *args: Any, **kwargs: Any) -> Any:
