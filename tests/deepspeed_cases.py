@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
-from deepspeed.pipe import PipelineModule
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.sequence_parallel import parallel_state_sp
 from deepspeed.sequence.layer import DistributedAttention
 from deepspeed.utils import groups
@@ -27,7 +27,7 @@ from tiny import Net, config, engine, train
 
 from roll_ckpt import arena, disk, errors, native, saver
 from roll_ckpt.backends import deepspeed as backend
-from roll_ckpt.image import Memory
+from roll_ckpt.image import FileImage, Memory
 
 BLOCK = 1 << 16
 SMALL_IO = {"block_bytes": BLOCK}
@@ -569,15 +569,16 @@ def watched_until_the_fence(trained: Any) -> Iterator[dict[str, Any]]:
     """Compare what the block's save leaves for later with what it is at the next fence."""
     ours = backend.attached(trained)
     assert ours is not None
-    then: list[tuple[Any, bytes]] = []
+    then: list[tuple[Memory, bytes]] = []
     found: dict[str, Any] = {"late": 0.0, "changed": 0}
     total = 0
     stage = saver.Ticket.stage
 
-    def watched(ticket: saver.Ticket, path: Path, image: Any, *, overlap: bool) -> None:
+    def watched(ticket: saver.Ticket, path: Path, image: FileImage, *, overlap: bool) -> None:
         nonlocal total
-        total += sum(piece.nbytes for piece in image.pieces)
-        late = [extent.source for extent in image.extents if extent.stable and overlap]
+        tensors = [extent for extent in image.extents if isinstance(extent.source, Memory)]
+        total += sum(extent.nbytes for extent in tensors)
+        late = [extent.source for extent in tensors if extent.stable and overlap]
         then.extend((memory, bytes_of(memory)) for memory in late)
         stage(ticket, path, image, overlap=overlap)
 
@@ -594,7 +595,7 @@ def watched_until_the_fence(trained: Any) -> Iterator[dict[str, Any]]:
         yield found
 
 
-def bytes_of(memory: Any) -> bytes:
+def bytes_of(memory: Memory) -> bytes:
     return ctypes.string_at(memory.address, memory.nbytes)
 
 
@@ -681,11 +682,12 @@ def trained_on(trained: Any, seed: int, batch: Callable[[], torch.Tensor], *, al
 
 
 def with_stages(out: str, stage: int) -> dict[str, Any]:
-    """A PipelineModule with one stage on each rank."""
+    """A PipelineModule with one stage on each rank; its first and last layer are tied."""
 
     def made(seed: int, ours: dict[str, Any] | None) -> Any:
         torch.manual_seed(seed)
-        layers = [torch.nn.Linear(16, 16) for _ in range(4)]
+        ends = TiedLayerSpec("ends", torch.nn.Linear, 16, 16)
+        layers = [ends, *(LayerSpec(torch.nn.Linear, 16, 16) for _ in range(2)), ends]
         model = PipelineModule(layers=layers, loss_fn=torch.nn.MSELoss(), num_stages=2)
         settings_ = config(stage, "bf16", ours, train_batch_size=8, **MICRO_BATCHES)
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -727,7 +729,9 @@ def with_sequence_parallel(out: str, stage: int) -> dict[str, Any]:
         with deepspeed.zero.Init(config_dict_or_path=settings_, enabled=stage == 3, mpu=parallel_state_sp):
             model = Attention()
         trained = list(model.parameters())
-        return deepspeed.initialize(model=model, model_parameters=trained, config=settings_, mpu=parallel_state_sp)[0]
+        ready = deepspeed.initialize(model=model, model_parameters=trained, config=settings_, mpu=parallel_state_sp)[0]
+        assert ready.sequence_parallel_size == 2
+        return ready
 
     def steps(trained: Any, seed: int) -> list[float]:
         return trained_on(trained, seed, lambda: torch.randn(4, 8, 16).bfloat16())
@@ -753,12 +757,16 @@ def with_tensor_parallel(out: str, stage: int) -> dict[str, Any]:
     def made(seed: int, ours: dict[str, Any] | None) -> Any:
         torch.manual_seed(seed)
         settings_ = config(stage, "bf16", ours, tensor_parallel=copy.deepcopy(slices), **MICRO_BATCHES)
-        return deepspeed.initialize(model=Net(), config=settings_)[0]
+        ready = deepspeed.initialize(model=Net(), config=settings_)[0]
+        assert ready.mp_world_size == 2
+        return ready
 
     def steps(trained: Any, seed: int) -> list[float]:
         return trained_on(trained, seed, lambda: torch.randint(0, 50, (4, 8)), alike=True)
 
     with own_groups():
+        alone = raised(lambda: made(5, settings()).save_16bit_model(out, "weights.bin"))
+        assert (stage == 3) != ("those of rank 0 alone" in alone)
         return save_and_go_on(out, made, steps)
 
 

@@ -209,6 +209,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "node-local": ({"checkpoint": {"roll_ckpt": {}, "use_node_local_storage": True}}, "use_node_local_storage"),
     "NVMe optimizer": ({"zero_optimization": {"stage": 3, "offload_optimizer": NVME}}, "NVMe offload"),
     "NVMe parameters": ({"zero_optimization": {"stage": 3, "offload_param": NVME}}, "NVMe offload"),
+    "Twin-Flow": ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "ratio"),
     "qwZ": ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "zero_quantized_weights"),
     "qgZ": ({"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}, "zero_quantized_gradients"),
     "quantized frozen weights": (
@@ -320,7 +321,7 @@ def test_what_is_copied_under_training_does_not_change_before_the_step(
 ) -> None:
     case, stage, more = {**LATE, **DEEPER}[name]
     for found in two_ranks.call(f"{CASES}:{case}", str(tmp_path), stage, **more):
-        assert found["late"] > 0.5 and found["changed"] == 0
+        assert found["late"] > 0.8 and found["changed"] == 0
         assert found["alike"] == [True, True]
 
 

@@ -186,7 +186,12 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
         return ticket
 
     def save_16bit_model(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """`engine.save_16bit_model`: blocks, durable on return; a failure is raised on every rank."""
+        """`engine.save_16bit_model`: blocks, durable on return; a failure is raised on every rank.
+
+        Raises:
+            UnsupportedError: under AutoTP below ZeRO-3, before anything is written.
+        """
+        refuse_slices(self.engine)
         self._loose_problem = None
         result = stock(self.engine, *args, **kwargs)
 
@@ -314,6 +319,8 @@ class Engine:
                 f"cluster {cluster}: trained is {type(engine).__name__}; give a DeepSpeedEngine, or a MegatronModel"
             )
         _check_section(engine, settings, cluster)
+        if save_only_model:
+            refuse_slices(engine)
         self._engine = engine
         self._cluster = cluster
         self._save_only_model = save_only_model
@@ -521,6 +528,19 @@ def _refuse(refusals: dict[str, tuple[bool, str]]) -> None:
             raise errors.UnsupportedError(f"roll_ckpt does not support {name} in this version: {reason}")
 
 
+def refuse_slices(engine: DeepSpeedEngine) -> None:
+    """Raise if `save_16bit_model` would write the slices of one rank as if they were the model.
+
+    Raises:
+        UnsupportedError
+    """
+    if engine.autotp_size() > 1 and engine.zero_optimization_stage() < ZeroStageEnum.weights:
+        raise errors.UnsupportedError(
+            "save_16bit_model and save_only_model under AutoTP: below ZeRO-3 DeepSpeed gathers no slices and would "
+            "write those of rank 0 alone. Save a whole checkpoint, or train under ZeRO-3"
+        )
+
+
 def refuse_rivals(engine: DeepSpeedEngine) -> None:
     """Raise if the config also asks for another checkpoint engine.
 
@@ -548,6 +568,13 @@ def _refusals_of_config(engine: DeepSpeedEngine) -> dict[str, tuple[bool, str]]:
             any(offload is not None and offload.device == "nvme" for offload in offloads),
             "the state lies in swap files, which DeepSpeed copies past the checkpoint engine: no digest and no vote "
             "would cover them. Offload to the CPU instead",
+        ),
+        "offload_optimizer.ratio below 1 (Twin-Flow)": (
+            zero.stage == ZeroStageEnum.weights
+            and zero.offload_optimizer is not None
+            and zero.offload_optimizer.device != "none"
+            and zero.offload_optimizer.ratio < 1,
+            "the moments of the part that stays on the GPU are not in DeepSpeed's checkpoint",
         ),
         "zero_quantized_nontrainable_weights": (
             zero.zero_quantized_nontrainable_weights,
