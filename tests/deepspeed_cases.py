@@ -275,17 +275,22 @@ def refused(place: str, asked: dict[str, dict[str, Any]]) -> dict[str, tuple[str
         dist.barrier()
         ours = None if "checkpoint" in more else settings()
         asked_for = config(2, "bf16", ours, **json.loads(json.dumps(more).replace("SWAP", str(folder))))
-        mpu = Alone() if asked_for.pop("mpu", None) else None
-
-        def start(asked_for: dict[str, Any] = asked_for, mpu: Any = mpu, folder: Path = folder) -> None:
-            with own_groups():
-                made = deepspeed.initialize(model=Net(), model_parameters=None, config=asked_for, mpu=mpu)[0]
-                made.save_checkpoint(str(folder))
-
-        told = raised(start)
+        told = raised(lambda asked_for=asked_for, folder=folder: start_and_save(asked_for, str(folder)))
         dist.barrier()
         found[name] = (told, sorted(str(path) for path in folder.rglob("*")))
     return found
+
+
+def start_and_save(asked_for: dict[str, Any], folder: str) -> None:
+    mpu = Alone() if asked_for.pop("mpu", None) else None
+    stages = asked_for.pop("stages", None)
+    later = asked_for["checkpoint"].pop("roll_ckpt") if asked_for.pop("attach", None) else None
+    with own_groups():
+        model = PipelineModule([torch.nn.Linear(4, 4)] * 2, num_stages=stages) if stages else Net()
+        made = deepspeed.initialize(model=model, config=asked_for, mpu=mpu)[0]
+        if later is not None:
+            backend.attach(made, backend.DeepSpeedConfig.parse(later, "test"), "actor")
+        made.save_checkpoint(folder)
 
 
 class Alone:
@@ -613,9 +618,10 @@ def own_groups() -> Iterator[None]:
 TENSOR_PARALLEL_GROUPS = ("_TENSOR_MODEL_PARALLEL_GROUP", "_MODEL_PARALLEL_GROUP", "_DATA_PARALLEL_GROUP")
 
 
-def with_zero(out: str, stage: int, **more: Any) -> dict[str, Any]:
-    """Plain ZeRO, or what `more` adds to `zero_optimization`."""
+def with_zero(out: str, stage: int, gradients: str | None = None, **more: Any) -> dict[str, Any]:
+    """Plain ZeRO, or what `more` adds to `zero_optimization`; gradients accumulate in the precision `gradients`."""
     zero = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 100, **more}}
+    zero["data_types"] = {"grad_accum_dtype": gradients}
 
     def made(seed: int, ours: dict[str, Any] | None) -> Any:
         groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # hpZ makes its groups once in a process and then asserts

@@ -224,6 +224,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": True}}},
         "SuperOffload",
     ),
+    "bf16 stages": ({"stages": 2, "zero_optimization": {"stage": 0}}, "a PipelineModule in bf16"),
+    "qgZ, attached": (
+        {"attach": True, "zero_optimization": {"stage": 3, "zero_quantized_gradients": True}},
+        "zero_quantized_gradients",
+    ),
     "device mesh": ({"data_parallel_size": 1, "sequence_parallel_size": 2}, "over a device mesh"),
     "subset": ({"mpu": "every rank alone"}, "subset of its world"),
 }
@@ -307,6 +312,7 @@ LATE = {
 }
 DEEPER = {
     "optimizer offload, ZeRO-1": ("with_zero", 1, {"offload_optimizer": CPU}),
+    "BF16_Optimizer": ("with_zero", 1, {"gradients": "fp32"}),
     "MoE, ZeRO-0": ("with_experts", 0, {}),
     "MoE, ZeRO-1": ("with_experts", 1, {}),
     "Ulysses, ZeRO-3": ("with_sequence_parallel", 3, {}),

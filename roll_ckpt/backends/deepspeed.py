@@ -594,6 +594,10 @@ def _refusals_of_config(engine: DeepSpeedEngine) -> dict[str, tuple[bool, str]]:
             "its weights change during backward, and the moments in its worker process are not in DeepSpeed's "
             "checkpoint",
         ),
+        "a PipelineModule in bf16 below ZeRO-1": (
+            engine.pipeline_parallelism and engine.bfloat16_enabled() and zero.stage == ZeroStageEnum.disabled,
+            "DeepSpeed cannot load its own checkpoints of it. Set zero_optimization.stage to 1",
+        ),
         "use_node_local_storage": (
             bool(engine.use_node_local_storage()),
             "the commit needs one directory that all ranks see",
