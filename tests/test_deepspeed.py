@@ -329,6 +329,9 @@ def test_what_is_copied_under_training_does_not_change_before_the_step(
     for found in two_ranks.call(f"{CASES}:{case}", str(tmp_path), stage, **more):
         assert found["late"] > 0.8 and found["changed"] == 0
         assert found["alike"] == [True, True]
+        parted = case in {"with_experts", "with_stages"} or (case == "with_tensor_parallel" and stage < 3)
+        assert ("what rank 0 holds alone" in found["whole"]) == parted
+        assert not (parted and (tmp_path / "weights.bin").exists())
 
 
 def test_what_may_change_between_two_steps_is_copied_at_once(two_ranks: World, tmp_path: Path) -> None:

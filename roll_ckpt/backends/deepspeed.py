@@ -189,9 +189,9 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
         """`engine.save_16bit_model`: blocks, durable on return; a failure is raised on every rank.
 
         Raises:
-            UnsupportedError: under AutoTP below ZeRO-3, before anything is written.
+            UnsupportedError: rank 0 holds a part of the model only. Nothing was written.
         """
-        refuse_slices(self.engine)
+        refuse_parts(self.engine)
         self._loose_problem = None
         result = stock(self.engine, *args, **kwargs)
 
@@ -320,7 +320,7 @@ class Engine:
             )
         _check_section(engine, settings, cluster)
         if save_only_model:
-            refuse_slices(engine)
+            refuse_parts(engine)
         self._engine = engine
         self._cluster = cluster
         self._save_only_model = save_only_model
@@ -528,17 +528,23 @@ def _refuse(refusals: dict[str, tuple[bool, str]]) -> None:
             raise errors.UnsupportedError(f"roll_ckpt does not support {name} in this version: {reason}")
 
 
-def refuse_slices(engine: DeepSpeedEngine) -> None:
-    """Raise if `save_16bit_model` would write the slices of one rank as if they were the model.
+def refuse_parts(engine: DeepSpeedEngine) -> None:
+    """Raise if `save_16bit_model` would write a part of the model as if it were the model.
 
     Raises:
         UnsupportedError
     """
-    if engine.autotp_size() > 1 and engine.zero_optimization_stage() < ZeroStageEnum.weights:
-        raise errors.UnsupportedError(
-            "save_16bit_model and save_only_model under AutoTP: below ZeRO-3 DeepSpeed gathers no slices and would "
-            "write those of rank 0 alone. Save a whole checkpoint, or train under ZeRO-3"
-        )
+    experts = engine.expert_parallel_group.values() if engine.has_moe_layers else ()
+    for name, parted in {
+        "a PipelineModule": isinstance(engine, PipelineEngine),
+        "experts on several ranks": any(dist.get_world_size(group) > 1 for group in experts),
+        "AutoTP below ZeRO-3": engine.autotp_size() > 1 and engine.zero_optimization_stage() < ZeroStageEnum.weights,
+    }.items():
+        if parted:
+            raise errors.UnsupportedError(
+                f"save_16bit_model and save_only_model do not support {name}: DeepSpeed gathers nothing there and "
+                "would write what rank 0 holds alone. Save a whole checkpoint"
+            )
 
 
 def refuse_rivals(engine: DeepSpeedEngine) -> None:
