@@ -284,12 +284,14 @@ def refused(place: str, asked: dict[str, dict[str, Any]]) -> dict[str, tuple[str
 def start_and_save(asked_for: dict[str, Any], folder: str) -> None:
     mpu = Alone() if asked_for.pop("mpu", None) else None
     stages = asked_for.pop("stages", None)
-    later = asked_for["checkpoint"].pop("roll_ckpt") if asked_for.pop("attach", None) else None
+    cluster = asked_for.pop("cluster", None)
+    section = asked_for["checkpoint"].pop("roll_ckpt") if cluster else None
     with own_groups():
         model = PipelineModule([torch.nn.Linear(4, 4)] * 2, num_stages=stages) if stages else Net()
         made = deepspeed.initialize(model=model, config=asked_for, mpu=mpu)[0]
-        if later is not None:
-            backend.attach(made, backend.DeepSpeedConfig.parse(later, "test"), "actor")
+        if cluster:
+            parsed = backend.DeepSpeedConfig.parse(section, "test")
+            backend.Engine(made, parsed, "actor", **cluster, exclude_frozen_parameters=False)
         made.save_checkpoint(folder)
 
 
