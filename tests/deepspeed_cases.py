@@ -554,16 +554,15 @@ MICRO_BATCHES = {"gradient_accumulation_steps": 2}
 def save_and_go_on(out: str, made: Made, steps: Steps) -> dict[str, Any]:
     """Save while training goes on, then load with stock DeepSpeed and with us.
 
-    "late" is the share of the bytes that were copied after `save_checkpoint` returned, "changed" how many of their
+    "late" is the share of the bytes that the fence at the next step copied, "changed" how many of their
     extents had changed when the optimizer's step came, "alike" whether stock and we go on with the unbroken losses,
     "whole" what `save_16bit_model` tells.
     """
     first = made(0, settings())
     steps(first, 1)
-    with watched_until_the_fence(first) as found:
+    with late_copies(backend.attached(first).settings), watched_until_the_fence(first) as found:  # type: ignore[union-attr]
         first.save_checkpoint(out)
         unbroken = steps(first, 2)
-    saver.wait_pending()
     whole = raised(lambda: first.save_16bit_model(out, "weights.bin"))
     alike = []
     for seed, ours in ((3, None), (4, settings())):
