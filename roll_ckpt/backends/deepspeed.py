@@ -588,7 +588,7 @@ def _refusals_of_config(engine: DeepSpeedEngine) -> dict[str, tuple[bool, str]]:
         ),
         "ZeRO++ quantization (zero_quantized_weights, zero_quantized_gradients)": (
             zero.zero_quantized_weights or zero.zero_quantized_gradients,
-            "its kernels do not exist on CPUs, where every mode is tried before it is allowed. hpZ alone works",
+            "its kernels do not exist on CPUs, so that it could not be tried. hpZ alone works",
         ),
         "ZenFlow": (
             zero.zenflow is not None,
