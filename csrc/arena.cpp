@@ -125,7 +125,8 @@ void Arena::warm(uint64_t nbytes, int device) {
     warmer_ = std::thread([this, nbytes = std::min(nbytes, capacity_), device] {
         name_this_thread("roll-warm");
         for (uint64_t done = 0; done < nbytes && !stop_;) {
-            uint64_t step = std::min<uint64_t>(8 * kHugePage, nbytes - done);
+            // One page a call: whoever maps or unmaps memory meanwhile waits until the call returns.
+            uint64_t step = std::min(kHugePage, nbytes - done);
             fault_in(mapping_.data() + done, round_up(step, kPage));
             done += step;
             // Faulting in while pinning would be slower.

@@ -19,6 +19,7 @@ import torch
 
 Marked: TypeAlias = "torch.Tensor | torch.UntypedStorage | torch.storage.TypedStorage"
 
+_Tensor, _STRIDED = torch.Tensor, torch.strided  # looked up thousands of times
 NO_TENSORS = frozenset([int, float, str, bool, bytes, type(None)])
 _PLAIN = NO_TENSORS | {tuple, list, dict}
 """Most of what a pickler asks about; random states are thousands of numbers."""
@@ -32,15 +33,14 @@ MEMO_RESERVED = 64
 
 def is_plain(obj: object) -> bool:
     """Whether `obj` is a tensor that stock pickles as dtype, shape, strides and a storage, and nothing else."""
-    return (
-        type(obj) is torch.Tensor
-        and not obj.__dict__  # stock keeps attributes, in a form of its own
-        and obj.layout is torch.strided
-        and not obj.is_quantized
-        and obj.device.type != "meta"
-        and not obj.is_conj()
-        and not obj.is_neg()
-        and not obj.is_nested
+    return type(obj) is _Tensor and not (
+        obj.__dict__  # stock keeps attributes, in a form of its own
+        or obj.layout is not _STRIDED
+        or obj.is_quantized
+        or obj.is_meta
+        or obj.is_conj()
+        or obj.is_neg()
+        or obj.is_nested
     )
 
 
@@ -87,7 +87,7 @@ class _Walker(pickle.Pickler):
         kind = type(obj)
         if kind in _PLAIN:
             return None
-        if kind is torch.Tensor:
+        if kind is _Tensor:
             if is_plain(obj):
                 self.marked.append(obj)  # type: ignore[arg-type]
                 return _MARK

@@ -231,6 +231,7 @@ def _named_tensors(state: object) -> list[tuple[str, torch.Tensor]]:
 # --- plans -----------------------------------------------------------------------------------------------------
 
 _Signature = list[tuple[Any, ...]]
+_DEVICE, _CPU = -1, torch.device("cpu")
 
 
 def _look_at(marked: Iterable[Marked]) -> tuple[_Signature, list[torch.UntypedStorage]]:
@@ -239,22 +240,20 @@ def _look_at(marked: Iterable[Marked]) -> tuple[_Signature, list[torch.UntypedSt
     storages: list[torch.UntypedStorage] = []
     numbers: dict[int, int] = {}
     first: dict[int, int] = {}
-    for obj in marked:
+    for place, obj in enumerate(marked):
         storage = _untyped(obj)
-        number = numbers.get(storage._cdata)
-        if number is None:
-            number = numbers[storage._cdata] = len(storages)
+        identity = storage._cdata
+        number = numbers.setdefault(identity, len(storages))
+        if number == len(storages):
             storages.append(storage)
         if not isinstance(obj, torch.Tensor):
-            signature.append((number, storage.nbytes(), storage.device, getattr(obj, "dtype", None)))
-            continue
-        before = first.setdefault(id(obj), len(signature))
-        if before < len(signature):
+            signature.append((number, storage.nbytes(), getattr(obj, "dtype", None), storage.device))
+        elif (before := first.setdefault(id(obj), place)) < place:
             signature.append((before,))
-            continue
-        signature.append(
-            (number, obj.dtype, obj.shape, obj.stride(), obj.storage_offset(), obj.requires_grad, obj.device)
-        )
+        else:
+            signature.append(
+                (number, obj.dtype, obj.shape, obj.stride(), obj.storage_offset(), obj.requires_grad, obj.device)
+            )
     return signature, storages
 
 
@@ -270,6 +269,7 @@ class _Plan:
     pickle_at: int
     pickle_bytes: int
     holes: list[tuple[int, int, int, int]]  # place in the extents, number of the storage, first and last-plus-one byte
+    needed: list[int]  # bytes of each storage
     names: list[str]  # of its tensors
 
     def refilled(self, state: object, skeleton: Skeleton, stable: Stable) -> tuple[_Plan | None, FileImage | None]:
@@ -287,7 +287,7 @@ class _Plan:
             extents = self.image.extents.copy()
             extents.put(0, _replaced(extents.owners[0], self.pickle_at, pickled.ljust(self.pickle_bytes, b"\0")))
             plan = replace(self, skeleton=replace(skeleton, marked=()), image=replace(self.image, extents=extents))
-        if any(stop > storages[number].nbytes() for _, number, _, stop in self.holes):
+        if any(storage.nbytes() < needed for storage, needed in zip(storages, self.needed, strict=True)):
             return None, None
         return plan, plan.fill(storages, stable)
 
@@ -295,15 +295,16 @@ class _Plan:
         """The image of the file whose tensors lie in `storages`."""
         extents = self.image.extents.copy()
         rows, owners, width = extents.rows, extents.owners, Extents.WIDTH
-        bases = [storage.data_ptr() if storage.device.type == "cpu" else None for storage in storages]
+        bases = [storage.data_ptr() for storage in storages]
         steady = [stable(storage) for storage in storages]
-        for place, number, start, stop in self.holes:
-            base = bases[number]
-            if base is None:
+        if any(row[_DEVICE] != _CPU for row in self.signature if len(row) > 1):
+            for place, number, start, stop in self.holes:
                 extents.put(place, memory_of(storages[number], start, stop), steady[number])
-                continue
+            return replace(self.image, extents=extents)
+        for place, number, start, _ in self.holes:
             at = place * width
-            rows[at + 1], rows[at + 3] = base + start, steady[number]
+            rows[at + 1] = bases[number] + start
+            rows[at + 3] = steady[number]
             owners[place] = storages[number]
         return replace(self.image, extents=extents)
 
@@ -347,6 +348,7 @@ def _planned(
         pickle_at,
         len(pickled) + room,
         holes,
+        [max((piece.stop for piece in pieces_of), default=0) for pieces_of in runs],
         [name for name, _ in _named_tensors(state)],
     )
     return plan, plan.fill(storages, stable)
