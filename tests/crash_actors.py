@@ -1,11 +1,12 @@
 """Three who act on one checkpoint at once, one step at a time, in every order up to a bound.
 
-    python crash_actors.py SCENARIO FOLDER STRIDE SWITCHES     prints how many orders were tried
+    python crash_actors.py SCENARIO FOLDER SWITCHES STRIDE     prints how many orders were tried
 
 Two worlds save together, each with a lead that decides; a third run takes over and recovers. They are threads that
 run the real functions and stop before every look at the disk and every change of it; who goes on is decided here.
-A switch is one moment at which the one who acts is left standing, to go on when the others have ended, or for good
-(it has crashed), and another one goes on. All orders with one switch are tried, and those with two.
+A switch is one moment at which the one who acts is left standing, to go on when it is called or the others have ended,
+or for good (it has crashed), and another one goes on. With one switch every step is such a moment; with more, the
+links and renames are, which alone decide.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import logging
 import shutil
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,6 +63,7 @@ class Play:
     results: dict[str, object] = field(default_factory=dict)
     dead: set[str] = field(default_factory=set)
     waiting: set[str] = field(default_factory=set)
+    paused: set[str] = field(default_factory=set)
     started: set[str] = field(default_factory=set)
     changed: threading.Condition = field(default_factory=threading.Condition)
 
@@ -89,9 +92,7 @@ class Play:
             self.steps.append((me, what))
             switch = self.switches.get(self.step)
             if switch is not None and switch.to != me and switch.to not in self.results and switch.to not in self.dead:
-                if switch.dies:
-                    self.dead.add(me)
-                self.waiting.discard(switch.to)
+                (self.dead if switch.dies else self.paused).add(me)
                 self._give(switch.to)
                 self._await(me)
 
@@ -127,16 +128,19 @@ class Play:
     def _give(self, to: str) -> None:
         self.turn = to
         self.started.add(to)
+        self.waiting.discard(to)
+        self.paused.discard(to)
         self.changed.notify_all()
 
     def _hand_on(self) -> None:
-        """The next of those who can act; if all wait, time passes; a newcomer who was not called comes last."""
+        """The next who can act. If all wait, time passes; then come the paused, then a newcomer who was not called."""
         alive = [name for name in self.works if name not in self.dead and name not in self.results]
-        here = [name for name in alive if name != NEWCOMER or name in self.started]
-        if here and all(name in self.waiting for name in here):
+        here = [name for name in alive if name in self.started or name != NEWCOMER]
+        active = [name for name in here if name not in self.paused]
+        if active and all(name in self.waiting for name in active):
             self.waiting.clear()
             self.clock += PATIENCE_S
-        ready = [name for name in here if name not in self.waiting] or alive
+        ready = [name for name in active if name not in self.waiting] or here or alive
         if ready:
             self._give(ready[0])
         else:
@@ -144,7 +148,7 @@ class Play:
             self.changed.notify_all()
 
 
-def play(step: int, template: Path, folder: Path, switches: tuple[Switch, ...]) -> Play:
+def play(step: int, late: bool, template: Path, folder: Path, switches: tuple[Switch, ...]) -> Play:
     """Let both worlds save `step` and the newcomer take over, in the order that `switches` make; check the end."""
     output_dir = folder / "run"
     shutil.rmtree(output_dir, ignore_errors=True)
@@ -157,6 +161,8 @@ def play(step: int, template: Path, folder: Path, switches: tuple[Switch, ...]) 
 
     def world(cluster: str) -> commit.Outcome:
         attempt = commit.begin(epochs[cluster], names.checkpoint(step), step=step, expected=runs.CLUSTERS)
+        while late and cluster == WORLDS[-1] and not stage.clock:
+            stage.sleep(0)
         runs.vote(attempt, "new", cluster, 0)
         return commit.settle(attempt, lead=True, timeout_s=PATIENCE_S / 2, clock=lambda: stage.clock)
 
@@ -227,48 +233,55 @@ def judge(stage: Play, output_dir: Path, name: str, left: dict[str, dict[str, st
         last.release()
 
 
-# What is there before, and the step that is saved.
-SCENARIOS = {"save": ([1], 2), "again": ([1, 2], 2), "fallback": ([1, 2], 2)}
+# What is there before, the step that is saved, and whether the last vote comes when the time is over.
+SCENARIOS = {
+    "save": ([1], 2, False),
+    "again": ([1, 2], 2, False),
+    "fallback": ([1, 2], 2, False),
+    "late": ([1], 2, True),
+}
 
 
-def orders(first: Play, switches: int, stride: int) -> Iterator[tuple[Switch, ...]]:
-    """Every order with one switch, or every so-manieth with two."""
-    actors = list(first.works)
-    single = [
-        Switch(step, to, dies)
-        for step in range(1, len(first.steps) + 1)
-        for to in actors
-        for dies in (False, True)
-        if to != first.steps[step - 1][0]
-    ]
-    yield from ((switch,) for switch in single[:: stride if switches == 1 else 1])
-    if switches == 2:
-        pairs = ((a, b) for a, b in itertools.combinations(single, 2) if a.step < b.step)
-        yield from itertools.islice(pairs, 0, None, stride)
+def next_switches(stage: Play, only: tuple[str, ...]) -> Iterator[Switch]:
+    """Every switch that can follow the last one of a play, before those steps that begin with one of `only`."""
+    last = max(stage.switches, default=0)
+    for step, (who, what) in enumerate(stage.steps[last:], last + 1):
+        if what.startswith(only):
+            for to, dies in itertools.product(stage.works, (False, True)):
+                if to != who:
+                    yield Switch(step, to, dies)
 
 
-def sweep(name: str, folder: Path, stride: int, switches: int) -> str:
-    steps, step = SCENARIOS[name]
+def sweep(name: str, folder: Path, switches: int, stride: int) -> str:
+    """Play every order, or one of `stride`, with up to so many switches."""
+    steps, step, late = SCENARIOS[name]
     if name == "fallback":
         no_exchange()
     template = folder / "template"
     runs.history(template, steps)
-    first = play(step, template, folder, ())
-    assert [first.results[cluster] for cluster in WORLDS] == [commit.Outcome(True)] * 2
-    tried = 0
-    ends: set[str] = set()
-    for order in orders(first, switches, stride):
+    only = ("",) if switches == 1 else ("link", "rename", "exchange")
+    ends: Counter[str] = Counter()
+    count = itertools.count()
+    plays = 0
+    todo: list[tuple[Switch, ...]] = [()]
+    while todo:
+        order = todo.pop()
         try:
-            stage = play(step, template, folder, order)
+            stage = play(step, late, template, folder, order)
         except BaseException:
-            print(f"{name}: {order}, which are {[first.steps[s.step - 1] for s in order]}", file=sys.stderr)
+            print(f"{name}: {order}", file=sys.stderr)
             raise
-        ends |= {
-            type(r).__name__ + (str(r.committed) if isinstance(r, commit.Outcome) else "")
-            for r in stage.results.values()
-        }
-        tried += 1
-    return f"{name}: {len(first.steps)} steps, {tried} orders with up to {switches} switches; ends: {sorted(ends)}"
+        plays += 1
+        for result in stage.results.values():
+            ends[f"{type(result).__name__} {getattr(result, 'committed', '')}".strip()] += 1
+        if len(order) < switches:
+            # Only the last level is thinned out: it is the widest, and the others lead to it.
+            todo += [
+                (*order, switch)
+                for switch in next_switches(stage, only)
+                if len(order) + 1 < switches or next(count) % stride == 0
+            ]
+    return f"{name}: {plays} orders with up to {switches} switches; {dict(ends)}"
 
 
 if __name__ == "__main__":

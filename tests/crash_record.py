@@ -63,7 +63,7 @@ def _caller() -> str:
     lines = []
     for frame in reversed(traceback.extract_stack()):
         path = Path(frame.filename)
-        if path.parent.name == "roll_ckpt" and frame.name != "_about":
+        if path.parent.name == "roll_ckpt" and frame.name != "_about" and not frame.name.startswith("<"):
             lines.append(f"{path.stem}.{frame.name}:{frame.lineno}")
             if path.stem != "disk":
                 break
@@ -72,7 +72,8 @@ def _caller() -> str:
 
 def _role(path: str) -> str:
     """A file's name without what differs from save to save."""
-    return re.sub(r"\.1\.[0-9a-f]{8}\.[0-9]+", "", re.sub(r"[0-9]+(?=\.tmp|\.[0-9]+\.tmp|$)", "N", Path(path).name))
+    name = re.sub(r"\.1\.[0-9a-f]{8}\.[0-9]+", "", Path(path).name)
+    return re.sub(r"(?<=[-.])[0-9]+", "N", name)
 
 
 def _parse(records: bytes) -> Iterator[tuple[str, str, str, bytes, int, int, int]]:

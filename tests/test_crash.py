@@ -22,6 +22,26 @@ SCENARIOS = ["first", "save", "again", "fallback", "only", "abort", "undo"]
 KINDS = ["create", "exchange", "fsync", "link", "mkdir", "rename", "rmdir", "size", "unlink", "write"]
 
 
+# The fsyncs that no crash misses, and why they are there all the same.
+SPARE = {
+    "fsync_dir disk.fsync_dir < attempt._make of .checkpoint-N.N.N.tmp": "rank 0's vote syncs it again",
+    "fsync_dir disk.fsync_dir < attempt._make of checkpoint-N": "every vote syncs it again",
+    "fsync_dir disk.fsync_dir < disk.link_durable < attempt._make of votes": "every vote syncs it again",
+    "fsync_dir disk.fsync_dir < attempt.cast of checkpoint-N": "the decision syncs it again",
+    "fsync_dir disk.fsync_dir < attempt.cast of digests": "so does write_durable; stock code would not",
+    "fsync_dir disk.fsync_dir < attempt.cast of tensors": "so does write_durable; stock code would not",
+    "fsync_dir disk.fsync_dir < disk.write_durable < saver._receipts of digests": "so does the vote",
+    "fsync_dir disk.fsync_dir < disk.write_durable < saver._receipts of tensors": "so does the vote",
+    "fsync_dir disk.fsync_dir < disk.make_dirs < saver._receipts of checkpoint-N": "so does the vote",
+    "fsync_dir disk.fsync_dir < disk.make_dirs < epoch._make of run": "of two new directories, twice; once would do",
+    "fsync_dir disk.fsync_dir < disk.make_dirs < disk.make_dirs < epoch._make of run": "the same",
+    "fsync_dir disk.fsync_dir < disk.make_dirs < epoch._make of .trash": "a trash that is lost is made again",
+    "fsync_dir disk.fsync_dir < commit._step_aside of .superseded": "the model renames whole, in both directories",
+    "fsync_dir disk.fsync_dir < commit._step_aside of .old": "the model renames whole, in both directories",
+    "fsync_dir disk.fsync_dir < commit._step_aside of run": "the next rename puts another under the same name",
+}
+
+
 @pytest.fixture
 def folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=FAST if os.access(FAST, os.W_OK) else None) as made:
@@ -65,14 +85,21 @@ def test_a_manifest_that_comes_after_the_rename_is_noticed(folder: Path, recorde
     assert run("crash_points.py", "order", folder, preload=recorder) == "True\n"
 
 
-@pytest.mark.parametrize(("scenario", "stride"), [("save", 40), ("again", 40), ("fallback", 40)])
-def test_two_who_decide_and_one_who_takes_over_agree(folder: Path, scenario: str, stride: int) -> None:
-    said = run("crash_actors.py", scenario, folder, stride, 1)
-    assert int(re.findall("([0-9]+) orders", said)[0]) > 10 and "OutcomeTrue" in said
+@pytest.mark.long
+def test_no_fsync_can_go(folder: Path, recorder: str) -> None:
+    unnoticed = set(run("crash_points.py", "unnoticed", folder, preload=recorder).splitlines())
+    assert unnoticed <= set(SPARE), sorted(unnoticed - set(SPARE))
+
+
+@pytest.mark.parametrize(("scenario", "switches", "stride"), [("again", 1, 20), ("fallback", 1, 20), ("late", 2, 15)])
+def test_two_who_decide_and_one_who_takes_over_agree(folder: Path, scenario: str, switches: int, stride: int) -> None:
+    said = run("crash_actors.py", scenario, folder, switches, stride)
+    assert int(re.findall("([0-9]+) orders", said)[0]) > 20 and "Outcome True" in said
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("scenario", ["save", "again", "fallback"])
-def test_they_agree_in_every_order_with_one_switch_and_in_many_with_two(folder: Path, scenario: str) -> None:
-    said = run("crash_actors.py", scenario, folder, 1501, 2)
-    assert int(re.findall("([0-9]+) orders", said)[0]) > 500
+@pytest.mark.parametrize("scenario", ["save", "again", "fallback", "late"])
+@pytest.mark.parametrize(("switches", "stride"), [(1, 1), (2, 2)])
+def test_they_agree_in_every_order(folder: Path, scenario: str, switches: int, stride: int) -> None:
+    said = run("crash_actors.py", scenario, folder, switches, stride)
+    assert int(re.findall("([0-9]+) orders", said)[0]) > 300
