@@ -9,8 +9,8 @@ import ctypes
 import re
 import struct
 import subprocess
+import sys
 import sysconfig
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -61,12 +61,15 @@ def record(root: Path, work: Callable[[], object]) -> Trace:
 def _caller() -> str:
     """The lines of roll_ckpt that led to an operation, the innermost first, up to the one outside disk.py."""
     lines = []
-    for frame in reversed(traceback.extract_stack()):
-        path = Path(frame.filename)
-        if path.parent.name == "roll_ckpt" and frame.name != "_about" and not frame.name.startswith("<"):
-            lines.append(f"{path.stem}.{frame.name}:{frame.lineno}")
-            if path.stem != "disk":
+    frame = sys._getframe(1)
+    while frame is not None:
+        folder, _, file = frame.f_code.co_filename.rpartition("/")
+        name = frame.f_code.co_name
+        if folder.endswith("/roll_ckpt") and name != "_about" and not name.startswith("<"):
+            lines.append(f"{file[:-3]}.{name}:{frame.f_lineno}")
+            if file != "disk.py":
                 break
+        frame = frame.f_back
     return " < ".join(lines)
 
 
