@@ -73,11 +73,12 @@ class Play:
             thread.start()
         with self.changed:
             self._hand_on()
-            self.changed.wait_for(lambda: self.over, timeout=60)
+            ended = self.changed.wait_for(lambda: self.over, timeout=60)
             self.over = True
             self.changed.notify_all()
         for thread in threads:
             thread.join()
+        assert ended, f"{self.turn} hangs; the last steps were {self.steps[-5:]}"
 
     def point(self, what: str) -> None:
         """An actor is about to do something that others can see, or to look at what they did."""

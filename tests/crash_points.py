@@ -280,7 +280,7 @@ def objection(found: Found, allowed: list[dict[str, str]]) -> str:
         return f"latest is {found.latest}, of {found.checkpoints}"
     new = [name for name, salt in found.checkpoints.items() if salt == "new"]
     if new and (found.latest, found.helper) != (new[0], "new"):
-        return f"latest names {found.latest} instead of {new[0]}; helper.py holds {found.helper!r}"
+        return f"{new[0]} is new, but latest names {found.latest} and helper.py holds {found.helper!r}"
     if found.helper not in (None, "old", "new"):
         return f"helper.py is torn: {found.helper!r}"
     return ""

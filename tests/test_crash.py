@@ -98,7 +98,7 @@ def test_two_who_decide_and_one_who_takes_over_agree(folder: Path, scenario: str
 
 @pytest.mark.long
 @pytest.mark.parametrize("scenario", ["save", "again", "fallback", "late"])
-@pytest.mark.parametrize(("switches", "stride"), [(1, 1), (2, 2)])
+@pytest.mark.parametrize(("switches", "stride"), [(1, 1), (2, 9)])
 def test_they_agree_in_every_order(folder: Path, scenario: str, switches: int, stride: int) -> None:
     said = run("crash_actors.py", scenario, folder, switches, stride)
-    assert int(re.findall("([0-9]+) orders", said)[0]) > 300
+    assert int(re.findall("([0-9]+) orders", said)[0]) > 100
