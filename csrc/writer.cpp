@@ -40,7 +40,7 @@ void Transfer::start(bool overlap, Check check) {
     // Opened in the background but first, so that a full disk is known before the bytes arrive.
     mover_.io_.submit([self] {
         try {
-            if (!self->stopped_) self->opened();
+            self->open_early();
         } catch (...) {
             self->fail(std::current_exception());
         }
@@ -212,8 +212,21 @@ void Transfer::write(uint64_t block) noexcept {
     finish_if_through();
 }
 
+// Its thread may get a processor only after the others have written and closed the file: to open it again
+// then would empty it.
+void Transfer::open_early() {
+    std::lock_guard lock(file_mutex_);
+    if (!closed_ && !stopped_) open();
+}
+
 File& Transfer::opened() {
     std::lock_guard lock(file_mutex_);
+    open();
+    return *file_;
+}
+
+// With file_mutex_ held.
+void Transfer::open() {
     if (open_error_) std::rethrow_exception(open_error_);
     if (!file_) {
         try {
@@ -225,7 +238,6 @@ File& Transfer::opened() {
             throw;
         }
     }
-    return *file_;
 }
 
 void Transfer::finish() noexcept {
@@ -244,6 +256,7 @@ void Transfer::finish() noexcept {
     {
         std::lock_guard lock(file_mutex_);
         file_.reset();
+        closed_ = true;
     }
     std::lock_guard lock(mutex_);
     write_s_ = seconds_since(began_);

@@ -76,6 +76,8 @@ class Transfer : public CopyJob, public std::enable_shared_from_this<Transfer> {
     void write(uint64_t block) noexcept;
     void finish() noexcept;
     void fail(std::exception_ptr error);
+    void open_early();
+    void open();
     File& opened();
 
     uint64_t start_of(uint64_t block) const { return block * block_bytes_; }
@@ -101,6 +103,7 @@ class Transfer : public CopyJob, public std::enable_shared_from_this<Transfer> {
     std::mutex file_mutex_;
     std::unique_ptr<File> file_;
     std::exception_ptr open_error_;
+    bool closed_ = false;
 
     mutable std::mutex mutex_;
     std::condition_variable changed_;

@@ -192,6 +192,8 @@ def cast(attempt: Attempt, vote: Vote) -> None:
         if vote.error is None:
             # The vote refers to the files, so their names become durable before it.
             durable = [disk.fsync_dir(path) for path in _directories(attempt.unit, vote.receipts)]
+            if not vote.rank:
+                _sync_beside(attempt)
             vote = replace(vote, directories_durable=vote.directories_durable and all(durable))
         epoch.check(attempt.output_dir, attempt.epoch)
         disk.reach("vote.before", name=attempt.name, cluster=vote.cluster, rank=vote.rank)
@@ -217,6 +219,14 @@ def _directories(unit: Path, receipts: Iterable[Receipt]) -> list[Path]:
             found.add(folder)
             folder = folder.parent
     return sorted(found, key=lambda path: (-len(path.parts), path))
+
+
+def _sync_beside(attempt: Attempt) -> None:
+    """Make the files durable that stock code left beside the unit: no vote lists them, the commit moves them."""
+    for entry in disk.list_dir(attempt.directory):
+        if not entry.startswith(".") and disk.is_file(attempt.directory / entry):
+            disk.fsync_file(attempt.directory / entry)
+    disk.fsync_dir(attempt.directory)
 
 
 def abort_reason(attempt: Attempt) -> str | None:

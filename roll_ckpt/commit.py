@@ -409,6 +409,10 @@ def _swap(attempt: Attempt, own: Path, epoch: int) -> None:
 
 def _step_aside(attempt: Attempt, own: Path) -> None:
     """Without an exchange: move the old checkpoint away. `latest` does not name it while it is absent."""
+    disk.make_dir(own / _OLD)
+    # Where both checkpoints will be is durable before one of them is missed: a crash must not lose the place.
+    for directory in (own, attempt.directory):
+        disk.fsync_dir(directory)
     if read_latest(attempt.output_dir) == attempt.name:
         others = [found.name for found in committed(attempt.output_dir) if found.name != attempt.name]
         if others:
@@ -416,9 +420,8 @@ def _step_aside(attempt: Attempt, own: Path) -> None:
         else:
             disk.discard_file(attempt.output_dir / names.LATEST)
             disk.fsync_dir(attempt.output_dir)
-    disk.make_dir(own / _OLD)
     disk.rename(attempt.final, own / _OLD / attempt.name)
-    for directory in (own / _OLD, own, attempt.output_dir):
+    for directory in (own / _OLD, attempt.output_dir):
         disk.fsync_dir(directory)
 
 
@@ -454,7 +457,6 @@ def _place_beside(attempt: Attempt) -> str:
             left.append(entry)
             continue
         with suppress(FileNotFoundError):  # another committer was faster
-            disk.fsync_file(path)
             disk.rename(path, attempt.output_dir / entry)
             moved = True
     if moved:

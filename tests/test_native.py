@@ -259,6 +259,17 @@ def test_many_saves_at_once_share_a_small_arena(tmp_path: Path) -> None:
     assert mover.shutdown(5)
 
 
+def test_a_file_is_made_once_however_late_a_thread_of_its_own_comes(tmp_path: Path) -> None:
+    data = b"twelve bytes"
+    mover = native.Mover(native.Arena(16 * BLOCK, BLOCK), copy_threads=2, io_threads=64)
+    paths = [tmp_path / str(number) for number in range(3000)]
+    for first in range(0, len(paths), 8):
+        for transfer in [mover.save(path, image_of(data)) for path in paths[first : first + 8]]:
+            transfer.wait_written(10)
+    mover.shutdown(10)
+    assert [path for path in paths if path.read_bytes() != data] == []
+
+
 def test_eager_bytes_are_free_after_save_and_lazy_ones_after_wait_copied(tmp_path: Path) -> None:
     arena = native.Arena(64 << 20, 1 << 20)
     mover = native.Mover(arena, 1, 2)

@@ -1,0 +1,104 @@
+"""Whatever power failure or delay does to a save, the next start finds the old checkpoint or the new one, whole.
+
+The default form takes every so-manieth crash, the long one all of them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import crash_record
+import pytest
+
+HERE = Path(__file__).parent
+FAST = Path("/dev/shm")
+
+SCENARIOS = ["first", "save", "again", "fallback", "only", "abort", "undo"]
+KINDS = ["create", "exchange", "fsync", "link", "mkdir", "rename", "rmdir", "size", "unlink", "write"]
+
+
+# The fsyncs that no crash misses, and why they are there all the same.
+SPARE = {
+    "fsync_dir disk.fsync_dir < attempt._make of .checkpoint-N.N.N.tmp": "rank 0's vote syncs it again",
+    "fsync_dir disk.fsync_dir < attempt._make of checkpoint-N": "every vote syncs it again",
+    "fsync_dir disk.fsync_dir < disk.link_durable < attempt._make of votes": "every vote syncs it again",
+    "fsync_dir disk.fsync_dir < attempt.cast of checkpoint-N": "the decision syncs it again",
+    "fsync_dir disk.fsync_dir < attempt.cast of deep": "so does write_durable; stock code would not",
+    "fsync_dir disk.fsync_dir < attempt.cast of digests": "so does write_durable; stock code would not",
+    "fsync_dir disk.fsync_dir < attempt.cast of tensors": "so does write_durable; stock code would not",
+    "fsync_dir disk.fsync_dir < disk.write_durable < saver._receipts of digests": "so does the vote",
+    "fsync_dir disk.fsync_dir < disk.write_durable < saver._receipts of tensors": "so does the vote",
+    "fsync_dir disk.fsync_dir < disk.make_dirs < saver._receipts of checkpoint-N": "so does the vote",
+    "fsync_dir disk.fsync_dir < disk.make_dirs < epoch._make of run": "of two new directories, twice; once would do",
+    "fsync_dir disk.fsync_dir < disk.make_dirs < disk.make_dirs < epoch._make of run": "the same",
+    "fsync_dir disk.fsync_dir < disk.make_dirs < epoch._make of .trash": "a trash that is lost is made again",
+    "fsync_dir disk.fsync_dir < commit._step_aside of .superseded": "the model renames whole, in both directories",
+    "fsync_dir disk.fsync_dir < commit._step_aside of .old": "the model renames whole, in both directories",
+    "fsync_dir disk.fsync_dir < commit._step_aside of run": "the next rename puts another under the same name",
+}
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir=FAST if os.access(FAST, os.W_OK) else None) as made:
+        yield Path(made)
+
+
+def run(script: str, *arguments: object, preload: str = "") -> str:
+    command = [sys.executable, str(HERE / script), *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "LD_PRELOAD": preload}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.fixture
+def recorder(folder: Path) -> str:
+    return str(crash_record.build(folder))
+
+
+def test_a_power_failure_leaves_the_old_checkpoint_or_the_new_one_whole(folder: Path, recorder: str) -> None:
+    asked = ["first:31:0", "save:41:0", "again:67:0", "fallback:41:0", "only:67:0", "abort:47:0", "undo:19:31"]
+    said = run("crash_points.py", "sweep", folder, *asked, preload=recorder)
+    assert [line.split(":")[0] for line in said.splitlines()] == SCENARIOS
+    assert all(kind in said for kind in KINDS)
+    assert sum(int(found) for found in re.findall(r"([0-9]+) states after one crash", said)) > 200
+    assert all(int(found) for found in re.findall(r"undo: .* ([0-9]+) states after a second", said))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_a_power_failure_at_any_moment_and_again_in_the_recovery(folder: Path, recorder: str, scenario: str) -> None:
+    said = run("crash_points.py", "sweep", folder, f"{scenario}:1:101", preload=recorder)
+    assert re.search(r" [0-9]{2,} states after a second", said), said
+
+
+@pytest.mark.long
+def test_a_manifest_that_comes_after_the_rename_is_noticed(folder: Path, recorder: str) -> None:
+    assert run("crash_points.py", "order", folder, preload=recorder) == "True\n"
+
+
+@pytest.mark.long
+def test_no_fsync_can_go(folder: Path, recorder: str) -> None:
+    unnoticed = set(run("crash_points.py", "unnoticed", folder, preload=recorder).splitlines())
+    assert unnoticed <= set(SPARE), sorted(unnoticed - set(SPARE))
+
+
+@pytest.mark.parametrize(("scenario", "switches", "stride"), [("again", 1, 20), ("fallback", 1, 20), ("late", 2, 15)])
+def test_two_who_decide_and_one_who_takes_over_agree(folder: Path, scenario: str, switches: int, stride: int) -> None:
+    said = run("crash_actors.py", scenario, folder, switches, stride)
+    assert int(re.findall("([0-9]+) orders", said)[0]) > 20 and "Outcome True" in said
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("scenario", ["save", "again", "fallback", "late"])
+@pytest.mark.parametrize(("switches", "stride"), [(1, 1), (2, 9)])
+def test_they_agree_in_every_order(folder: Path, scenario: str, switches: int, stride: int) -> None:
+    said = run("crash_actors.py", scenario, folder, switches, stride)
+    assert int(re.findall("([0-9]+) orders", said)[0]) > 100
