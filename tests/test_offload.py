@@ -1,0 +1,239 @@
+"""Leased sources: offloaded state that a save reads where it is, until its files are written."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import random
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from stuck_disk import stuck
+from test_native import BLOCK, in_a_process
+from worlds import World
+
+from roll_ckpt import native
+from roll_ckpt.image import Until
+
+CASES = "offload_cases"
+PAGE = 4096
+
+
+@contextmanager
+def mover_of(blocks: int) -> Iterator[native.Mover]:
+    mover = native.Mover(native.Arena(blocks * BLOCK, BLOCK), copy_threads=2, io_threads=3)
+    try:
+        yield mover
+    finally:
+        assert mover.shutdown(20)
+
+
+class Sources:
+    """A file of many extents at addresses that fit direct I/O and others, with gaps, records and their CRCs."""
+
+    def __init__(self, seed: int, *, eager: float = 0.0) -> None:
+        chance = random.Random(seed)
+        self.memory = mmap.mmap(-1, 64 * BLOCK)
+        self.memory[:] = chance.randbytes(len(self.memory))
+        self.address = native.address_of(self.memory)[0]
+        self.rows: list[tuple[int, int, int, bool]] = []
+        self.crcs: list[tuple[int, int, int]] = []
+        at, source = 0, 0
+        while source < len(self.memory) - 8 * BLOCK:
+            at += chance.choice([0, 40, 1000, BLOCK])
+            if chance.random() < 0.6:
+                at = -(-at // PAGE) * PAGE
+            source += chance.choice([0, 64, PAGE - source % PAGE])
+            nbytes = chance.choice([0, 8, 1000, PAGE, 3 * BLOCK + 17, 7 * BLOCK])
+            self.rows.append((at, source, nbytes, chance.random() < eager))
+            if nbytes:
+                self.crcs.append((at, nbytes, at + nbytes))
+                at += 4
+            at, source = at + nbytes, source + nbytes
+        self.nbytes = at + 100
+
+    def image(self, lazy: Until | bool) -> native.NativeImage:
+        image = native.NativeImage(self.nbytes)
+        for at, source, nbytes, eager in self.rows:
+            image.add(at, self.address + source, nbytes, lazy=False if eager else lazy)
+        image.add_bytes(self.nbytes - 50, b"the end")
+        for at, nbytes, crc_at in self.crcs:
+            image.crc_at(image.record(at, nbytes), crc_at)
+        return image
+
+
+@pytest.mark.parametrize("eager", [0.0, 0.2])
+@pytest.mark.parametrize("blocks", [2, 16, 96])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_leased_file_holds_what_a_copied_one_holds(tmp_path: Path, seed: int, blocks: int, eager: float) -> None:
+    sources = Sources(seed, eager=eager)
+    with mover_of(blocks) as mover:
+        copied = mover.save(tmp_path / "copied", sources.image(False)).wait_written()
+        transfer = mover.save(tmp_path / "leased", sources.image(Until.WRITTEN))
+        assert transfer.wait_copied() and transfer.wait_released() and transfer.released
+        leased = transfer.wait_written()
+        assert (tmp_path / "leased").read_bytes() == (tmp_path / "copied").read_bytes()
+        assert leased.crcs == copied.crcs
+        assert 0 < transfer.stats["straight_bytes"] < transfer.stats["leased_bytes"] <= transfer.stats["lazy_bytes"]
+        assert mover.arena.leased_bytes == 0
+
+
+def test_files_that_lease_share_an_arena_too_small_for_one(tmp_path: Path) -> None:
+    sources = [Sources(seed, eager=0.1) for seed in range(4)]
+    with mover_of(3) as mover:
+        wanted = [mover.save(tmp_path / "f", s.image(False), overlap=False).wait_written().crcs for s in sources]
+        found: dict[int, list[int]] = {}
+
+        def save(i: int) -> None:
+            for lazy in (Until.WRITTEN, False, Until.FENCE):
+                transfer = mover.save(tmp_path / f"{i}.{int(lazy)}", sources[i].image(lazy))
+                found[i] = transfer.wait_written(60).crcs
+                assert found[i] == wanted[i]
+
+        threads = [threading.Thread(target=save, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert [found[i] for i in range(4)] == wanted
+
+
+def test_save_returns_before_a_state_larger_than_the_arena_was_read(tmp_path: Path) -> None:
+    state = mmap.mmap(-1, 100 * BLOCK)
+    state[:] = data = os.urandom(len(state))
+    address = native.address_of(state)[0]
+    image = native.NativeImage(len(state) + 4096)
+    image.add(0, address, 50 * BLOCK + 1, lazy=Until.WRITTEN)
+    image.add(50 * BLOCK + 4096, address + 50 * BLOCK - 64, 50 * BLOCK, lazy=Until.WRITTEN)
+    with mover_of(16) as mover:
+        with stuck(mover, tmp_path, threads=3):
+            held = mover.arena.leased_bytes
+            transfer = mover.save(tmp_path / "f", image)
+            assert transfer.copied and not transfer.released and not transfer.wait_released(0.05)
+            assert mover.arena.leased_bytes - held <= 2 * BLOCK  # an eighth; what stands aslant waits for it
+            with pytest.raises(TimeoutError):
+                transfer.wait_written(0)
+        assert transfer.wait_released()
+        transfer.wait_written()
+        assert transfer.stats["straight_bytes"] == 50 * BLOCK
+        state[:] = bytes(len(state))
+    written = (tmp_path / "f").read_bytes()
+    assert written[: 50 * BLOCK + 1] == data[: 50 * BLOCK + 1]
+    assert written[50 * BLOCK + 4096 :] == data[50 * BLOCK - 64 : -64]
+
+
+def test_sources_live_until_they_are_written_and_no_longer(tmp_path: Path) -> None:
+    class Owner(bytearray):
+        pass
+
+    data = Owner(os.urandom(20 * BLOCK + 5))
+    image = native.NativeImage(len(data) + 7)
+    image.add_bytes(0, b"header!")
+    image.add(7, native.address_of(data)[0], len(data), lazy=Until.WRITTEN)
+    with mover_of(4) as mover:
+        with stuck(mover, tmp_path, threads=3):
+            transfer = mover.save(tmp_path / "f", image)
+            assert transfer.wait_copied()
+            assert transfer._image is image
+        transfer.wait_released()
+        assert transfer._image is None
+        transfer.wait_written()
+    assert (tmp_path / "f").read_bytes() == b"header!" + data
+
+
+def test_a_transfer_that_fails_or_is_dropped_lets_go_of_its_sources(tmp_path: Path) -> None:
+    sources = Sources(1)
+    with mover_of(4) as mover:
+        failed = mover.save(tmp_path / "missing" / "f", sources.image(Until.WRITTEN))
+        with pytest.raises(FileNotFoundError):
+            failed.wait_written()
+        assert failed.wait_released() and failed.released
+        with stuck(mover, tmp_path, threads=3):
+            dropped = mover.save(tmp_path / "f", sources.image(Until.WRITTEN))
+            done = threading.Thread(target=dropped.abandon)
+            done.start()
+        done.join(20)
+        assert not done.is_alive() and dropped.released
+        assert mover.arena.leased_bytes == 0
+
+
+def test_without_overlap_save_reads_everything_before_it_returns(tmp_path: Path) -> None:
+    sources = Sources(2)
+    with mover_of(8) as mover:
+        transfer = mover.save(tmp_path / "f", sources.image(Until.WRITTEN), overlap=False)
+        assert transfer.released and transfer.stats["straight_bytes"] == 0
+        transfer.wait_written()
+
+
+def test_only_memory_of_the_host_is_leased(tmp_path: Path) -> None:
+    with mover_of(2) as mover:
+        image = native.NativeImage(10)
+        image.add(0, 4096, 10, lazy=Until.WRITTEN, device=0)
+        with pytest.raises(ValueError, match="not lazy memory of the host"):
+            mover.save(tmp_path / "f", image)
+
+
+@pytest.mark.parametrize("aslant", [0, 64])
+def test_the_host_holds_one_copy(tmp_path: Path, aslant: int) -> None:
+    """A process of a 320 MiB state and an arena of 64 MiB: what it needs beside the state while it saves."""
+    told = in_a_process(
+        """
+        import mmap, re, sys
+        from roll_ckpt import native
+        from roll_ckpt.image import Until
+
+        def resident(what):
+            return int(re.search(what + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10
+
+        state = mmap.mmap(-1, 321 << 20)
+        for at in range(0, len(state), 4096):
+            state[at] = 1 + at % 255
+        image = native.NativeImage(4096 + (320 << 20))
+        image.add_bytes(0, b"header")
+        image.add(4096, native.address_of(state)[0] + int(sys.argv[2]), 320 << 20, lazy=Until(int(sys.argv[3])))
+        before = resident("VmRSS")
+        mover = native.Mover(native.Arena(64 << 20, 4 << 20))
+        transfer = mover.save(sys.argv[1], image)
+        transfer.wait_written()
+        print(resident("VmHWM") - before, mover.arena.peak_bytes)
+        """,
+        str(tmp_path / "f"),
+        str(aslant),
+        str(int(Until.WRITTEN)),
+    )
+    beside, arena = map(int, told.split())
+    assert beside < 64 << 20
+    assert arena <= 8 << 20
+
+
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.long), 2, 3])
+def test_an_offloaded_state_is_saved_as_any_other(two_ranks: World, tmp_path: Path, stage: int) -> None:
+    for found in two_ranks.call(f"{CASES}:save_offloaded", str(tmp_path), stage):
+        for name, stats in found["stats"].items():
+            assert stats["leased_bytes"] > stats["lazy_bytes"] - 64  # counters are not
+            assert "optim" not in name or (stats["eager_bytes"] == 0 < stats["leased_bytes"])
+        assert found["same"]
+        assert found["losses"] == found["unsaved"] == found["stock"] == found["ours"]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_reload_goes_on_and_the_step_waits_where_the_host_is_the_device(
+    two_ranks: World, tmp_path: Path, stage: int
+) -> None:
+    for found in two_ranks.call(f"{CASES}:train_on_what_is_leased", str(tmp_path), stage):
+        assert found["released_at_reload"] is False
+        assert found["peak"] < found["state"] / 2
+        assert found["losses"] == found["unsaved"] == found["again"]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_step_beside_leased_buffers_does_not_wait_and_the_next_offload_does(
+    two_ranks: World, tmp_path: Path, stage: int
+) -> None:
+    for found in two_ranks.call(f"{CASES}:train_beside_what_is_leased", str(tmp_path), stage):
+        assert found["released_after_training"] is False
+        assert found["released_after_offload"] is True
+        assert found["again"] == found["losses"]
