@@ -22,6 +22,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
@@ -183,6 +184,8 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
                 if self.settings.staging.overlap:
                     self._stable = stable_storages(self.engine)
                     self._leased = self._stable & offloaded_storages(self.engine)
+                if self._leased:
+                    get_accelerator().synchronize()  # offload_states(non_blocking=True) may still be copying there
             self._ticket = ticket
             stock(self.engine, str(directory), tag=tag, **arguments)
         finally:
