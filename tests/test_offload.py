@@ -7,6 +7,7 @@ import mmap
 import os
 import random
 import threading
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -130,6 +131,40 @@ def test_save_returns_before_a_state_larger_than_the_arena_was_read(tmp_path: Pa
         transfer.wait_written()
         assert transfer.stats["straight_bytes"] >= 60 * BLOCK
     assert (tmp_path / "f").read_bytes() == wanted
+
+
+@pytest.mark.parametrize("last", [7, 8, 9])
+def test_blocks_that_hold_slots_do_not_wait_for_those_that_get_none(tmp_path: Path, last: int) -> None:
+    """Leased blocks come first in the file, and the others behind them would fill the arena."""
+    data = os.urandom((3 + last) * BLOCK)
+    address = native.address_of(data)[0]
+    image = native.NativeImage(len(data))
+    image.add(0, address, 3 * BLOCK, lazy=Until.WRITTEN)
+    image.add(3 * BLOCK, address + 3 * BLOCK, last * BLOCK, lazy=Until.FENCE)
+    with mover_of(8) as mover:
+        saved: list[native.Transfer] = []
+        thread = threading.Thread(target=lambda: saved.append(mover.save(tmp_path / "f", image)), daemon=True)
+        thread.start()
+        thread.join(20)
+        assert saved, "save is stuck"
+        assert saved[0].wait_copied()
+        saved[0].wait_written(20)
+    assert (tmp_path / "f").read_bytes() == data
+
+
+def test_a_crc_among_leased_bytes_stands_in_the_file_only(tmp_path: Path) -> None:
+    state = mmap.mmap(-1, 4 * BLOCK)
+    state[:] = data = os.urandom(len(state))
+    image = native.NativeImage(len(state))
+    image.add(0, native.address_of(state)[0], len(state), lazy=Until.WRITTEN)
+    image.crc_at(image.record(10, 100), 2 * BLOCK + 8)
+    with mover_of(8) as mover:
+        transfer = mover.save(tmp_path / "f", image)
+        transfer.wait_written()
+    at = 2 * BLOCK + 8
+    crc = zlib.crc32(data[10:110]).to_bytes(4, "little")
+    assert (tmp_path / "f").read_bytes() == data[:at] + crc + data[at + 4 :]
+    assert state[:] == data and transfer.stats["straight_bytes"] == 3 * BLOCK
 
 
 def test_sources_live_until_they_are_written_and_no_longer(tmp_path: Path) -> None:
