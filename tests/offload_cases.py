@@ -156,3 +156,24 @@ def train_beside_what_is_leased(out: str, stage: int) -> dict[str, Any]:
     again = engine(stage, "bf16", None, seed=3, width=WIDE)
     again.load_checkpoint(out)
     return {**found, "losses": losses, "again": train(again, 2, seed=2)}
+
+
+def memory_beside_the_state(out: str) -> list[int]:
+    """In a world of this process: bytes of the offloaded state, what the process needs beside it while it is saved
+    through an arena of 64 MiB, and bytes that were leased."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{out}/store", rank=0, world_size=1)
+    ours = settings(io={}, staging={"arena_bytes": 64 << 20})
+    made = engine(2, "bf16", ours, width=3072)
+    train(made, 1, seed=1)
+    offload(made)
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    made.save_checkpoint(f"{out}/run", tag="t")
+    leased = sum(int(transfer.stats["leased_bytes"]) for transfer in transfers().values())
+    saver.wait_pending()
+    return [backend.estimate_bytes(made), resident("VmHWM") - before, leased]
+
+
+def resident(what: str) -> int:
+    told = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(told[what].split()[0]) << 10

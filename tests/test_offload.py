@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import mmap
 import os
 import random
+import subprocess
+import sys
 import threading
 import zlib
 from collections.abc import Iterator
@@ -14,7 +17,7 @@ from pathlib import Path
 import pytest
 from stuck_disk import stuck
 from test_native import BLOCK, in_a_process
-from worlds import World
+from worlds import World, environment
 
 from roll_ckpt import native
 from roll_ckpt.image import Until
@@ -251,7 +254,27 @@ def test_the_host_holds_one_copy(tmp_path: Path, aslant: int) -> None:
     assert arena <= 8 << 20
 
 
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.long), 2, 3])
+@pytest.mark.long
+def test_the_host_of_a_real_engine_holds_one_copy(tmp_path: Path) -> None:
+    told = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys, offload_cases as o; print(o.memory_beside_the_state(sys.argv[1]))",
+            tmp_path,
+        ],
+        env=environment(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1"),
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    assert told.returncode == 0, told.stderr
+    state, beside, leased = json.loads(told.stdout.splitlines()[-1])
+    assert state > 300 << 20 and leased > 0.9 * state
+    assert beside < 128 << 20
+
+
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.long), pytest.param(2, marks=pytest.mark.long), 3])
 def test_an_offloaded_state_is_saved_as_any_other(two_ranks: World, tmp_path: Path, stage: int) -> None:
     for found in two_ranks.call(f"{CASES}:save_offloaded", str(tmp_path), stage):
         for name, stats in found["stats"].items():
@@ -261,7 +284,7 @@ def test_an_offloaded_state_is_saved_as_any_other(two_ranks: World, tmp_path: Pa
         assert found["losses"] == found["unsaved"] == found["stock"] == found["ours"]
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_reload_goes_on_and_the_step_waits_where_the_host_is_the_device(
     two_ranks: World, tmp_path: Path, stage: int
 ) -> None:
@@ -271,7 +294,7 @@ def test_reload_goes_on_and_the_step_waits_where_the_host_is_the_device(
         assert found["losses"] == found["unsaved"] == found["again"]
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.long), 3])
 def test_a_step_beside_leased_buffers_does_not_wait_and_the_next_offload_does(
     two_ranks: World, tmp_path: Path, stage: int
 ) -> None:
