@@ -256,13 +256,9 @@ def test_the_host_holds_one_copy(tmp_path: Path, aslant: int) -> None:
 
 @pytest.mark.long
 def test_the_host_of_a_real_engine_holds_one_copy(tmp_path: Path) -> None:
+    code = "import sys, offload_cases; print(offload_cases.memory_beside_the_state(sys.argv[1]))"
     told = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "import sys, offload_cases as o; print(o.memory_beside_the_state(sys.argv[1]))",
-            tmp_path,
-        ],
+        [sys.executable, "-c", code, tmp_path],
         env=environment(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1"),
         capture_output=True,
         text=True,
