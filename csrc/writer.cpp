@@ -242,12 +242,24 @@ void Transfer::scan(uint64_t block) noexcept {
     } catch (...) {
         fail(std::current_exception());
     }
+    {
+        std::lock_guard lock(mutex_);
+        blocks_[block].scanned = true;
+    }
+    seal_scanned();
+}
+
+void Transfer::seal_scanned() noexcept {
     std::unique_lock lock(mutex_);
-    blocks_[block].scanned = true;
     if (sealing_) return;
     sealing_ = true;
-    while (next_to_seal_ < nblocks_ && blocks_[next_to_seal_].scanned) {
+    while (next_to_seal_ < nblocks_) {
         const uint64_t next = next_to_seal_;
+        if (stopped_ && !blocks_[next].begun) {  // it never will be; those behind it wait for their end
+            ++next_to_seal_;
+            continue;
+        }
+        if (!blocks_[next].scanned) break;
         lock.unlock();
         uint32_t crc = 0;
         try {
@@ -334,13 +346,16 @@ void Transfer::finish() noexcept {
 }
 
 void Transfer::fail(std::exception_ptr error) {
-    std::lock_guard lock(mutex_);
-    if (written_) return;
-    if (!error_) error_ = error;
-    stopped_ = true;
-    note_progress();
-    finish_if_through();
-    mover_.arena_->nudge();
+    {
+        std::lock_guard lock(mutex_);
+        if (written_) return;
+        if (!error_) error_ = error;
+        stopped_ = true;
+        note_progress();
+        finish_if_through();
+        mover_.arena_->nudge();
+    }
+    seal_scanned();
 }
 
 bool Transfer::all_copied() const { return copies_left_ == 0 && (now_left_ == 0 || stopped_); }
