@@ -93,7 +93,7 @@ struct PyTransfer {
         {
             GilReleased released;
             // Nobody is left to keep the sources alive.
-            if (!transfer.raw()->copied()) transfer.raw()->abandon();
+            if (!transfer.raw()->released()) transfer.raw()->abandon();
             transfer.raw().reset();
         }
         let_go(mover);
@@ -175,16 +175,22 @@ uint64_t address_of_owner(const py::list& owners, size_t i, uint64_t nbytes) {
     return reinterpret_cast<uint64_t>(PyBytes_AS_STRING(owner));
 }
 
+constexpr uint64_t kLeased = 2;  // image.Until.WRITTEN
+
 std::shared_ptr<Image> make_image(uint64_t nbytes, const py::object& extents, const py::list& owners,
                                   const py::object& records, const py::object& patches,
                                   const py::object& serials, const std::map<int, int64_t>& streams) {
     const Table<5> extent_rows(extents, "extents");
     std::vector<Extent> all_extents;
     all_extents.reserve(extent_rows.size());
+    bool leases = false;
+    for (size_t i = 0; i < extent_rows.size(); ++i) leases |= extent_rows[i][3] == kLeased;
     for (size_t i = 0; i < extent_rows.size(); ++i) {
         auto row = extent_rows[i];
-        if (row[1] == 0) row[1] = address_of_owner(owners, i, row[2]);
-        all_extents.push_back({row[0], row[1], row[2], row[3] != 0, static_cast<int32_t>(row[4])});
+        const bool owned = row[1] == 0;  // never changes, and lives as long as what is leased
+        if (owned) row[1] = address_of_owner(owners, i, row[2]);
+        all_extents.push_back({row[0], row[1], row[2], row[3] != 0, static_cast<int32_t>(row[4]),
+                               row[3] == kLeased || (leases && owned)});
     }
     const Table<2> record_rows(records, "records"), patch_rows(patches, "patches");
     const Table<3> serial_rows(serials, "serials");
@@ -238,6 +244,8 @@ py::dict stats(const PyTransfer& self) {
     result["nbytes"] = stats.nbytes;
     result["eager_bytes"] = stats.eager_bytes;
     result["lazy_bytes"] = stats.lazy_bytes;
+    result["leased_bytes"] = stats.leased_bytes;
+    result["straight_bytes"] = stats.straight_bytes;
     result["save_s"] = stats.save_s;
     result["copy_s"] = stats.copy_s;
     result["write_s"] = stats.write_s;
@@ -355,6 +363,7 @@ PYBIND11_MODULE(_native, m) {
         .def_property_readonly("overlapped",
                                [](const PyTransfer& t) { return t.transfer.get()->overlapped(); })
         .def_property_readonly("copied", [](const PyTransfer& t) { return t.transfer.get()->copied(); })
+        .def_property_readonly("released", [](const PyTransfer& t) { return t.transfer.get()->released(); })
         .def_property_readonly("written", [](const PyTransfer& t) { return t.transfer.get()->written(); })
         .def_property_readonly("stats", &stats)
         .def(
@@ -362,6 +371,13 @@ PYBIND11_MODULE(_native, m) {
             [](const PyTransfer& t, std::optional<double> timeout) {
                 auto transfer = t.transfer.get();
                 return wait_for(timeout, [&](auto until) { return transfer->wait_copied(until); });
+            },
+            py::arg("timeout") = py::none())
+        .def(
+            "wait_released",
+            [](const PyTransfer& t, std::optional<double> timeout) {
+                auto transfer = t.transfer.get();
+                return wait_for(timeout, [&](auto until) { return transfer->wait_released(until); });
             },
             py::arg("timeout") = py::none())
         .def("wait_written", &wait_written, py::arg("timeout") = py::none())

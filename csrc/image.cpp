@@ -59,6 +59,11 @@ Image::Image(uint64_t nbytes, std::vector<Extent> extents, std::vector<Record> r
     std::erase_if(extents_, [](const Extent& e) { return e.nbytes == 0; });
     for (const Extent& extent : extents_) {
         (extent.lazy ? lazy_bytes_ : eager_bytes_) += extent.nbytes;
+        if (extent.leased) leased_bytes_ += extent.nbytes;
+        if (extent.leased && (!extent.lazy || extent.device >= 0)) {
+            refuse("extent at " + std::to_string(extent.offset) +
+                   " is leased and not lazy memory of the host");
+        }
         if (extent.device < -1) refuse("device " + std::to_string(extent.device));
         if (extent.address == 0) refuse("extent at " + std::to_string(extent.offset) + " has a null address");
         if (extent.device >= 0 &&

@@ -11,11 +11,13 @@
 namespace roll {
 
 // nbytes of the file at `offset` come from memory at `address` of the host (device -1) or a CUDA device.
-// A lazy extent may be copied after save() returned; any other is copied before.
+// A lazy extent may be copied after save() returned; any other is copied before. A leased one is lazy, lies
+// on the host, and may be read until it is written: perhaps it is never copied.
 struct Extent {
     uint64_t offset, address, nbytes;
     bool lazy;
     int32_t device;
+    bool leased = false;
     uint64_t end() const { return offset + nbytes; }
 };
 
@@ -44,6 +46,7 @@ class Image {
     uint64_t nbytes() const { return nbytes_; }
     uint64_t lazy_bytes() const { return lazy_bytes_; }
     uint64_t eager_bytes() const { return eager_bytes_; }
+    uint64_t leased_bytes() const { return leased_bytes_; }  // of lazy_bytes()
     const std::vector<Extent>& extents() const { return extents_; }
     const std::vector<Record>& records() const { return records_; }
     const std::vector<Stamp>& stamps() const { return stamps_; }  // in file order
@@ -51,7 +54,7 @@ class Image {
     const std::map<int, int64_t>& streams() const { return streams_; }  // device -> caller's stream
 
   private:
-    uint64_t nbytes_, lazy_bytes_ = 0, eager_bytes_ = 0;
+    uint64_t nbytes_, lazy_bytes_ = 0, eager_bytes_ = 0, leased_bytes_ = 0;
     std::vector<Extent> extents_;
     std::vector<Record> records_;
     std::vector<Stamp> stamps_;
@@ -73,6 +76,7 @@ class Sealer {
     // Reads a block; any thread, several blocks at once, each block once.
     void scan(uint64_t block, const uint8_t* data);
     // After scan, one block at a time, in file order: writes the stamps of the block and returns its CRC-32.
+    // `data` is not looked at in a block without a stamp.
     uint32_t seal(uint64_t block, uint8_t* data);
 
   private:

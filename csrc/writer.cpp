@@ -8,6 +8,7 @@ namespace roll {
 namespace {
 
 constexpr int kBackgroundNice = 10;
+constexpr uint64_t kDeferredBlocks = 8;           // of one file on their way at once
 constexpr auto kGrace = std::chrono::seconds(5);  // for one write in flight, after a transfer was stopped
 
 double seconds_since(Clock::time_point begin) {
@@ -22,6 +23,7 @@ Transfer::Transfer(Mover& mover, std::string path, std::shared_ptr<const Image> 
       image_(std::move(image)),
       block_bytes_(mover.arena_->block_bytes()),
       nblocks_((image_->nbytes() + block_bytes_ - 1) / block_bytes_),
+      window_(std::clamp<uint64_t>(mover_.arena_->capacity_bytes() / block_bytes_ / 8, 1, kDeferredBlocks)),
       sealer_(*image_, block_bytes_),
       blocks_(nblocks_),
       crcs_(nblocks_, 0) {}
@@ -46,52 +48,122 @@ void Transfer::start(bool overlap, Check check) {
         }
     });
     std::vector<uint8_t*> slots;
-    if (overlap && image_->lazy_bytes() > 0 && mover_.arena_->try_lease(nblocks_, slots)) {
-        {
-            std::lock_guard lock(mutex_);
-            overlapped_ = true;
-        }
-        watch_ = Watch(*image_, block_bytes_, check);  // before any copy, while the caller is in save()
-        add_blocks(slots);
-    }
-    std::lock_guard lock(mutex_);
-    note_progress();
-    finish_if_through();
-}
-
-// Gives the next blocks their slots and queues their copies.
-void Transfer::add_blocks(const std::vector<uint8_t*>& slots) {
-    std::vector<Chunk> chunks;
-    std::vector<DeviceCopy> device_copies;
     {
         std::lock_guard lock(mutex_);
-        if (stopped_) {  // nothing may begin after a stop: the threads may already be ending
-            for (uint8_t* slot : slots) mover_.arena_->give_back(slot);
-            return;
-        }
-        for (uint8_t* slot : slots) {
-            uint64_t block = leased_++;
-            size_t before = chunks.size() + device_copies.size();
-            if (overlapped_) {
-                list_copies(block, kEager, true, chunks, device_copies);
-                urgent_left_ += chunks.size() + device_copies.size() - before;
-                list_copies(block, kLazy, false, chunks, device_copies);
+        uint64_t windowed = 0;
+        for (uint64_t block = 0; block < nblocks_; ++block) {
+            Way way = overlap && image_->leased_bytes() > 0 ? way_of(block) : kNow;
+            blocks_[block].way = way;
+            if (way == kNow) {
+                ++now_left_;
+                rush_end_ = block + 1;
             } else {
-                list_copies(block, kEverything, true, chunks, device_copies);
-                urgent_left_ += chunks.size() + device_copies.size() - before;
+                leases_ = true;
             }
-            blocks_[block].slot = slot;
-            blocks_[block].copies_left = static_cast<uint32_t>(chunks.size() + device_copies.size() - before);
-            copies_left_ += blocks_[block].copies_left;
+            if (way == kWindow) ++windowed;
+            if (way == kStraight) straight_bytes_ += end_of(block) - start_of(block);
         }
+        slotless_ = now_left_ + windowed;
+        if (overlap && image_->lazy_bytes() > 0) {
+            overlapped_ = mover_.arena_->try_lease(now_left_ + std::min(window_, windowed), slots);
+        }
+        if (overlapped_) rush_end_ = 0;
+        for (uint64_t block = 0; block < rush_end_; ++block) rush_left_ += blocks_[block].way != kStraight;
+    }
+    // Before any copy, while the caller is in save().
+    if (overlapped_) watch_ = Watch(*image_, block_bytes_, check);
+    go_on(slots);
+}
+
+Transfer::Way Transfer::way_of(uint64_t block) const {
+    const uint64_t from = start_of(block), to = end_of(block);
+    auto ends_by = [from](const auto& range) { return range.end() <= from; };
+    const auto& extents = image_->extents();
+    const auto& stamps = image_->stamps();
+    auto extent = std::partition_point(extents.begin(), extents.end(), ends_by);
+    auto stamp = std::partition_point(stamps.begin(), stamps.end(), ends_by);
+    // A stamp cannot be written into the source.
+    if ((to - from) % kPage == 0 && (stamp == stamps.end() || stamp->offset >= to) &&
+        extent != extents.end() && extent->leased && extent->offset <= from && extent->end() >= to &&
+        (extent->address + from - extent->offset) % kPage == 0) {
+        return kStraight;
+    }
+    for (; extent != extents.end() && extent->offset < to; ++extent) {
+        if (!extent->leased) return kNow;
+    }
+    return kWindow;
+}
+
+// Takes slots in, sends the next blocks on their way, and gives slots back that are needed no more.
+void Transfer::go_on(const std::vector<uint8_t*>& slots) {
+    Work work;
+    {
+        std::lock_guard lock(mutex_);
+        spare_.insert(spare_.end(), slots.begin(), slots.end());
+        // Nothing may begin after a stop: the threads may already be ending.
+        for (uint64_t block = 0; overlapped_ && now_left_ > 0 && !stopped_; ++block) {
+            if (blocks_[block].way == kNow) begin(block, work);
+        }
+        for (; next_ < nblocks_ && !stopped_; ++next_) {
+            const Block& block = blocks_[next_];
+            if (block.begun) continue;
+            if (block.way != kNow && next_ >= rush_end_ && deferred_ >= kDeferredBlocks) break;
+            if (block.way != kStraight && spare_.empty()) break;
+            begin(next_, work);
+        }
+        const uint64_t room = window_ - std::min(window_, window_slots_);
+        const uint64_t keep = stopped_ ? 0 : std::min(slotless_, room);
+        for (; spare_.size() > keep; spare_.pop_back()) mover_.arena_->give_back(spare_.back());
+        note_progress();
+        finish_if_through();
     }
     auto self = shared_from_this();
-    for (const DeviceCopy& copy : device_copies) {
+    for (const DeviceCopy& copy : work.device_copies) {
         mover_.copier_.submit_device(copy.device, [self, copy](void* stream, const std::string& error) {
             self->copy_from_device(copy, stream, error);
         });
     }
-    mover_.copier_.submit(self, chunks);
+    mover_.copier_.submit(self, work.chunks);
+    for (uint64_t block : work.straight) {
+        mover_.digests_.submit([self, block] { self->scan(block); });
+    }
+}
+
+// With mutex_ held: sends a block on its way; one that needs a slot takes a spare one.
+void Transfer::begin(uint64_t index, Work& work) {
+    Block& block = blocks_[index];
+    block.begun = true;
+    ++begun_;
+    if (block.way != kNow) ++deferred_;
+    if (block.way == kStraight) {
+        auto extent = std::partition_point(image_->extents().begin(), image_->extents().end(),
+                                           [&](const Extent& e) { return e.end() <= start_of(index); });
+        block.data = reinterpret_cast<const uint8_t*>(extent->address) + (start_of(index) - extent->offset);
+        work.straight.push_back(index);
+        return;
+    }
+    block.data = block.slot = spare_.back();
+    spare_.pop_back();
+    --slotless_;
+    if (index < rush_end_) --rush_left_;
+    const size_t before = work.chunks.size() + work.device_copies.size();
+    auto listed = [&] { return work.chunks.size() + work.device_copies.size() - before; };
+    if (block.way == kWindow) {
+        ++window_slots_;
+        list_copies(index, kLazy, false, work.chunks, work.device_copies);
+    } else if (overlapped_) {
+        list_copies(index, kEager, true, work.chunks, work.device_copies);
+        urgent_left_ += listed();
+        list_copies(index, kLazy, false, work.chunks, work.device_copies);
+    } else {
+        list_copies(index, kEverything, true, work.chunks, work.device_copies);
+        urgent_left_ += listed();
+    }
+    block.copies_left = static_cast<uint32_t>(listed());
+    if (block.way == kNow) {
+        --now_left_;
+        copies_left_ += block.copies_left;
+    }
 }
 
 void Transfer::list_copies(uint64_t block, Pass pass, bool urgent, std::vector<Chunk>& chunks,
@@ -148,7 +220,7 @@ void Transfer::copy_ended(uint64_t block, bool urgent) {
     bool block_is_full;
     {
         std::lock_guard lock(mutex_);
-        --copies_left_;
+        if (blocks_[block].way == kNow) --copies_left_;
         if (urgent) --urgent_left_;
         block_is_full = --blocks_[block].copies_left == 0;
         note_progress();
@@ -161,21 +233,33 @@ void Transfer::copy_ended(uint64_t block, bool urgent) {
 void Transfer::scan(uint64_t block) noexcept {
     try {
         if (!stopped_) {
-            const uint8_t* slot = blocks_[block].slot;
-            sealer_.scan(block, slot);
-            if (auto piece = watch_.changed(start_of(block), end_of(block), slot)) {
+            const uint8_t* data = blocks_[block].data;
+            sealer_.scan(block, data);
+            if (auto piece = watch_.changed(start_of(block), end_of(block), data)) {
                 throw SourceChanged(path_, piece->start, piece->end);
             }
         }
     } catch (...) {
         fail(std::current_exception());
     }
+    {
+        std::lock_guard lock(mutex_);
+        blocks_[block].scanned = true;
+    }
+    seal_scanned();
+}
+
+void Transfer::seal_scanned() noexcept {
     std::unique_lock lock(mutex_);
-    blocks_[block].scanned = true;
     if (sealing_) return;
     sealing_ = true;
-    while (next_to_seal_ < nblocks_ && blocks_[next_to_seal_].scanned) {
+    while (next_to_seal_ < nblocks_) {
         const uint64_t next = next_to_seal_;
+        if (stopped_ && !blocks_[next].begun) {  // it never will be; those behind it wait for their end
+            ++next_to_seal_;
+            continue;
+        }
+        if (!blocks_[next].scanned) break;
         lock.unlock();
         uint32_t crc = 0;
         try {
@@ -194,22 +278,31 @@ void Transfer::scan(uint64_t block) noexcept {
 }
 
 void Transfer::write(uint64_t block) noexcept {
-    uint8_t* slot = blocks_[block].slot;
+    const Block& written = blocks_[block];
     try {
         if (!stopped_) {
             File& file = opened();
             const uint64_t nbytes = end_of(block) - start_of(block);
             const uint64_t padded = file.direct() ? round_up(nbytes, kPage) : nbytes;
-            std::memset(slot + nbytes, 0, padded - nbytes);
-            file.write_at(slot, padded, start_of(block));
+            if (padded > nbytes)
+                std::memset(written.slot + nbytes, 0, padded - nbytes);  // never a straight one
+            file.write_at(written.data, padded, start_of(block));
         }
     } catch (...) {
         fail(std::current_exception());
     }
-    mover_.arena_->give_back(slot);
-    std::lock_guard lock(mutex_);
-    ++through_;
-    finish_if_through();
+    {
+        std::lock_guard lock(mutex_);
+        if (written.slot && now_left_ > 0) {
+            mover_.arena_->give_back(written.slot);  // save() waits there
+        } else if (written.slot) {
+            spare_.push_back(written.slot);
+        }
+        if (written.way == kWindow) --window_slots_;
+        if (written.way != kNow) --deferred_;
+        ++through_;
+    }
+    go_on({});
 }
 
 // Its thread may get a processor only after the others have written and closed the file: to open it again
@@ -266,18 +359,33 @@ void Transfer::finish() noexcept {
 }
 
 void Transfer::fail(std::exception_ptr error) {
-    std::lock_guard lock(mutex_);
-    if (written_) return;
-    if (!error_) error_ = error;
-    stopped_ = true;
-    note_progress();
-    finish_if_through();
-    mover_.arena_->nudge();
+    {
+        std::lock_guard lock(mutex_);
+        if (written_) return;
+        if (!error_) error_ = error;
+        stopped_ = true;
+        note_progress();
+        finish_if_through();
+        mover_.arena_->nudge();
+    }
+    seal_scanned();
 }
 
-bool Transfer::all_copied() const { return copies_left_ == 0 && (leased_ == nblocks_ || stopped_); }
+bool Transfer::all_copied() const { return copies_left_ == 0 && (now_left_ == 0 || stopped_); }
 
-bool Transfer::may_return() const { return overlapped_ ? urgent_left_ == 0 : all_copied(); }
+bool Transfer::all_released() const { return all_copied() && (!leases_ || finishing_); }
+
+// Slots that save() has to wait for: those of a file that did not fit at once, then one that the rest of it
+// goes on with by itself.
+uint64_t Transfer::missing_slots() const {
+    if (stopped_) return 0;
+    if (now_left_ > 0) return rush_left_ - std::min<uint64_t>(rush_left_, spare_.size());
+    return spare_.empty() && window_slots_ == 0 ? std::min(window_, slotless_) : 0;
+}
+
+bool Transfer::may_return() const {
+    return (overlapped_ ? urgent_left_ == 0 : all_copied()) && missing_slots() == 0;
+}
 
 void Transfer::note_progress() {
     if (save_s_ < 0 && may_return()) save_s_ = seconds_since(began_);
@@ -286,8 +394,10 @@ void Transfer::note_progress() {
 }
 
 void Transfer::finish_if_through() {
-    if (finishing_ || through_ != leased_ || (leased_ != nblocks_ && !stopped_)) return;
+    if (finishing_ || through_ != begun_ || (begun_ != nblocks_ && !stopped_)) return;
     finishing_ = true;
+    for (; !spare_.empty(); spare_.pop_back()) mover_.arena_->give_back(spare_.back());
+    changed_.notify_all();  // leased sources are free
     mover_.io_.submit([self = shared_from_this()] { self->finish(); });
 }
 
@@ -297,12 +407,12 @@ bool Transfer::advance(Clock::time_point deadline) {
         {
             std::lock_guard lock(mutex_);
             if (may_return()) return true;
-            missing = stopped_ ? 0 : nblocks_ - leased_;
+            missing = missing_slots();
         }
         if (missing > 0) {
             std::vector<uint8_t*> slots;
             mover_.arena_->lease_free(missing, slots);
-            if (!slots.empty()) add_blocks(slots);
+            if (!slots.empty()) go_on(slots);
             missing -= slots.size();
         }
         if (mover_.copier_.help(this, true)) {
@@ -323,11 +433,17 @@ bool Transfer::advance(Clock::time_point deadline) {
 }
 
 bool Transfer::wait_copied(Clock::time_point deadline) {
-    while (mover_.copier_.help(this, false)) {
+    while (!copied() && mover_.copier_.help(this, false)) {  // never with what is leased, once that is all
         if (Clock::now() >= deadline) return copied();
     }
     std::unique_lock lock(mutex_);
     return changed_.wait_until(lock, deadline, [this] { return all_copied(); });
+}
+
+bool Transfer::wait_released(Clock::time_point deadline) {
+    if (!wait_copied(deadline)) return false;
+    std::unique_lock lock(mutex_);
+    return changed_.wait_until(lock, deadline, [this] { return all_released(); });
 }
 
 bool Transfer::wait_written(Clock::time_point deadline) {
@@ -339,12 +455,17 @@ bool Transfer::wait_written(Clock::time_point deadline) {
 
 void Transfer::abandon() {
     fail(std::make_exception_ptr(FileError(ECANCELED, "the transfer was abandoned", path_)));
-    wait_copied(Clock::time_point::max());
+    wait_released(Clock::time_point::max());
 }
 
 bool Transfer::copied() const {
     std::lock_guard lock(mutex_);
     return all_copied();
+}
+
+bool Transfer::released() const {
+    std::lock_guard lock(mutex_);
+    return all_released();
 }
 
 bool Transfer::written() const {
@@ -359,8 +480,15 @@ Digest Transfer::digest() const {
 
 TransferStats Transfer::stats() const {
     std::lock_guard lock(mutex_);
-    return {image_->nbytes(), image_->eager_bytes(), image_->lazy_bytes(), save_s_, copy_s_,
-            write_s_,         direct_held_};
+    return {image_->nbytes(),
+            image_->eager_bytes(),
+            image_->lazy_bytes(),
+            image_->leased_bytes(),
+            straight_bytes_,
+            save_s_,
+            copy_s_,
+            write_s_,
+            direct_held_};
 }
 
 Mover::Mover(std::shared_ptr<Arena> arena, int copy_threads, int io_threads, bool direct)

@@ -7,6 +7,7 @@ as the extension takes them, so that handing them on costs nothing.
 
 from __future__ import annotations
 
+import enum
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -29,13 +30,22 @@ class Memory:
     stream: int = 0
 
 
+class Until(enum.IntEnum):
+    """How long a source stays as it is; the numbers are those of the extension."""
+
+    RETURN = 0
+    FENCE = 1
+    WRITTEN = 2
+    """Memory of the host that is leased: until its file is written, or a fence that is told it will change."""
+
+
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """Bytes of the file from `offset` on. `stable`: the source does not change before the next fence."""
+    """Bytes of the file from `offset` on, from a source that is `stable` so long; True is until the next fence."""
 
     offset: int
     source: bytes | Memory
-    stable: bool = False
+    stable: Until | bool = False
 
     @property
     def nbytes(self) -> int:
@@ -68,14 +78,14 @@ class Extents:
             made.add(extent.offset, extent.source, extent.stable)
         return made
 
-    def add(self, offset: int, source: bytes | Memory, stable: bool = False) -> int:
+    def add(self, offset: int, source: bytes | Memory, stable: Until | bool = False) -> int:
         """Append an extent; returns its place."""
         self.rows.extend((offset, 0, 0, True, HOST))
         self.owners.append(None)
         self.put(len(self.owners) - 1, source, stable)
         return len(self.owners) - 1
 
-    def put(self, place: int, source: bytes | Memory, stable: bool = False) -> None:
+    def put(self, place: int, source: bytes | Memory, stable: Until | bool = False) -> None:
         """Let the extent at `place` come from `source`."""
         at = place * self.WIDTH
         if isinstance(source, bytes):
@@ -107,9 +117,9 @@ class Extents:
             offset, address, nbytes, stable, device = self.rows[at : at + self.WIDTH]
             if address:
                 memory = Memory(address, nbytes, owner, device, self.streams.get(device, 0))
-                yield Extent(offset, memory, bool(stable))
+                yield Extent(offset, memory, Until(stable))
             else:
-                yield Extent(offset, owner, bool(stable))
+                yield Extent(offset, owner, Until(stable))
 
 
 @dataclass(slots=True)

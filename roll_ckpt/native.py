@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from roll_ckpt.errors import Damaged, SourceChanged
+from roll_ckpt.image import Until
 
 try:
     from roll_ckpt import _native
@@ -90,10 +91,11 @@ class NativeImage:
         made._records, made._patches, made._serials = records, patches, serials
         return made
 
-    def add(self, offset: int, address: int, nbytes: int, *, lazy: bool = False, device: int = -1) -> None:
+    def add(self, offset: int, address: int, nbytes: int, *, lazy: Until | bool = False, device: int = -1) -> None:
         """File bytes [offset, offset + nbytes) come from `address` of the host, or of CUDA device `device`.
 
-        A lazy extent may be copied after save() returned; any other is copied before.
+        A lazy extent may be copied after save() returned; any other is copied before. One that is lazy
+        `Until.WRITTEN` is leased: host memory that is read where it is until wait_released.
         """
         self._extents.extend((offset, address, nbytes, lazy, device))
 
@@ -153,17 +155,17 @@ class Transfer:
         self._release_sources()
 
     def __del__(self) -> None:
-        # The sources must outlive the copies; slots are cleared in no promised order.
+        # The sources must outlive what reads them; slots are cleared in no promised order.
         transfer = getattr(self, "_transfer", None)
         if transfer is not None and self._image is not None:
             try:
-                if not transfer.copied:
+                if not transfer.released:
                     transfer.abandon()
             except RuntimeError:
                 pass  # a forked child: nothing runs here that could read them
 
     def _release_sources(self) -> None:
-        if self._transfer.copied:
+        if self._transfer.released:
             self._image = None
 
     @property
@@ -173,8 +175,13 @@ class Transfer:
 
     @property
     def copied(self) -> bool:
-        """Whether every source byte was read (or none will be any more)."""
+        """Whether every source byte that is not leased was read (or none will be any more)."""
         return self._transfer.copied
+
+    @property
+    def released(self) -> bool:
+        """Whether no source byte will be read any more, a leased one neither."""
+        return self._transfer.released
 
     @property
     def written(self) -> bool:
@@ -183,17 +190,23 @@ class Transfer:
 
     @property
     def stats(self) -> dict[str, float]:
-        """nbytes, eager_bytes, lazy_bytes; direct: whether direct I/O held to the end; and seconds since
-        save began until it could return (save_s), the last byte was copied (copy_s), the file was durable
-        (write_s), each -1 until then."""
+        """nbytes, eager_bytes, lazy_bytes; of the latter leased_bytes, and straight_bytes, which are never copied;
+        direct: whether direct I/O held to the end; and seconds since save began until it could return (save_s), the
+        last byte that is not leased was copied (copy_s), the file was durable (write_s), each -1 until then."""
         return self._transfer.stats
 
     def wait_copied(self, timeout: float | None = None) -> bool:
-        """Waits until no source byte will be read any more, copying on the calling thread meanwhile.
+        """Waits until no source byte but leased ones will be read any more, copying on the calling thread meanwhile.
 
         True then, also if the transfer failed (wait_written tells); False after `timeout` seconds.
         """
         done = self._transfer.wait_copied(timeout)
+        self._release_sources()
+        return done
+
+    def wait_released(self, timeout: float | None = None) -> bool:
+        """wait_copied, and then until no leased byte will be read any more: all are written, or none will be."""
+        done = self._transfer.wait_released(timeout)
         self._release_sources()
         return done
 
@@ -240,6 +253,11 @@ class Mover:
         fits into what is free of the arena, the transfer is `overlapped`: lazy extents must stay alive and
         unchanged until wait_copied. Otherwise, or with overlap=False, save returns only when every byte was
         copied, which waits for the disk if the file is larger than what is free.
+
+        Blocks of the file that hold leased extents only (and the `bytes` among the owners of `NativeImage.of`) need no
+        room, and save does not copy them, unless overlap=False: those extents must stay alive and unchanged until
+        wait_released. A block that lies in one extent whose address and offset agree modulo 4096 is written from
+        there; the others pass through the arena, a few at a time.
 
         With `check` "sample" or "full", 512 bytes of each lazy extent in each block (of a random part of them where
         they are many and small), or every lazy byte, are digested before save returns and again when they were

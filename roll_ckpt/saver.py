@@ -19,12 +19,14 @@ from typing import Any
 
 from roll_ckpt import arena, commit, disk, errors, manifest, names, native, seal
 from roll_ckpt.config import Check, Settings
-from roll_ckpt.image import FileImage, TensorPiece
+from roll_ckpt.image import Extents, FileImage, TensorPiece, Until
 from roll_ckpt.world import LONGEST_S, World
 
 log = logging.getLogger("roll_ckpt")
 
 CommitHook = Callable[["Save"], None]
+Changes = Callable[[Any], bool]
+"""Whether the caller is about to change a leased source; it is given the owner of the memory."""
 
 
 @dataclass
@@ -90,12 +92,20 @@ class Ticket:
         if self.error is None:
             self.error = f"{type(problem).__name__}: {problem}"
 
-    def fence(self) -> None:
-        """Wait until every source has been copied, helping with it; not for the disk. Then they may change."""
+    def fence(self, changes: Changes = lambda owner: True) -> None:
+        """Wait until every source has been copied, helping with it; then they may change.
+
+        Not for the disk, but that leased sources which `changes` are written.
+        """
         began = time.monotonic()
         for staged in self._staged:
-            if staged.image is not None:
-                staged.transfer.wait_copied()
+            image = staged.image
+            if image is None:
+                continue
+            staged.transfer.wait_copied()
+            if not staged.transfer.released and any(changes(owner) for owner in _leased(image)):
+                staged.transfer.wait_released()
+            if staged.transfer.released:
                 staged.image = None
         self.timing.fence_s += time.monotonic() - began
 
@@ -171,7 +181,15 @@ def _piece_records(pieces: Iterable[TensorPiece], file: str) -> Iterator[dict[st
 
 def _stage(mover: native.Mover, path: Path, image: FileImage, overlap: bool, check: Check = "off") -> _Staged:
     transfer = mover.save(path, native_image(image), overlap=overlap, check=check)
-    return _Staged(path, image if transfer.overlapped else None, transfer, image.pieces)
+    return _Staged(path, None if transfer.released else image, transfer, image.pieces)
+
+
+def _leased(image: FileImage) -> Iterator[Any]:
+    """The owners of the leased sources."""
+    extents = image.extents
+    for owner, stable in zip(extents.owners, extents.rows[3 :: Extents.WIDTH], strict=True):
+        if stable == Until.WRITTEN:
+            yield owner
 
 
 def _written(staged: _Staged) -> native.Digest:
@@ -277,10 +295,10 @@ class Save:
         """Settled, and what follows a commit (upload, prune) is done."""
         return self._finished.is_set()
 
-    def fence(self) -> None:
-        """Wait for the copies of all tickets, see `Ticket.fence`."""
+    def fence(self, changes: Changes = lambda owner: True) -> None:
+        """`Ticket.fence` of all tickets."""
         for ticket in self.tickets.values():
-            ticket.fence()
+            ticket.fence(changes)
 
     def wait(self, timeout_s: float | None = None, *, uploaded: bool = False) -> None:
         """Block until the checkpoint is committed; with `uploaded`, until its upload and pruning are done.
@@ -565,7 +583,7 @@ def wait_pending(output_dir: Path | None = None, name: str | None = None) -> Non
 
 
 def fence(saves: Iterable[Save] | None = None) -> None:
-    """Wait until no pending save reads training tensors any more; not for the disk.
+    """Wait until no pending save reads training tensors any more; for the disk only if a save leases some.
 
     Call it before changing parameters by other means than the optimizer that was wired.
     """
@@ -573,14 +591,14 @@ def fence(saves: Iterable[Save] | None = None) -> None:
         save.fence()
 
 
-def wait_copied(saves: list[Save]) -> None:
-    """`fence` of these saves; those that are settled leave the list.
+def wait_copied(saves: list[Save], changes: Changes = lambda owner: True) -> None:
+    """`Save.fence` of these saves; those that are settled leave the list.
 
     Raises:
         SaveFailed, EpochLost: one of them failed in the background and its settings say `fail_training`.
     """
     for save in list(saves):
-        save.fence()
+        save.fence(changes)
         if not save.settled:
             continue
         saves.remove(save)

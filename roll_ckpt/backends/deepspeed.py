@@ -14,7 +14,7 @@ import functools
 import inspect
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
@@ -34,7 +35,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 
 from roll_ckpt import commit, disk, errors, loader, names, retention, saver
 from roll_ckpt.config import DeepSpeedConfig, Settings
-from roll_ckpt.image import FileImage
+from roll_ckpt.image import FileImage, Until
 from roll_ckpt.layout import torch_zip
 from roll_ckpt.world import World
 
@@ -42,6 +43,8 @@ log = logging.getLogger("roll_ckpt")
 
 SECTION = "checkpoint.roll_ckpt in the DeepSpeed config"
 FRAMEWORK = "deepspeed"
+
+_OFFLOAD_BUFFER = "_offload_buffer"
 
 ALLOWED_GLOBALS = (LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address)
 """What DeepSpeed's own files hold beyond torch's `weights_only` list."""
@@ -64,6 +67,7 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
         self._engine = weakref.ref(engine)
         self._ticket: saver.Ticket | None = None
         self._stable: frozenset[int] = frozenset()
+        self._leased: frozenset[int] = frozenset()
         self._reader: loader.Reader | None = None
         self._saves: list[saver.Save] = []
         self._loose_problem: str | None = None
@@ -90,8 +94,7 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
     def save(self, state_dict: object, path: str) -> None:
         """Lay out and stage one file. Outside of `save_checkpoint`: write it at once, durable on return."""
         with self._no_raise():
-            name, stem, stable = Path(path).name, Path(path).stem, self._stable
-            image, unsafe = self._layouts.lay_out(name, state_dict, stem, lambda storage: storage._cdata in stable)
+            image, unsafe = self._layouts.lay_out(Path(path).name, state_dict, Path(path).stem, self._until)
             self._warn_unloadable(unsafe, path)
             if self._ticket is None:
                 saver.write_file(Path(path), image, self.settings)
@@ -121,13 +124,14 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
 
     # What our wrappers call.
 
-    def fence(self) -> None:
-        """Wait until no save of this engine reads its tensors any more; not for the disk.
+    def fence(self, changes: saver.Changes = lambda storage: True) -> None:
+        """Wait until no save of this engine reads its tensors any more; not for the disk, but that those which were
+        offloaded when it began and which `changes` are written.
 
         Raises:
             SaveFailed: an earlier save failed in the background and `fail_training` is set.
         """
-        saver.wait_copied(self._saves)
+        saver.wait_copied(self._saves, changes)
 
     def save_checkpoint(
         self,
@@ -144,7 +148,7 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
         """
         if not save_dir:
             raise ValueError(f"save_dir must be a non-empty string, got {save_dir!r}")
-        self.fence()
+        self.fence(_nothing)
         name = str(tag) if tag is not None else f"global_step{self.engine.global_steps}"
         request = saver.Request(
             Path(save_dir), name, self.engine.global_steps, {self.cluster: self.world.size}, None, save_latest
@@ -177,12 +181,16 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
             with self._no_raise(ticket):
                 ticket.facts |= describe(self.engine)
                 ticket.parameters = parameters_of(self.engine)
-                self._stable = stable_storages(self.engine) if self.settings.staging.overlap else frozenset()
+                if self.settings.staging.overlap:
+                    self._stable = stable_storages(self.engine)
+                    self._leased = self._stable & offloaded_storages(self.engine)
+                if self._leased:
+                    get_accelerator().synchronize()  # offload_states(non_blocking=True) may still be copying there
             self._ticket = ticket
             stock(self.engine, str(directory), tag=tag, **arguments)
         finally:
             self._ticket = None
-            self._stable = frozenset()
+            self._stable = self._leased = frozenset()
         return ticket
 
     def save_16bit_model(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -275,6 +283,11 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
                 ticket.fail(problem)
             else:
                 self._loose_problem = f"{type(problem).__name__}: {problem}"
+
+    def _until(self, storage: torch.UntypedStorage) -> Until:
+        if storage._cdata in self._leased:
+            return Until.WRITTEN
+        return Until.FENCE if storage._cdata in self._stable else Until.RETURN
 
     def _warn_unloadable(self, unsafe: Mapping[str, list[str]], path: str) -> None:
         for key, found in unsafe.items():
@@ -429,13 +442,15 @@ def _base_optimizer(engine: DeepSpeedEngine) -> Any:
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
-def _optimizer_tensors(engine: DeepSpeedEngine) -> Iterator[torch.Tensor]:
+def _optimizer_tensors(engine: DeepSpeedEngine, *, offload_buffers: bool = True) -> Iterator[torch.Tensor]:
     """The flat partitions (or plain parameters) that the optimizer owns, and its state for them."""
     base = _base_optimizer(engine)
     for group in base.param_groups:
         yield from (parameter.data for parameter in group["params"])
     for state in base.state.values():
-        yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor) and (offload_buffers or not key.endswith(_OFFLOAD_BUFFER)):
+                yield value
     # ZeRO-3 leaves its flat partitions in the base optimizer only while that steps.
     yield from getattr(engine.optimizer, "fp32_partitioned_groups_flat", ())
 
@@ -463,6 +478,27 @@ def stable_storages(engine: DeepSpeedEngine) -> frozenset[int]:
     tensors = list(_optimizer_tensors(engine))
     if engine.zero_optimization_stage() < ZeroStageEnum.weights:
         tensors += [parameter.data for parameter in _optimized_parameters(engine)]
+    return _storages(tensors)
+
+
+def offloaded_storages(engine: DeepSpeedEngine) -> frozenset[int]:
+    """Storages of the optimizer that `offload_states` has left on the host.
+
+    They stay as they are until it is called again. Where the host is the device `reload_states` moves nothing, and
+    the next step writes to them. Counters are on the host at all times, and are not among them.
+    """
+    if not getattr(engine.optimizer, "offloaded_states", None):
+        return frozenset()
+    return _storages(t for t in _stepped_tensors(engine) if t.device.type == "cpu" and t.dim() > 0)
+
+
+def _stepped_tensors(engine: DeepSpeedEngine) -> Iterator[torch.Tensor]:
+    """What the optimizer step writes; ZeRO-3's host buffers that wait for the next offload are not among it."""
+    yield from _optimizer_tensors(engine, offload_buffers=False)
+    yield from (parameter.data for parameter in _optimized_parameters(engine))
+
+
+def _storages(tensors: Iterable[torch.Tensor]) -> frozenset[int]:
     return frozenset(tensor.untyped_storage()._cdata for tensor in tensors)
 
 
@@ -695,7 +731,10 @@ def install() -> None:
     wrap("save_checkpoint", _save_checkpoint)
     wrap("load_checkpoint", _load_checkpoint)
     wrap("save_16bit_model", _save_16bit_model)
-    for name in ("_take_model_step", "offload_states", "reload_states", "load_module_state_dict", "destroy"):
+    wrap("_take_model_step", _take_model_step)
+    wrap("reload_states", _reload_states)
+    # ZeRO-3 offloads into the buffers of the last time; below it waiting keeps the host at one copy.
+    for name in ("offload_states", "load_module_state_dict", "destroy"):
         wrap(name, _fence_first)
     for name in _SETTERS:
         for home in (deepspeed.utils, tensor_fragment):
@@ -776,3 +815,22 @@ def _fence_first(original: Callable[..., Any], engine: DeepSpeedEngine, *args: A
     if ours is not None:
         ours.fence()
     return original(engine, *args, **kwargs)
+
+
+def _take_model_step(original: Callable[..., Any], engine: DeepSpeedEngine, *args: Any, **kwargs: Any) -> Any:
+    ours = attached(engine)
+    if ours is not None:
+        stepped = functools.cache(lambda: _storages(_stepped_tensors(engine)))
+        ours.fence(lambda storage: storage._cdata in stepped())
+    return original(engine, *args, **kwargs)
+
+
+def _reload_states(original: Callable[..., Any], engine: DeepSpeedEngine, *args: Any, **kwargs: Any) -> Any:
+    ours = attached(engine)
+    if ours is not None:
+        ours.fence(_nothing)  # it copies out of the host's buffers, and those it drops a save holds
+    return original(engine, *args, **kwargs)
+
+
+def _nothing(storage: torch.UntypedStorage) -> bool:
+    return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass, field
 
-from roll_ckpt.image import Extents, Memory, Seals
+from roll_ckpt.image import Extents, Memory, Seals, Until
 
 _LARGE = 64 << 10
 _LARGE_ALIGNMENT = 4096
@@ -48,7 +48,7 @@ class Archive:
     def _end(self) -> int:
         return self._plain_at + len(self._plain)
 
-    def add(self, name: str, source: bytes | Memory, stable: bool = False) -> int:
+    def add(self, name: str, source: bytes | Memory, stable: Until | bool = False) -> int:
         """Append one record; return the file offset of its first byte."""
         nbytes = len(source) if isinstance(source, bytes) else source.nbytes
         header_at, encoded = self._end, f"{self.folder}/{name}".encode()
@@ -112,7 +112,7 @@ class Archive:
         )
         self._plain += entry.name + extra
 
-    def _put(self, source: bytes | Memory, stable: bool) -> None:
+    def _put(self, source: bytes | Memory, stable: Until | bool) -> None:
         if isinstance(source, bytes):
             self._plain += source
             return

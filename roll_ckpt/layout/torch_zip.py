@@ -23,7 +23,7 @@ import torch
 from torch import _weights_only_unpickler as safe_pickle
 
 from roll_ckpt import errors
-from roll_ckpt.image import Extents, FileImage, Memory, TensorPiece
+from roll_ckpt.image import Extents, FileImage, Memory, TensorPiece, Until
 from roll_ckpt.layout.archive import ZIP64_LIMIT, Archive
 from roll_ckpt.layout.skeleton import (
     MEMO_RESERVED,
@@ -37,7 +37,7 @@ from roll_ckpt.layout.skeleton import (
     splice,
 )
 
-Stable = Callable[[torch.UntypedStorage], bool]
+Stable = Callable[[torch.UntypedStorage], Until | bool]
 
 
 def lay_out(state: object, archive: str, stable: Stable = lambda storage: False, *, at_least: int = 0) -> FileImage:
@@ -140,8 +140,8 @@ class _Piece:
         self.dtype = dtype
 
 
-def source_of(tensor: torch.Tensor, nbytes: int, stable: Stable) -> tuple[Memory, bool]:
-    """The memory of a contiguous tensor of `nbytes` bytes, and whether it is stable.
+def source_of(tensor: torch.Tensor, nbytes: int, stable: Stable) -> tuple[Memory, Until | bool]:
+    """The memory of a contiguous tensor of `nbytes` bytes, and how long it is stable.
 
     Raises:
         SaveFailed: its memory was freed.
