@@ -388,14 +388,15 @@ PYBIND11_MODULE(_native, m) {
         });
 
     py::class_<PyMover>(m, "Mover")
-        .def(py::init([](const PyArena& arena, int copy_threads, int io_threads, bool direct) {
+        .def(py::init([](const PyArena& arena, int copy_threads, int io_threads, bool direct, bool digests) {
                  if (copy_threads < 0 || io_threads < 1)
                      throw py::value_error(
                          "a Mover needs a thread that writes, and no negative number of others");
-                 return std::unique_ptr<PyMover>(new PyMover{
-                     Owned(std::make_shared<Mover>(arena.arena.get(), copy_threads, io_threads, direct))});
+                 return std::unique_ptr<PyMover>(new PyMover{Owned(
+                     std::make_shared<Mover>(arena.arena.get(), copy_threads, io_threads, direct, digests))});
              }),
-             py::arg("arena"), py::arg("copy_threads"), py::arg("io_threads"), py::arg("direct"))
+             py::arg("arena"), py::arg("copy_threads"), py::arg("io_threads"), py::arg("direct"),
+             py::arg("digests"))
         .def("save", &save, py::arg("path"), py::arg("image"), py::arg("overlap"), py::arg("check"))
         .def(
             "shutdown",

@@ -234,7 +234,7 @@ void Transfer::scan(uint64_t block) noexcept {
     try {
         if (!stopped_) {
             const uint8_t* data = blocks_[block].data;
-            sealer_.scan(block, data);
+            if (mover_.digests_wanted_) sealer_.scan(block, data);
             if (auto piece = watch_.changed(start_of(block), end_of(block), data)) {
                 throw SourceChanged(path_, piece->start, piece->end);
             }
@@ -263,7 +263,7 @@ void Transfer::seal_scanned() noexcept {
         lock.unlock();
         uint32_t crc = 0;
         try {
-            if (!stopped_) crc = sealer_.seal(next, blocks_[next].slot);
+            if (!stopped_ && mover_.digests_wanted_) crc = sealer_.seal(next, blocks_[next].slot);
         } catch (...) {
             fail(std::current_exception());
         }
@@ -491,9 +491,10 @@ TransferStats Transfer::stats() const {
             direct_held_};
 }
 
-Mover::Mover(std::shared_ptr<Arena> arena, int copy_threads, int io_threads, bool direct)
+Mover::Mover(std::shared_ptr<Arena> arena, int copy_threads, int io_threads, bool direct, bool digests)
     : arena_(std::move(arena)),
       direct_(direct),
+      digests_wanted_(digests),
       io_(io_threads, "roll-io", kBackgroundNice),
       digests_(std::max(2, copy_threads), "roll-digest", kBackgroundNice),
       copier_(copy_threads) {}

@@ -156,7 +156,8 @@ class Transfer : public CopyJob, public std::enable_shared_from_this<Transfer> {
 // needs nothing else.
 class Mover {
   public:
-    Mover(std::shared_ptr<Arena> arena, int copy_threads, int io_threads, bool direct);
+    // Without `digests` the CRC-32s in the files and in Digest are 0: a benchmark shows what they cost.
+    Mover(std::shared_ptr<Arena> arena, int copy_threads, int io_threads, bool direct, bool digests);
     ~Mover();
 
     // Begins a transfer and returns at once; the caller then drives advance() until it is true. Sources of
@@ -172,7 +173,7 @@ class Mover {
   private:
     friend class Transfer;
     std::shared_ptr<Arena> arena_;
-    const bool direct_;
+    const bool direct_, digests_wanted_;
     std::atomic<bool> closed_{false};
     std::mutex mutex_;
     std::vector<std::weak_ptr<Transfer>> transfers_;

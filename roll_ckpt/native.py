@@ -237,13 +237,16 @@ class Mover:
     """The native threads that copy, digest and write. Any thread may save; transfers share the arena.
 
     direct=False writes through the page cache; with True a file system that refuses direct I/O is served too.
-    With copy_threads=0 whoever waits copies: save what it must, and nothing but wait_copied the rest.
+    With copy_threads=0 whoever waits copies: save what it must, and nothing but wait_copied the rest. digests=False is
+    for the benchmark that shows what they cost: the files then hold zeros for CRC-32s.
     """
 
-    def __init__(self, arena: Arena, copy_threads: int = 2, io_threads: int = 4, direct: bool = True) -> None:
+    def __init__(
+        self, arena: Arena, copy_threads: int = 2, io_threads: int = 4, direct: bool = True, digests: bool = True
+    ) -> None:
         self.arena = arena
         self._pid = os.getpid()
-        self._mover = _native.Mover(arena, copy_threads, io_threads, direct)
+        self._mover = _native.Mover(arena, copy_threads, io_threads, direct, digests)
         _movers.add(self)
 
     def save(self, path: StrOrBytesPath, image: NativeImage, *, overlap: bool = True, check: str = "off") -> Transfer:

@@ -590,12 +590,12 @@ def watched_until_the_fence(trained: Any) -> Iterator[dict[str, Any]]:
         then.extend((memory, bytes_of(memory)) for memory in late)
         stage(ticket, path, image, overlap=overlap)
 
-    def fence() -> None:
+    def fence(*changes: saver.Changes) -> None:
         if then:
             found["late"] = sum(len(held) for _, held in then) / total
             found["changed"] = sum(bytes_of(memory) != held for memory, held in then)
             then.clear()
-        backend.RollCheckpointEngine.fence(ours)
+        backend.RollCheckpointEngine.fence(ours, *changes)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(saver.Ticket, "stage", watched)

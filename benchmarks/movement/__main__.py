@@ -35,9 +35,10 @@ import torch
 from . import machine, measure, report, systems
 
 BUILD = Path("build")
+OFFLOAD_CAP_BYTES = 64 << 20
 RESULT, PLOT = "bench.json", "bench.png"
 
-LONG, SHORT = "long steps", "short steps"
+LONG, SHORT, ROLLOUT = "long steps", "short steps", "rollouts"
 
 
 def parse() -> argparse.Namespace:
@@ -82,17 +83,19 @@ def run(told: argparse.Namespace, root: Path, results: report.Results) -> None:
     results.about |= about_run(told, contestants)
     try:
         measure.measure_saves(contestants, state, root, copier, disk, told.rounds, tell, results.saves)
-        for kind, memcpys in ((LONG, 3.0), (SHORT, 0.5))[: 1 if told.quick else 2]:
+        for kind, memcpys in ((LONG, 3.0), (SHORT, 0.5), (ROLLOUT, 3.0))[: 1 if told.quick else 3]:
             results.steps_s[kind] = memcpys * report.median(results.saves.memcpy)
             trainer = measure.Trainer(state, results.steps_s[kind])
             step_s = min(machine.timed(lambda trainer=trainer: trainer.step(lambda: None)) for _ in range(3))
             interval = math.ceil(3 * report.best_write(results.saves) / step_s)
-            loop = results.loops[kind] = measure.Loop(told.loop_saves * interval, told.loop_saves)
+            loop = results.loops[kind] = measure.Loop(told.loop_saves * interval, told.loop_saves, kind == ROLLOUT)
             measure.measure_loop(contestants, state, root, trainer, copier, told.loop_rounds, tell, loop)
         if told.tensors < told.many:
             tell(f"a state of {told.many} tensors")
             many = measure.make_state(results.nbytes, told.many, 1)
             results.many += measure.measure_many(contestants[0], many, root, told.rounds)
+        cap = results.nbytes + (results.nbytes >> 5) + 2 * machine.BLOCK_BYTES
+        measure.measure_digests(state, root, cap, told.rounds, tell, results.digests)
         run_children(told, root, [system.name for system in contestants], results)
     finally:
         for system in contestants:
@@ -113,6 +116,8 @@ def run_children(told: argparse.Namespace, root: Path, names: list[str], results
     for name in names if not told.quick else [report.OURS]:
         tell(f"peak memory of {name}")
         results.memory[name] = child(name, results.cap_bytes if name == report.OURS else 0, 3)
+    tell("offloaded state")
+    results.leased = child(systems.Leased.name, OFFLOAD_CAP_BYTES, 3)
 
 
 def stolen(before: dict[str, int], after: dict[str, int]) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import mmap
 import os
 import shutil
 import subprocess
@@ -153,6 +154,36 @@ def measure_many(ours: System, state: State, root: Path, rounds: int) -> list[fl
     return found
 
 
+def measure_digests(
+    state: State, root: Path, cap_bytes: int, rounds: int, tell: Callable[[str], None], found: Rows
+) -> None:
+    """Seconds until our writer has made the state durable, with all its digests and with none, in turn."""
+    from roll_ckpt import native, saver
+    from roll_ckpt.layout import torch_zip
+
+    arena = native.Arena(cap_bytes, machine.BLOCK_BYTES)
+    arena.warm(cap_bytes)
+    arena.wait_warm()
+    movers = {"on": native.Mover(arena), "off": native.Mover(arena, digests=False)}
+    image = saver.native_image(torch_zip.lay_out(state, "model", lambda storage: True))
+    for number in range(rounds + 1):
+        for name, mover in sorted(movers.items(), reverse=bool(number % 2)):
+            tell(f"digests {name}, round {number} of {rounds}")
+            os.sync()
+
+            def save(mover: native.Mover = mover) -> None:
+                transfer = mover.save(root / "digests", image)
+                transfer.wait_copied()
+                transfer.wait_written()
+
+            seconds = machine.timed(save)
+            (root / "digests").unlink()
+            if number:
+                found.setdefault(name, []).append(seconds)
+    for mover in movers.values():
+        mover.shutdown()
+
+
 # --- a training loop -----------------------------------------------------------------------------------------
 
 
@@ -163,6 +194,7 @@ class Trainer:
 
     def __init__(self, state: State, arithmetic_s: float) -> None:
         self._tensors = list(state.values())
+        self._host: list[torch.Tensor] = []
         self._left, self._right = torch.randn(2, self._WIDTH, self._WIDTH)
         self._product = torch.empty(self._WIDTH, self._WIDTH)
         self._multiply(20)
@@ -183,6 +215,16 @@ class Trainer:
         fence()
         torch._foreach_neg_(self._tensors)
 
+    def roll_out(self, fence: Callable[[], None]) -> None:
+        """Move the state to other memory and what was there away, as for a rollout; the rollout; and back."""
+        if not self._host:
+            self._host = [torch.empty_like(tensor) for tensor in self._tensors]
+        fence()
+        torch._foreach_copy_(self._host, self._tensors)
+        torch._foreach_zero_(self._tensors)
+        self.busy()
+        torch._foreach_copy_(self._tensors, self._host)
+
 
 @dataclass
 class Loop:
@@ -190,6 +232,8 @@ class Loop:
 
     steps: int
     saves: int
+    rollouts: bool = False
+    """Whether each save is followed by moving the state away and back."""
     seconds: dict[str, list[float]] = field(default_factory=dict)
     pauses: dict[str, list[float]] = field(default_factory=dict)
     memcpy: list[float] = field(default_factory=list)
@@ -220,13 +264,13 @@ def measure_loop(
             os.sync()
             gc.collect()
             found.memcpy.append(copier())
-            seconds, pauses = _one_loop(system, state, root, trainer, found.saves, found.steps // found.saves)
+            seconds, pauses = _one_loop(system, state, root, trainer, found)
             found.seconds.setdefault(name, []).append(seconds)
             found.pauses.setdefault(name, []).extend(pauses)
 
 
 def _one_loop(
-    system: System | None, state: State, root: Path, trainer: Trainer, saves: int, interval: int
+    system: System | None, state: State, root: Path, trainer: Trainer, loop: Loop
 ) -> tuple[float, list[float]]:
     waiting: list[tuple[threading.Thread, list[float]]] = []
     directories = []
@@ -234,7 +278,7 @@ def _one_loop(
     fence = (lambda: None) if system is None else system.fence
     with machine.Ticker() as ticker:
         began = time.perf_counter()
-        for _ in range(saves):
+        for _ in range(loop.saves):
             if system is not None:
                 if waiting and not system.several:
                     waiting[-1][0].join()
@@ -242,7 +286,9 @@ def _one_loop(
                 system.save(state, directories[-1])
                 waiting.append(_wait_in_thread(system.handle()))
                 windows.append((time.perf_counter(), waiting[-1][1]))
-            for _ in range(interval):
+            if loop.rollouts:
+                trainer.roll_out(fence)
+            for _ in range(loop.steps // loop.saves):
                 trainer.step(fence)
         for thread, _ in waiting:
             thread.join()
@@ -284,13 +330,26 @@ def run_child(arguments: Sequence[str]) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def offloaded(state: State) -> State:
+    """The state in pages of its own, as pinned host memory is."""
+    moved = {}
+    for name, tensor in state.items():
+        pages = mmap.mmap(-1, tensor.numel() * tensor.element_size())
+        moved[name] = torch.frombuffer(pages, dtype=tensor.dtype)
+        moved[name].copy_(tensor)
+    return moved
+
+
 def child_main(name: str, nbytes: int, tensors: int, cap_bytes: int | None, saves: int, directory: Path) -> None:
     """The first saves of a process and the memory they need; prints JSON."""
     state = make_state(nbytes, tensors)
+    if name == systems.Leased.name:
+        state = offloaded(state)
     kinds: dict[str, Callable[[], System]] = {kind.name: kind for kind in systems.OTHERS}
     kinds[systems.Ours.name] = lambda: systems.Ours(cap_bytes)
+    kinds[systems.Leased.name] = lambda: systems.Leased(cap_bytes)
     system = kinds[name]()
-    ours = name == systems.Ours.name
+    ours = isinstance(system, systems.Ours)
     root = directory / f"child-{os.getpid()}"
     root.mkdir()
     gc.collect()
@@ -310,6 +369,8 @@ def child_main(name: str, nbytes: int, tensors: int, cap_bytes: int | None, save
         if ours:
             told["crc"] = _crcs(path / "model.pt")
         shutil.rmtree(path)
+    if isinstance(system, systems.Leased):
+        told["copied"] = system.copied_bytes
     told |= {"rows": rows, "peak": machine.rss("VmHWM") - idle}
     system.close()
     shutil.rmtree(root)

@@ -69,6 +69,7 @@ class Ours(System):
         from roll_ckpt.world import World
 
         self._saver = saver
+        self._until: Any = True
         self._layouts = torch_zip.Layouts()
         self._cap_bytes = cap_bytes
         self._world = World.current()
@@ -91,8 +92,11 @@ class Ours(System):
         save = self._saver.begin(self._world, request, self._settings, nbytes=nbytes)
         with save.staging():
             ticket = save.ticket("model", {"framework": "none"})
-            stable = frozenset(tensor.untyped_storage()._cdata for tensor in state.values())
-            image, _ = self._layouts.lay_out("model.pt", state, "model", lambda storage: storage._cdata in stable)
+            kept = frozenset(tensor.untyped_storage()._cdata for tensor in state.values())
+            until = self._until
+            image, _ = self._layouts.lay_out(
+                "model.pt", state, "model", lambda storage: storage._cdata in kept and until
+            )
             ticket.stage(save.attempt.unit / "model.pt", image, overlap=True)
         self._save = save
 
@@ -110,6 +114,24 @@ class Ours(System):
         with loader.reading(directory, self._settings) as reader:
             found: State = reader.load(directory / "model.pt", "cpu")
         return found
+
+
+class Leased(Ours):
+    """Ours for a state that lies on the host until the save has ended, as an offloaded one does."""
+
+    name = "roll_ckpt, offloaded state"
+
+    def open(self, state: State) -> None:
+        from roll_ckpt.image import Until
+
+        super().open(state)
+        self._until = Until.WRITTEN
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes of the last save that were copied before it returned."""
+        (staged,) = self._save.tickets["model"]._staged
+        return int(staged.transfer.stats["eager_bytes"])
 
 
 class TorchSave(System):
