@@ -113,13 +113,14 @@ def test_the_parts_together_read_every_file_once(run: Path) -> None:
     assert sorted(len(problems) for problems in found) == [0, 0, 1]
 
 
-def test_large_files_are_verified_by_the_native_reader(tmp_path: Path) -> None:
+@pytest.mark.parametrize("direct", [True, False])
+def test_large_files_are_verified_by_the_native_reader(tmp_path: Path, direct: bool) -> None:
     data = bytes(range(256)) * 4096 * 3
     (tmp_path / "f").write_bytes(data)
     receipt = manifest.receipt_of_bytes("f", data, 1 << 20)
-    assert verify._contents(tmp_path, receipt) == []
+    assert verify._contents(tmp_path, receipt, direct=direct) == []
     (tmp_path / "f").write_bytes(data[:-1] + b"x")
-    assert [problem.kind for problem in verify._contents(tmp_path, receipt)] == ["digest"]
+    assert [problem.kind for problem in verify._contents(tmp_path, receipt, direct=direct)] == ["digest"]
 
 
 def test_a_folder_of_copies_needs_no_records_of_a_run(run: Path, tmp_path: Path) -> None:
