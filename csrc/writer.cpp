@@ -71,7 +71,7 @@ void Transfer::start(bool overlap, Check check) {
         for (uint64_t block = 0; block < rush_end_; ++block) rush_left_ += blocks_[block].way != kStraight;
     }
     // Before any copy, while the caller is in save().
-    if (overlapped_) watch_ = Watch(*image_, block_bytes_, check);
+    if (overlapped_ || leases_) watch_ = Watch(*image_, block_bytes_, check);
     go_on(slots);
 }
 
@@ -235,9 +235,7 @@ void Transfer::scan(uint64_t block) noexcept {
         if (!stopped_) {
             const uint8_t* data = blocks_[block].data;
             if (mover_.digests_wanted_) sealer_.scan(block, data);
-            if (auto piece = watch_.changed(start_of(block), end_of(block), data)) {
-                throw SourceChanged(path_, piece->start, piece->end);
-            }
+            check_unchanged(block);
         }
     } catch (...) {
         fail(std::current_exception());
@@ -247,6 +245,12 @@ void Transfer::scan(uint64_t block) noexcept {
         blocks_[block].scanned = true;
     }
     seal_scanned();
+}
+
+void Transfer::check_unchanged(uint64_t block) const {
+    if (auto piece = watch_.changed(start_of(block), end_of(block), blocks_[block].data)) {
+        throw SourceChanged(path_, piece->start, piece->end);
+    }
 }
 
 void Transfer::seal_scanned() noexcept {
@@ -287,6 +291,7 @@ void Transfer::write(uint64_t block) noexcept {
             if (padded > nbytes)
                 std::memset(written.slot + nbytes, 0, padded - nbytes);  // never a straight one
             file.write_at(written.data, padded, start_of(block));
+            if (written.way == kStraight) check_unchanged(block);  // its source was read once more
         }
     } catch (...) {
         fail(std::current_exception());

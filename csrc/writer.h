@@ -95,6 +95,7 @@ class Transfer : public CopyJob, public std::enable_shared_from_this<Transfer> {
     void copy_from_device(const DeviceCopy& copy, void* stream, const std::string& error) noexcept;
     void copy_ended(uint64_t block, bool urgent);
     void scan(uint64_t block) noexcept;
+    void check_unchanged(uint64_t block) const;  // throws SourceChanged
     void seal_scanned() noexcept;
     void write(uint64_t block) noexcept;
     void finish() noexcept;

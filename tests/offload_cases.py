@@ -22,8 +22,9 @@ WIDE = 512
 SMALL_ARENA = 32 * BLOCK
 
 
-def offload(made: Any) -> None:
-    """`offload_states`, as an RL pipeline calls it before its rollout, of all that can be offloaded here.
+def offload(made: Any, *, by: str = "engine") -> None:
+    """`offload_states` of the engine, or of its optimizer, as an RL pipeline calls it before its rollout, of all that
+    can be offloaded here.
 
     ZeRO-3 refuses other optimizers than DeepSpeed's FusedAdam, which takes minutes to compile for a CPU, so it is told
     that torch's is one; and it cannot offload the 16-bit parameters of a model that has frozen ones.
@@ -33,7 +34,7 @@ def offload(made: Any) -> None:
     real = deepspeed.ops.adam.fused_adam.FusedAdam
     deepspeed.ops.adam.fused_adam.FusedAdam = torch.optim.AdamW
     try:
-        made.offload_states(include=kinds)
+        (made if by == "engine" else made.optimizer).offload_states(include=kinds)
     finally:
         deepspeed.ops.adam.fused_adam.FusedAdam = real
 
@@ -135,7 +136,7 @@ def train_on_what_is_leased(out: str, stage: int) -> dict[str, Any]:
     }
 
 
-def train_beside_what_is_leased(out: str, stage: int) -> dict[str, Any]:
+def train_beside_what_is_leased(out: str, stage: int, by: str) -> dict[str, Any]:
     """The same where the host is not the device: the disk answers only when training is done and offloads again."""
     made = engine(stage, "bf16", None, width=WIDE)
     train(made, 2, seed=1)
@@ -149,7 +150,7 @@ def train_beside_what_is_leased(out: str, stage: int) -> dict[str, Any]:
         found = {"released_after_training": any(transfer.released for transfer in waiting)}
         too_late.cancel()
         timer = after(0.5, disk)
-        offload(made)
+        offload(made, by=by)
         found["released_after_offload"] = all(transfer.released for transfer in waiting)
         timer.join()
         saver.wait_pending()

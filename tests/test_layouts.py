@@ -78,6 +78,7 @@ def test_the_pickle_may_change_and_grow(mover: native.Mover, tmp_path: Path) -> 
         lambda s: s.update(b=None),
         lambda s: s.update(b=[s["b"]]),
         lambda s: s.update(b=torch.empty(0)),
+        lambda s: s.update(u=torch.nn.Parameter(s["w"]), v=torch.nn.Parameter(s["w"]), x=s.pop("b"), step=2),
     ],
 )
 def test_another_structure_is_laid_out_anew(
@@ -106,6 +107,16 @@ def test_random_states_one_after_the_other(
     layouts, path = torch_zip.Layouts(), tmp_path_factory.mktemp("random") / "s.pt"
     for tree in (one, one, other, one):
         write_again(layouts, mover, path, grow(tree, torch.arange(60, dtype=torch.float32)))
+
+
+def test_the_index_follows_objects_that_change_places(mover: native.Mover, tmp_path: Path) -> None:
+    layouts = torch_zip.Layouts()
+    one, other = torch.nn.Parameter(torch.zeros(4)), torch.nn.Parameter(torch.ones(4))
+    for middle in (one, other):
+        image = write_again(layouts, mover, tmp_path / "s.pt", {"a": one, "b": middle, "c": other})
+        data = (tmp_path / "s.pt").read_bytes()
+        found = {piece.name: data[piece.offset : piece.offset + piece.nbytes] for piece in image.pieces}
+        assert found["b"] == middle.detach().numpy().tobytes()
 
 
 def test_many_objects_that_stand_twice_are_one_object_again(mover: native.Mover, tmp_path: Path) -> None:

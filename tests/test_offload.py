@@ -293,11 +293,18 @@ def test_reload_goes_on_and_the_step_waits_where_the_host_is_the_device(
         assert found["losses"] == found["unsaved"] == found["again"]
 
 
-@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.long), 3])
+@pytest.mark.parametrize(
+    ("stage", "by"),
+    [
+        pytest.param(2, "engine", marks=pytest.mark.long),
+        pytest.param(3, "engine", marks=pytest.mark.long),
+        (3, "optimizer"),
+    ],
+)
 def test_a_step_beside_leased_buffers_does_not_wait_and_the_next_offload_does(
-    two_ranks: World, tmp_path: Path, stage: int
+    two_ranks: World, tmp_path: Path, stage: int, by: str
 ) -> None:
-    for found in two_ranks.call(f"{CASES}:train_beside_what_is_leased", str(tmp_path), stage):
+    for found in two_ranks.call(f"{CASES}:train_beside_what_is_leased", str(tmp_path), stage, by):
         assert found["released_after_training"] is False
         assert found["released_after_offload"] is True
         assert found["again"] == found["losses"]

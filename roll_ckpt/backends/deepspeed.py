@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ from deepspeed.runtime.hybrid_engine import DeepSpeedHybridEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.utils import DummyOptim
 from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import tensor_fragment
 from deepspeed.utils.tensor_fragment import fragment_address
 
@@ -484,11 +487,16 @@ def stable_storages(engine: DeepSpeedEngine) -> frozenset[int]:
 def offloaded_storages(engine: DeepSpeedEngine) -> frozenset[int]:
     """Storages of the optimizer that `offload_states` has left on the host.
 
-    They stay as they are until it is called again. Where the host is the device `reload_states` moves nothing, and
-    the next step writes to them. Counters are on the host at all times, and are not among them.
+    They stay as they are until it is called again; none where that cannot be known. Where the host is the device
+    `reload_states` moves nothing, and the next step writes to them. Counters are on the host at all times, and are
+    not among them.
     """
     if not getattr(engine.optimizer, "offloaded_states", None):
         return frozenset()
+    if any("offload_states" in vars(owner) for owner in (engine, engine.optimizer)):
+        return frozenset()  # somebody's own, which would not wait before it overwrites them
+    if os.environ.get("DS_PIN_MEMORY_BACKEND", "").strip().lower() == "native":
+        return frozenset()  # such memory is freed when DeepSpeed drops the tensor, whoever holds its storage
     return _storages(t for t in _stepped_tensors(engine) if t.device.type == "cpu" and t.dim() > 0)
 
 
@@ -691,7 +699,11 @@ def attach(engine: DeepSpeedEngine, settings: Settings, cluster: str) -> RollChe
     engine.checkpoint_engine.cleanup()
     ours = RollCheckpointEngine(engine, settings, cluster)
     engine.checkpoint_engine = ours
+    _of_optimizer[engine.optimizer] = ours
     return ours
+
+
+_of_optimizer: weakref.WeakKeyDictionary[Any, RollCheckpointEngine] = weakref.WeakKeyDictionary()
 
 
 def attached(engine: DeepSpeedEngine) -> RollCheckpointEngine | None:
@@ -717,14 +729,14 @@ def install() -> None:
     if hasattr(DeepSpeedEngine._configure_checkpointing, "__wrapped__"):
         return
 
-    def wrap(name: str, replacement: Callable[..., Any]) -> None:
-        original = getattr(DeepSpeedEngine, name)
+    def wrap(name: str, replacement: Callable[..., Any], home: type = DeepSpeedEngine) -> None:
+        original = getattr(home, name)
 
         @functools.wraps(original)
-        def method(self: DeepSpeedEngine, *args: Any, **kwargs: Any) -> Any:
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
             return replacement(original, self, *args, **kwargs)
 
-        setattr(DeepSpeedEngine, name, method)
+        setattr(home, name, method)
 
     wrap("_do_sanity_check", _do_sanity_check)
     wrap("_configure_checkpointing", _configure_checkpointing)
@@ -736,6 +748,8 @@ def install() -> None:
     # ZeRO-3 offloads into the buffers of the last time; below it waiting keeps the host at one copy.
     for name in ("offload_states", "load_module_state_dict", "destroy"):
         wrap(name, _fence_first)
+    for home in (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3):  # some trainers call it there
+        wrap("offload_states", _offload_optimizer, home)
     for name in _SETTERS:
         for home in (deepspeed.utils, tensor_fragment):
             if hasattr(home, name):
@@ -815,6 +829,13 @@ def _fence_first(original: Callable[..., Any], engine: DeepSpeedEngine, *args: A
     if ours is not None:
         ours.fence()
     return original(engine, *args, **kwargs)
+
+
+def _offload_optimizer(original: Callable[..., Any], optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+    ours = _of_optimizer.get(optimizer)
+    if ours is not None:
+        ours.fence()
+    return original(optimizer, *args, **kwargs)
 
 
 def _take_model_step(original: Callable[..., Any], engine: DeepSpeedEngine, *args: Any, **kwargs: Any) -> Any:

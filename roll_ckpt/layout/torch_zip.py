@@ -228,6 +228,22 @@ def _named_tensors(state: object) -> list[tuple[str, torch.Tensor]]:
     return found
 
 
+def _names(state: object) -> list[tuple[Any, ...]]:
+    """Which name has which tensor, as far as the index of a file tells them apart."""
+    named = _named_tensors(state)
+    numbers: dict[int, int] = {}
+    return [
+        (name, tensor.dtype, tensor.shape, tensor.storage_offset(), numbers.setdefault(_identity(tensor), len(numbers)))
+        for name, tensor in named
+        if type(tensor) is torch.nn.Parameter or is_plain(tensor)
+    ]
+
+
+def _identity(tensor: torch.Tensor) -> int:
+    identity: int = tensor.untyped_storage()._cdata
+    return identity
+
+
 # --- plans -----------------------------------------------------------------------------------------------------
 
 _Signature = list[tuple[Any, ...]]
@@ -270,7 +286,7 @@ class _Plan:
     pickle_bytes: int
     holes: list[tuple[int, int, int, int]]  # place in the extents, number of the storage, first and last-plus-one byte
     needed: list[int]  # bytes of each storage
-    names: list[str]  # of its tensors
+    names: list[tuple[Any, ...]]
 
     def refilled(self, state: object, skeleton: Skeleton, stable: Stable) -> tuple[_Plan | None, FileImage | None]:
         """The plan and the image for a state that fits this plan; None and None for any other."""
@@ -279,7 +295,7 @@ class _Plan:
             return None, None
         plan = self
         if skeleton.data != self.skeleton.data:
-            if [name for name, _ in _named_tensors(state)] != self.names:
+            if _names(state) != self.names:
                 return None, None
             pickled = splice(skeleton.data, self.fragments)
             if len(pickled) > self.pickle_bytes:
@@ -349,7 +365,7 @@ def _planned(
         len(pickled) + room,
         holes,
         [max((piece.stop for piece in pieces_of), default=0) for pieces_of in runs],
-        [name for name, _ in _named_tensors(state)],
+        _names(state),
     )
     return plan, plan.fill(storages, stable)
 
