@@ -120,8 +120,7 @@ class Transfer : public CopyJob, public std::enable_shared_from_this<Transfer> {
     const std::string path_;
     const std::shared_ptr<const Image> image_;
     const uint64_t block_bytes_, nblocks_;
-    const uint64_t
-        window_;  // slots for kWindow blocks: an eighth of the arena at most, so that several saves fit
+    const uint64_t window_;  // slots for kWindow blocks: an eighth of the arena, so that several saves fit
     const Clock::time_point began_ = Clock::now();
     bool overlapped_ = false;
     std::map<int, void*> events_;  // per device: behind all the caller had queued when save() began
@@ -152,9 +151,8 @@ class Transfer : public CopyJob, public std::enable_shared_from_this<Transfer> {
 };
 
 // The threads that carry transfers. Make it once for an arena; any thread may save. Several transfers share
-// the arena without deadlock: slots go to a file's blocks in order, or to
-// all that hold other than leased bytes at once and at least one more for the rest; a block that has one
-// needs nothing else.
+// the arena without deadlock: slots go to a file's blocks in order, or to all that hold other than leased
+// bytes at once and at least one more for the rest; a block that has one needs nothing else.
 class Mover {
   public:
     // Without `digests` the CRC-32s in the files and in Digest are 0: a benchmark shows what they cost.

@@ -6,7 +6,7 @@ import importlib
 import json
 import logging
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -187,6 +187,23 @@ def allowed(settings: Settings) -> list[Any]:
         except (ImportError, AttributeError, ValueError) as problem:
             raise errors.ConfigError(f"load.allow: cannot import {name!r}: {problem}") from problem
     return found
+
+
+def warn_unloadable(path: Path, unsafe: Mapping[str, list[str]], warned: set[str]) -> None:
+    """Say which entries of the state saved at `path` a safe load would refuse, those in `warned` not again.
+
+    `unsafe` is what `torch_zip.unsafe_parts` found.
+    """
+    for key, found in unsafe.items():
+        if key not in warned:
+            warned.add(key)
+            log.warning(
+                "%s: the entry %r holds %s, which a safe load refuses; keep plain values and tensors there, or add "
+                "these names to load.allow",
+                path,
+                key,
+                ", ".join(found),
+            )
 
 
 def compare_models(saved: dict[str, Any], live: dict[str, Any], where: str, strict: bool = True) -> None:

@@ -67,6 +67,7 @@ class BasePipeline:
         self._saves: list[saver.Save] = []
         self._after_commit = _AfterCommit(config)
         self._layouts = torch_zip.Layouts(loader.allowed(config))
+        self._warned: dict[str, set[str]] = {}
 
     # --- set-up
 
@@ -182,7 +183,8 @@ class BasePipeline:
             if problem is None:
                 self._stage_state(save.tickets[first.name])
             else:
-                save.tickets[first.name].fail(problem)
+                for ticket in save.tickets.values():
+                    ticket.fail(problem)
         self._saves.append(save)
         if uploaded or not self._async_save:
             metrics[f"time/{first.name}/do_checkpoint/host_collectives"] += 1
@@ -227,14 +229,7 @@ class BasePipeline:
                 states[stateful_file(name, rank)] = component.state_dict()
             for file, state in states.items():
                 image, unsafe = self._layouts.lay_out(file, state, Path(file).stem, lambda storage: False)
-                for key, found in unsafe.items():
-                    log.warning(
-                        "%s: the entry %r holds %s, which a safe load refuses; keep plain values and tensors in the "
-                        "state, or add these names to load.allow",
-                        directory / file,
-                        key,
-                        ", ".join(found),
-                    )
+                loader.warn_unloadable(directory / file, unsafe, self._warned.setdefault(file, set()))
                 ticket.stage(directory / file, image, overlap=False)
             if rank == 0:
                 ticket.stage(directory / WORKER_STATE_FILE, FileImage.of_bytes(self.state.to_json()), overlap=False)

@@ -126,26 +126,18 @@ const char* crash_record_stop(size_t* nbytes) {
     return log.records.data();
 }
 
-#define OPEN(NAME)                                                 \
-    int NAME(const char* path, int flags, ...) {                   \
-        va_list rest;                                              \
-        va_start(rest, flags);                                     \
-        mode_t mode = mode_of(flags, rest);                        \
-        va_end(rest);                                              \
-        return opened(AT_FDCWD, path, flags, mode);         \
+#define OPEN(NAME, DIR, ...)                               \
+    int NAME(__VA_ARGS__ const char* path, int flags, ...) { \
+        va_list rest;                                        \
+        va_start(rest, flags);                               \
+        mode_t mode = mode_of(flags, rest);                  \
+        va_end(rest);                                        \
+        return opened(DIR, path, flags, mode);               \
     }
-OPEN(open)
-OPEN(open64)
-#define OPENAT(NAME)                                               \
-    int NAME(int dir, const char* path, int flags, ...) {          \
-        va_list rest;                                              \
-        va_start(rest, flags);                                     \
-        mode_t mode = mode_of(flags, rest);                        \
-        va_end(rest);                                              \
-        return opened(dir, path, flags, mode);              \
-    }
-OPENAT(openat)
-OPENAT(openat64)
+OPEN(open, AT_FDCWD, )
+OPEN(open64, AT_FDCWD, )
+OPEN(openat, dir, int dir, )
+OPEN(openat64, dir, int dir, )
 
 int close(int fd) {
     static auto next = real(&close, "close");

@@ -281,6 +281,31 @@ def escaping(out: str, background: bool) -> tuple[str, list[str]]:
     return told, sorted(path.name for path in Path(out).glob("checkpoint-*"))
 
 
+def failing_early(out: str, background: bool) -> list[str]:
+    """The actor's part raises on every rank before it has a vote to cast; what a later save has left on disk."""
+    pair = both()
+    made = registered(out, *pair, async_save=background)
+    made.resume()
+    steps(pair, 0, 1)
+    actor: Any = made._clusters["actor"]
+    do_checkpoint = actor.do_checkpoint
+
+    def raised_at_once(**told: Any) -> Any:
+        raise RuntimeError("the actor is not there")
+
+    actor.do_checkpoint = raised_at_once
+    told = ""
+    try:
+        made.do_checkpoint(1)
+    except Exception as problem:
+        told = f"{type(problem).__name__}: {problem}"
+    actor.do_checkpoint = do_checkpoint
+    saver.wait_pending()
+    dist.barrier()
+    made.do_checkpoint(2, is_last_step=True)
+    return [told, *sorted(path.name for path in Path(out).glob("checkpoint-*"))]
+
+
 def rendezvous(out: str) -> list[list[int]]:
     """How many each of two saves counts, for the actor and for the critic."""
     pair = both()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -157,6 +159,24 @@ def train_beside_what_is_leased(out: str, stage: int, by: str) -> dict[str, Any]
     again = engine(stage, "bf16", None, seed=3, width=WIDE)
     again.load_checkpoint(out)
     return {**found, "losses": losses, "again": train(again, 2, seed=2)}
+
+
+def what_is_leased() -> list[int]:
+    """How many storages of an offloaded state a save may lease: as it is, where somebody replaced `offload_states` of
+    the engine or of its optimizer, and where DeepSpeed pins memory by itself."""
+    made = engine(2, "bf16", None)
+    train(made, 1, seed=1)
+    offload(made)
+    counted = [len(backend.offloaded_storages(made))]
+    for owner in (made, made.optimizer):
+        owner.offload_states = types.MethodType(lambda self, *args, **kwargs: None, owner)
+        counted.append(len(backend.offloaded_storages(made)))
+        del owner.offload_states
+    os.environ["DS_PIN_MEMORY_BACKEND"] = "native"
+    try:
+        return [*counted, len(backend.offloaded_storages(made))]
+    finally:
+        del os.environ["DS_PIN_MEMORY_BACKEND"]
 
 
 def memory_beside_the_state(out: str) -> list[int]:

@@ -69,6 +69,21 @@ class Interrupted:
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+class Located:
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": 1, "where": Path("shard-7")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def unloadable_stateful(out: str) -> None:
+    made = pipeline(out, Cluster("actor", engine(2, "bf16", None)))
+    made.register_stateful("reader", Located())
+    made.resume()
+    for step in (1, 2):
+        made.do_checkpoint(step, is_last_step=step == 2)
+
+
 def interrupted(out: str) -> list[str]:
     """A preemption arrives while the pipeline's own state is staged."""
     made = pipeline(out, Cluster("actor", engine(2, "bf16", None)))

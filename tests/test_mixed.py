@@ -128,6 +128,13 @@ def test_an_error_out_of_one_cluster_holds_nobody_up(ranks: World, tmp_path: Pat
     assert [left for _, left in told] == [["checkpoint-2"]] * 2
 
 
+@pytest.mark.parametrize("background", [True, False])
+def test_a_cluster_that_fails_before_it_can_vote_is_no_vote(ranks: World, tmp_path: Path, background: bool) -> None:
+    for told, *left in ranks.call(f"{CASES}:failing_early", str(tmp_path / "run"), background):
+        assert told == "RuntimeError: the actor is not there" if background else told.startswith("SaveFailed")
+        assert left == ["checkpoint-2"]
+
+
 def test_a_warm_save_meets_once(ranks: World, tmp_path: Path) -> None:
     for planned, replayed in ranks.call(f"{CASES}:rendezvous", str(tmp_path / "run")):
         assert planned[0] == 1 and planned[1] > 0

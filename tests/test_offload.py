@@ -10,6 +10,7 @@ import random
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from stuck_disk import stuck
 from test_native import BLOCK, in_a_process
 from worlds import World, environment
 
-from roll_ckpt import native
+from roll_ckpt import errors, native
 from roll_ckpt.image import Extent, Extents, FileImage, Memory, Until
 from roll_ckpt.saver import native_image
 
@@ -207,6 +208,37 @@ def test_a_transfer_that_fails_or_is_dropped_lets_go_of_its_sources(tmp_path: Pa
         assert mover.arena.leased_bytes == 0
 
 
+def test_leased_memory_is_looked_at_though_no_slot_was_reserved(tmp_path: Path) -> None:
+    """Its blocks do not fit direct I/O, and other saves leave the arena too little room to reserve their window."""
+    state, filler = mmap.mmap(-1, 20 * BLOCK), os.urandom(12 * BLOCK)
+    image, other = native.NativeImage(len(state)), native.NativeImage(len(filler))
+    image.add(64, native.address_of(state)[0], len(state) - 64, lazy=Until.WRITTEN)
+    other.add(0, native.address_of(filler)[0], len(filler), lazy=Until.FENCE)
+    with mover_of(16) as mover:
+        with stuck(mover, tmp_path, threads=3):
+            waiting = mover.save(tmp_path / "other", other)
+            assert mover.arena.leased_bytes == 15 * BLOCK
+            transfer = mover.save(tmp_path / "f", image, check="full")
+            assert not transfer.overlapped
+            state[:] = b"x" * len(state)
+        waiting.wait_written()
+        with pytest.raises(errors.SourceChanged):
+            transfer.wait_written()
+
+
+def test_a_block_written_from_its_source_is_looked_at_after_the_write(tmp_path: Path) -> None:
+    state = mmap.mmap(-1, 4 * BLOCK)
+    image = native.NativeImage(len(state))
+    image.add(0, native.address_of(state)[0], len(state), lazy=Until.WRITTEN)
+    with mover_of(8) as mover:
+        with stuck(mover, tmp_path, threads=3):
+            transfer = mover.save(tmp_path / "f", image, check="full")
+            time.sleep(0.3)  # for the digests; should they be later, the first look finds it
+            state[:] = b"x" * len(state)
+        with pytest.raises(errors.SourceChanged):
+            transfer.wait_written()
+
+
 def test_without_overlap_save_reads_everything_before_it_returns(tmp_path: Path) -> None:
     sources = Sources(2)
     with mover_of(8) as mover:
@@ -229,7 +261,7 @@ def test_the_host_holds_one_copy(tmp_path: Path, aslant: int) -> None:
     told = in_a_process(
         """
         import mmap, re, sys
-        from roll_ckpt import native
+        from roll_ckpt import errors, native
         from roll_ckpt.image import Until
 
         def resident(what):
@@ -291,6 +323,11 @@ def test_reload_goes_on_and_the_step_waits_where_the_host_is_the_device(
         assert found["released_at_reload"] is False
         assert found["peak"] < found["state"] / 2
         assert found["losses"] == found["unsaved"] == found["again"]
+
+
+def test_nothing_is_leased_that_would_be_overwritten_or_freed_without_waiting(two_ranks: World) -> None:
+    for usual, replaced, of_optimizer, freed in two_ranks.call(f"{CASES}:what_is_leased"):
+        assert usual > 0 == replaced == of_optimizer == freed
 
 
 @pytest.mark.parametrize(

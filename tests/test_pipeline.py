@@ -232,6 +232,12 @@ def test_bad_input_is_told_with_nothing_on_disk_touched(two_ranks: World, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+def test_what_a_safe_load_refuses_of_a_component_is_told_once_on_each_rank(two_ranks: World, tmp_path: Path) -> None:
+    two_ranks.call(f"{CASES}:unloadable_stateful", str(tmp_path / "run"))
+    told = [line for line in two_ranks.log().splitlines() if str(tmp_path) in line and "a safe load refuses" in line]
+    assert len(told) == 2 and all("'where'" in line and "load.allow" in line for line in told)
+
+
 def test_a_second_live_run_is_refused_by_host_and_pid(two_ranks: World, tmp_path: Path) -> None:
     two_ranks.call(f"{CASES}:hold", str(tmp_path / "run"))
     before = sorted(str(p) for p in (tmp_path / "run").rglob("*"))

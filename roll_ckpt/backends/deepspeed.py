@@ -98,7 +98,7 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
         """Lay out and stage one file. Outside of `save_checkpoint`: write it at once, durable on return."""
         with self._no_raise():
             image, unsafe = self._layouts.lay_out(Path(path).name, state_dict, Path(path).stem, self._until)
-            self._warn_unloadable(unsafe, path)
+            loader.warn_unloadable(Path(path), unsafe, self._warned)
             if self._ticket is None:
                 saver.write_file(Path(path), image, self.settings)
             else:
@@ -291,19 +291,6 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
         if storage._cdata in self._leased:
             return Until.WRITTEN
         return Until.FENCE if storage._cdata in self._stable else Until.RETURN
-
-    def _warn_unloadable(self, unsafe: Mapping[str, list[str]], path: str) -> None:
-        for key, found in unsafe.items():
-            if key in self._warned:
-                continue
-            self._warned.add(key)
-            log.warning(
-                "%s: the entry %r holds %s, which a safe load refuses; keep plain values and tensors in "
-                "client_state, or add these names to load.allow",
-                path,
-                key,
-                ", ".join(found),
-            )
 
 
 # --- a cluster of a pipeline ---------------------------------------------------------------------------------

@@ -51,16 +51,8 @@ class SaveStrategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
 
     def warn_unloadable(self, common: dict[str, Any], directory: Path, settings: Settings) -> None:
         """Warn, once, of each entry of the common state that a safe load would refuse."""
-        for key, found in torch_zip.unsafe_parts(common, loader.allowed(settings)).items():
-            if key not in self._warned:
-                self._warned.add(key)
-                log.warning(
-                    "%s: the entry %r holds %s, which a safe load refuses; keep plain values and tensors in it, or "
-                    "add these names to load.allow",
-                    directory / COMMON,
-                    key,
-                    ", ".join(found),
-                )
+        unsafe = torch_zip.unsafe_parts(common, loader.allowed(settings))
+        loader.warn_unloadable(directory / COMMON, unsafe, self._warned)
 
     def planned_by_stock(self, outer: Any, sharded: dict[str, Any], directory: Path) -> tuple[Any, Any, Any]:
         """Who writes what, as stock code plans it: its writer, `.metadata`'s content on the coordinator, and the
