@@ -211,10 +211,14 @@ def _may_join(
             alive.append(member)
         else:
             dead += 1
-    if not alive or take_over:
+    if not alive:
         return False
     for member in alive:
-        if expected is None or (member.run_id, member.expected_clusters) != (run_id, dict(expected)):
+        ours = expected is not None and (member.run_id, member.expected_clusters) == (run_id, dict(expected))
+        # All worlds of a run are told to take over: the first one does, and the others join it.
+        if take_over and (not ours or set(clusters) & set(member.clusters)):
+            return False
+        if not ours:
             raise RunIsLive(
                 f"{output_dir}: {member.who} is running and saves there. Stop it, choose another output_dir, "
                 "or set take_over if it is known to be dead. Worlds of one run need the same run_id and the "

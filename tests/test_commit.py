@@ -325,6 +325,23 @@ def test_a_world_that_restarts_claims_a_new_epoch_and_the_survivor_is_told(tmp_p
     restarted.kill()
 
 
+def test_all_worlds_of_a_run_are_told_to_take_over(tmp_path: Path) -> None:
+    """The first takes over from whoever seems alive, the second joins it instead of taking over from it."""
+
+    def forced(cluster: str) -> commit.Epoch:
+        return commit.claim(
+            tmp_path, run_id="shared", clusters={cluster: 2}, expected_clusters=runs.CLUSTERS, take_over=True
+        )
+
+    zombies = [Other(lambda c=cluster: world(tmp_path, c)) for cluster in runs.CLUSTERS]  # type: ignore[misc]
+    first = Other(lambda: forced("actor"))
+    second = forced("critic")
+    assert second.number == 2 and len(epochs.members(tmp_path, 2)) == 2
+    assert world_saves(second, "critic", 1, timeout_s=0.1).reason.startswith("no vote came from cluster 'actor'")
+    for other in (first, *zombies):
+        other.kill()
+
+
 def test_a_run_on_another_host_is_known_by_its_heartbeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(epochs, "HEARTBEAT_S", 0.05)
     monkeypatch.setattr(epochs, "SILENCE_S", 0.6)
