@@ -522,7 +522,8 @@ def _recover_one(output_dir: Path, name: str, old_epoch: int, number: int, epoch
             if not disk.is_dir(bare.directory):  # another world's recovery was faster
                 action = "finished" if _carries(bare.final, bare) else "discarded"
                 return Recovery(name, old_epoch, number, action, "by another world of this run")
-            if not any(disk.exists(unit / names.EXPECTED) for unit in _places(bare) if unit != bare.final):
+            # Where another world has just published it, what is left is that world's to finish, or ours: look again.
+            if not any(disk.exists(u / names.EXPECTED) for u in _places(bare) if u != bare.final or _carries(u, bare)):
                 return _discard(bare, epoch, f"it was interrupted at its beginning, before {error.filename}")
         time.sleep(_FIRST_PAUSE_S)
     raise SaveFailed(f"{bare.label}: it cannot be recovered; another process keeps changing {bare.directory}")

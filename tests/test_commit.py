@@ -402,6 +402,34 @@ def test_a_save_without_all_votes_is_discarded_by_the_next_start(tmp_path: Path)
     assert runs.assert_sound(tmp_path) == {}
 
 
+def test_a_world_that_recovers_late_does_not_keep_latest_from_being_written(tmp_path: Path) -> None:
+    """One world is about to write the manifest when another one publishes the checkpoint."""
+    Other(lambda: vote_all(begin(runs.claim(tmp_path)))).kill()
+    epoch = epochs.claim_number(tmp_path, runs.RUN, runs.CLUSTERS, None, False)
+    published, late_one_is_done = threading.Event(), threading.Event()
+    faster = threading.Thread(target=lambda: commit.recover(tmp_path, epoch=epoch), name="faster")
+
+    def listen(point: str, where: dict[str, object]) -> None:
+        if threading.current_thread() is faster:
+            if point == "commit.renamed":
+                published.set()
+                assert late_one_is_done.wait(30)
+        elif point == "manifest.before":
+            faster.start()
+            assert published.wait(30)
+
+    disk.listener = listen
+    try:
+        commit.recover(tmp_path, epoch=epoch)
+    finally:
+        late_one_is_done.set()
+        faster.join()
+        disk.listener = None
+    assert runs.assert_sound(tmp_path) == {"checkpoint-1": "x"}
+    assert commit.read_latest(tmp_path) == "checkpoint-1"
+    runs.assert_clean(tmp_path, epoch)
+
+
 # --- finding ------------------------------------------------------------------------------------------------
 
 

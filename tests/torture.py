@@ -26,7 +26,6 @@ import tempfile
 from pathlib import Path
 
 from torture_harness import Lost, Torture
-from torture_ranks import Ranks
 
 FAST = Path("/dev/shm")
 
@@ -35,10 +34,20 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--part", default="miniature")
     told = parser.parse_args()
     logging.disable(logging.WARNING)
     folder = Path(tempfile.mkdtemp(dir=FAST if os.access(FAST, os.W_OK) else None, prefix="torture_"))
-    t = Torture(Ranks(), folder / "x", random.Random(told.seed))
+    if told.part == "control":
+        from torture_jobs import control
+
+        print(control(folder / "x", told.kills, random.Random(told.seed)))
+        return
+    if told.part == "real":
+        from torture_jobs import Jobs as kind
+    else:
+        from torture_ranks import Ranks as kind
+    t = Torture(kind(), folder / "x", random.Random(told.seed))
     try:
         t.torture(told.kills)
     except Lost as problem:

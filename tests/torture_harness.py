@@ -265,6 +265,9 @@ class Kind(Protocol):
     def start_uploader(self, torture: Torture, run: Run, blow: Blow | None) -> None:
         """Fork the one that uploads, if that is a process of its own."""
 
+    def pids(self, run: Run, victim: str) -> list[int]:
+        """The living processes that a blow may strike."""
+
     def check(self, unit: Path, step: int | None) -> None:
         """AssertionError unless `unit` holds what was saved at `step`, and nothing else."""
 
@@ -373,10 +376,9 @@ class Torture:
         patience_s = self.kind.patience_s * (self.noise.random() if blow.when == ANY else 1)
         run.listen(lambda: run.heard("struck") or run.heard("problem"), patience_s)
         if struck := run.heard("struck"):
-            whom = [pid for pid in run.role_of if blow.victim in ("job", run.role_of[pid])]
-            run.listen(lambda: any(_is_down(pid) for pid in whom), LIMIT_S)
+            run.listen(lambda: any(_is_down(pid) for pid in run.role_of), LIMIT_S)
             return str(struck[0])
-        victims = [pid for pid in run.alive if blow.victim in ("job", run.role_of[pid])]
+        victims = self.kind.pids(run, blow.victim)
         run.strike(victims if blow.victim == "job" else victims[:1], blow.how)
         return ANY
 

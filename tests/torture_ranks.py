@@ -72,6 +72,9 @@ class Ranks:
 
         run.fork("uploader", work)
 
+    def pids(self, run: Run, victim: str) -> list[int]:
+        return [pid for pid in run.alive if victim in ("job", run.role_of[pid])]
+
     def check(self, unit: Path, step: int | None) -> None:
         told, number = (unit / "actor/note.txt").read_text().split()
         assert int(told) == step, f"{unit} says step {told}"

@@ -1,0 +1,258 @@
+"""Real jobs for the torture: a ZeRO actor and a Megatron-core critic in one pipeline, on two ranks.
+
+Everything is imported once, and each run forked from there: it starts within a second. Training is deterministic, and
+every run writes down a digest of all parameters, moments and random states after each step: whoever comes to that
+step again, by training or by resuming, has to have the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import random
+import shutil
+import socket
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import mixed_cases
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from megatron_cpu import build
+from tiny import engine
+from torture_harness import ANY, LIMIT_S, Blow, Run, Torture, arm
+from torture_ranks import COMMITS, KEEP, UPLOADS, VOTES, check_start
+
+from roll_ckpt import disk, saver
+from roll_ckpt.errors import EpochLost
+
+RANKS = 2
+PEER_IS_GONE = ("peer", "gloo", "Broken pipe", "Connection re", "did not come", "no answer from rank 0")
+
+
+class Jobs:
+    """The kind of run; see torture_harness.Kind."""
+
+    def __init__(self) -> None:
+        torch.set_num_threads(1)
+        self.points = {"rank": VOTES, "committer": COMMITS, "uploader": UPLOADS, "job": COMMITS}
+        self.patience_s = 4.0
+
+    def start(self, torture: Torture, run: Run, blow: Blow, *, take_over: bool) -> None:
+        fork_ranks(run, blow, torture.folder / "log", lambda rank: train(torture, run, rank, take_over))
+
+    def start_uploader(self, torture: Torture, run: Run, blow: Blow | None) -> None:
+        """Rank 0 uploads on a thread of its own."""
+
+    def pids(self, run: Run, victim: str) -> list[int]:
+        role = "committer" if victim == "uploader" else victim
+        return [pid for pid in run.alive if victim == "job" or run.role_of[pid] == role]
+
+    def check(self, unit: Path, step: int | None) -> None:
+        told = json.loads((unit / "pipeline/worker_state_pipeline.json").read_text())
+        assert told["step"] == step, f"{unit} says step {told['step']}"
+
+
+def fork_ranks(run: Run, blow: Blow, log: Path, work: Callable[[int], None]) -> None:
+    """Fork the ranks of a job, one or all of which a blow will strike."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    armed = 1 if blow.victim == "rank" else 0
+    for rank in range(RANKS):
+
+        def start(rank: int = rank) -> None:
+            descriptor = disk.append(log)
+            os.dup2(descriptor, 1)
+            os.dup2(descriptor, 2)
+            os.environ.update(
+                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), LOCAL_WORLD_SIZE=str(RANKS),
+                MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+            )  # fmt: skip
+            if rank == armed:
+                arm(blow, run.tell)
+            try:
+                deepspeed.init_distributed("gloo", dist_init_required=True)
+                work(rank)
+            except Exception as problem:
+                traceback.print_exc()
+                if not any(word in str(problem) for word in PEER_IS_GONE) and not isinstance(problem, EpochLost):
+                    raise
+            saver._finish_at_exit()  # a forked process does not come to it by itself
+
+        run.fork("rank" if rank else "committer", start)
+
+
+def train(torture: Torture, run: Run, rank: int, take_over: bool) -> None:
+    """Resume, and train and save step after step, until the process is killed or its peer is gone."""
+    pair = mixed_cases.both()
+    pipeline = mixed_cases.registered(
+        str(torture.output_dir), *pair, max_steps=10**9, max_ckpt_to_keep=KEEP, take_over=take_over,
+        commit_timeout_s=1.5, exit_timeout_s=5,
+        checkpoint_config={"type": "file_system", "output_dir": str(torture.upload_dir)},
+    )  # fmt: skip
+    digests = Digests(torture.folder / f"digests.{rank}")
+    journal = disk.append(torture.journals / str(rank))
+    step = pipeline.resume()
+    if rank == 0:
+        number = saver.epoch_of(torture.output_dir).number
+        if not take_over:
+            check_start(torture.output_dir, number, torture.found, alone=True)
+        run.tell(started=number)
+    if step is not None:
+        digests.check(step, pair)
+    saves: list[saver.Save] = []
+    step = step or 0
+    while True:
+        step += 1
+        train_both(pair, step)
+        digests.check(step, pair)
+        pipeline.do_checkpoint(step)
+        saves += [save for save in saver.pending() if save not in saves]
+        for save in [save for save in saves if save.settled]:
+            saves.remove(save)
+            write_down(run, journal, save)
+
+
+def train_both(pair: mixed_cases.Both, step: int) -> None:
+    pair[1].steps = step  # its data follow from that
+    mixed_cases.steps(pair, step, 1)
+
+
+def write_down(run: Run, journal: int, save: saver.Save) -> None:
+    attempt, failure = save.attempt, save.failure
+    if failure is None:
+        os.write(journal, f"{attempt.epoch} {attempt.step} {attempt.attempt} committed\n".encode())
+    elif "no vote came from" in str(failure):
+        os.write(journal, f"{attempt.epoch} {attempt.step} {attempt.attempt} abandoned\n".encode())
+    elif not isinstance(failure, EpochLost):
+        run.tell(problem=str(failure))
+
+
+class Digests:
+    """What the state of this rank was after each step that any run has trained."""
+
+    def __init__(self, path: Path) -> None:
+        self.known = dict(line.split() for line in path.read_text().splitlines()) if path.exists() else {}
+        self._file = disk.append(path)
+
+    def check(self, step: int, pair: mixed_cases.Both) -> None:
+        """AssertionError if the state is another one than it was at this step before."""
+        now = digest(pair)
+        if str(step) not in self.known:
+            self.known[str(step)] = now
+            os.write(self._file, f"{step} {now}\n".encode())
+        assert self.known[str(step)] == now, f"rank {dist.get_rank()}: the state is not that of step {step}"
+
+
+def digest(pair: mixed_cases.Both) -> str:
+    """Of all parameters, main parameters, moments and counts of this rank."""
+    told = hashlib.sha256()
+    for tensor in itertools.chain(*state(pair).values()):
+        told.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return told.hexdigest()
+
+
+def state(pair: mixed_cases.Both) -> dict[str, list[torch.Tensor]]:
+    """The tensors of each cluster that training goes on from."""
+    actor, critic = pair
+    optimizers = getattr(critic.optimizer, "chained_optimizers", [critic.optimizer])
+    return {
+        "actor": [*actor.module.parameters(), *actor.module.buffers(), *_of_optimizer(actor.optimizer.optimizer)],
+        "critic": [*critic.model[0].parameters(), *(t for part in optimizers for t in _of_optimizer(part.optimizer))],
+    }
+
+
+def _of_optimizer(optimizer: Any) -> Iterator[torch.Tensor]:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            yield parameter
+            yield from (value for _, value in sorted(optimizer.state.get(parameter, {}).items()))
+
+
+# --- the control --------------------------------------------------------------------------------------------
+
+
+def control(folder: Path, kills: int, noise: random.Random) -> Counter[str]:
+    """Kill jobs that save the same state by torch.distributed.checkpoint, each cluster for itself, and a file that
+    names the step to resume from as soon as one cluster has saved it; what the starts after that find, counted."""
+    found: Counter[str] = Counter()
+    for number in range(1, kills + 1):
+        folder.mkdir(exist_ok=True)
+        run = Run(number)
+        blow = Blow("job", noise.choice(["control.actor", "control.critic", ANY]), 1 + int(noise.expovariate(0.7)))
+        fork_ranks(run, blow, folder / "log", lambda rank, run=run: train_control(folder, run, rank))  # type: ignore[misc]
+        run.listen(lambda run=run: run.heard("struck") or run.heard("resumed") or run.heard("problem"), LIMIT_S)
+        patience_s = noise.random() if blow.when == ANY else LIMIT_S
+        run.listen(lambda run=run: run.heard("struck") or run.heard("problem") or not run.alive, patience_s)
+        run.kill()
+        run.close()
+        assert not run.heard("problem"), run.heard("problem")
+        told = run.heard("resumed")[0]
+        found[told] += 1
+        if told.startswith("lost"):
+            shutil.rmtree(folder)
+    return found
+
+
+def train_control(folder: Path, run: Run, rank: int) -> None:
+    pair = engine(2, "bf16", None), build()
+    train_both(pair, 0)  # there are no moments to load into before that
+    tracker = folder / "latest"
+    digests = Digests(folder / f"digests.{rank}")
+    step = int(tracker.read_text() or 0) if tracker.exists() else 0
+    told = [""] * RANKS
+    if step:
+        dist.all_gather_object(told, load_control(folder, step, pair, digests))
+    if rank == 0:
+        run.tell(resumed=max(told) or ("resumed" if step else "started anew"))
+    if any(told):
+        return
+    while True:
+        step += 1
+        train_both(pair, step)
+        digests.check(step, pair)
+        for name, part in parts(pair).items():
+            dcp.save(part, checkpoint_id=folder / f"step-{step}" / name)
+            if rank == 0:
+                tracker.write_text(str(step))
+            disk.reach(f"control.{name}")
+        if rank == 0:
+            shutil.rmtree(folder / f"step-{step - KEEP}", ignore_errors=True)
+
+
+def load_control(folder: Path, step: int, pair: mixed_cases.Both, digests: Digests) -> str:
+    """What is wrong with the state of this step."""
+    try:
+        for (name, part), scheduler in zip(parts(pair).items(), schedulers(pair), strict=True):
+            dcp.load(part, checkpoint_id=folder / f"step-{step}" / name)
+            scheduler.load_state_dict(part[f"{dist.get_rank()}.scheduler"])
+        pair[1].steps = step
+        digests.check(step, pair)
+    except AssertionError:
+        return "lost: a mixture"
+    except BaseException as problem:  # CheckpointException is no Exception
+        print(problem)
+        return "lost: the tracker names what cannot be loaded"
+    return ""
+
+
+def schedulers(pair: mixed_cases.Both) -> tuple[Any, Any]:
+    return pair[0].lr_scheduler, pair[1].scheduler
+
+
+def parts(pair: mixed_cases.Both) -> dict[str, dict[str, Any]]:
+    """What each cluster saves: this rank's tensors under names of its own, and the scheduler."""
+    rank = dist.get_rank()
+    return {
+        name: {f"{rank}.{index}": tensor for index, tensor in enumerate(tensors)}
+        | {f"{rank}.scheduler": scheduler.state_dict()}
+        for (name, tensors), scheduler in zip(state(pair).items(), schedulers(pair), strict=True)
+    }
