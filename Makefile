@@ -8,7 +8,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help run train run-worlds test test-long matrix bench bench-quick bench-gpu bench-megatron bench-push lint format clean ready
+.PHONY: help run train run-worlds test test-long matrix torture bench bench-quick bench-gpu bench-megatron bench-push lint format clean ready
 
 PYTHON ?= python3
 ARGS ?=
@@ -41,6 +41,10 @@ test-long: ready ## what `make test` leaves out: the same in more depth, and the
 
 matrix: ready ## every Megatron layout against every other on 2 and 4 ranks, about ten minutes
 	@python -m pytest -m matrix tests/test_megatron_matrix.py -v $(ARGS)
+
+N ?= 1000
+torture: ready ## kill runs N times (default 1000) at every point that has a name and at others: a table, and what was lost
+	@python tests/torture.py --kills $(N) $(ARGS)
 
 bench: .venv/.bench ## how fast a state moves to disk and back, beside the peers: tables, build/bench.json and .png
 	@python -m benchmarks.movement $(ARGS)

@@ -290,13 +290,15 @@ def prune(args: argparse.Namespace) -> int:
     """Remove all but the newest checkpoints of a run that is not running."""
     output_dir = run_directory(args.path, args.command)
     sizes = {told.name: told.nbytes() for told in survey(output_dir).checkpoints}
-    protected = set(push_queue.owed(output_dir))
-    if args.upload_dir:
-        protected.update(uploads.owed(output_dir, args.upload_dir))
+
+    def protected() -> set[str]:
+        copied_to = [uploads.owed(output_dir, args.upload_dir)] if args.upload_dir else []
+        return {*push_queue.owed(output_dir)}.union(*copied_to)
+
     recovered: list[commit.Recovery] = []
     if args.dry_run:
         found = survey(output_dir)
-        kept = {*protected, *([found.latest] if found.latest else [])}
+        kept = {*protected(), *([found.latest] if found.latest else [])}
         kept.update(name for name in sizes if commit.is_being_read(output_dir / name))
         removed = retention.plan(list(sizes), args.keep, kept)
     else:

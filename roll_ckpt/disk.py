@@ -53,12 +53,26 @@ def write_durable(path: Path, data: bytes, *, scratch: Path | None = None) -> No
     The temporary file is made in `scratch`, a directory of the same file system, else beside `path`.
     """
     temporary = _prepare(path, data, scratch)
+    prepared = os.lstat(temporary)
     try:
         rename(temporary, path)
-    except OSError:
-        discard_file(temporary)
-        raise
+    except OSError as error:
+        if error.errno != errno.ENOENT or not _is_now(path, prepared):
+            discard_file(temporary)
+            raise
     fsync_dir(path.parent)
+
+
+def _is_now(path: Path, prepared: os.stat_result) -> bool:
+    """Whether `path` is that very file: a rename that NFS retransmitted answers ENOENT although the first one did it.
+
+    The directory is listed, since a name that was looked up before and missing may be believed missing still.
+    """
+    if path.name not in list_dir(path.parent):
+        return False
+    with suppress(FileNotFoundError):
+        return os.path.samestat(prepared, os.lstat(path))
+    return False
 
 
 def link_durable(path: Path, data: bytes, *, scratch: Path | None = None) -> bool:

@@ -545,10 +545,11 @@ class _AfterCommit:
         if not self._config.max_ckpt_to_keep:
             return []
         output_dir = self._config.output_dir
-        protected = {*self._owed(), *([self.resumed_from] if self.resumed_from else [])}
-        return retention.prune(
-            output_dir, saver.epoch_of(output_dir), keep=self._config.max_ckpt_to_keep, protected=protected
-        )
+
+        def protected() -> set[str]:
+            return {*self._owed(), *([self.resumed_from] if self.resumed_from else [])}
+
+        return retention.prune(output_dir, saver.epoch_of(output_dir), self._config.max_ckpt_to_keep, protected)
 
 
 def _not_pushed(output_dir: Path, name: str, detail: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from . import commit, disk, push_queue
@@ -23,11 +23,14 @@ def plan(names: Sequence[str], keep: int, protected: Collection[str] = ()) -> li
     return [name for name in old if name not in protected]
 
 
-def prune(output_dir: Path, epoch: commit.Epoch, keep: int, protected: Collection[str] = frozenset()) -> list[str]:
+def prune(
+    output_dir: Path, epoch: commit.Epoch, keep: int, protected: Callable[[], Collection[str]] = frozenset
+) -> list[str]:
     """Remove all but the newest `keep` committed checkpoints; return the names that are gone for good.
 
     Blocks while it deletes. What is protected, being read, named by `latest`, or owed to the Hub (whoever asked for
-    the push) stays. One with a damaged manifest is neither counted nor touched.
+    the push) stays. `protected` is asked after the checkpoints were listed, so that none that it could not know yet is
+    among those. One with a damaged manifest is neither counted nor touched.
 
     Raises:
         EpochLost: a newer run owns the directory. OSError: the disk refused; what is left is removed later.
@@ -39,7 +42,7 @@ def prune(output_dir: Path, epoch: commit.Epoch, keep: int, protected: Collectio
         log.warning("%s; pruning goes on without it", error)
         latest = None
     known = {found.name: found for found in commit.committed(output_dir)}
-    doomed = plan(list(known), keep, {*protected, *push_queue.owed(output_dir), *([latest] if latest else [])})
+    doomed = plan(list(known), keep, {*protected(), *push_queue.owed(output_dir), *([latest] if latest else [])})
     removed = []
     for name in doomed:
         with commit.removing(output_dir / name) as allowed:

@@ -56,7 +56,7 @@ def upload(unit: Path, upload_dir: Path, progress: Callable[[int], None] | None 
         raise ConfigError(f"uploads to {upload_dir} would lie inside {unit.parent}; choose another directory")
     with commit.reading(unit):
         told = manifest.read(unit)
-        _remove_leftovers(upload_dir, told.name)
+        _remove_leftovers(upload_dir, told)
         if is_complete(unit, upload_dir / told.name):
             return
         staging = upload_dir / names.attempt_dir(told.name, told.epoch, told.attempt)
@@ -71,10 +71,12 @@ def upload(unit: Path, upload_dir: Path, progress: Callable[[int], None] | None 
     disk.remove_tree(staging)
 
 
-def _remove_leftovers(upload_dir: Path, name: str) -> None:
+def _remove_leftovers(upload_dir: Path, told: manifest.Manifest) -> None:
+    """Remove what uploads have left that were killed: of this checkpoint, and of others up to its epoch, since uploads
+    of one run come one after the other."""
     for entry in disk.list_dir(upload_dir):
         parsed = names.parse_attempt_dir(entry)
-        if parsed is not None and parsed[0] == name:
+        if parsed is not None and (parsed[0] == told.name or parsed[1] <= told.epoch):
             disk.remove_tree(upload_dir / entry)
 
 

@@ -60,6 +60,27 @@ def test_a_late_writer_does_not_bring_an_abandoned_attempt_back(tmp_path: Path) 
     assert os.listdir(tmp_path) == []
 
 
+def test_a_rename_that_was_sent_twice_has_succeeded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename = os.rename
+
+    def twice(source: Path, target: Path) -> None:
+        rename(source, target)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", twice)
+    disk.write_durable(tmp_path / "f", b"new")
+    assert (tmp_path / "f").read_bytes() == b"new" and os.listdir(tmp_path) == ["f"]
+
+    def lost(source: Path, target: Path) -> None:
+        os.unlink(source)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", lost)
+    with pytest.raises(FileNotFoundError):
+        disk.write_durable(tmp_path / "f", b"newer")
+    assert (tmp_path / "f").read_bytes() == b"new"
+
+
 def test_links_and_special_files_are_no_files(tmp_path: Path) -> None:
     (tmp_path / "f").touch()
     (tmp_path / "link").symlink_to("f")

@@ -140,9 +140,9 @@ def test_the_bytes_of_a_file_serve_two_loads_and_no_more(unit: Path) -> None:
 def test_nobody_prunes_what_is_being_loaded(unit: Path, out: Path) -> None:  # noqa: F811
     save_now(out, {"w": torch.ones(2)}, "t2")
     with loader.reading(unit, SETTINGS) as reader:
-        assert retention.prune(out, saver.epoch_of(out), keep=1, protected=set()) == []
+        assert retention.prune(out, saver.epoch_of(out), keep=1) == []
         assert reader.load(unit / "x.pt", "cpu")["w"].shape == (1000,)
-    assert retention.prune(out, saver.epoch_of(out), keep=1, protected=set()) == ["t1"]
+    assert retention.prune(out, saver.epoch_of(out), keep=1) == ["t1"]
     assert [told.name for told in commit.committed(out)] == ["t2"]
 
 

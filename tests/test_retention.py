@@ -25,9 +25,24 @@ def test_pruning_leaves_alone_what_is_read_protected_or_named_by_latest(tmp_path
         assert runs.save(epoch, step, "x", alone=True).committed
     commit.write_latest(tmp_path, "checkpoint-1")
     with commit.reading(tmp_path / "checkpoint-2"):
-        assert retention.prune(tmp_path, epoch, 1, {"checkpoint-3"}) == ["checkpoint-4"]
+        assert retention.prune(tmp_path, epoch, 1, lambda: {"checkpoint-3"}) == ["checkpoint-4"]
     assert set(runs.salts(tmp_path)) == {"checkpoint-1", "checkpoint-2", "checkpoint-3", "checkpoint-5"}
     assert retention.prune(tmp_path, epoch, 1) == ["checkpoint-2", "checkpoint-3"]
+    epoch.release()
+
+
+def test_what_is_committed_while_it_is_asked_what_is_owed_is_not_pruned(tmp_path: Path) -> None:
+    epoch = runs.claim(tmp_path)
+    for step in (1, 2):
+        assert runs.save(epoch, step, "x", alone=True).committed
+
+    def owed() -> set[str]:
+        for step in (3, 4):
+            assert runs.save(epoch, step, "x", alone=True).committed
+        return {"checkpoint-1", "checkpoint-2"}
+
+    assert retention.prune(tmp_path, epoch, 1, owed) == []
+    assert len(runs.salts(tmp_path)) == 4
     epoch.release()
 
 

@@ -409,9 +409,9 @@ def test_of_two_at_once_one_waits(hub: LocalHub, run: Path, tmp_path: Path) -> N
 
 def test_nothing_owed_is_pruned(run: Path, hub: LocalHub, tmp_path: Path) -> None:
     epoch = runs.claim(run)
-    assert retention.prune(run, epoch, 1, push_queue.owed(run)) == []
+    assert retention.prune(run, epoch, 1, lambda: push_queue.owed(run)) == []
     upload(run)
-    assert retention.prune(run, epoch, 1, push_queue.owed(run)) == ["checkpoint-1"]
+    assert retention.prune(run, epoch, 1, lambda: push_queue.owed(run)) == ["checkpoint-1"]
     assert states(run) == dict.fromkeys(NAMES, "done")
     epoch.release()
 

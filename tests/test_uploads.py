@@ -70,6 +70,7 @@ def test_an_upload_into_the_run_itself_is_refused(run: Path) -> None:
 def test_a_killed_upload_shows_nothing_and_the_next_one_finishes(run: Path, tmp_path: Path) -> None:
     template = tmp_path / "template"
     shutil.copytree(run / "checkpoint-2", template / "checkpoint-1")  # to be exchanged
+    (template / ".checkpoint-7.1.1.tmp/checkpoint-7").mkdir(parents=True)  # of a checkpoint that is there no more
     for at in itertools.count(0, 4):
         there = tmp_path / "there"
         shutil.rmtree(there, ignore_errors=True)

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from roll_ckpt import disk, manifest, names, verify
+from roll_ckpt import commit, disk, manifest, names, uploads, verify
 from roll_ckpt.errors import Damaged, NotFound
 
 LIMIT_S = 60.0
@@ -247,6 +247,26 @@ def journaled(folder: Path) -> dict[Age, set[str]]:
     return told
 
 
+def check_start(output_dir: Path, number: int, found: Found, *, alone: bool) -> None:
+    """AssertionError unless a start has kept all that was there, has finished what was complete, and has left nothing
+    of what was not. If it is not alone, another world may still be at that."""
+    known = {told.name: age_of(told) for told in commit.committed(output_dir)}
+    newest = max(known.values(), default=None)
+    assert newest == found.newest, f"the newest is {newest}, and should be {found.newest}"
+    for name, age in found.ages.items():
+        assert known.get(name, (0, 0, 0)) >= age, f"{name} was there with {age}, now {known.get(name)}"
+    for entry in disk.list_dir(output_dir):
+        attempt = names.parse_attempt_dir(entry)
+        ours = entry in (names.EPOCHS, names.TRASH, names.LATEST) or entry in known
+        assert ours or (attempt and attempt[1] == number), f"{entry} is left over"
+    assert disk.list_dir(output_dir / names.TRASH) == [str(number)], disk.list_dir(output_dir / names.TRASH)
+    for entry in disk.list_dir(output_dir / names.EPOCHS):
+        told = names.parse_epoch_file(entry) or names.parse_aborted_file(entry)
+        assert names.parse_temporary_file(entry) or number in (told or ()), f"{names.EPOCHS}/{entry} is left over"
+    latest = commit.read_latest(output_dir)
+    assert latest == max(known, key=lambda name: known[name], default=None) or not alone, (latest, known)
+
+
 # --- the torture --------------------------------------------------------------------------------------------
 
 
@@ -302,21 +322,41 @@ class Torture:
     def journals(self) -> Path:
         return self.folder / "journals"
 
-    def torture(self, kills: int) -> None:
-        """Strike until so many blows have hit; Lost at the first thing that is wrong."""
-        while self.kills.total() < kills:
-            victim = self.noise.choice(VICTIMS)
-            when = self.noise.choices([ANY, OPERATION, "point"], [2, 2, 4])[0]
-            if when == "point":
-                when = self.noise.choice(self.kind.points[victim] or (ANY,))
-            nth = 1 + int(self.noise.expovariate(0.01 if when == OPERATION else 0.7))
-            stop = self.noise.random() < 0.06
-            if stop and victim == "committer":
-                self.stop_committer(Blow(victim, when, nth, signal.SIGSTOP))
-            elif stop and victim == "job":
-                self.stop_job(Blow(victim, when, nth, signal.SIGSTOP))
-            else:
-                self.kill(Blow(victim, when, nth))
+    def strike(self) -> None:
+        """Start one run, strike whom chance will have it, and judge what is left; Lost if anything is wrong."""
+        victim = self.noise.choice(VICTIMS)
+        when = self.noise.choices([ANY, OPERATION, "point"], [2, 2, 4])[0]
+        if when == "point":
+            when = self.noise.choice(self.kind.points[victim])
+        nth = 1 + int(self.noise.expovariate(0.01 if when == OPERATION else 0.7))
+        stop = self.noise.random() < 0.06
+        if stop and victim == "committer":
+            self.stop_committer(Blow(victim, when, nth, signal.SIGSTOP))
+        elif stop and victim == "job":
+            self.stop_job(Blow(victim, when, nth, signal.SIGSTOP))
+        else:
+            self.kill(Blow(victim, when, nth))
+
+    def finish(self) -> None:
+        """One more start, after which everything is as if there had never been a kill."""
+        self.runs += 1
+        run = Run(self.runs)
+        run.fork("committer", self._finish)
+        if not run.listen(lambda: not run.alive, LIMIT_S):
+            raise Lost("the last start hangs")
+        self._end(run, "at the end")
+
+    def _finish(self) -> None:
+        epoch = commit.claim(self.output_dir, run_id="torture", clusters={"actor": 2, "critic": 2})
+        check_start(self.output_dir, epoch.number, self.found, alone=True)
+        for name in uploads.owed(self.output_dir, self.upload_dir):
+            uploads.upload(self.output_dir / name, self.upload_dir)
+        newest = self.found.newest or NEVER
+        for entry in disk.list_dir(self.upload_dir):
+            attempt = names.parse_attempt_dir(entry)  # killed when all was done; the next newer upload removes it
+            assert not attempt or attempt[1] >= newest[0], f"{self.upload_dir / entry} is left over"
+        assert not (problems := verify.verify_run(self.output_dir)), problems
+        epoch.release()
 
     def kill(self, blow: Blow) -> None:
         """One run that is killed, and what it leaves."""
@@ -373,6 +413,8 @@ class Torture:
 
     def _struck(self, run: Run, blow: Blow) -> str:
         """Wait for the blow, or strike now; where it hit."""
+        if self.noise.random() < 0.8:  # the others are struck while they start
+            run.listen(lambda: run.started or run.heard("struck") or run.heard("problem"), LIMIT_S)
         patience_s = self.kind.patience_s * (self.noise.random() if blow.when == ANY else 1)
         run.listen(lambda: run.heard("struck") or run.heard("problem"), patience_s)
         if struck := run.heard("struck"):

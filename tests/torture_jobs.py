@@ -8,12 +8,14 @@ step again, by training or by resuming, has to have the same.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import itertools
 import json
 import os
 import random
 import shutil
 import socket
+import threading
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -25,10 +27,10 @@ import mixed_cases
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from megatron_cpu import build
+from megatron_cpu import build, install
 from tiny import engine
-from torture_harness import ANY, LIMIT_S, Blow, Run, Torture, arm
-from torture_ranks import COMMITS, KEEP, UPLOADS, VOTES, check_start
+from torture_harness import ANY, LIMIT_S, Blow, Run, Torture, arm, check_start
+from torture_ranks import COMMITS, KEEP, UPLOADS, VOTES
 
 from roll_ckpt import disk, saver
 from roll_ckpt.errors import EpochLost
@@ -41,7 +43,7 @@ class Jobs:
     """The kind of run; see torture_harness.Kind."""
 
     def __init__(self) -> None:
-        torch.set_num_threads(1)
+        warm()
         self.points = {"rank": VOTES, "committer": COMMITS, "uploader": UPLOADS, "job": COMMITS}
         self.patience_s = 4.0
 
@@ -58,6 +60,16 @@ class Jobs:
     def check(self, unit: Path, step: int | None) -> None:
         told = json.loads((unit / "pipeline/worker_state_pipeline.json").read_text())
         assert told["step"] == step, f"{unit} says step {told['step']}"
+
+
+def warm() -> None:
+    """Import what the ranks need, so that they need not; nothing may start a thread here."""
+    torch.set_num_threads(1)
+    install()
+    for module in ("core.models.gpt.gpt_layer_specs", "core.optimizer", "core.pipeline_parallel", "core.distributed",
+                   "core.dist_checkpointing.strategies.torch", "core.optimizer_param_scheduler"):  # fmt: skip
+        importlib.import_module(f"megatron.{module}")
+    assert threading.active_count() == 1
 
 
 def fork_ranks(run: Run, blow: Blow, log: Path, work: Callable[[int], None]) -> None:
@@ -163,10 +175,10 @@ def digest(pair: mixed_cases.Both) -> str:
 def state(pair: mixed_cases.Both) -> dict[str, list[torch.Tensor]]:
     """The tensors of each cluster that training goes on from."""
     actor, critic = pair
-    optimizers = getattr(critic.optimizer, "chained_optimizers", [critic.optimizer])
+    models = {"actor": [*actor.module.parameters(), *actor.module.buffers()], "critic": critic.model[0].parameters()}
     return {
-        "actor": [*actor.module.parameters(), *actor.module.buffers(), *_of_optimizer(actor.optimizer.optimizer)],
-        "critic": [*critic.model[0].parameters(), *(t for part in optimizers for t in _of_optimizer(part.optimizer))],
+        name: [*tensors, *(tensor for made in schedules(pair)[name][1] for tensor in _of_optimizer(made))]
+        for name, tensors in models.items()
     }
 
 
@@ -183,11 +195,13 @@ def _of_optimizer(optimizer: Any) -> Iterator[torch.Tensor]:
 def control(folder: Path, kills: int, noise: random.Random) -> Counter[str]:
     """Kill jobs that save the same state by torch.distributed.checkpoint, each cluster for itself, and a file that
     names the step to resume from as soon as one cluster has saved it; what the starts after that find, counted."""
+    warm()
     found: Counter[str] = Counter()
     for number in range(1, kills + 1):
         folder.mkdir(exist_ok=True)
         run = Run(number)
-        blow = Blow("job", noise.choice(["control.actor", "control.critic", ANY]), 1 + int(noise.expovariate(0.7)))
+        when = noise.choice(["control.actor", "control.critic", ANY]) if found else "control.actor"
+        blow = Blow("job", when, 1 + int(noise.expovariate(0.7)))
         fork_ranks(run, blow, folder / "log", lambda rank, run=run: train_control(folder, run, rank))  # type: ignore[misc]
         run.listen(lambda run=run: run.heard("struck") or run.heard("resumed") or run.heard("problem"), LIMIT_S)
         patience_s = noise.random() if blow.when == ANY else LIMIT_S
@@ -230,11 +244,14 @@ def train_control(folder: Path, run: Run, rank: int) -> None:
 
 def load_control(folder: Path, step: int, pair: mixed_cases.Both, digests: Digests) -> str:
     """What is wrong with the state of this step."""
+    rank = dist.get_rank()
     try:
-        for (name, part), scheduler in zip(parts(pair).items(), schedulers(pair), strict=True):
+        for name, part in parts(pair).items():
             dcp.load(part, checkpoint_id=folder / f"step-{step}" / name)
-            scheduler.load_state_dict(part[f"{dist.get_rank()}.scheduler"])
-        pair[1].steps = step
+            scheduler, optimizers = schedules(pair)[name]
+            scheduler.load_state_dict(part[f"{rank}.scheduler"])
+            for group, told in zip(_groups(optimizers), part[f"{rank}.groups"], strict=True):
+                group.update(told)
         digests.check(step, pair)
     except AssertionError:
         return "lost: a mixture"
@@ -244,15 +261,29 @@ def load_control(folder: Path, step: int, pair: mixed_cases.Both, digests: Diges
     return ""
 
 
-def schedulers(pair: mixed_cases.Both) -> tuple[Any, Any]:
-    return pair[0].lr_scheduler, pair[1].scheduler
-
-
 def parts(pair: mixed_cases.Both) -> dict[str, dict[str, Any]]:
-    """What each cluster saves: this rank's tensors under names of its own, and the scheduler."""
+    """What each cluster saves: this rank's tensors under names of its own, its scheduler and learning rates."""
     rank = dist.get_rank()
+    made: dict[str, dict[str, Any]] = {}
+    for name, tensors in state(pair).items():
+        scheduler, optimizers = schedules(pair)[name]
+        made[name] = {f"{rank}.{index}": tensor for index, tensor in enumerate(tensors)}
+        made[name][f"{rank}.scheduler"] = scheduler.state_dict()
+        made[name][f"{rank}.groups"] = [
+            {key: value for key, value in group.items() if key != "params"} for group in _groups(optimizers)
+        ]
+    return made
+
+
+def schedules(pair: mixed_cases.Both) -> dict[str, tuple[Any, list[Any]]]:
+    """Each cluster's scheduler, and the optimizers that it schedules."""
+    actor, critic = pair
+    parts = getattr(critic.optimizer, "chained_optimizers", [critic.optimizer])
     return {
-        name: {f"{rank}.{index}": tensor for index, tensor in enumerate(tensors)}
-        | {f"{rank}.scheduler": scheduler.state_dict()}
-        for (name, tensors), scheduler in zip(state(pair).items(), schedulers(pair), strict=True)
+        "actor": (actor.lr_scheduler, [actor.optimizer.optimizer]),
+        "critic": (critic.scheduler, [part.optimizer for part in parts]),
     }
+
+
+def _groups(optimizers: list[Any]) -> list[dict[str, Any]]:
+    return [group for optimizer in optimizers for group in optimizer.param_groups]

@@ -6,6 +6,7 @@ together). Each saves step after step, two saves at a time; the one that commits
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import threading
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from torture_harness import Blow, Found, Run, Torture, age_of, arm
+from torture_harness import Blow, Run, Torture, arm, check_start
 
 from roll_ckpt import commit, disk, epoch, manifest, names, native, retention, uploads
 from roll_ckpt.errors import Damaged, EpochLost, NotFound, SaveFailed
@@ -24,6 +25,7 @@ WORLDS = [(("actor", "critic"),), (("actor",), ("critic",))]
 KEEP, IN_FLIGHT = 2, 2
 TIMEOUT_S, PAUSE_S = 0.4, 0.004
 BLOCK = 64 << 10
+NFS_KEEPS_MS, NFS_SENT_TWICE = 30, 15
 SIZES = [0, 100, 4096, BLOCK, 200_000]
 
 VOTES = ("write.done", "vote.before", "vote.cast")
@@ -35,7 +37,8 @@ UPLOADS = ("upload.copied", "upload.renamed")
 class Ranks:
     """The kind of run; see torture_harness.Kind."""
 
-    def __init__(self) -> None:
+    def __init__(self, nfs: bool = False) -> None:
+        self.nfs = nfs
         self.points = {"rank": VOTES, "committer": COMMITS, "uploader": UPLOADS, "job": COMMITS}
         self.patience_s = 0.3
 
@@ -54,6 +57,7 @@ class Ranks:
                     for end, descriptor in enumerate(pair):
                         if (pair, end) != (links[clusters], 1 - rank):
                             os.close(descriptor)
+                self._see(torture.folder)
                 if strikes:
                     arm(blow, run.tell)
                 Member(torture, run, clusters, rank, links[clusters][1 - rank], len(worlds) > 1, take_over).run(rewind)
@@ -66,11 +70,17 @@ class Ranks:
 
     def start_uploader(self, torture: Torture, run: Run, blow: Blow | None) -> None:
         def work() -> None:
+            self._see(torture.folder)
             if blow is not None:
                 arm(blow, run.tell)
             upload(torture)
 
         run.fork("uploader", work)
+
+    def _see(self, folder: Path) -> None:
+        """Let this process see the folder as its own NFS client would."""
+        if self.nfs:
+            ctypes.CDLL(None).nfs_start(str(folder).encode(), NFS_KEEPS_MS, NFS_SENT_TWICE, os.getpid())
 
     def pids(self, run: Run, victim: str) -> list[int]:
         return [pid for pid in run.alive if victim in ("job", run.role_of[pid])]
@@ -163,8 +173,8 @@ class Member:
             word = "committed" if outcome.committed else "abandoned"
             os.write(self.journal, f"{attempt.epoch} {attempt.step} {attempt.attempt} {word}\n".encode())
             if outcome.committed and self.epoch is not None and "actor" in self.clusters:
-                owed = uploads.owed(self.torture.output_dir, self.torture.upload_dir)
-                retention.prune(self.torture.output_dir, self.epoch, KEEP, owed)
+                output_dir, upload_dir = self.torture.output_dir, self.torture.upload_dir
+                retention.prune(output_dir, self.epoch, KEEP, lambda: uploads.owed(output_dir, upload_dir))
         except Exception as problem:
             if self._taken_over(attempt.epoch):
                 self.over = True
@@ -213,23 +223,3 @@ def shard(step: int | None, number: int, cluster: str, rank: int) -> bytes:
     words = f"{step} {number} {cluster} {rank}"
     noise = random.Random(words)
     return f"{words}\n".encode() + noise.randbytes(noise.choice(SIZES))
-
-
-def check_start(output_dir: Path, number: int, found: Found, *, alone: bool) -> None:
-    """AssertionError unless a start has kept all that was there, has finished what was complete, and has left nothing
-    of what was not. If it is not alone, another world may still be at that."""
-    known = {told.name: age_of(told) for told in commit.committed(output_dir)}
-    newest = max(known.values(), default=None)
-    assert newest == found.newest, f"the newest is {newest}, and should be {found.newest}"
-    for name, age in found.ages.items():
-        assert known.get(name, (0, 0, 0)) >= age, f"{name} was there with {age}, now {known.get(name)}"
-    for entry in disk.list_dir(output_dir):
-        attempt = names.parse_attempt_dir(entry)
-        ours = entry in (names.EPOCHS, names.TRASH, names.LATEST) or entry in known
-        assert ours or (attempt and attempt[1] == number), f"{entry} is left over"
-    assert disk.list_dir(output_dir / names.TRASH) == [str(number)], disk.list_dir(output_dir / names.TRASH)
-    for entry in disk.list_dir(output_dir / names.EPOCHS):
-        told = names.parse_epoch_file(entry) or names.parse_aborted_file(entry)
-        assert names.parse_temporary_file(entry) or number in (told or ()), f"{names.EPOCHS}/{entry} is left over"
-    latest = commit.read_latest(output_dir)
-    assert latest == max(known, key=lambda name: known[name], default=None) or not alone, (latest, known)

@@ -271,9 +271,7 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
     def _prune(self, save: saver.Save) -> None:
         if save.lead and self.settings.max_ckpt_to_keep:
             output_dir = save.attempt.output_dir
-            retention.prune(
-                output_dir, saver.epoch_of(output_dir), keep=self.settings.max_ckpt_to_keep, protected=set()
-            )
+            retention.prune(output_dir, saver.epoch_of(output_dir), keep=self.settings.max_ckpt_to_keep)
 
     @contextmanager
     def _no_raise(self, ticket: saver.Ticket | None = None) -> Iterator[None]:

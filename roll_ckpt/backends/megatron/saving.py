@@ -110,7 +110,7 @@ def transact(
 def _prune(done: saver.Save) -> None:
     keep, output_dir = done.settings.max_ckpt_to_keep, done.attempt.output_dir
     if done.lead and keep:
-        retention.prune(output_dir, saver.epoch_of(output_dir), keep=keep, protected=set())
+        retention.prune(output_dir, saver.epoch_of(output_dir), keep=keep)
 
 
 @dataclass(frozen=True)
