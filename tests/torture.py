@@ -8,6 +8,7 @@ Parts, each in a process of its own:
     miniature   ranks without torch (torture_ranks.py), forked, so that a kill costs a tenth of a second
     nfs         the same, on a file system that answers as NFS does (nfs.cpp)
     real        a ZeRO actor and a Megatron-core critic in one pipeline (torture_jobs.py)
+    hub         the same job, pushing to a local Hub
     control     the same actor and critic under torch.distributed.checkpoint and a tracker file; it has to lose some
 
 A run saves step after step, with saves that overlap, prunes and uploads, until it is struck: one rank, the one that
@@ -36,7 +37,7 @@ from torture_harness import VICTIMS, Kind, Lost, Torture
 from torture_ranks import Ranks
 
 FAST = Path("/dev/shm")
-SHARES = {"miniature": 0.8, "nfs": 0.15, "real": 0.05}
+SHARES = {"miniature": 0.8, "nfs": 0.14, "real": 0.04, "hub": 0.02}
 CONTROL_KILLS = 20
 SAY_EVERY_S = 15.0
 
@@ -105,6 +106,10 @@ def run_part(part: str, kills: int, seed: int) -> dict[str, Any]:
         from torture_jobs import Jobs
 
         kind = Jobs()
+    elif part == "hub":
+        from torture_jobs import HubJobs
+
+        kind = HubJobs(folder)
     else:
         kind = Ranks(nfs=part == "nfs")
     torture = Torture(kind, folder / part, noise)

@@ -257,7 +257,7 @@ def check_start(output_dir: Path, number: int, found: Found, *, alone: bool) -> 
         assert known.get(name, (0, 0, 0)) >= age, f"{name} was there with {age}, now {known.get(name)}"
     for entry in disk.list_dir(output_dir):
         attempt = names.parse_attempt_dir(entry)
-        ours = entry in (names.EPOCHS, names.TRASH, names.LATEST) or entry in known
+        ours = entry in (names.EPOCHS, names.TRASH, names.LATEST, names.HUB) or entry in known
         assert ours or (attempt and attempt[1] == number), f"{entry} is left over"
     assert disk.list_dir(output_dir / names.TRASH) == [str(number)], disk.list_dir(output_dir / names.TRASH)
     for entry in disk.list_dir(output_dir / names.EPOCHS):
@@ -287,6 +287,12 @@ class Kind(Protocol):
 
     def pids(self, run: Run, victim: str) -> list[int]:
         """The living processes that a blow may strike."""
+
+    def uploaded(self, torture: Torture) -> dict[str, Age]:
+        """What has been uploaded whole."""
+
+    def drain(self, torture: Torture) -> None:
+        """Upload what is owed, while nobody else does; AssertionError if anything is left over, or not as it was."""
 
     def check(self, unit: Path, step: int | None) -> None:
         """AssertionError unless `unit` holds what was saved at `step`, and nothing else."""
@@ -349,12 +355,7 @@ class Torture:
     def _finish(self) -> None:
         epoch = commit.claim(self.output_dir, run_id="torture", clusters={"actor": 2, "critic": 2})
         check_start(self.output_dir, epoch.number, self.found, alone=True)
-        for name in uploads.owed(self.output_dir, self.upload_dir):
-            uploads.upload(self.output_dir / name, self.upload_dir)
-        newest = self.found.newest or NEVER
-        for entry in disk.list_dir(self.upload_dir):
-            attempt = names.parse_attempt_dir(entry)  # killed when all was done; the next newer upload removes it
-            assert not attempt or attempt[1] >= newest[0], f"{self.upload_dir / entry} is left over"
+        self.kind.drain(self)
         assert not (problems := verify.verify_run(self.output_dir)), problems
         epoch.release()
 
@@ -362,13 +363,14 @@ class Torture:
         """One run that is killed, and what it leaves."""
         run = self._start(blow)
         where = self._struck(run, blow)
+        victim = blow.victim if where else "job"  # nobody uploaded just then
         if blow.victim == "uploader":
             self.kind.start_uploader(self, run, None)
-            run.listen(lambda: run.heard("problem"), self.noise.random() * 0.1)
+            run.listen(lambda: run.heard("problem"), self.noise.random() * self.kind.patience_s / 3)
         elif blow.victim != "job" and self.noise.random() < 0.5:
             self._let_others_end(run)
-        self._end(run, f"{blow.victim} was killed {where}")
-        self.kills[where, blow.victim] += 1
+        self._end(run, f"{victim} was killed {where or ANY}")
+        self.kills[where or ANY, victim] += 1
 
     def stop_committer(self, blow: Blow) -> None:
         """Let a committer stand still until another rank has taken over, and wake it up."""
@@ -412,7 +414,7 @@ class Torture:
         return run
 
     def _struck(self, run: Run, blow: Blow) -> str:
-        """Wait for the blow, or strike now; where it hit."""
+        """Wait for the blow, or strike now; where it hit, "" if there was nobody to hit."""
         if self.noise.random() < 0.8:  # the others are struck while they start
             run.listen(lambda: run.started or run.heard("struck") or run.heard("problem"), LIMIT_S)
         patience_s = self.kind.patience_s * (self.noise.random() if blow.when == ANY else 1)
@@ -420,9 +422,10 @@ class Torture:
         if struck := run.heard("struck"):
             run.listen(lambda: any(_is_down(pid) for pid in run.role_of), LIMIT_S)
             return str(struck[0])
+        run.listen(lambda: self.kind.pids(run, blow.victim), self.kind.patience_s)
         victims = self.kind.pids(run, blow.victim)
         run.strike(victims if blow.victim == "job" else victims[:1], blow.how)
-        return ANY
+        return ANY if victims else ""
 
     @staticmethod
     def _let_others_end(run: Run) -> None:
@@ -444,9 +447,8 @@ class Torture:
         for name, age in self.found.ages.items():
             assert age[1] == names.step_of(name), f"{name} says that it is step {age[1]}"
             self.kind.check(self.output_dir / name, age[1])
-        for name in disk.list_dir(self.upload_dir):
-            if not name.startswith("."):
-                self._judge_copy(name)
+        for name, age in self.kind.uploaded(self).items():
+            self.uploaded[name] = max(self.uploaded.get(name, NEVER), age)
         told = journaled(self.journals)
         torn = {age: words for age, words in told.items() if len(words) > 1}
         assert not torn, f"one rank was told yes and another no: {torn}"
@@ -460,14 +462,29 @@ class Torture:
             )
             assert kept >= age, f"{name} of {age} was committed; now it is neither here nor uploaded"
 
-    def _judge_copy(self, name: str) -> None:
-        copy = self.upload_dir / name
-        assert not (problems := verify.verify(copy)), problems
-        age = age_of(manifest.read(copy))
-        self.kind.check(copy, age[1])
-        self.uploaded[name] = max(self.uploaded.get(name, NEVER), age)
-        if name not in self.found.ages:
-            shutil.rmtree(copy)  # looked at, and owed no more
+
+class Copies:
+    """The part of a kind that uploads into a directory."""
+
+    def uploaded(self, torture: Torture) -> dict[str, Age]:
+        ages = {}
+        for name in disk.list_dir(torture.upload_dir):
+            if not name.startswith("."):
+                copy = torture.upload_dir / name
+                assert not (problems := verify.verify(copy)), problems
+                ages[name] = age_of(manifest.read(copy))
+                torture.kind.check(copy, ages[name][1])
+                if name not in torture.found.ages:
+                    shutil.rmtree(copy)  # looked at, and owed no more
+        return ages
+
+    def drain(self, torture: Torture) -> None:
+        for name in uploads.owed(torture.output_dir, torture.upload_dir):
+            uploads.upload(torture.output_dir / name, torture.upload_dir)
+        newest = torture.found.newest or NEVER
+        for entry in disk.list_dir(torture.upload_dir):
+            attempt = names.parse_attempt_dir(entry)  # killed when all was done; the next newer upload removes it
+            assert not attempt or attempt[1] >= newest[0], f"{torture.upload_dir / entry} is left over"
 
 
 def _contents(folder: Path) -> set[tuple[str, bytes]]:

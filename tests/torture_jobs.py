@@ -15,10 +15,13 @@ import os
 import random
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +30,22 @@ import mixed_cases
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from hub_client import settings
 from megatron_cpu import build, install
 from tiny import engine
-from torture_harness import ANY, LIMIT_S, Blow, Run, Torture, arm, check_start
+from torture_harness import ANY, LIMIT_S, OPERATION, Age, Blow, Copies, Run, Torture, age_of, arm, check_start
 from torture_ranks import COMMITS, KEEP, UPLOADS, VOTES
 
-from roll_ckpt import disk, saver
+from roll_ckpt import disk, manifest, names, pull, push_queue, saver, uploader
 from roll_ckpt.errors import EpochLost
+from roll_ckpt.hub import Remote
 
-RANKS = 2
+RANKS, REPO = 2, "dev/torture"
 PEER_IS_GONE = ("peer", "gloo", "Broken pipe", "Connection re", "did not come", "no answer from rank 0")
 
 
-class Jobs:
-    """The kind of run; see torture_harness.Kind."""
+class Jobs(Copies):
+    """The kind of run; see torture_harness.Kind. Rank 0 uploads, on a thread of its own."""
 
     def __init__(self) -> None:
         warm()
@@ -48,10 +53,14 @@ class Jobs:
         self.patience_s = 4.0
 
     def start(self, torture: Torture, run: Run, blow: Blow, *, take_over: bool) -> None:
-        fork_ranks(run, blow, torture.folder / "log", lambda rank: train(torture, run, rank, take_over))
+        to = self.destination(torture)
+        fork_ranks(run, blow, torture.folder / "log", lambda rank: train(torture, run, rank, to, take_over))
 
     def start_uploader(self, torture: Torture, run: Run, blow: Blow | None) -> None:
-        """Rank 0 uploads on a thread of its own."""
+        """A run has its own."""
+
+    def destination(self, torture: Torture) -> dict[str, str]:
+        return {"type": "file_system", "output_dir": str(torture.upload_dir)}
 
     def pids(self, run: Run, victim: str) -> list[int]:
         role = "committer" if victim == "uploader" else victim
@@ -60,6 +69,55 @@ class Jobs:
     def check(self, unit: Path, step: int | None) -> None:
         told = json.loads((unit / "pipeline/worker_state_pipeline.json").read_text())
         assert told["step"] == step, f"{unit} says step {told['step']}"
+
+
+class HubJobs(Jobs):
+    """Jobs that push to a local Hub, by the real client in a process of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        code = (
+            "import sys, pathlib; from roll_ckpt.hub_dev import LocalHub; "
+            "print(LocalHub(pathlib.Path(sys.argv[1])).url, flush=True); sys.stdin.read()"
+        )
+        self._server = subprocess.Popen(
+            [sys.executable, "-c", code, str(folder / "server")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._server.stdout is not None
+        os.environ.update(settings(self._server.stdout.readline().strip(), folder / "home"))
+        self.points["uploader"] = (ANY,)
+
+    def destination(self, torture: Torture) -> dict[str, str]:
+        return {"type": "hub", "repo_id": REPO}
+
+    def pids(self, run: Run, victim: str) -> list[int]:
+        return _uploaders(run.alive) if victim == "uploader" else super().pids(run, victim)
+
+    def uploaded(self, torture: Torture) -> dict[str, Age]:
+        told = push_queue.entries(torture.output_dir) if disk.exists(torture.output_dir / names.HUB) else []
+        return {entry.name: (entry.age[0], entry.age[1], entry.age[2]) for entry in told if entry.state == "done"}
+
+    def drain(self, torture: Torture) -> None:
+        uploader.drain(torture.output_dir, lambda event: None, again=True)
+        assert push_queue.owed(torture.output_dir) == []
+        for name, age in (torture.uploaded | self.uploaded(torture)).items():
+            unit = pull.pull(Remote.parse(f"hf://{REPO}@{name}"), torture.folder / "pulled")
+            assert age_of(manifest.read(unit)) == age, f"the Hub has another {name} than that of {age}"
+            self.check(unit, age[1])
+
+
+def _uploaders(parents: Collection[int]) -> list[int]:
+    """The uploaders that these processes have started."""
+    found = []
+    for process in Path("/proc").iterdir():
+        with suppress(OSError):
+            if process.name.isdecimal() and b"roll_ckpt.uploader" in (process / "cmdline").read_bytes().split(b"\0"):
+                parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+                found += [int(process.name)] if parent in parents else []
+    return found
 
 
 def warm() -> None:
@@ -77,7 +135,7 @@ def fork_ranks(run: Run, blow: Blow, log: Path, work: Callable[[int], None]) -> 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    armed = 1 if blow.victim == "rank" else 0
+    armed = 1 if blow.victim == "rank" else 0 if (blow.victim, blow.when) != ("uploader", OPERATION) else None
     for rank in range(RANKS):
 
         def start(rank: int = rank) -> None:
@@ -102,13 +160,13 @@ def fork_ranks(run: Run, blow: Blow, log: Path, work: Callable[[int], None]) -> 
         run.fork("rank" if rank else "committer", start)
 
 
-def train(torture: Torture, run: Run, rank: int, take_over: bool) -> None:
+def train(torture: Torture, run: Run, rank: int, to: dict[str, str], take_over: bool) -> None:
     """Resume, and train and save step after step, until the process is killed or its peer is gone."""
     pair = mixed_cases.both()
     pipeline = mixed_cases.registered(
         str(torture.output_dir), *pair, max_steps=10**9, max_ckpt_to_keep=KEEP, take_over=take_over,
         commit_timeout_s=1.5, exit_timeout_s=5,
-        checkpoint_config={"type": "file_system", "output_dir": str(torture.upload_dir)},
+        checkpoint_config=to,
     )  # fmt: skip
     digests = Digests(torture.folder / f"digests.{rank}")
     journal = disk.append(torture.journals / str(rank))

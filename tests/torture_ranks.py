@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from torture_harness import Blow, Run, Torture, arm, check_start
+from torture_harness import Blow, Copies, Run, Torture, arm, check_start
 
 from roll_ckpt import commit, disk, epoch, manifest, names, native, retention, uploads
 from roll_ckpt.errors import Damaged, EpochLost, NotFound, SaveFailed
@@ -34,7 +34,7 @@ COMMITS = ("epoch.claimed", "begin.made", *VOTES, *DECIDES, "attempt.removed", "
 UPLOADS = ("upload.copied", "upload.renamed")
 
 
-class Ranks:
+class Ranks(Copies):
     """The kind of run; see torture_harness.Kind."""
 
     def __init__(self, nfs: bool = False) -> None:
