@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import runs
 
-from roll_ckpt import cli, epoch, names, verify
+from roll_ckpt import cli, epoch, names, uploads, verify
 
 HERE = Path(__file__).parent
 CRASHED = """
@@ -233,6 +233,19 @@ def test_prune_keeps_what_latest_names_and_what_has_no_complete_copy(
     (run / names.LATEST).write_text("checkpoint-1")
     for more in (["--dry-run"], []):
         assert answer(capsys, "prune", run, "--keep", 1, *more)["removed"] == []
+
+
+def test_prune_keeps_what_it_has_just_recovered_and_has_no_complete_copy(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("checkpoint-1", "checkpoint-2"):
+        uploads.upload(run / name, tmp_path / "uploads")
+
+    again = CRASHED.partition("attempt =")[2].replace("checkpoint-3", "checkpoint-4").replace("step=3", "step=4")
+    finish(python((CRASHED + "attempt =" + again).format(votes=4), run))
+    told = answer(capsys, "prune", run, "--keep", 1, "--upload-dir", tmp_path / "uploads")
+    assert told["removed"] == ["checkpoint-1", "checkpoint-2"]
+    assert told["kept"] == ["checkpoint-3", "checkpoint-4"]
 
 
 def test_prune_and_recover_refuse_a_live_run(live: Path) -> None:
