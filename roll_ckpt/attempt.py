@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from . import disk, epoch, names
 from .errors import ConfigError, Damaged, NoRoom, NotFound, RanksDisagree, SaveFailed
 from .manifest import SOFTWARE, Expected, Receipt, Vote, parse_decision
 from .manifest import read as read_manifest
+
+_NAMES_KEPT = 1000
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def begin(
             raise ConfigError(f"cluster {cluster!r}: a world size of {world_size} is no world")
     if not expected:
         raise ConfigError(f"{name}: no cluster is expected to vote")
-    number = claimed.attempts[name] = claimed.attempts.get(name, 0) + 1
+    number = _next_number(claimed, name)
     attempt = Attempt(
         claimed.output_dir, name, step, claimed.run_id, claimed.number, number, dict(expected), save_latest,
         claimed.pid,
@@ -104,6 +107,20 @@ def begin(
         raise abandoned(attempt)
     disk.reach("begin.made", name=name, epoch=attempt.epoch, attempt=number)
     return attempt
+
+
+def _next_number(claimed: epoch.Epoch, name: str) -> int:
+    """The number of the next attempt to save `name` in this epoch. Those of the newest names are kept."""
+    number = claimed.attempts.pop(name, 0)
+    if not number:
+        # Long ago is not never: a number that was committed with would take that checkpoint for its own.
+        with suppress(NotFound, Damaged):
+            there = read_manifest(claimed.output_dir / name)
+            number = there.attempt if there.epoch == claimed.number else 0
+    claimed.attempts[name] = number + 1
+    while len(claimed.attempts) > _NAMES_KEPT:
+        del claimed.attempts[next(iter(claimed.attempts))]
+    return number + 1
 
 
 def check_room(output_dir: Path, name: str, needed_bytes: int) -> None:

@@ -52,6 +52,7 @@ _PATIENCE_S = 1.0  # how long a process that replaces a checkpoint is left alone
 _NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 _TAKEN = (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 _OLD = ".old"
+_REASONS_KEPT = 100
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ def _afterwards(attempt: Attempt, decision: Decision | None) -> Outcome:
     if reason is None and decision is not None:
         return Outcome(decision.commit, decision.reason)
     epochs.check(attempt.output_dir, attempt.epoch)
-    return Outcome(False, reason or f"{attempt.directory} vanished; somebody removed it by hand")
+    return Outcome(False, reason or f"{attempt.directory} vanished, and no reason is recorded; was it removed by hand?")
 
 
 # --- deciding -----------------------------------------------------------------------------------------------
@@ -470,8 +471,18 @@ def _abandon(attempt: Attempt, epoch: int) -> None:
         record = names.aborted_file(attempt.name, attempt.epoch, attempt.attempt)
         with suppress(FileNotFoundError):
             disk.link(attempt.unit / names.DECISION, attempt.output_dir / names.EPOCHS / record)
+            _forget_reasons(attempt.output_dir / names.EPOCHS)
     _throw_away(attempt, epoch)
     disk.reach("attempt.removed", name=attempt.name, epoch=attempt.epoch, attempt=attempt.attempt)
+
+
+def _forget_reasons(folder: Path) -> None:
+    """Remove all but the newest aborts' reasons. Who has not looked by then learns that it was abandoned, not why."""
+    reasons = [entry for entry in disk.list_dir(folder) if names.parse_aborted_file(entry) is not None]
+    if len(reasons) > _REASONS_KEPT:
+        oldest_first = sorted(reasons, key=lambda entry: disk.mtime_ns(folder / entry))
+        for entry in oldest_first[:-_REASONS_KEPT]:
+            disk.discard_file(folder / entry)
 
 
 def _throw_away(attempt: Attempt, epoch: int) -> None:

@@ -73,7 +73,7 @@ class Epoch:
     number: int
     output_dir: Path
     run_id: str
-    attempts: dict[str, int] = field(default_factory=dict)  # of this epoch, by name; see commit.begin
+    attempts: dict[str, int] = field(default_factory=dict)  # of this epoch, by name, the newest last; see begin
     pid: int = field(default_factory=os.getpid)
     _records: dict[Path, disk.Lock] = field(default_factory=dict)
     _ended: threading.Event = field(default_factory=threading.Event)

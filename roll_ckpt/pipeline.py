@@ -164,10 +164,8 @@ class BasePipeline:
         began = time.monotonic()
         upload = self.config.checkpoint_config
         uploaded = last or (upload is not None and not upload.async_upload)
-        if uploaded and self._ranks.rank == 0:
-            self._after_commit.awaited.add(names.checkpoint(step))
         met = self._ranks.meetings
-        save = self._begin(step)
+        save = self._begin(step, uploaded)
         metrics: dict[str, Any] = {}
         problem: Exception | None = None
         with save.staging():
@@ -195,7 +193,7 @@ class BasePipeline:
         metrics["time/do_checkpoint/total"] = time.monotonic() - began
         return metrics
 
-    def _begin(self, step: int) -> saver.Save:
+    def _begin(self, step: int, uploaded: bool) -> saver.Save:
         request = saver.Request(
             output_dir=self.config.output_dir,
             name=names.checkpoint(step),
@@ -216,7 +214,7 @@ class BasePipeline:
             nbytes=sum(part.nbytes for part in shares.values()),
             plans={name: part.plan for name, part in shares.items()},
             problem=problem,
-            on_commit=self._after_commit,
+            on_commit=partial(self._after_commit, awaited=uploaded),
         )
 
     def _stage_state(self, ticket: saver.Ticket) -> None:
@@ -414,14 +412,17 @@ class _AfterCommit:
         self.late: deque[dict[str, Any]] = deque()
         """Metrics of pushes that ended after the saves that they belong to."""
         self.awaited: set[str] = set()
-        """Checkpoints whose saves end only when they are uploaded."""
+        """Checkpoints that are uploaded just now and whose saves end only then."""
         self.resumed_from: str | None = None
         """Sound for sure, so it stays until this run has committed a checkpoint of its own."""
 
-    def __call__(self, save: saver.Save) -> None:
+    def __call__(self, save: saver.Save, *, awaited: bool) -> None:
+        """`awaited`: the save ends only when its checkpoint is uploaded."""
         if not save.lead:
             return
         name = save.attempt.name
+        if awaited:
+            self.awaited.add(name)
         try:
             if _uploads(save.tickets, save.attempt.expected):
                 self._follow(name)

@@ -28,6 +28,7 @@ State = Literal["owed", "failed", "done", "cancelled"]
 
 _FORMAT = 1
 _PAUSE_S = 1.0
+_GONE_KEPT = 100
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def destination(output_dir: Path) -> Destination | None:
 
 def entries(output_dir: Path, to: Destination | None = None) -> list[Entry]:
     """Every checkpoint of the run and what `to`, its destination if None, has of it: the oldest first, those that
-    were pushed and then pruned before the others.
+    were pushed and then pruned (the newest of them) before the others.
 
     [] if the run has no destination.
     """
@@ -149,6 +150,16 @@ def record(output_dir: Path, entry: Entry, to: Destination) -> None:
     _write(output_dir / names.hub_record(entry.name), {**asdict(entry), **asdict(to)})
     if entry.state in ("done", "cancelled"):
         disk.discard_file(output_dir / names.hub_hashes(entry.name))
+        _forget_gone(output_dir)
+
+
+def _forget_gone(output_dir: Path) -> None:
+    """Of checkpoints that are not here any more, keep the newest records only."""
+    here, folder = set(disk.list_dir(output_dir)), output_dir / names.HUB_RECORDS
+    gone = [folder / file for file in disk.list_dir(folder) if names.parse_hub_record(file) not in {None, *here}]
+    if len(gone) > _GONE_KEPT:
+        for path in sorted(gone, key=disk.mtime_ns)[:-_GONE_KEPT]:
+            disk.discard_file(path)
 
 
 def retry(output_dir: Path, name: str | None = None) -> list[str]:

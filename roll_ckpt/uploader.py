@@ -40,6 +40,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
 _OF_THIS_ONE = (409, 412, 423, 500)  # the Hub speaks, and may take another checkpoint all the same
 _TRIES = 3  # so often one of those is heard before the others have their turn
 _DEATHS = 5
+_ENDED_KEPT = 100
 _LOG_S = 30.0
 
 
@@ -91,7 +92,8 @@ def drain(output_dir: Path, tell: Tell, *, again: bool = False, patient: bool = 
             else:
                 pause_s = _FIRST_PAUSE_S
                 push_queue.record(output_dir, replace(entry, state="done", commit=made), to)
-                seconds = time.monotonic() - began[key]
+                seconds = time.monotonic() - began.pop(key)
+                furthest = {what: done for what, done in furthest.items() if what[1] != key}
                 tell({"event": "done", "name": entry.name, "commit": made, "seconds": seconds})
 
 
@@ -265,7 +267,8 @@ class Uploader:
         self._stuck = self._leaving = False
         self._pid = os.getpid()
         self._process: subprocess.Popen[str] | None = None
-        self._ended: dict[str, Ended] = {}
+        self._ended: dict[str, Ended] = {}  # the newest ones, for those who wait for them
+        self._ends = 0
         self._progress: dict[str, dict[str, Any]] = {}
         self._trouble = ""
         self._moved = time.monotonic()
@@ -350,7 +353,7 @@ class Uploader:
     def _keep_running(self) -> None:
         deaths = 0
         while (again := self._claim_work()) is not None:
-            ends = len(self._ended)
+            ends = self._ends
             try:
                 code = self._run(again)
             except OSError as problem:
@@ -359,7 +362,7 @@ class Uploader:
                 how = f"died with signal {-code}" if code < 0 else f"died with exit code {code}, see standard error"
             if not code or self._stopping:
                 continue
-            deaths = 1 if len(self._ended) > ends else deaths + 1
+            deaths = 1 if self._ends > ends else deaths + 1
             self._trouble = f"the uploader of {self._output_dir} {how}"
             if deaths > _DEATHS:
                 log.error("%s; after %d times it stays so until the next checkpoint", self._trouble, deaths)
@@ -406,7 +409,11 @@ class Uploader:
             log.warning("%s; what is owed stays here, and is tried again", event["detail"])
         with self._changed:
             if ended is not None:
+                self._ends += 1
+                self._ended.pop(name, None)
                 self._ended[name] = ended
+                if len(self._ended) > _ENDED_KEPT:
+                    del self._ended[next(iter(self._ended))]
                 self._progress.pop(name, None)
             elif kind == "progress":
                 self._progress[name] = event

@@ -1,39 +1,54 @@
 """Three who act on one checkpoint at once, one step at a time, in every order up to a bound.
 
-    python crash_actors.py SCENARIO FOLDER SWITCHES STRIDE     prints how many orders were tried
+    python crash_actors.py SCENARIO FOLDER SWITCHES STEPS STRIDE     prints how many orders were tried
+    python crash_actors.py SCENARIO FOLDER SWITCHES STEPS MUTANT     prints what was noticed, after how many orders
 
 Two worlds save together, each with a lead that decides; a third run takes over and recovers. They are threads that
 run the real functions and stop before every look at the disk and every change of it; who goes on is decided here.
 A switch is one moment at which the one who acts is left standing, to go on when it is called or the others have ended,
-or for good (it has crashed), and another one goes on. With one switch every step is such a moment; with more, the
-links and renames are, which alone decide.
+or for good (it has crashed), and another one goes on. STEPS says before which steps: all, or the decisive ones, which
+give a thing the name under which the others look for it.
+
+A mutant (MUTANTS) is the protocol with one rule broken: some order must show it.
 """
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
+import os
+import random
+import re
 import shutil
 import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import runs
+from crash_model import fingerprint, read_tree
 from kill_points import no_exchange
 
-from roll_ckpt import commit, disk, names, verify
+from roll_ckpt import commit, disk, epoch, manifest, names, verify
 from roll_ckpt.errors import EpochLost, SaveFailed
 
 runs.CLUSTERS = {"actor": 1, "critic": 1}
 runs.RANKS = [(cluster, 0) for cluster in runs.CLUSTERS]
 WORLDS, NEWCOMER = tuple(runs.CLUSTERS), "newcomer"
-PATIENCE_S, STEPS = 1000.0, 5000
+PATIENCE_S, ENOUGH = 1000.0, 5000
 LOOKS = ("list_dir", "read_bytes", "exists")
 INNER = {"fsync", "fsync_dir", "write"}  # change nothing that another process sees
+END = "end"
+STEPS = {
+    "all": re.compile(""),
+    "decisive": re.compile(rf"({END}|link|rename|exchange|mkdir \.checkpoint)(?!.* (rank_0\.pt|empty)$)"),
+}
 
 
 class Ended(BaseException):
@@ -64,6 +79,9 @@ class Play:
     dead: set[str] = field(default_factory=set)
     waiting: set[str] = field(default_factory=set)
     paused: set[str] = field(default_factory=set)
+    unseen: set[str] = field(default_factory=set)
+    decisions: list[bool] = field(default_factory=list)
+    """Whether to commit, as it was linked."""
     started: set[str] = field(default_factory=set)
     changed: threading.Condition = field(default_factory=threading.Condition)
 
@@ -83,13 +101,13 @@ class Play:
     def point(self, what: str) -> None:
         """An actor is about to do something that others can see, or to look at what they did."""
         me = threading.current_thread().name
-        if me not in self.works:
+        if me not in self.works or me in self.unseen:
             return
         with self.changed:
             if self.over:
                 raise Ended
             self.step += 1
-            assert self.step < STEPS, "they never end"
+            assert self.step < ENOUGH, "they never end"
             self.steps.append((me, what))
             switch = self.switches.get(self.step)
             if switch is not None and switch.to != me and switch.to not in self.results and switch.to not in self.dead:
@@ -98,12 +116,24 @@ class Play:
                 self._await(me)
 
     def sleep(self, seconds: float) -> None:
-        """An actor waits for the others."""
+        """An actor waits for the others. Once they have ended, the time only passes."""
         me = threading.current_thread().name
+        if me not in self.works:
+            self.clock += PATIENCE_S
+            return
         with self.changed:
             self.waiting.add(me)
             self._hand_on()
             self._await(me)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What an actor does in here is the test's own, and no step."""
+        self.unseen.add(me := threading.current_thread().name)
+        try:
+            yield
+        finally:
+            self.unseen.discard(me)
 
     def _act(self, me: str) -> None:
         try:
@@ -115,6 +145,7 @@ class Play:
                 result = problem
             except Exception as problem:
                 result = AssertionError(f"{me}: {type(problem).__name__}: {problem}")
+            self.point(END)
             with self.changed:
                 self.results[me] = result
                 self._hand_on()
@@ -149,27 +180,59 @@ class Play:
             self.changed.notify_all()
 
 
-def play(step: int, late: bool, template: Path, folder: Path, switches: tuple[Switch, ...]) -> Play:
-    """Let both worlds save `step` and the newcomer take over, in the order that `switches` make; check the end."""
+@dataclass(frozen=True)
+class Scenario:
+    """What is there before, the step that is saved, and how the second world votes."""
+
+    before: list[int]
+    step: int
+    late: bool = False
+    """It votes when the time is over."""
+    twice: bool = False
+    """It votes again, otherwise."""
+    exchange: bool = True
+    """Whether the file system has an exchange."""
+
+
+SCENARIOS = {
+    "save": Scenario([1], 2),
+    "again": Scenario([1, 2], 2),
+    "fallback": Scenario([1, 2], 2, exchange=False),
+    "late": Scenario([1], 2, late=True),
+    "twice": Scenario([1], 2, twice=True),
+}
+
+
+def play(scenario: Scenario, template: Path, folder: Path, switches: tuple[Switch, ...]) -> Play:
+    """Let both worlds save and the newcomer take over, in the order that `switches` make; check the end."""
     output_dir = folder / "run"
     shutil.rmtree(output_dir, ignore_errors=True)
     shutil.copytree(template, output_dir)
+    runs.unique_names("ac70ac70")
     epochs = {
         cluster: commit.claim(output_dir, run_id=runs.RUN, clusters={cluster: 1}, expected_clusters=runs.CLUSTERS)
         for cluster in WORLDS
     }
     claimed: list[commit.Epoch] = []
+    name = names.checkpoint(scenario.step)
 
     def world(cluster: str) -> commit.Outcome:
-        attempt = commit.begin(epochs[cluster], names.checkpoint(step), step=step, expected=runs.CLUSTERS)
-        while late and cluster == WORLDS[-1] and not stage.clock:
+        attempt = commit.begin(epochs[cluster], name, step=scenario.step, expected=runs.CLUSTERS)
+        second = cluster == WORLDS[-1]
+        while second and scenario.late and not stage.clock:
             stage.sleep(0)
         runs.vote(attempt, "new", cluster, 0)
+        if second and scenario.twice:
+            with suppress(SaveFailed):
+                commit.cast(
+                    attempt, manifest.Vote(cluster, 0, attempt.epoch, attempt.attempt, (), error="no, after all")
+                )
         return commit.settle(attempt, lead=True, timeout_s=PATIENCE_S / 2, clock=lambda: stage.clock)
 
     def newcomer() -> None:
         claimed.append(runs.claim(output_dir, take_over=True))
-        left["by the newcomer"] = sound(output_dir)
+        with stage.aside():
+            left["by the newcomer"] = sound(output_dir)
 
     left: dict[str, dict[str, str]] = {}
     stage = Play(
@@ -177,33 +240,43 @@ def play(step: int, late: bool, template: Path, folder: Path, switches: tuple[Sw
         {switch.step: switch for switch in switches},
     )
     commit.time = SimpleNamespace(sleep=stage.sleep, monotonic=lambda: stage.clock)  # type: ignore[assignment]
-    looks = {name: getattr(disk, name) for name in LOOKS}
+    known = {name: getattr(disk, name) for name in (*LOOKS, "link", "rename")}
 
     def watched(name: str) -> Callable[[Path], object]:
         def look(path: Path) -> object:
             stage.point(f"{name} {path.name}")
-            return looks[name](path)
+            return known[name](path)
 
         return look
+
+    def moved(name: str) -> Callable[[Path, Path], object]:
+        def move(source: Path, target: Path) -> object:
+            done = known[name](source, target)
+            if target.name == names.DECISION and done is not False:
+                stage.decisions.append(manifest.parse_decision(target.read_bytes(), target).commit)
+            return done
+
+        return move
 
     def observe(operation: str, paths: tuple[str, ...]) -> None:
         if operation not in INNER:
             stage.point(f"{operation} {' '.join(Path(path).name for path in paths)}")
 
-    for name in LOOKS:
-        setattr(disk, name, watched(name))
+    for one in LOOKS:
+        setattr(disk, one, watched(one))
+    disk.link, disk.rename = moved("link"), moved("rename")  # type: ignore[assignment]
     disk.observer = observe
     try:
         stage.run()
     finally:
         disk.observer = None
-        for name, function in looks.items():
-            setattr(disk, name, function)
+        for one, function in known.items():
+            setattr(disk, one, function)
     try:
-        judge(stage, output_dir, names.checkpoint(step), left)
+        judge(stage, output_dir, name, left)
     finally:
-        for epoch in (*epochs.values(), *claimed):
-            epoch.release()
+        for held in (*epochs.values(), *claimed):
+            held.release()
     return stage
 
 
@@ -215,76 +288,167 @@ def sound(output_dir: Path) -> dict[str, str]:
 
 def judge(stage: Play, output_dir: Path, name: str, left: dict[str, dict[str, str]]) -> None:
     """What must be true at the end, and after one more start."""
-    found = sound(output_dir)
-    told = [stage.results[cluster] for cluster in WORLDS if cluster in stage.results]
     for result in stage.results.values():
         assert not isinstance(result, AssertionError), result
-    committed = {result.committed for result in told if isinstance(result, commit.Outcome)}
-    assert len(committed) < 2, f"one world was told yes and the other no: {told}"
-    last = runs.claim(output_dir, take_over=True)
-    try:
-        again = sound(output_dir)
-        runs.assert_clean(output_dir, last)
-        assert again.items() >= {k: v for k, v in found.items() if k != name or v == "new"}.items(), (found, again)
-        for moment, before in left.items():
-            assert before == again, f"{moment} there was {before}, now {again}"
-        if committed:
-            assert (again.get(name) == "new") == committed.pop(), (told, again)
-    finally:
-        last.release()
+    found, again = after(output_dir)
+    told = [stage.results[cluster] for cluster in WORLDS if cluster in stage.results]
+    answers = {result.committed for result in told if isinstance(result, commit.Outcome)}
+    assert len(answers) < 2, f"one world was told yes and the other no: {told}"
+    assert again.items() >= {k: v for k, v in found.items() if k != name or v == "new"}.items(), (found, again)
+    for moment, before in left.items():
+        assert before == again, f"{moment} there was {before}, now {again}"
+    for committed in (*answers, *stage.decisions[:1]):
+        assert (again.get(name) == "new") == committed, f"told {told}, decided {stage.decisions}, there is {again}"
 
 
-# What is there before, the step that is saved, and whether the last vote comes when the time is over.
-SCENARIOS = {
-    "save": ([1], 2, False),
-    "again": ([1, 2], 2, False),
-    "fallback": ([1, 2], 2, False),
-    "late": ([1], 2, True),
-}
+ENDS: dict[bytes, tuple[dict[str, str], dict[str, str]]] = {}
 
 
-def next_switches(stage: Play, only: tuple[str, ...]) -> Iterator[Switch]:
-    """Every switch that can follow the last one of a play, before those steps that begin with one of `only`."""
+def after(output_dir: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """The checkpoints that were left, and those after one more start; of equal states once."""
+    end = fingerprint(read_tree(output_dir))
+    if end not in ENDS:
+        found = sound(output_dir)
+        last = runs.claim(output_dir, take_over=True)
+        try:
+            ENDS[end] = found, sound(output_dir)
+            runs.assert_clean(output_dir, last)
+        finally:
+            last.release()
+    return ENDS[end]
+
+
+def next_switches(stage: Play, steps: re.Pattern[str]) -> Iterator[Switch]:
+    """Every switch before one of `steps` that can follow the last one of a play."""
     last = max(stage.switches, default=0)
     for step, (who, what) in enumerate(stage.steps[last:], last + 1):
-        if what.startswith(only):
-            for to, dies in itertools.product(stage.works, (False, True)):
-                if to != who:
-                    yield Switch(step, to, dies)
+        for to in stage.works if steps.match(what) else ():
+            if to != who:
+                yield Switch(step, to, dies=False)
+                if not what.startswith((END, *LOOKS)):  # dead before a look or behind it is the same
+                    yield Switch(step, to, dies=True)
 
 
-def sweep(name: str, folder: Path, switches: int, stride: int) -> str:
-    """Play every order, or one of `stride`, with up to so many switches."""
-    steps, step, late = SCENARIOS[name]
-    if name == "fallback":
+def sweep(
+    scenario: Scenario, folder: Path, switches: int, steps: re.Pattern[str], stride: int = 1
+) -> tuple[int, Counter[str], str]:
+    """Play every order, or one of `stride`, with up to so many switches, until one shows something wrong.
+
+    Returns how many, how they ended, and what was wrong.
+    """
+    if not scenario.exchange:
         no_exchange()
     template = folder / "template"
-    runs.history(template, steps)
-    only = ("",) if switches == 1 else ("link", "rename", "exchange")
+    runs.history(template, scenario.before)
     ends: Counter[str] = Counter()
     count = itertools.count()
-    plays = 0
+    plays, dice = 0, random.Random(5)
     todo: list[tuple[Switch, ...]] = [()]
     while todo:
-        order = todo.pop()
-        try:
-            stage = play(step, late, template, folder, order)
-        except BaseException:
-            print(f"{name}: {order}", file=sys.stderr)
-            raise
+        order = todo.pop(dice.randrange(len(todo)))
         plays += 1
+        try:
+            stage = play(scenario, template, folder, order)
+        except Exception as problem:
+            return plays, ends, f"{order}: {problem}"
         for result in stage.results.values():
             ends[f"{type(result).__name__} {getattr(result, 'committed', '')}".strip()] += 1
         if len(order) < switches:
             # Only the last level is thinned out: it is the widest, and the others lead to it.
             todo += [
                 (*order, switch)
-                for switch in next_switches(stage, only)
+                for switch in next_switches(stage, steps)
                 if len(order) + 1 < switches or next(count) % stride == 0
             ]
-    return f"{name}: {plays} orders with up to {switches} switches; {dict(ends)}"
+    return plays, ends, ""
+
+
+# --- what if a rule were broken -------------------------------------------------------------------------------
+
+
+def overwritten(is_it: Callable[[str], bool]) -> None:
+    """Where the first one wins, the last one does."""
+    link_durable = disk.link_durable
+
+    def rename_durable(path: Path, data: bytes, *, scratch: Path | None = None) -> bool:
+        if not is_it(path.name):
+            return link_durable(path, data, scratch=scratch)
+        disk.write_durable(path, data, scratch=scratch)
+        return True
+
+    disk.link_durable = rename_durable
+
+
+def own_decision() -> None:
+    """Who comes second with a decision carries out its own."""
+    decide, link_durable = commit._decide, disk.link_durable
+    mine = threading.local()
+
+    def link(path: Path, data: bytes, *, scratch: Path | None = None) -> bool:
+        if path.name == names.DECISION:
+            mine.decision = manifest.parse_decision(data, path)
+        return link_durable(path, data, scratch=scratch)
+
+    def stubborn(*arguments: Any, **options: Any) -> manifest.Decision | None:
+        mine.decision = None
+        won = decide(*arguments, **options)
+        return won and (mine.decision or won)
+
+    disk.link_durable, commit._decide = link, stubborn
+
+
+def any_checkpoint() -> None:
+    """What has the name is taken for what this attempt has written."""
+
+    def carries(unit: Path, attempt: commit.Attempt) -> bool:
+        return disk.exists(unit / names.MANIFEST)
+
+    commit._carries = carries
+
+
+def old_epoch() -> None:
+    """A world does not notice that its epoch is over."""
+    newest = epoch.newest_number
+
+    def first_answer(output_dir: Path) -> int:
+        return newest(output_dir) if threading.current_thread().name not in WORLDS else 2
+
+    epoch.newest_number = first_answer
+
+
+def shared_place() -> None:
+    """Who replaces a checkpoint leaves the new one where the others find it, too."""
+
+    def take(attempt: commit.Attempt, *, patient: bool) -> Path:
+        if attempt.name not in disk.list_dir(attempt.directory):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(attempt.unit))
+        return attempt.directory
+
+    commit._take = take
+
+
+MUTANTS = {
+    "own decision": own_decision,
+    "decision renamed": lambda: overwritten(lambda name: name == names.DECISION),
+    "any checkpoint": any_checkpoint,
+    "old epoch": old_epoch,
+    "shared place": shared_place,
+    "vote overwritten": lambda: overwritten(lambda name: names.parse_vote_file(name) is not None),
+}
+
+
+def main(name: str, folder: Path, switches: int, steps: str, how: str) -> None:
+    logging.disable(logging.WARNING)
+    runs.think_once()
+    if how in MUTANTS:
+        MUTANTS[how]()
+        plays, _, problem = sweep(SCENARIOS[name], folder, switches, STEPS[steps])
+        print(f"{plays} orders: {problem or 'nothing was noticed'}")
+    else:
+        plays, ends, problem = sweep(SCENARIOS[name], folder, switches, STEPS[steps], int(how))
+        assert not problem, f"{name}: {problem}"
+        print(f"{name}: {plays} orders with up to {switches} switches at {steps} steps; {dict(ends)}")
 
 
 if __name__ == "__main__":
-    logging.disable(logging.WARNING)
-    print(sweep(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])))
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])

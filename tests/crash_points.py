@@ -10,7 +10,6 @@ state is put on a real disk, looked at, and recovered by the real `commit.claim`
 
 from __future__ import annotations
 
-import copy
 import itertools
 import logging
 import os
@@ -22,14 +21,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import runs
 from crash_model import Trace, Tree, fingerprint, make_tree
 from crash_record import note, record
 from kill_points import no_exchange
 
-from roll_ckpt import commit, disk, epoch, manifest, names, saver, seal, verify
+from roll_ckpt import commit, disk, manifest, names, saver, seal, verify
 from roll_ckpt.config import Settings
 from roll_ckpt.image import FileImage
 
@@ -40,38 +38,6 @@ FEWER = 5  # one of so many recoveries is recorded, to see whether it is a way o
 runs.CLUSTERS = {"actor": 1, "critic": 1}
 runs.RANKS = [(cluster, 0) for cluster in runs.CLUSTERS]
 BEFORE, FIRST, SECOND, LATER = "beefbeef", "f1f1f1f1", "2ec02ec0", "1a7e1a7e"
-
-
-def unique_names(who: str) -> None:
-    """Let `names.unique` tell the same names at every run of this test, and others than those of `who` else."""
-    count = itertools.count(1)
-    names.unique = lambda prefix: f"{prefix}.1.{who}.{next(count)}"
-
-
-def think_once() -> None:
-    """Let each record be parsed once, however many states hold it: these are pure functions of its bytes."""
-    unseal, parse, build = seal.unseal, manifest.parse_manifest, manifest.build
-    unsealed, parsed, built = {}, {}, {}
-
-    def unseal_once(data: bytes, where: object) -> dict[str, Any]:
-        if data not in unsealed:
-            unsealed[data] = unseal(data, where)
-        return copy.deepcopy(unsealed[data])
-
-    def parse_once(data: bytes, where: object) -> manifest.Manifest:
-        if data not in parsed:
-            parsed[data] = parse(data, where)
-        return parsed[data]
-
-    def build_once(votes: Mapping[str, bytes], expected: bytes) -> bytes:
-        key = (tuple(sorted(votes.items())), expected)
-        if key not in built:
-            built[key] = build(votes, expected)
-        return built[key]
-
-    manifest.unseal = epoch.unseal = unseal_once
-    manifest.parse_manifest = parse_once
-    manifest.build = commit.build = build_once
 
 
 # --- what is recorded ---------------------------------------------------------------------------------------
@@ -256,7 +222,7 @@ class Disk:
         key = fingerprint(tree)
         if key not in self.known:
             output_dir = self.put(tree)
-            unique_names(LATER)
+            runs.unique_names(LATER)
             try:
                 self.known[key] = recovered(output_dir)
             except Exception:
@@ -266,7 +232,7 @@ class Disk:
     def recovery(self, tree: Tree) -> Trace:
         """The operations of the recovery of a state."""
         output_dir = self.put(tree)
-        unique_names(SECOND)
+        runs.unique_names(SECOND)
         return record(self.folder, lambda: self.recover(output_dir))
 
 
@@ -321,9 +287,9 @@ def recorded(name: str, folder: Path) -> Trace:
     root = folder / f"record-{name}"
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir()
-    unique_names(BEFORE)
+    runs.unique_names(BEFORE)
     scenario.prepare(root / RUN)
-    unique_names(FIRST)
+    runs.unique_names(FIRST)
     return record(root, lambda: scenario.work(root / RUN))
 
 
@@ -410,7 +376,7 @@ def manifest_after_rename(folder: Path) -> bool:
 
 def main(what: str, folder: Path, asked: list[str]) -> None:
     logging.disable(logging.WARNING)
-    think_once()
+    runs.think_once()
     if what == "unnoticed":
         print(*unnoticed(folder), sep="\n")
     elif what == "order":

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import long_runs
 import torch
 import torch.distributed as dist
 from deepspeed_cases import raised
@@ -16,6 +17,7 @@ from pipeline_cases import Config, pipeline
 from tiny import engine, train
 
 from roll_ckpt import BasePipeline, Cluster, MegatronModel, disk, saver
+from roll_ckpt.errors import SaveFailed
 
 Both = tuple[Any, Tiny]
 
@@ -318,3 +320,49 @@ def rendezvous(out: str) -> list[list[int]]:
         counted.append([metrics[f"time/{name}/do_checkpoint/host_collectives"] for name in ("actor", "critic")])
     saver.wait_pending()
     return counted
+
+
+class Moody:
+    """A component that cannot say its state at every tenth save."""
+
+    def __init__(self) -> None:
+        self.saves = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        self.saves += 1
+        if self.saves % 10 == 7:
+            raise ValueError("not today")
+        return {"saves": self.saves}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def many_saves(out: str, saves: int) -> list[dict[str, Any]]:
+    """Samples of what this rank and the directory hold, while both train, save, copy and prune at every step; some
+    saves fail, some are waited for, and now and then a model is saved by itself under a new name."""
+    pair = both()
+    copies = {"type": "file_system", "output_dir": out + ".copies"}
+    made = registered(out, *pair, max_ckpt_to_keep=2, max_steps=10**6, checkpoint_config=copies)
+    made.register_stateful("moody", Moody())
+    made.resume()
+
+    def save(step: int) -> None:
+        steps(pair, step, 1)
+        with suppress(SaveFailed):
+            made.do_checkpoint(step, is_last_step=step % 10 in (4, 7))
+        if step % 10 == 5:
+            pair[0].save_16bit_model(out + ".models", f"model-{step}.bin")
+
+    def look(seconds: list[float]) -> dict[str, Any]:
+        saver.wait_pending()
+        for one in saver.pending():
+            assert one._finished.wait(60)
+        made._add_ended({})
+        dist.barrier()
+        critic = made._clusters["critic"]._backend._attached  # type: ignore[attr-defined]
+        roots = [made, pair[0].checkpoint_engine, critic.strategy.base_strategy]
+        found = long_runs.sample(Path(out), roots, seconds)
+        dist.barrier()
+        return found
+
+    return list(long_runs.measured(saves, save, look))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from roll_ckpt import commit, disk, manifest, names, retention, verify
+from roll_ckpt import commit, disk, epoch, manifest, names, retention, seal, verify
 
 CLUSTERS = {"actor": 2, "critic": 2}
 RANKS = [(cluster, rank) for cluster in CLUSTERS for rank in range(CLUSTERS[cluster])]
@@ -136,3 +138,35 @@ def assert_clean(output_dir: Path, epoch: commit.Epoch) -> None:
 
 def prune(epoch: commit.Epoch, keep: int) -> list[str]:
     return retention.prune(epoch.output_dir, epoch, keep)
+
+
+def unique_names(who: str) -> None:
+    """Let `names.unique` tell the same names at every run of this test, and others than those of `who` else."""
+    count = itertools.count(1)
+    names.unique = lambda prefix: f"{prefix}.1.{who}.{next(count)}"
+
+
+def think_once() -> None:
+    """Let each record be parsed once, however many states hold it: these are pure functions of its bytes."""
+    unseal, parse, build = seal.unseal, manifest.parse_manifest, manifest.build
+    unsealed, parsed, built = {}, {}, {}
+
+    def unseal_once(data: bytes, where: object) -> dict[str, Any]:
+        if data not in unsealed:
+            unsealed[data] = unseal(data, where)
+        return copy.deepcopy(unsealed[data])
+
+    def parse_once(data: bytes, where: object) -> manifest.Manifest:
+        if data not in parsed:
+            parsed[data] = parse(data, where)
+        return parsed[data]
+
+    def build_once(votes: Mapping[str, bytes], expected: bytes) -> bytes:
+        key = (tuple(sorted(votes.items())), expected)
+        if key not in built:
+            built[key] = build(votes, expected)
+        return built[key]
+
+    manifest.unseal = epoch.unseal = unseal_once
+    manifest.parse_manifest = parse_once
+    manifest.build = commit.build = build_once

@@ -468,6 +468,28 @@ def test_attempts_of_one_name_are_counted(epoch: commit.Epoch) -> None:
     assert attempts.abort_reason(begin(epoch)) is None
 
 
+def test_a_name_of_long_ago_gets_another_number_than_its_checkpoint(
+    epoch: commit.Epoch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempts, "_NAMES_KEPT", 2)
+    for step, salt in ((1, "a"), (2, "a"), (3, "a"), (1, "b")):
+        assert runs.save(epoch, step, salt, alone=True).committed
+    assert runs.salts(epoch.output_dir)["checkpoint-1"] == "b"
+    assert set(epoch.attempts) == {"checkpoint-3", "checkpoint-1"}
+
+
+def test_who_asks_after_the_reason_is_forgotten_still_learns_that_it_was_abandoned(
+    epoch: commit.Epoch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commit, "_REASONS_KEPT", 1)
+    first, second = begin(epoch, 1), begin(epoch, 2)
+    for attempt in (first, second):
+        assert not commit.settle(attempt, lead=True, timeout_s=0).committed
+    assert "no vote came" in commit.settle(second, lead=False, timeout_s=0).reason
+    outcome = commit.settle(first, lead=False, timeout_s=0)
+    assert not outcome.committed and "no reason is recorded" in outcome.reason
+
+
 def test_a_run_is_newer_than_what_was_copied_into_its_directory(tmp_path: Path) -> None:
     for step in (5, 10, 20):
         runs.history(tmp_path / "old", [step])

@@ -186,6 +186,16 @@ def test_retry_and_cancel(run: Path) -> None:
         push_queue.cancel(run, "checkpoint-9")
 
 
+def test_of_what_was_pushed_and_pruned_the_newest_is_remembered(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(push_queue, "_GONE_KEPT", 2)
+    first, second = push_queue.entries(run)
+    for step in range(4):
+        push_queue.record(run, replace(first, name=f"pruned-{step}", state="done"), Destination(REPO))
+        os.utime(run / f".hub/records/pruned-{step}.json", ns=(step, step))
+    push_queue.record(run, replace(second, state="done"), Destination(REPO))
+    assert set(states(run)) == {*NAMES, "pruned-2", "pruned-3"}
+
+
 # --- the process --------------------------------------------------------------------------------------------
 
 

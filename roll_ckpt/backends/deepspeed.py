@@ -75,7 +75,8 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
         self._saves: list[saver.Save] = []
         self._loose_problem: str | None = None
         self._warned: set[str] = set()
-        self._layouts = torch_zip.Layouts([*ALLOWED_GLOBALS, *loader.allowed(settings)])
+        self._allowed = [*ALLOWED_GLOBALS, *loader.allowed(settings)]
+        self._layouts = torch_zip.Layouts(self._allowed)
         self.verified: Path | None = None
         """A checkpoint whose every byte all ranks have just read; loading from it reads it once."""
 
@@ -97,7 +98,9 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
     def save(self, state_dict: object, path: str) -> None:
         """Lay out and stage one file. Outside of `save_checkpoint`: write it at once, durable on return."""
         with self._no_raise():
-            image, unsafe = self._layouts.lay_out(Path(path).name, state_dict, Path(path).stem, self._until)
+            # A file by itself may have another name each time: its layout is not kept.
+            layouts = torch_zip.Layouts(self._allowed) if self._ticket is None else self._layouts
+            image, unsafe = layouts.lay_out(Path(path).name, state_dict, Path(path).stem, self._until)
             loader.warn_unloadable(Path(path), unsafe, self._warned)
             if self._ticket is None:
                 saver.write_file(Path(path), image, self.settings)
