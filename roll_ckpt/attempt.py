@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def begin(
     Raises:
         ConfigError, NoRoom, EpochLost: nothing was touched on disk.
         RanksDisagree: another world has begun the same attempt with other values.
-        SaveFailed: another world has abandoned this attempt already.
+        SaveFailed: another world has abandoned this attempt already, or the disk refused.
     """
     names.check_name("tag", name)
     for cluster, world_size in expected.items():
@@ -97,6 +98,14 @@ def begin(
         _make(attempt)
     except FileNotFoundError as error:
         raise abandoned(attempt) from error
+    except OSError as error:
+        # We shall not vote in it, so nobody can commit it.
+        with suppress(OSError):
+            disk.remove_tree(attempt.directory)
+        raise SaveFailed(
+            f"{attempt.label}: it could not be begun: {error.strerror} ({error.filename}). Older checkpoints are "
+            "untouched; the next save starts afresh"
+        ) from error
     if abort_reason(attempt) is not None or epoch.newest_number(attempt.output_dir) != attempt.epoch:
         # Another world, or a newer run, gave it up before we made the directory, perhaps anew: nobody else
         # will look for it now.

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from roll_ckpt.image import Extents, FileImage, TensorPiece, Until
 from roll_ckpt.world import LONGEST_S, World
 
 log = logging.getLogger("roll_ckpt")
+
+_LOOK_S = 1.0  # between two looks whether a save that waits for its disk is still wanted
 
 CommitHook = Callable[["Save"], None]
 Changes = Callable[[Any], bool]
@@ -120,6 +122,7 @@ class Ticket:
             self.fail(problem)
         if self.error is not None:
             self.abandon()
+            self._give_room_back()
             receipts = []
         self.timing.write_s = time.monotonic() - self._started
         return manifest.Vote(
@@ -138,11 +141,17 @@ class Ticket:
             staged.transfer.abandon()
             staged.image = None
 
+    def _give_room_back(self) -> None:
+        """Before the no vote, which a full disk would not take; nobody can commit these files any more."""
+        for staged in self._staged:
+            with suppress(OSError):
+                disk.discard_file(staged.path)
+
     def _receipts(self) -> list[manifest.Receipt]:
         unit = self.save.attempt.unit
         digests: dict[str, Any] = {}
         for staged in self._staged:
-            digests[_relative(staged.path, unit)] = _written(staged)
+            digests[_relative(staged.path, unit)] = self._written(staged)
             staged.image = None
         for path in sorted(set(self._adopted)):
             disk.fsync_file(path)
@@ -170,6 +179,24 @@ class Ticket:
             receipts.append(manifest.receipt_of_bytes(relative, data))
         return receipts
 
+    def _written(self, staged: _Staged) -> native.Digest:
+        """Wait for one file, however long its disk takes, until the others have given this save up."""
+        save, told = self.save, False
+        while True:
+            try:
+                return _written(staged, _LOOK_S)
+            except TimeoutError as problem:
+                if problem.errno is not None:  # the disk's own answer
+                    raise
+            if not disk.is_dir(save.attempt.directory):
+                raise commit.abandoned(save.attempt)
+            if not told and time.monotonic() - self._started > save.settings.commit_timeout_s:
+                told = True
+                log.warning(
+                    "%s: cluster %r rank %d still waits for the disk to take %s, after more than commit_timeout_s = "
+                    "%g s", save.attempt.label, self.cluster, self.rank, staged.path, save.settings.commit_timeout_s
+                )  # fmt: skip
+
 
 def _piece_records(pieces: Iterable[TensorPiece], file: str) -> Iterator[dict[str, Any]]:
     for piece in pieces:
@@ -192,9 +219,9 @@ def _leased(image: FileImage) -> Iterator[Any]:
             yield owner
 
 
-def _written(staged: _Staged) -> native.Digest:
+def _written(staged: _Staged, timeout_s: float) -> native.Digest:
     try:
-        return staged.transfer.wait_written()
+        return staged.transfer.wait_written(timeout_s)
     except errors.SourceChanged as changed:
         start, end = changed.start, changed.end
         tensors = [piece.name for piece in staged.pieces if piece.offset < end and start < piece.offset + piece.nbytes]
@@ -319,8 +346,7 @@ class Save:
         try:
             if self._after is not None:
                 self._after._settled.wait()
-            self._vote()
-            self._settle()
+            self._settle(self._vote())
         except errors.RollCkptError as problem:
             self._fail(problem)
         except Exception as problem:
@@ -341,17 +367,28 @@ class Save:
             self._finished.set()
             _forget(self)
 
-    def _vote(self) -> None:
+    def _vote(self) -> str:
+        """Cast the vote of each cluster; return why one could not be cast, "" if all were."""
+        refusal = ""
         for ticket in self.tickets.values():
-            commit.cast(self.attempt, ticket.finish())
+            try:
+                commit.cast(self.attempt, ticket.finish())
+            except errors.SaveFailed as problem:
+                ticket.fail(problem)
+                refusal = refusal or str(problem).removeprefix(f"{self.attempt.label}: ")
+        return refusal
 
-    def _settle(self) -> None:
+    def _settle(self, refusal: str) -> None:
         began = time.monotonic()
-        outcome = commit.settle(self.attempt, lead=self.lead, timeout_s=self.settings.commit_timeout_s)
+        outcome = commit.settle(self.attempt, lead=self.lead, timeout_s=self.settings.commit_timeout_s, refusal=refusal)
         now = time.monotonic()
         if not outcome.committed:
+            untold = [
+                f"cluster {t.cluster!r} rank {t.rank} failed: {t.error}" for t in self.tickets.values() if t.error
+            ]
+            reason = "; ".join([outcome.reason, *(here for here in untold if here not in outcome.reason)])
             raise errors.SaveFailed(
-                f"{self.attempt.label}: abandoned: {outcome.reason}. Older checkpoints are untouched; the next save "
+                f"{self.attempt.label}: abandoned: {reason}. Older checkpoints are untouched; the next save "
                 "starts afresh"
             )
         self.durable_s = now - self._started
@@ -419,6 +456,7 @@ def begin(
 
     def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
         _check_agreement(posts)
+        _clear(request.output_dir)
         needed_bytes = sum(post["nbytes"] for post in posts)
         commit.check_room(request.output_dir, request.name, needed_bytes)
         commit.check_replaced(request.output_dir, request.name)
@@ -524,6 +562,20 @@ def recover(output_dir: Path, settings: Settings, clusters: Mapping[str, int]) -
         log.warning("%s: an unfinished save lies there and is left alone: %s", output_dir, problem)
 
 
+def _clear(output_dir: Path) -> None:
+    """Give back the room of saves that ended while the disk refused; what it still refuses is logged."""
+    epoch = _epochs.get(output_dir.resolve())
+    if epoch is None:
+        return
+    busy = {epoch.output_dir / save.attempt.directory.name for save in pending()}
+    try:
+        for found in commit.clear(epoch, busy):
+            log.warning("%s: attempt %d.%d, which had ended with an error of the disk, is %s now (%s)",
+                        output_dir / found.name, found.epoch, found.attempt, found.action, found.reason)  # fmt: skip
+    except (OSError, errors.SaveFailed) as problem:
+        log.warning("%s: what an earlier save has left there cannot be removed yet: %s", output_dir, problem)
+
+
 def _release_unused() -> None:
     """Let go of directories of long ago: some hosts give every checkpoint a save directory of its own."""
     busy = {save.attempt.output_dir.resolve() for save in pending()}
@@ -564,8 +616,10 @@ def _forget(save: Save) -> None:
 
 def pending() -> list[Save]:
     """Saves of this process that are not finished, oldest first; none in a forked child."""
+    if _pid != os.getpid():  # before the lock, which another thread may have held when this child was forked
+        return []
     with _pending_lock:
-        return list(_pending) if _pid == os.getpid() else []
+        return list(_pending)
 
 
 def wait_pending(output_dir: Path | None = None, name: str | None = None) -> None:
