@@ -596,6 +596,14 @@ _pending_lock = threading.Lock()
 _pid = os.getpid()
 
 
+def _forget_in_child() -> None:
+    global _pending_lock
+    _pending_lock = threading.Lock()  # another thread may have held it just then
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
+
+
 def _remember(save: Save) -> None:
     global _pid
     with _pending_lock:
@@ -616,10 +624,8 @@ def _forget(save: Save) -> None:
 
 def pending() -> list[Save]:
     """Saves of this process that are not finished, oldest first; none in a forked child."""
-    if _pid != os.getpid():  # before the lock, which another thread may have held when this child was forked
-        return []
     with _pending_lock:
-        return list(_pending)
+        return list(_pending) if _pid == os.getpid() else []
 
 
 def wait_pending(output_dir: Path | None = None, name: str | None = None) -> None:

@@ -1,6 +1,6 @@
 """Let the disk refuse at every operation of a save; see that both ranks agree, that nothing is lost and nothing left.
 
-    LD_PRELOAD=faults.so python fault_points.py FAULT FOLDER STRIDE     prints what was tried
+    LD_PRELOAD=faults.so python fault_points.py FOLDER FAULT:STRIDE...     prints what was tried
 
 FAULT: `once` (one call answers EIO), `full` (from that call on there is no room), `readonly` (from that call on all
 calls are refused); the disk is well again when the save has ended. Two ranks save through the real corridor, each
@@ -163,17 +163,9 @@ def contents(output_dir: Path) -> dict[str, str]:
 
 def never_synced_twice(calls: list[faults.Call], output_dir: Path) -> None:
     """A file whose fsync failed is not in a checkpoint, and nobody asked again."""
-    failed: set[int] = set()
-    inodes = {path.stat().st_ino for unit in output_dir.glob("checkpoint-*") for path in unit.rglob("*")}
-    for call in calls:
-        if call.operation == "create" and not call.code:
-            continue
-        if call.operation == "fsync":
-            if call.code:
-                failed.add(call.inode)
-                assert call.inode not in inodes, call
-            else:
-                assert call.inode not in failed, call
+    again, failed = faults.synced_again(calls)
+    assert again == []
+    assert failed.isdisjoint(path.stat().st_ino for unit in output_dir.glob("checkpoint-*") for path in unit.rglob("*"))
 
 
 def main(fault: str, folder: Path, stride: int) -> None:
@@ -204,9 +196,13 @@ def main(fault: str, folder: Path, stride: int) -> None:
             tried[answer] += 1
     assert not failed, f"{fault}: operations {failed}"
     for what, count in sorted(tried.items()):
-        print(what, count)
+        print(fault, what, count)
 
 
 if __name__ == "__main__":
     runs.CLUSTERS = CLUSTERS
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+    for each in sys.argv[2:]:
+        what, _, every = each.partition(":")
+        place = Path(sys.argv[1]) / what
+        place.mkdir()
+        main(what, place, int(every))

@@ -1,10 +1,11 @@
-// Preloaded into a process, lets calls that change the disk fail, or write less than asked, whoever in the process
-// makes them: Python, the extension, a library. It also tells another wall clock.
+// Preloaded into a process, lets calls that change the disk fail, or write less than asked, whoever in the
+// process makes them: Python, the extension, a library. It also tells another wall clock.
 //
 //   faults_rule(operations, path, skip, times, code)
-//       of calls of these operations (their names in one string, or "*") on files whose path holds `path`, `skip` go
-//       through, then `times` (-1: all) fail with errno `code`; with code 0 a write writes about half of what it was
-//       given; with code -1 the call does not return
+//       of calls of these operations (their names in one string, or "*") on files whose path holds `path`,
+//       `skip` go through, then `times` (-1: all) fail with errno `code`; with code 0 a write writes about
+//       half of what it was given; with code -1 the call waits for faults_clear, with another negative one it
+//       fails with -code then
 //   faults_clear()             forget all rules
 //   faults_struck()            how often a call was made to fail
 //   faults_log(path), faults_text(&size)
@@ -41,7 +42,7 @@ struct Faults {
     std::mutex mutex;
     std::vector<Rule> rules;
     std::string log, logged;
-    int struck = 0;
+    int struck = 0, clears = 0;
     std::atomic<bool> on{false};
     std::atomic<long> clock{0};
     std::atomic<unsigned> looks{0};
@@ -81,11 +82,14 @@ int verdict(const char* operation, const std::string& path) {
         if (rule.times == 0) continue;
         if (rule.times > 0) --rule.times;
         ++all.struck;
-        if (rule.code == -1) {
+        const int code = rule.code;
+        if (code >= 0) return code;
+        for (const int began = all.clears; began == all.clears;) {
             lock.unlock();
-            for (;;) pause();
+            usleep(1000);
+            lock.lock();
         }
-        return rule.code;
+        return code == -1 ? kPass : -code;
     }
     return kPass;
 }
@@ -94,7 +98,8 @@ void note(const char* operation, const std::string& path, int code, unsigned lon
     Faults& all = faults();
     std::lock_guard lock(all.mutex);
     if (all.log.empty() || path.find(all.log) == std::string::npos) return;
-    all.logged += std::string(operation) + " " + std::to_string(code) + " " + std::to_string(inode) + " " + path + "\n";
+    all.logged +=
+        std::string(operation) + " " + std::to_string(code) + " " + std::to_string(inode) + " " + path + "\n";
 }
 
 template <typename Call>
@@ -138,12 +143,16 @@ int opened(int dir, const char* path, int flags, mode_t mode) {
     return changes ? on_path("create", path, nullptr, call) : call();
 }
 
-size_t less(size_t nbytes) {
+// About half; of direct I/O whole pages, as a disk does.
+size_t less(int fd, size_t nbytes) {
     const size_t half = nbytes / 2;
-    return half >= kPage ? half / kPage * kPage : half > 0 ? half : nbytes;
+    if (fcntl(fd, F_GETFL) & O_DIRECT) return half >= kPage ? half / kPage * kPage : nbytes;
+    return half > 0 ? half : nbytes;
 }
 
-mode_t mode_of(int flags, va_list rest) { return flags & O_CREAT ? static_cast<mode_t>(va_arg(rest, int)) : 0; }
+mode_t mode_of(int flags, va_list rest) {
+    return flags & O_CREAT ? static_cast<mode_t>(va_arg(rest, int)) : 0;
+}
 
 long jump() {
     Faults& all = faults();
@@ -167,6 +176,7 @@ void faults_clear() {
     std::lock_guard lock(all.mutex);
     all.rules.clear();
     all.struck = 0;
+    ++all.clears;
 }
 
 int faults_struck() {
@@ -192,7 +202,7 @@ const char* faults_text(size_t* nbytes) {
 
 void faults_clock(long seconds) { faults().clock = seconds; }
 
-#define OPEN(NAME, DIR, ...)                               \
+#define OPEN(NAME, DIR, ...)                                 \
     int NAME(__VA_ARGS__ const char* path, int flags, ...) { \
         va_list rest;                                        \
         va_start(rest, flags);                               \
@@ -207,19 +217,22 @@ OPEN(openat64, dir, int dir, )
 
 ssize_t write(int fd, const void* data, size_t nbytes) {
     static auto next = real(&write, "write");
-    return on_file("write", fd, [&](bool cut) { return next(fd, data, cut ? less(nbytes) : nbytes); });
+    return on_file("write", fd, [&](bool cut) { return next(fd, data, cut ? less(fd, nbytes) : nbytes); });
 }
 ssize_t pwrite(int fd, const void* data, size_t nbytes, off_t offset) {
     static auto next = real(&pwrite, "pwrite");
-    return on_file("write", fd, [&](bool cut) { return next(fd, data, cut ? less(nbytes) : nbytes, offset); });
+    return on_file("write", fd,
+                   [&](bool cut) { return next(fd, data, cut ? less(fd, nbytes) : nbytes, offset); });
 }
 ssize_t pwrite64(int fd, const void* data, size_t nbytes, off64_t offset) {
     static auto next = real(&pwrite64, "pwrite64");
-    return on_file("write", fd, [&](bool cut) { return next(fd, data, cut ? less(nbytes) : nbytes, offset); });
+    return on_file("write", fd,
+                   [&](bool cut) { return next(fd, data, cut ? less(fd, nbytes) : nbytes, offset); });
 }
 ssize_t writev(int fd, const struct iovec* parts, int count) {
     static auto next = real(&writev, "writev");
-    return on_file("write", fd, [&](bool cut) { return next(fd, parts, cut && count > 1 ? count / 2 : count); });
+    return on_file("write", fd,
+                   [&](bool cut) { return next(fd, parts, cut && count > 1 ? count / 2 : count); });
 }
 int ftruncate(int fd, off_t nbytes) {
     static auto next = real(&ftruncate, "ftruncate");

@@ -8,14 +8,14 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 HERE = Path(__file__).parent
 SHORT, HANG = 0, -1
-"""In place of an errno: a write writes half; a call does not return."""
+"""In place of an errno: a write writes half; a call waits until `clear`, then goes on (minus an errno: then fails)."""
 ROOM = "create write truncate allocate mkdir"
 """The operations that a full disk refuses."""
 
@@ -62,6 +62,20 @@ def logged() -> list[Call]:
     text = ctypes.string_at(shim.faults_text(ctypes.byref(nbytes)), nbytes.value).decode()
     lines = (line.split(" ", 3) for line in text.splitlines())
     return [Call(operation, int(code), int(inode), path) for operation, code, inode, path in lines]
+
+
+def synced_again(calls: Iterable[Call]) -> tuple[list[Call], set[int]]:
+    """The fsyncs that succeeded on a file after one had failed there; and the inodes that are left of such files."""
+    failed: dict[int, str] = {}
+    again = []
+    for call in calls:
+        if call.operation == "unlink" and not call.code:  # the next file may get its inode
+            failed = {inode: path for inode, path in failed.items() if path != call.path}
+        elif call.operation == "fsync" and call.code:
+            failed[call.inode] = call.path
+        elif call.operation == "fsync" and call.inode in failed:
+            again.append(call)
+    return again, set(failed)
 
 
 @contextmanager
