@@ -161,9 +161,11 @@ def _settle(attempt: Attempt, lead: bool, timeout_s: float, refusal: str, clock:
     ballot = _Ballot(refusal=refusal)
     decision: Decision | None = None
     pause, vanished, refused = _FIRST_PAUSE_S, 0, 0.0
-    while attempt.directory.name in disk.list_dir(attempt.output_dir):
+    while True:
         over = clock() >= limit
         try:
+            if attempt.directory.name not in disk.list_dir(attempt.output_dir):
+                return _afterwards(attempt, decision)
             decision = decision or _decided(attempt)
             if lead or over or refusal:
                 decision = decision or _decide(attempt, ballot, attempt.epoch, over)
@@ -184,7 +186,6 @@ def _settle(attempt: Attempt, lead: bool, timeout_s: float, refusal: str, clock:
                 raise
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE_S)
-    return _afterwards(attempt, decision)
 
 
 def _afterwards(attempt: Attempt, decision: Decision | None) -> Outcome:

@@ -81,6 +81,7 @@ def save_up_to(out: str, rank: int, point: str, timeout_s: float) -> None:
 
 
 def outcome(out: str) -> dict[str, Any]:
-    """What became of the save that lost a rank."""
+    """What became of the save that lost a rank, and what the next one says."""
     told = [raised(lambda: save.wait(30)) for save in saver.pending()]  # noqa: B023
+    told.append(raised(lambda: _made.save_checkpoint(out, tag="third")))
     return {"told": told, "entries": disk.list_dir(Path(out)), "latest": (Path(out) / names.LATEST).read_text()}

@@ -101,6 +101,36 @@ def arena_full(folder: Path) -> None:
     assert not (folder / "run" / "t1").exists()
 
 
+def hanging_disk(folder: Path) -> None:
+    """Nobody else is there to give the save up: it says what it waits for, and goes on."""
+    import logging
+
+    import test_saver as t
+    import torch
+
+    from roll_ckpt import saver
+
+    said: list[str] = []
+    told = threading.Event()
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+            told.set()
+
+    logging.getLogger("roll_ckpt").addHandler(Ear())
+    saver._LOOK_S = 0.02
+    save = t.begin(folder / "run", "t1", t.Settings.parse({**t.SMALL, "commit_timeout_s": 0.1}, "the test"))
+    faults.rule("write", "/t1/model.pt", faults.HANG, times=-1)
+    with save.staging():
+        t.stage(save, {"w": torch.ones(1000)})
+    assert told.wait(20) and not save.settled
+    assert "cluster 'model' rank 0" in said[0] and "/t1/model.pt" in said[0], said
+    faults.clear()
+    save.wait(20)
+    assert len(said) == 1
+
+
 def forks(folder: Path) -> None:
     """Children are forked in the middle of a save and of a load, and end in every way."""
     import test_saver as t
@@ -188,9 +218,11 @@ def small_disk(folder: Path) -> None:
 
 
 def without_direct_io(folder: Path) -> None:
-    """ramfs answers EINVAL to O_DIRECT."""
+    """ramfs answers EINVAL to O_DIRECT, and does not tell how much room it has."""
     import test_saver as t
     import torch
+
+    from roll_ckpt import loader
 
     mount("ramfs", folder)
     try:
@@ -203,7 +235,8 @@ def without_direct_io(folder: Path) -> None:
         ticket = t.stage(save, {"w": torch.ones(300_001)})
     save.wait(20)
     assert not ticket._staged[0].transfer.stats["direct"]
-    assert t.load(folder / "run")["w"].sum() == 300_001
+    with loader.reading(folder / "run" / "t1", t.SETTINGS) as reader:
+        assert reader.load(folder / "run" / "t1" / "model.pt", "cpu")["w"].sum() == 300_001
 
 
 def mount(kind: str, folder: Path, options: str = "rw") -> None:

@@ -90,8 +90,8 @@ def test_clocks_that_jump_change_nothing(shim: str, folder: Path) -> None:
     assert run(HERE / "fault_processes.py", folder, "clock", preload=shim) == "done\n"
 
 
-def test_neither_a_full_arena_nor_forked_children_disturb_a_save_or_a_load(shim: str, folder: Path) -> None:
-    assert run(HERE / "fault_processes.py", folder, "arena_full", "forks", preload=shim) == "done\n"
+def test_neither_a_full_arena_nor_a_hanging_disk_nor_forked_children_disturb_a_save(shim: str, folder: Path) -> None:
+    assert run(HERE / "fault_processes.py", folder, "arena_full", "hanging_disk", "forks", preload=shim) == "done\n"
 
 
 # ---- real file systems
@@ -166,8 +166,9 @@ def test_a_rank_that_is_killed_is_named_by_the_time_limit(ranks: World, tmp_path
     ranks.call(f"{CASES}:save_up_to", out, 1, "write.done", 2.0)
     ranks.kill(1)
     (found,) = ranks.call(f"{CASES}:outcome", out)
-    (told,) = found["told"]
+    told, then = found["told"]
     assert told.startswith("SaveFailed") and "no vote came from cluster 'model' rank 1" in told and "second" in told
+    assert then.startswith("RanksDisagree: rank 1 of 2 did not come")
     assert found["latest"] == "good" and not {"second", ".second.1.1.tmp"} & set(found["entries"])
 
 
@@ -182,5 +183,7 @@ def test_another_rank_takes_over_when_the_committer_is_killed(shim: str, tmp_pat
         (found,) = world.call(f"{CASES}:outcome", str(out))
     finally:
         world.close()
-    assert found["told"] == ["nothing was raised"] and found["latest"] == "second"
+    told, then = found["told"]
+    assert told == "nothing was raised" and found["latest"] == "second"
+    assert then.startswith("RanksDisagree: rank 1: no answer from rank 0")
     assert verify.verify(out / "second") == [] and ".second.1.1.tmp" not in found["entries"]
