@@ -75,7 +75,8 @@ def begin(
     Raises:
         ConfigError, NoRoom, EpochLost: nothing was touched on disk.
         RanksDisagree: another world has begun the same attempt with other values.
-        SaveFailed: another world has abandoned this attempt already, or the disk refused.
+        SaveFailed: another world has abandoned this attempt already.
+        OSError: the disk refused; what was made is removed again.
     """
     names.check_name("tag", name)
     for cluster, world_size in expected.items():
@@ -98,14 +99,10 @@ def begin(
         _make(attempt)
     except FileNotFoundError as error:
         raise abandoned(attempt) from error
-    except OSError as error:
-        # We shall not vote in it, so nobody can commit it.
-        with suppress(OSError):
+    except OSError:
+        with suppress(OSError):  # nobody can commit it: we shall not vote
             disk.remove_tree(attempt.directory)
-        raise SaveFailed(
-            f"{attempt.label}: it could not be begun: {error.strerror} ({error.filename}). Older checkpoints are "
-            "untouched; the next save starts afresh"
-        ) from error
+        raise
     if abort_reason(attempt) is not None or epoch.newest_number(attempt.output_dir) != attempt.epoch:
         # Another world, or a newer run, gave it up before we made the directory, perhaps anew: nobody else
         # will look for it now.

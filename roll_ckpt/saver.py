@@ -7,6 +7,7 @@ written by native threads; a short-lived Python thread for each save only waits 
 from __future__ import annotations
 
 import atexit
+import errno
 import logging
 import os
 import threading
@@ -308,6 +309,11 @@ class Save:
             log.warning("%s: no thread can be started, this save blocks: %s", self.attempt.label, problem)
 
     @property
+    def begun(self) -> bool:
+        """Whether there is an attempt to stage; else it has failed already: `failure` says why."""
+        return self.attempt.attempt > 0
+
+    @property
     def lead(self) -> bool:
         """Whether this process collects the votes and decides: rank 0 of each world."""
         return self.rank == 0
@@ -441,8 +447,12 @@ def begin(
     rank saves now: `Save.replays` has those clusters for which every rank named the same. Waits for a pending save
     of the same name.
 
+    A disk that is full or refuses does not end a training run that has saved there: the save that is returned is then
+    not `begun`, on every rank, and to be staged by nobody.
+
     Raises:
-        RanksDisagree, NoRoom, RunIsLive, EpochLost, ConfigError: on every rank, with nothing on disk touched.
+        RanksDisagree, RunIsLive, EpochLost, ConfigError: on every rank, with nothing on disk touched.
+        NoRoom, SaveFailed: the same, if this run has not claimed the directory yet.
     """
     request = replace(request, output_dir=request.output_dir.absolute())
     wait_pending(request.output_dir, request.name)
@@ -454,21 +464,27 @@ def begin(
         "save_latest": request.save_latest,
     }
 
-    def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
-        _check_agreement(posts)
-        _clear(request.output_dir)
-        needed_bytes = sum(post["nbytes"] for post in posts)
+    def begin_here(needed_bytes: int) -> commit.Attempt:
         commit.check_room(request.output_dir, request.name, needed_bytes)
         commit.check_replaced(request.output_dir, request.name)
-        epoch = claim(request.output_dir, settings, request.clusters, request.expected_clusters)
-        made = commit.begin(
-            epoch,
+        return commit.begin(
+            claim(request.output_dir, settings, request.clusters, request.expected_clusters),
             request.name,
             step=request.step,
             expected=request.expected_clusters or request.clusters,
             save_latest=request.save_latest,
             needed_bytes=needed_bytes,
         )
+
+    def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
+        _check_agreement(posts)
+        claimed = _clear(request.output_dir)
+        try:
+            made = begin_here(sum(post["nbytes"] for post in posts))
+        except OSError as problem:
+            if not claimed:
+                raise
+            return {"failure": _told(problem, request.output_dir / request.name), "room": _lacks_room(problem)}
         replays = [
             cluster
             for cluster, plan in posts[0]["plans"].items()
@@ -482,16 +498,34 @@ def begin(
         output_dir=request.output_dir,
         name=request.name,
         step=request.step,
-        run_id=verdict["run_id"],
-        epoch=verdict["epoch"],
-        attempt=verdict["attempt"],
+        run_id=verdict.get("run_id", ""),
+        epoch=verdict.get("epoch", 0),
+        attempt=verdict.get("attempt", 0),
         expected=dict(request.expected_clusters or request.clusters),
         save_latest=request.save_latest,
     )
-    replays = frozenset(verdict["replays"])
+    replays = frozenset(verdict.get("replays", ()))
     save = Save(attempt, settings, world.rank, tuple(request.clusters), replays, on_commit=on_commit)
-    _remember(save)
+    if save.begun:
+        _remember(save)
+    else:
+        save._fail((errors.NoRoom if verdict["room"] else errors.SaveFailed)(verdict["failure"]))
+        save._settled.set()
+        save._finished.set()
     return save
+
+
+def _told(problem: OSError, final: Path) -> str:
+    if isinstance(problem, errors.NoRoom):
+        return str(problem)
+    return (
+        f"{final}: the save could not begin: rank 0: {problem.strerror} ({problem.filename}). Older checkpoints are "
+        "untouched; the next save tries again"
+    )
+
+
+def _lacks_room(problem: OSError) -> bool:
+    return isinstance(problem, errors.NoRoom) or problem.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def wait_together(world: World, save: Save, *, uploaded: bool) -> None:
@@ -562,11 +596,12 @@ def recover(output_dir: Path, settings: Settings, clusters: Mapping[str, int]) -
         log.warning("%s: an unfinished save lies there and is left alone: %s", output_dir, problem)
 
 
-def _clear(output_dir: Path) -> None:
-    """Give back the room of saves that ended while the disk refused; what it still refuses is logged."""
+def _clear(output_dir: Path) -> bool:
+    """Give back the room of saves that ended while the disk refused; what it still refuses is logged. False if this
+    run has not claimed the directory yet."""
     epoch = _epochs.get(output_dir.resolve())
     if epoch is None:
-        return
+        return False
     busy = {epoch.output_dir / save.attempt.directory.name for save in pending()}
     try:
         for found in commit.clear(epoch, busy):
@@ -574,6 +609,7 @@ def _clear(output_dir: Path) -> None:
                         output_dir / found.name, found.epoch, found.attempt, found.action, found.reason)  # fmt: skip
     except (OSError, errors.SaveFailed) as problem:
         log.warning("%s: what an earlier save has left there cannot be removed yet: %s", output_dir, problem)
+    return True
 
 
 def _release_unused() -> None:

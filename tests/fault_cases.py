@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import faults
 import torch.distributed as dist
 from deepspeed_cases import raised, settings
+from pipeline_cases import pipeline
 from tiny import engine, train
 
-from roll_ckpt import arena, disk, names, saver, verify
+from roll_ckpt import Cluster, arena, disk, names, saver, verify
 
 CHECKED = 0.05
 saver._LOOK_S = CHECKED
@@ -51,6 +53,33 @@ def meet_a_fault(out: str, operations: str, code: int, times: int, ours: dict[st
     found["latest"] = (Path(out) / names.LATEST).read_text()
     found["problems"] = [str(p) for name in ("good", "next") for p in verify.verify(Path(out) / name)]
     return found
+
+
+def cannot_begin(out: str, fail_training: bool) -> dict[str, Any]:
+    """The second of three saves finds a disk without room for its directory."""
+    made = engine(2, "bf16", settings(fail_training=fail_training))
+    assert made.save_checkpoint(out, tag="good")
+    saver.wait_pending()
+    faults.rule("mkdir", ".bad.", errno.ENOSPC, times=-1)
+    found = {"saved": made.save_checkpoint(out, tag="bad"), "raised": raised(lambda: train(made, 1, seed=1))}
+    faults.clear()
+    made.save_checkpoint(out, tag="next")
+    saver.wait_pending()
+    dist.barrier()
+    return {**found, "entries": disk.list_dir(Path(out)), "problems": len(verify.verify(Path(out) / "next"))}
+
+
+def pipeline_without_room(out: str) -> dict[str, Any]:
+    """A pipeline whose disk is full at its second save and at its last one."""
+    trained = pipeline(out, Cluster("actor", engine(2, "bf16", None)))
+    trained.do_checkpoint(1)
+    real = disk.free_bytes
+    disk.free_bytes = lambda path: 10  # type: ignore[assignment]
+    second = trained.do_checkpoint(2)
+    last = raised(lambda: trained.do_checkpoint(3, is_last_step=True))
+    disk.free_bytes = real
+    then = trained.do_checkpoint(4, is_last_step=True)
+    return {"second": second["checkpoint/failed"], "last": last, "then": then["checkpoint/step"]}
 
 
 _made: Any = None

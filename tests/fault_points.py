@@ -40,14 +40,12 @@ def data_of(salt: str, rank: int) -> bytes:
     return f"{salt} {rank} ".encode() * 20_000
 
 
-class Stopped(Exception):
-    """A save was not even begun."""
-
-
 def begin(output_dir: Path, name: str) -> list[saver.Save]:
     """Both ranks' parts of one save: rank 0 begins, rank 1 learns of it."""
     request = saver.Request(output_dir, name, None, CLUSTERS)
     first = saver.begin(World(0, RANKS, None), request, SETTINGS, nbytes=1000, on_commit=prune)
+    if not first.begun:
+        return [first] * RANKS
     second = saver.Save(replace(first.attempt), SETTINGS, 1, tuple(CLUSTERS))
     saver._remember(second)
     second._after = None  # of another process, in truth
@@ -60,11 +58,10 @@ def prune(save: saver.Save) -> None:
 
 
 def save(output_dir: Path, name: str, salt: str) -> list[errors.RollCkptError | None]:
-    """Save on both ranks; what became of it on rank 1 and rank 0. Stopped if it could not begin."""
-    try:
-        saves = begin(output_dir, name)
-    except errors.RollCkptError as problem:
-        raise Stopped(str(problem)) from problem
+    """Save on both ranks; what became of it on rank 1 and rank 0."""
+    saves = begin(output_dir, name)
+    if not saves[0].begun:
+        return [one.failure for one in saves]
     for one in saves:
         try:
             with one.staging():
@@ -115,10 +112,7 @@ def attempt(fault: str, output_dir: Path, skip: int, say: int) -> None:
     before = contents(output_dir)
     faults.log(output_dir)
     strike(fault, output_dir, skip)
-    try:
-        ends = save(output_dir, "checkpoint-3", "new")
-    except Stopped as problem:
-        ends = [errors.SaveFailed(str(problem))] * RANKS
+    ends = save(output_dir, "checkpoint-3", "new")
     struck = faults.clear()
     if not struck:
         os.write(say, b"none\n")

@@ -133,6 +133,22 @@ def test_a_fault_on_one_rank_ends_the_save_on_all_and_the_next_one_works(
     assert found["struck"] and found["again"] == []
 
 
+@pytest.mark.parametrize("fail_training", [False, True])
+def test_a_disk_that_lets_no_save_begin_does_not_stop_training(
+    ranks: World, tmp_path: Path, fail_training: bool
+) -> None:
+    for found in ranks.call(f"{CASES}:cannot_begin", str(tmp_path / "run"), fail_training):
+        assert found["saved"] is False and found["problems"] == 0
+        assert found["raised"].startswith("NoRoom" if fail_training else "nothing was raised")
+        assert {"good", "next"} <= set(found["entries"]) and not [e for e in found["entries"] if "bad" in e]
+
+
+def test_a_pipeline_goes_on_without_room_and_its_last_save_raises(ranks: World, tmp_path: Path) -> None:
+    for found in ranks.call(f"{CASES}:pipeline_without_room", str(tmp_path / "run")):
+        assert "checkpoint-2" in found["second"] and "has 10 left" in found["second"]
+        assert found["last"].startswith("NoRoom") and found["then"] == 4
+
+
 def assert_given_back(found: dict[str, Any], *also: str) -> None:
     assert [name for name in found["entries"] if not name.startswith(".") and not name.endswith(".py")] == sorted(
         ["good", "next", "latest", *also]
