@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -76,7 +75,7 @@ def begin(
         ConfigError, NoRoom, EpochLost: nothing was touched on disk.
         RanksDisagree: another world has begun the same attempt with other values.
         SaveFailed: another world has abandoned this attempt already.
-        OSError: the disk refused; what was made is removed again.
+        OSError: the disk refused; commit.clear removes what was made.
     """
     names.check_name("tag", name)
     for cluster, world_size in expected.items():
@@ -99,10 +98,6 @@ def begin(
         _make(attempt)
     except FileNotFoundError as error:
         raise abandoned(attempt) from error
-    except OSError:
-        with suppress(OSError):  # nobody can commit it: we shall not vote
-            disk.remove_tree(attempt.directory)
-        raise
     if abort_reason(attempt) is not None or epoch.newest_number(attempt.output_dir) != attempt.epoch:
         # Another world, or a newer run, gave it up before we made the directory, perhaps anew: nobody else
         # will look for it now.

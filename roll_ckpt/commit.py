@@ -502,12 +502,8 @@ def _throw_away(attempt: Attempt, epoch: int) -> None:
         epochs.check(attempt.output_dir, epoch)
         return
     disk.fsync_dir(attempt.output_dir)
-    try:
-        disk.remove_tree(place)
-        empty_trash(attempt.output_dir, epoch)  # what could not be deleted before
-    except OSError as error:
-        # It has no name any more; the outcome of this save does not rest on it.
-        log.warning("%s: %s could not be deleted: %s; the next save tries again", attempt.label, place, error)
+    disk.remove_tree(place)
+    empty_trash(attempt.output_dir, epoch)  # what could not be deleted before
 
 
 # --- recovering ---------------------------------------------------------------------------------------------

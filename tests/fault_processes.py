@@ -9,13 +9,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import faults
 import runs
 
 from roll_ckpt import commit, disk, epoch, names
+from roll_ckpt.attempt import abort_reason
 from roll_ckpt.errors import RunIsLive, SaveFailed
 
 
@@ -151,12 +153,12 @@ def forks(folder: Path) -> None:
     def children() -> None:
         """Exit handlers run in the second; the last two are data loaders' workers."""
         for leave in (os._exit, sys.exit):
-            with saver._pending_lock, lease._guard:  # as if other threads held them just then
+            with held_by_another_thread(saver._pending_lock, lease._guard):
                 child = os.fork()
-            if not child:
-                look()
-                leave(0)
-            assert runs.ended(child) == 0
+                if not child:
+                    look()
+                    leave(0)
+                assert runs.ended(child) == 0
         worker = multiprocessing.get_context("fork").Process(target=look)
         worker.start()
         worker.join(20)
@@ -187,33 +189,68 @@ def forks(folder: Path) -> None:
     assert is_locked(record)
 
 
+@contextmanager
+def held_by_another_thread(*locks: threading.Lock) -> Iterator[None]:
+    """A child that is forked meanwhile finds them locked for ever."""
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with ExitStack() as stack:
+            for lock in locks:
+                stack.enter_context(lock)
+            held.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    parent = os.getpid()
+    try:
+        yield
+    finally:
+        if os.getpid() == parent:
+            done.set()
+            thread.join()
+
+
+def fill(path: Path) -> None:
+    """Leave no room in the file system."""
+    with open(path, "wb", buffering=0) as filler:
+        try:
+            while True:
+                filler.write(bytes(4096))
+        except OSError as problem:
+            assert problem.errno == errno.ENOSPC
+
+
 def small_disk(folder: Path) -> None:
-    """A file system of 8 MiB is full when the save begins to write, so that it takes no vote either."""
+    """A file system of 8 MiB is full when the save begins to write, or when it has written one file of two."""
     import test_saver as t
     import torch
 
     mount("tmpfs", folder, "size=8m")
     out, state = folder / "run", {"w": torch.ones(200_000)}
     t.save_now(out, state, "good")
-    before = disk.free_bytes(out)
-    save = t.begin(out, "bad")
-    with open(folder / "filler", "wb", buffering=0) as filler:
+    for files in (["model.pt"], ["first.pt", "model.pt"]):
+        before = disk.free_bytes(out)
+        save = t.begin(out, "bad")
+        with save.staging():
+            for file in files[:-1]:
+                t.stage(save, state, file=file)._staged[-1].transfer.wait_written()
+            fill(folder / "filler")
+            t.stage(save, state, file=files[-1])
         try:
-            while True:
-                filler.write(bytes(4096))
-        except OSError as problem:
-            assert problem.errno == errno.ENOSPC
-    with save.staging():
-        t.stage(save, state)
-    try:
-        save.wait(20)
-        raise AssertionError("it was committed")
-    except SaveFailed as problem:
-        assert "No space left on device" in str(problem) and "rank 0" in str(problem) and "model.pt" in str(problem)
-    assert sorted(p.name for p in out.iterdir() if not p.name.startswith(".")) == ["good", "latest"]
-    assert not save.attempt.directory.exists()
-    (folder / "filler").unlink()
-    assert before - disk.free_bytes(out) <= 16 << 10, "its room was not given back"
+            save.wait(20)
+            raise AssertionError("it was committed")
+        except SaveFailed as problem:
+            assert "No space left on device" in str(problem) and "rank 0" in str(problem) and "model.pt" in str(problem)
+        # What the other ranks hear: the first file's room is enough for the reason.
+        told = abort_reason(save.attempt) or ""
+        assert ("rank 0" in told and "model.pt" in told) if files[1:] else ("see the logs of all" in told), told
+        assert sorted(p.name for p in out.iterdir() if not p.name.startswith(".")) == ["good", "latest"]
+        assert not save.attempt.directory.exists()
+        (folder / "filler").unlink()
+        assert before - disk.free_bytes(out) <= 16 << 10, "its room was not given back"
     t.save_now(out, state, "next")
 
 

@@ -10,7 +10,7 @@
 //   faults_struck()            how often a call was made to fail
 //   faults_log(path), faults_text(&size)
 //       note each call on paths that hold `path`; the lines "operation errno inode path"
-//   faults_clock(seconds)      let the wall clock jump to and fro by so much, at every look
+//   faults_clock(seconds)      let the wall clock jump to and fro by multiples of so much, at every look
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -157,7 +157,7 @@ mode_t mode_of(int flags, va_list rest) {
 long jump() {
     Faults& all = faults();
     const long far = all.clock;
-    return far ? (all.looks++ % 2 ? far : -far) : 0;
+    return far * (static_cast<long>(all.looks++ * 7919u % 101u) - 50);
 }
 
 }  // namespace

@@ -80,7 +80,7 @@ def synced_again(calls: Iterable[Call]) -> tuple[list[Call], set[int]]:
 
 @contextmanager
 def jumping_clock(seconds: int) -> Iterator[None]:
-    """Whoever looks at the wall clock sees it so much in the past or the future, in turn."""
+    """Whoever looks at the wall clock sees it a multiple of that in the past or the future, each time another."""
     shim = ctypes.CDLL(None)
     shim.faults_clock(ctypes.c_long(seconds))
     try:
