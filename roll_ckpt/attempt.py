@@ -78,6 +78,7 @@ def begin(
         ConfigError, NoRoom, EpochLost: nothing was touched on disk.
         RanksDisagree: another world has begun the same attempt with other values.
         SaveFailed: another world has abandoned this attempt already.
+        OSError: the disk refused; commit.clear removes what was made.
     """
     names.check_name("tag", name)
     for cluster, world_size in expected.items():

@@ -13,14 +13,14 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import disk, names
 from . import epoch as epochs
-from .attempt import Attempt, abort_reason, begin, cast, check_replaced, check_room
+from .attempt import Attempt, abandoned, abort_reason, begin, cast, check_replaced, check_room
 from .epoch import Epoch
 from .errors import ConfigError, Damaged, EpochLost, NotFound, SaveFailed
 from .lease import is_being_read, reading, removing
@@ -40,16 +40,18 @@ from .seal import sha256
 from .trash import empty_trash, retire_trash, trash
 
 __all__ = [
-    "Attempt", "Epoch", "Outcome", "Recovery", "begin", "cast", "check_replaced", "check_room", "claim", "committed",
-    "empty_trash", "find", "is_being_read", "read_manifest", "reading", "recover", "removing", "settle", "trash",
-    "write_latest",
+    "Attempt", "Epoch", "Outcome", "Recovery", "abandoned", "begin", "cast", "check_replaced", "check_room", "claim",
+    "clear", "committed", "empty_trash", "find", "is_being_read", "read_manifest", "reading", "recover", "removing",
+    "settle", "trash", "write_latest",
 ]  # fmt: skip
 
 log = logging.getLogger("roll_ckpt")
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.2
 _PATIENCE_S = 1.0  # how long a process that replaces a checkpoint is left alone by another that would do the same
+_STUBBORN_S = 10.0  # how long a disk is asked again that refuses what settling needs
 _NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _TAKEN = (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 _OLD = ".old"
 _REASONS_KEPT = 100
@@ -127,41 +129,46 @@ def claim(
 # --- settling -----------------------------------------------------------------------------------------------
 
 
-def settle(attempt: Attempt, *, lead: bool, timeout_s: float, clock: Callable[[], float] = time.monotonic) -> Outcome:
+def settle(
+    attempt: Attempt, *, lead: bool, timeout_s: float, refusal: str = "", clock: Callable[[], float] = time.monotonic
+) -> Outcome:
     """Wait until the attempt is committed or abandoned. Blocks; a commit is durable on return.
 
     A lead (rank 0 of each world) collects the votes, decides and carries out; two may do so at once. The
-    others wait, and do the same once `timeout_s` has passed. Any thread may call.
+    others wait, and do the same once `timeout_s` has passed; or at once with a `refusal`, the reason why a rank could
+    not even vote. A disk that refuses is asked again for a while. Any thread may call.
 
     Raises:
         EpochLost: a newer run owns the directory, and did not finish this attempt.
-        SaveFailed: the disk refused; the message names the path. If the decision was made, the next start
-            carries it out.
+        SaveFailed: the disk refused; the message names the path. The next save, or start, carries out what was
+            decided, or decides.
     """
     attempt.refuse_fork()
     try:
-        return _settle(attempt, lead, timeout_s, clock)
+        return _settle(attempt, lead, timeout_s, refusal, clock)
     except EpochLost:
         if _carries(attempt.final, attempt):
             return Outcome(True, "a newer run has finished it")
         raise
     except OSError as error:
         raise SaveFailed(
-            f"{attempt.label}: {error.strerror} ({error.filename}); older checkpoints are untouched, and "
-            "what was decided is carried out at the next start"
+            f"{attempt.label}: {error.strerror} ({error.filename}); older checkpoints are untouched. The next save, "
+            f"or start, finishes or discards what lies there.{refusal and f' Before that: {refusal}'}"
         ) from error
 
 
-def _settle(attempt: Attempt, lead: bool, timeout_s: float, clock: Callable[[], float]) -> Outcome:
+def _settle(attempt: Attempt, lead: bool, timeout_s: float, refusal: str, clock: Callable[[], float]) -> Outcome:
     limit = clock() + timeout_s
-    ballot = _Ballot()
+    ballot = _Ballot(refusal=refusal)
     decision: Decision | None = None
-    pause, vanished = _FIRST_PAUSE_S, 0
-    while attempt.directory.name in disk.list_dir(attempt.output_dir):
+    pause, vanished, refused = _FIRST_PAUSE_S, 0, 0.0
+    while True:
         over = clock() >= limit
         try:
+            if attempt.directory.name not in disk.list_dir(attempt.output_dir):
+                return _afterwards(attempt, decision)
             decision = decision or _decided(attempt)
-            if lead or over:
+            if lead or over or refusal:
                 decision = decision or _decide(attempt, ballot, attempt.epoch, over)
                 if decision is not None:
                     note = _carry_out(attempt, decision, attempt.epoch, save_latest=attempt.save_latest)
@@ -171,9 +178,15 @@ def _settle(attempt: Attempt, lead: bool, timeout_s: float, clock: Callable[[], 
             vanished += 1
             if vanished > 50:
                 raise
+        except OSError as error:
+            if not refused:
+                refused = clock()
+                log.warning("%s: %s (%s); it is tried again for %g s", attempt.label, error.strerror, error.filename,
+                            _STUBBORN_S)  # fmt: skip
+            elif clock() - refused > _STUBBORN_S:
+                raise
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE_S)
-    return _afterwards(attempt, decision)
 
 
 def _afterwards(attempt: Attempt, decision: Decision | None) -> Outcome:
@@ -184,7 +197,7 @@ def _afterwards(attempt: Attempt, decision: Decision | None) -> Outcome:
     if reason is None and decision is not None:
         return Outcome(decision.commit, decision.reason)
     epochs.check(attempt.output_dir, attempt.epoch)
-    return Outcome(False, reason or f"{attempt.directory} vanished, and no reason is recorded; was it removed by hand?")
+    return Outcome(False, reason or f"{attempt.directory} vanished; another world gave it up, or somebody removed it")
 
 
 # --- deciding -----------------------------------------------------------------------------------------------
@@ -211,12 +224,16 @@ def _decide(attempt: Attempt, ballot: _Ballot, epoch: int, over: bool) -> Decisi
         if not over:
             return None
         missing = [file for file in voters if file not in ballot.votes]
-        reason = f"no vote came from {_ranks_of(missing)}; see the log of those processes"
+        reason = (
+            f"no vote came from {_ranks_of(missing)} in time (commit_timeout_s): died, stopped, or waiting for the "
+            "disk; see the log of those processes"
+        )
     reason = reason or _unsound(attempt.unit, ballot)
     epochs.check(attempt.output_dir, epoch)
     sealed = ""
     if not reason:
         try:
+            disk.fsync_dir(attempt.unit / names.VOTES)  # a vote is seen before its rank has made its name durable
             sealed = _write_manifest(attempt, ballot.data, expected)
         except Damaged as error:
             reason = str(error)
@@ -228,10 +245,13 @@ def _decide(attempt: Attempt, ballot: _Ballot, epoch: int, over: bool) -> Decisi
     epochs.check(attempt.output_dir, epoch)
     try:
         disk.link_durable(attempt.unit / names.DECISION, ours.to_bytes(), scratch=attempt.directory)
-    except OSError:
+    except OSError as error:
         if (won := _decided(attempt)) is not None:
             return won
-        raise
+        if ours.commit or error.errno not in _NO_ROOM:
+            raise
+        # Only its end gives the disk room again: see parse_decision.
+        disk.link(path, attempt.unit / names.DECISION)
     disk.reach("decision.linked", name=attempt.name, epoch=attempt.epoch, attempt=attempt.attempt)
     return _decided(attempt)
 
@@ -342,6 +362,7 @@ def _publish(attempt: Attempt, epoch: int) -> None:
     """Give the unit its final name; durable on return."""
     epochs.check(attempt.output_dir, epoch)
     try:
+        disk.fsync_dir(attempt.unit)  # whoever made the decision may not have come to that
         disk.rename(attempt.unit, attempt.final)
     except OSError as error:
         if error.errno not in _TAKEN:
@@ -493,6 +514,7 @@ def _throw_away(attempt: Attempt, epoch: int) -> None:
         return
     disk.fsync_dir(attempt.output_dir)
     disk.remove_tree(place)
+    empty_trash(attempt.output_dir, epoch)  # what could not be deleted before
 
 
 # --- recovering ---------------------------------------------------------------------------------------------
@@ -514,6 +536,22 @@ def recover(output_dir: Path, *, epoch: Epoch) -> list[Recovery]:
             disk.discard_file(output_dir / entry)
     _sweep_epochs(output_dir / names.EPOCHS, epoch.number)
     empty_trash(output_dir, epoch.number)
+    return done
+
+
+def clear(epoch: Epoch, busy: Collection[Path]) -> list[Recovery]:
+    """Finish or discard the attempts of this process that ended while the disk refused, so that their room is given
+    back. `busy` are the directories of those that have not ended. Rank 0 of each world.
+
+    OSError, SaveFailed: the disk refuses still.
+    """
+    done = []
+    for entry in disk.list_dir(epoch.output_dir):
+        parsed = names.parse_attempt_dir(entry)
+        if parsed is None or parsed[1] != epoch.number or epoch.output_dir / entry in busy:
+            continue
+        if parsed[2] <= epoch.attempts.get(parsed[0], 0):  # or else of another world, which is ahead of us
+            done.append(_recover_one(epoch.output_dir, *parsed, epoch.number))
     return done
 
 

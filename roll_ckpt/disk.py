@@ -16,6 +16,7 @@ import os
 import shutil
 import stat
 import struct
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -382,10 +383,11 @@ def file_bytes(path: Path) -> int:
 
 
 def free_bytes(path: Path) -> int:
-    """What the file system of the nearest existing parent still lends to this user."""
+    """What the file system of the nearest existing parent still lends to this user; plenty if it does not tell."""
     while not is_dir(path) and path.parent != path:
         path = path.parent
-    return shutil.disk_usage(path).free
+    told = shutil.disk_usage(path)
+    return told.free if told.total else sys.maxsize  # without sizes: ramfs, some of FUSE
 
 
 def walk(root: Path) -> Iterator[str]:

@@ -7,6 +7,7 @@ where a file system has no locks readers of other processes are not seen.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -19,6 +20,15 @@ from .errors import NotFound
 
 _here: Counter[Path] = Counter()
 _guard = threading.Lock()
+
+
+def _forget_in_child() -> None:
+    global _guard
+    _guard = threading.Lock()  # another thread may have held it just then
+    _here.clear()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
 
 
 @contextmanager
@@ -39,7 +49,7 @@ def reading(unit: Path) -> Iterator[None]:
     finally:
         with _guard:
             _here[key] -= 1
-            if not _here[key]:
+            if _here[key] <= 0:  # less in a child that was forked inside the block
                 del _here[key]
         if lock is not None:
             lock.release()

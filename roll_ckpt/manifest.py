@@ -25,6 +25,7 @@ from .seal import canonical as canonical
 FORMAT = 1
 SOFTWARE = "roll_ckpt 0.1.0"
 BLOCK_BYTES = 4 << 20
+_NO_ROOM = "No space left on device, not even to write down which rank met that first; see the logs of all"
 
 
 # --- receipts -----------------------------------------------------------------------------------------------
@@ -206,8 +207,12 @@ class Decision:
 
 
 def parse_decision(data: bytes, where: object) -> Decision:
-    """The record in `decision`."""
-    fields = Fields(unseal(data, where), where)
+    """The record in `decision`. The list of expected votes in its place is an abort: a full disk takes a link yet."""
+    spelled = unseal(data, where)
+    if "clusters" in spelled:
+        told = parse_expected(data, where)
+        return Decision(False, told.name, told.epoch, told.attempt, "", _NO_ROOM)
+    fields = Fields(spelled, where)
     _take_format(fields)
     commit = fields.take("commit", bool)
     decision = Decision(

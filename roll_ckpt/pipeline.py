@@ -144,9 +144,10 @@ class BasePipeline:
             Metrics of this call, and of earlier saves as they become known: see `docs/metrics.md`.
 
         Raises:
-            RanksDisagree, NoRoom, RunIsLive, EpochLost: on every rank, with nothing on disk touched.
-            SaveFailed: the save was abandoned (at the last step, or with `async_save: false` or
-                `fail_training: true`); older checkpoints are sound.
+            RanksDisagree, RunIsLive, EpochLost: on every rank, with nothing on disk touched.
+            NoRoom, SaveFailed: the save could not begin, or was abandoned (at the last step, or with
+                `async_save: false` or `fail_training: true`; NoRoom also at the first save); older checkpoints are
+                sound.
         """
         last = global_step == self.config.max_steps - 1 if is_last_step is None else is_last_step
         self.state.step = global_step
@@ -167,6 +168,13 @@ class BasePipeline:
         met = self._ranks.meetings
         save = self._begin(step, uploaded)
         metrics: dict[str, Any] = {}
+        if not save.begun:
+            self._after_commit.awaited.discard(save.attempt.name)
+            self._saves.append(save)
+            if uploaded or not self._async_save:
+                save.wait()
+            self._add_ended(metrics)
+            return metrics
         problem: Exception | None = None
         with save.staging():
             first = next(iter(self._clusters.values()))

@@ -7,12 +7,13 @@ written by native threads; a short-lived Python thread for each save only waits 
 from __future__ import annotations
 
 import atexit
+import errno
 import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from roll_ckpt.image import Extents, FileImage, TensorPiece, Until
 from roll_ckpt.world import LONGEST_S, World
 
 log = logging.getLogger("roll_ckpt")
+
+_LOOK_S = 1.0  # between two looks whether a save that waits for its disk is still wanted
 
 CommitHook = Callable[["Save"], None]
 Changes = Callable[[Any], bool]
@@ -120,6 +123,7 @@ class Ticket:
             self.fail(problem)
         if self.error is not None:
             self.abandon()
+            self._give_room_back()
             receipts = []
         self.timing.write_s = time.monotonic() - self._started
         return manifest.Vote(
@@ -138,11 +142,17 @@ class Ticket:
             staged.transfer.abandon()
             staged.image = None
 
+    def _give_room_back(self) -> None:
+        """Before the no vote, which a full disk would not take; nobody can commit these files any more."""
+        for staged in self._staged:
+            with suppress(OSError):
+                disk.discard_file(staged.path)
+
     def _receipts(self) -> list[manifest.Receipt]:
         unit = self.save.attempt.unit
         digests: dict[str, Any] = {}
         for staged in self._staged:
-            digests[_relative(staged.path, unit)] = _written(staged)
+            digests[_relative(staged.path, unit)] = self._written(staged)
             staged.image = None
         for path in sorted(set(self._adopted)):
             disk.fsync_file(path)
@@ -170,6 +180,24 @@ class Ticket:
             receipts.append(manifest.receipt_of_bytes(relative, data))
         return receipts
 
+    def _written(self, staged: _Staged) -> native.Digest:
+        """Wait for one file, however long its disk takes, until the others have given this save up."""
+        save, told = self.save, False
+        while True:
+            try:
+                return _written(staged, _LOOK_S)
+            except TimeoutError as problem:
+                if problem.errno is not None:  # the disk's own answer
+                    raise
+            if not disk.is_dir(save.attempt.directory):
+                raise commit.abandoned(save.attempt)
+            if not told and time.monotonic() - self._started > save.settings.commit_timeout_s:
+                told = True
+                log.warning(
+                    "%s: cluster %r rank %d still waits for the disk to take %s, after more than commit_timeout_s = "
+                    "%g s", save.attempt.label, self.cluster, self.rank, staged.path, save.settings.commit_timeout_s
+                )  # fmt: skip
+
 
 def _piece_records(pieces: Iterable[TensorPiece], file: str) -> Iterator[dict[str, Any]]:
     for piece in pieces:
@@ -192,9 +220,9 @@ def _leased(image: FileImage) -> Iterator[Any]:
             yield owner
 
 
-def _written(staged: _Staged) -> native.Digest:
+def _written(staged: _Staged, timeout_s: float) -> native.Digest:
     try:
-        return staged.transfer.wait_written()
+        return staged.transfer.wait_written(timeout_s)
     except errors.SourceChanged as changed:
         start, end = changed.start, changed.end
         tensors = [piece.name for piece in staged.pieces if piece.offset < end and start < piece.offset + piece.nbytes]
@@ -281,6 +309,11 @@ class Save:
             log.warning("%s: no thread can be started, this save blocks: %s", self.attempt.label, problem)
 
     @property
+    def begun(self) -> bool:
+        """Whether there is an attempt to stage; else it has failed already: `failure` says why."""
+        return self.attempt.attempt > 0
+
+    @property
     def lead(self) -> bool:
         """Whether this process collects the votes and decides: rank 0 of each world."""
         return self.rank == 0
@@ -319,8 +352,7 @@ class Save:
         try:
             if self._after is not None:
                 self._after._settled.wait()
-            self._vote()
-            self._settle()
+            self._settle(self._vote())
         except errors.RollCkptError as problem:
             self._fail(problem)
         except Exception as problem:
@@ -341,17 +373,28 @@ class Save:
             self._finished.set()
             _forget(self)
 
-    def _vote(self) -> None:
+    def _vote(self) -> str:
+        """Cast the vote of each cluster; return why one could not be cast, "" if all were."""
+        refusal = ""
         for ticket in self.tickets.values():
-            commit.cast(self.attempt, ticket.finish())
+            try:
+                commit.cast(self.attempt, ticket.finish())
+            except errors.SaveFailed as problem:
+                ticket.fail(problem)
+                refusal = refusal or str(problem).removeprefix(f"{self.attempt.label}: ")
+        return refusal
 
-    def _settle(self) -> None:
+    def _settle(self, refusal: str) -> None:
         began = time.monotonic()
-        outcome = commit.settle(self.attempt, lead=self.lead, timeout_s=self.settings.commit_timeout_s)
+        outcome = commit.settle(self.attempt, lead=self.lead, timeout_s=self.settings.commit_timeout_s, refusal=refusal)
         now = time.monotonic()
         if not outcome.committed:
+            untold = [
+                f"cluster {t.cluster!r} rank {t.rank} failed: {t.error}" for t in self.tickets.values() if t.error
+            ]
+            reason = "; ".join([outcome.reason, *(here for here in untold if here not in outcome.reason)])
             raise errors.SaveFailed(
-                f"{self.attempt.label}: abandoned: {outcome.reason}. Older checkpoints are untouched; the next save "
+                f"{self.attempt.label}: abandoned: {reason}. Older checkpoints are untouched; the next save "
                 "starts afresh"
             )
         self.durable_s = now - self._started
@@ -404,8 +447,12 @@ def begin(
     rank saves now: `Save.replays` has those clusters for which every rank named the same. Waits for a pending save
     of the same name.
 
+    A disk that is full or refuses does not end a training run that has saved there: the save that is returned is then
+    not `begun`, on every rank, and to be staged by nobody.
+
     Raises:
-        RanksDisagree, NoRoom, RunIsLive, EpochLost, ConfigError: on every rank, with nothing on disk touched.
+        RanksDisagree, RunIsLive, EpochLost, ConfigError: on every rank, with nothing on disk touched.
+        NoRoom, SaveFailed: the same, if this run has not claimed the directory yet.
     """
     request = replace(request, output_dir=request.output_dir.absolute())
     wait_pending(request.output_dir, request.name)
@@ -417,20 +464,27 @@ def begin(
         "save_latest": request.save_latest,
     }
 
-    def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
-        _check_agreement(posts)
-        needed_bytes = sum(post["nbytes"] for post in posts)
+    def begin_here(needed_bytes: int) -> commit.Attempt:
         commit.check_room(request.output_dir, request.name, needed_bytes)
         commit.check_replaced(request.output_dir, request.name)
-        epoch = claim(request.output_dir, settings, request.clusters, request.expected_clusters)
-        made = commit.begin(
-            epoch,
+        return commit.begin(
+            claim(request.output_dir, settings, request.clusters, request.expected_clusters),
             request.name,
             step=request.step,
             expected=request.expected_clusters or request.clusters,
             save_latest=request.save_latest,
             needed_bytes=needed_bytes,
         )
+
+    def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
+        _check_agreement(posts)
+        claimed = _clear(request.output_dir)
+        try:
+            made = begin_here(sum(post["nbytes"] for post in posts))
+        except OSError as problem:
+            if not claimed:
+                raise
+            return {"failure": _told(problem, request.output_dir / request.name), "room": _lacks_room(problem)}
         replays = [
             cluster
             for cluster, plan in posts[0]["plans"].items()
@@ -444,16 +498,34 @@ def begin(
         output_dir=request.output_dir,
         name=request.name,
         step=request.step,
-        run_id=verdict["run_id"],
-        epoch=verdict["epoch"],
-        attempt=verdict["attempt"],
+        run_id=verdict.get("run_id", ""),
+        epoch=verdict.get("epoch", 0),
+        attempt=verdict.get("attempt", 0),
         expected=dict(request.expected_clusters or request.clusters),
         save_latest=request.save_latest,
     )
-    replays = frozenset(verdict["replays"])
+    replays = frozenset(verdict.get("replays", ()))
     save = Save(attempt, settings, world.rank, tuple(request.clusters), replays, on_commit=on_commit)
-    _remember(save)
+    if save.begun:
+        _remember(save)
+    else:
+        save._fail((errors.NoRoom if verdict["room"] else errors.SaveFailed)(verdict["failure"]))
+        save._settled.set()
+        save._finished.set()
     return save
+
+
+def _told(problem: OSError, final: Path) -> str:
+    if isinstance(problem, errors.NoRoom):
+        return str(problem)
+    return (
+        f"{final}: the save could not begin: rank 0: {problem.strerror} ({problem.filename}). Older checkpoints are "
+        "untouched; the next save tries again"
+    )
+
+
+def _lacks_room(problem: OSError) -> bool:
+    return isinstance(problem, errors.NoRoom) or problem.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def wait_together(world: World, save: Save, *, uploaded: bool) -> None:
@@ -524,6 +596,22 @@ def recover(output_dir: Path, settings: Settings, clusters: Mapping[str, int]) -
         log.warning("%s: an unfinished save lies there and is left alone: %s", output_dir, problem)
 
 
+def _clear(output_dir: Path) -> bool:
+    """Give back the room of saves that ended while the disk refused; what it still refuses is logged. False if this
+    run has not claimed the directory yet."""
+    epoch = _epochs.get(output_dir.resolve())
+    if epoch is None:
+        return False
+    busy = {epoch.output_dir / save.attempt.directory.name for save in pending()}
+    try:
+        for found in commit.clear(epoch, busy):
+            log.warning("%s: attempt %d.%d, which had ended with an error of the disk, is %s now (%s)",
+                        output_dir / found.name, found.epoch, found.attempt, found.action, found.reason)  # fmt: skip
+    except (OSError, errors.SaveFailed) as problem:
+        log.warning("%s: what an earlier save has left there cannot be removed yet: %s", output_dir, problem)
+    return True
+
+
 def _release_unused() -> None:
     """Let go of directories of long ago: some hosts give every checkpoint a save directory of its own."""
     busy = {save.attempt.output_dir.resolve() for save in pending()}
@@ -542,6 +630,14 @@ def epoch_of(output_dir: Path) -> commit.Epoch:
 _pending: list[Save] = []
 _pending_lock = threading.Lock()
 _pid = os.getpid()
+
+
+def _forget_in_child() -> None:
+    global _pending_lock
+    _pending_lock = threading.Lock()  # another thread may have held it just then
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
 
 
 def _remember(save: Save) -> None:

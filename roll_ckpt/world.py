@@ -72,14 +72,15 @@ class World:
         if self.rank == 0:
             return self._unwrap(self._decide(prefix, mine, decide, timeout_s))
         assert self._store is not None
-        self._store.set(f"{prefix}/{self.rank}", json.dumps(mine))
         try:
+            self._store.set(f"{prefix}/{self.rank}", json.dumps(mine))
             self._store.wait([f"{prefix}/verdict"], timedelta(seconds=timeout_s + _SLACK_S))
+            verdict = json.loads(self._store.get(f"{prefix}/verdict"))
         except dist.DistError as problem:
             raise errors.RanksDisagree(
-                f"rank {self.rank}: no answer from rank 0 within {timeout_s:g} s: {problem}"
+                f"rank {self.rank}: no answer from rank 0 within {timeout_s:g} s, or it died; see its log: {problem}"
             ) from problem
-        return self._unwrap(json.loads(self._store.get(f"{prefix}/verdict")))
+        return self._unwrap(verdict)
 
     def together(self, action: Callable[[], object], timeout_s: float) -> None:
         """Run `action` on every rank; if it fails on one, that error is raised on all. Every rank calls; blocks."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -35,32 +36,52 @@ def environment(**extra: str) -> dict[str, str]:
     }
 
 
+def _as_torchrun_tells(size: int) -> list[dict[str, str]]:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
+
+
 class RankFailed(AssertionError):
     """A rank of the world raised; its traceback is the message."""
 
 
 class World:
-    """A torchrun job of `size` ranks that waits for calls."""
+    """A torchrun job of `size` ranks that waits for calls. Without `torchrun` nobody ends the others when one dies."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, *, torchrun: bool = True, preload: str = "") -> None:
         self.size = size
         self._calls = 0
         self._folder = tempfile.TemporaryDirectory(prefix="roll_ckpt_world_")
         self._log = open(Path(self._folder.name) / "log", "w+b")  # noqa: SIM115
         self._listener = Listener(str(Path(self._folder.name) / "socket"), "AF_UNIX")
-        self._job = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-                *("--nproc-per-node", str(size), str(ROOT / "tests" / "worker.py"), self._listener.address),
-            ],
-            env=environment(),
+        worker = [str(ROOT / "tests" / "worker.py"), self._listener.address]
+        extra = {"LD_PRELOAD": preload} if preload else {}
+        if torchrun:
+            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+            self._jobs = [self._start([*launcher, *worker], extra)]
+        else:
+            self._jobs = [self._start(worker, {**extra, **told}) for told in _as_torchrun_tells(size)]
+        self._ranks: dict[int, Connection] = {}
+        self._accept()
+
+    def _start(self, arguments: list[str], extra: dict[str, str]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, *arguments],
+            env=environment(**extra),
             cwd=self._folder.name,
             stdout=self._log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        self._ranks: dict[int, Connection] = {}
-        self._accept()
+
+    def kill(self, rank: int) -> None:
+        """SIGKILL one rank of a world without torchrun; `call` then asks the others."""
+        self._jobs[rank].kill()
+        self._jobs[rank].wait()
+        self._ranks.pop(rank).close()
 
     def _accept(self) -> None:
         self._listener._listener._socket.settimeout(START_TIMEOUT_S)  # type: ignore[attr-defined]
@@ -83,7 +104,7 @@ class World:
         if failures:
             told = "\n".join(f"--- rank {rank}: {text}" for rank, text in failures.items())
             raise RankFailed(f"{function}:\n{told}\n--- log\n{self.log()[-6000:]}")
-        return [results[rank] for rank in range(self.size)]
+        return [results[rank] for rank in sorted(self._ranks)]
 
     def _answer(self, rank: int, limit: float) -> tuple[bool, Any]:
         """What the rank says of the current call; late answers to earlier ones are passed over."""
@@ -103,11 +124,13 @@ class World:
     def close(self) -> None:
         for connection in self._ranks.values():
             connection.close()
-        try:
-            self._job.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(self._job.pid, signal.SIGKILL)
-            self._job.wait()
+        patience_s = 20 if len(self._ranks) == self.size else 0  # for a dead rank they would wait for ever
+        for job in self._jobs:
+            try:
+                job.wait(patience_s)
+            except subprocess.TimeoutExpired:
+                os.killpg(job.pid, signal.SIGKILL)
+                job.wait()
         self._listener.close()
         self._log.close()
         self._folder.cleanup()

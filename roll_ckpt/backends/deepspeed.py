@@ -150,7 +150,8 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
     ) -> bool:
         """`engine.save_checkpoint` as one transaction on `save_dir/tag`; every rank calls.
 
-        With `async_save` it returns once all but the stable tensors are copied, otherwise when committed.
+        With `async_save` it returns once all but the stable tensors are copied, otherwise when committed. False: the
+        disk refused before the first byte.
         """
         if not save_dir:
             raise ValueError(f"save_dir must be a non-empty string, got {save_dir!r}")
@@ -166,6 +167,11 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
         except Exception as found:
             problem = str(found)
         save = saver.begin(self.world, request, self.settings, nbytes=nbytes, problem=problem, on_commit=self._prune)
+        if not save.begun:
+            self._saves.append(save)  # `fail_training` raises it at the next fence
+            if not self.settings.async_save:
+                save.wait()
+            return False
         with save.staging():
             arguments = {
                 "client_state": client_state or {},

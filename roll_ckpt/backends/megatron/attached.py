@@ -122,7 +122,7 @@ class Attached:
         """
         self.fence()
         told = content_metadata_of(self.form)
-        return transact(
+        made = transact(
             lambda: self.prepare(self.state(step)),
             lambda ticket, unit, prepared: self.stage(ticket, unit, prepared.state, prepared),
             Path(directory).absolute(),
@@ -132,6 +132,9 @@ class Attached:
             facts=lambda: describe(told),
             save_latest=True,
         )
+        if not made.begun:
+            self._fence.add(made)  # `fail_training` raises it at the next fence
+        return made
 
     @property
     def alone(self) -> bool:

@@ -99,6 +99,10 @@ def transact(
         plans={cluster: prepared.plan if prepared else None},
         on_commit=_prune,
     )
+    if not begun.begun:
+        if not settings.async_save:
+            begun.wait()
+        return begun
     assert prepared is not None, "a rank with a problem does not begin"
     with begun.staging():
         stage_it(begun.ticket(cluster, facts()), begun.attempt.unit, prepared)
