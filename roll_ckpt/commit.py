@@ -572,23 +572,31 @@ def _warn(problem: Damaged) -> None:
 def committed(output_dir: Path, report: Callable[[Damaged], None] = _warn) -> list[Manifest]:
     """The committed checkpoints, the oldest first (by step, epoch, attempt).
 
-    `report` is told of each directory whose manifest cannot be trusted. File contents are not read.
+    `report` is told of each directory whose manifest is gone or cannot be trusted. File contents are not read.
     """
     found = []
     for entry in disk.list_dir(output_dir):
         unit = output_dir / entry
-        if entry.startswith(".") or not disk.is_real_dir(unit):
+        if entry.startswith(".") or not disk.is_dir(unit):
             continue
         try:
             manifest = read_manifest(unit)
         except NotFound:
+            if disk.exists(unit / names.DECISION) or disk.exists(unit / names.EXPECTED):
+                report(Damaged(f"{unit}: its {names.MANIFEST} is missing, so nothing in it can be verified"))
             continue
         except Damaged as error:
             report(error)
             continue
-        if manifest.name == entry:
+        except OSError as error:
+            report(Damaged(f"{unit / names.MANIFEST}: it cannot be read: {error.strerror}"))
+            continue
+        real = disk.is_real_dir(unit)
+        if manifest.name == entry and real:
             found.append(manifest)
-        else:
+        elif manifest.name == entry:
+            report(Damaged(f"{unit}: a symbolic link; move the checkpoint itself there, or give its own path"))
+        elif real:
             report(Damaged(f"{unit}: its manifest is the one of {manifest.name}; is it a copy?"))
     return sorted(found, key=lambda manifest: manifest.age)
 

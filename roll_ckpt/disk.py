@@ -330,9 +330,10 @@ def _reader(path: Path) -> Iterator[int]:
                 _close_unlocked(descriptor)
 
 
-def _open_regular(path: Path) -> int:
+def _open_regular(path: Path, access: int = os.O_RDONLY) -> int:
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        # Without O_NONBLOCK the open of a named pipe waits for ever.
+        descriptor = os.open(path, access | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise Damaged(f"{path}: a symbolic link, not a file") from error
@@ -523,7 +524,7 @@ def lock_new(path: Path, contents: Callable[[bool], bytes]) -> Lock:
 def try_lock(path: Path, *, exclusive: bool) -> Lock | None:
     """Lock an existing file, None if another holder forbids it. Shared locks of one process add up.
 
-    OSError with ENOLCK, ENOSYS or ENOTSUP where the file system has no locks.
+    OSError with ENOLCK, ENOSYS or ENOTSUP where the file system has no locks; Damaged as for read_bytes.
     """
     with _lock_table:
         held = _held_at(path)
@@ -532,8 +533,7 @@ def try_lock(path: Path, *, exclusive: bool) -> Lock | None:
                 return None
             held.users += 1
             return held
-        writable = os.O_RDWR if exclusive else os.O_RDONLY
-        descriptor = os.open(path, writable | os.O_CLOEXEC | os.O_NOFOLLOW)
+        descriptor = _open_regular(path, os.O_RDWR if exclusive else os.O_RDONLY)
         try:
             fcntl.lockf(descriptor, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         except OSError as error:
@@ -547,11 +547,14 @@ def try_lock(path: Path, *, exclusive: bool) -> Lock | None:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether any process of this host, this one included, has a lock on the file."""
+    """Whether any process of this host, this one included, has a lock on the file; nobody has one on anything else."""
     with _lock_table:
         if _held_at(path) is not None:
             return True
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            descriptor = _open_regular(path)
+        except Damaged:
+            return False
         try:
             asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
             answer = struct.unpack(_FLOCK, fcntl.fcntl(descriptor, fcntl.F_GETLK, asked))

@@ -1,0 +1,83 @@
+"""What the ranks of a world do in tests/test_corruption.py: checkpoints of every kind, and loads of damaged ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron_cases import attach
+from megatron_cpu import Tiny, build
+from pipeline_cases import Config
+from tiny import engine, train
+
+from roll_ckpt import BasePipeline, Cluster, MegatronModel, PipelineConfig
+
+STAGING = {"check": "full"}  # as tests/megatron_cases.py has it: a process has one arena
+
+
+class Cursor:
+    """A component of the pipeline."""
+
+    def __init__(self) -> None:
+        self.at = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": self.at, "seen": torch.arange(self.at)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.at = state["at"]
+
+
+class Run:
+    """An actor under ZeRO-3, a reward model under ZeRO-2 and a critic under Megatron-core, on new weights."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.actor = engine(3, "bf16", None, seed=seed, width=96)
+        self.reward = engine(2, "bf16", None, seed=seed + 1, width=96)
+        self.critic: Tiny = build(seed=123 + seed, hidden=64)
+        self.cursor = Cursor()
+
+    def train(self) -> None:
+        self.cursor.at += 1
+        train(self.actor, 1, seed=self.cursor.at)
+        train(self.reward, 1, seed=self.cursor.at)
+        self.critic.train()
+
+    def pipeline(self, out: Path, **more: Any) -> BasePipeline:
+        values = {"output_dir": out, "save_steps": 1, "max_steps": 9, "staging": STAGING}
+        made = BasePipeline(PipelineConfig.parse({**values, **more}, "test"))
+        critic = MegatronModel(self.critic.model, self.critic.optimizer, self.critic.scheduler)
+        client = {"client_state": {"epochs": 3}}
+        made.set_checkpoint_clusters(
+            Cluster("actor", self.actor, config=Config(), **client),
+            Cluster("reward", self.reward),
+            Cluster("critic", critic, **client),
+        )
+        made.register_stateful("cursor", self.cursor)
+        return made
+
+    def save(self, folder: Path, step: int) -> None:
+        """One step in each of the ways that there are: a pipeline's, plain DeepSpeed's, plain Megatron's."""
+        pipeline = self.pipeline(folder / "run")
+        pipeline.do_checkpoint(step, is_last_step=True)
+        for name in ("actor", "reward"):
+            trained = getattr(self, name)
+            trained.save_checkpoint(str(folder / name), tag=f"global_step{step}", client_state={"note": "kept"})
+        attach(self.critic).save(folder / "critic" / f"iter_{step}", step)
+        dist.barrier()
+
+    def weights(self) -> list[torch.Tensor]:
+        """All that it trains, as it is now; a copy."""
+        held = [self.actor.optimizer.fp32_partitioned_groups_flat, self.reward.optimizer.single_partition_of_fp32_groups]
+        tensors = [*held[0], *held[1], *self.critic.model[0].parameters()]
+        return [tensor.detach().clone() for tensor in tensors]
+
+
+def build_runs(out: str) -> None:
+    """Steps 1 and 2 of a run, and step 2 of another."""
+    run = Run()
+    for folder, step in (("ours", 1), ("ours", 2), ("another", 2)):
+        run.train()
+        run.save(Path(out) / folder, step)
