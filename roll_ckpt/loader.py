@@ -34,12 +34,21 @@ class Unit:
 
     @classmethod
     def around(cls, path: Path) -> Unit | None:
-        """The checkpoint that `path` lies in, or None for files without our manifest."""
-        if disk.exists(path / names.MANIFEST):
-            return cls(path)
-        for parent in list(path.absolute().parents)[:_LEVELS_UP]:
-            if disk.exists(parent / names.MANIFEST) and disk.exists(parent / names.DECISION):
-                return cls(parent)
+        """The checkpoint that `path` lies in, or None for files that no roll_ckpt has saved.
+
+        Damaged if it has lost its manifest: then nothing tells what belongs there.
+        """
+        records = (names.MANIFEST, names.DECISION, names.EXPECTED)
+        for folder, enough in [(path, 1), *((parent, 2) for parent in list(path.absolute().parents)[:_LEVELS_UP])]:
+            if sum(disk.exists(folder / record) for record in records) < enough:
+                continue
+            try:
+                return cls(folder)
+            except errors.NotFound as problem:
+                raise errors.Damaged(
+                    f"{folder}: its {names.MANIFEST} is missing, so nothing in it can be verified. Load another "
+                    f"checkpoint, or, to load this one all the same, remove its {names.DECISION} and {names.VOTES}"
+                ) from problem
         return None
 
     def read(self, path: Path, settings: Settings, *, cached: bool = False) -> native.Buffer:
@@ -115,6 +124,11 @@ class Reader:
                 directory,
                 names.MANIFEST,
             )
+
+    def read_bytes(self, path: Path) -> bytes:
+        """The bytes of a small file of a checkpoint of ours. Damaged: see `Unit.read`."""
+        assert self.unit is not None
+        return bytes(self.unit.read(path, self._settings, cached=self.cached))
 
     def load(self, path: Path, map_location: Any) -> Any:
         """The state in `path`; its tensors lie where `map_location` says, as `torch.load` does it.

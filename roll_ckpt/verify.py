@@ -161,7 +161,8 @@ def verify_run(output_dir: Path) -> list[Problem]:
         except (Damaged, NotFound, OSError):
             continue  # verify has told
         if told.name != entry:
-            problems.append(Problem(entry, "extra", f"its manifest is the one of {told.name}"))
+            if not names.is_another(entry, told.name):  # of which verify has told
+                problems.append(Problem(entry, "extra", f"its manifest is the one of {told.name}"))
         elif not disk.is_real_dir(unit):
             problems.append(Problem(entry, "link", "a run takes no link for a checkpoint"))
         else:

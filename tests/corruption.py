@@ -81,8 +81,8 @@ FILE_KINDS = {
 
 
 def file_kind(path: str) -> str:
-    """The first kind whose pattern the path matches; an error for a file that is of none."""
-    return next(kind for kind, pattern in FILE_KINDS.items() if re.fullmatch(pattern, path))
+    """The first kind whose pattern the path matches; "" for a file that no checkpoint holds."""
+    return next((kind for kind, pattern in FILE_KINDS.items() if re.fullmatch(pattern, path)), "")
 
 
 def _sealed(path: str) -> bool:
@@ -129,7 +129,9 @@ def _swap_blocks(data: bytes) -> bytes:
 def _swapped(patient: Patient, path: str) -> Named | None:
     """It and another file of its kind, of the same size if there is one, change places."""
     mine = patient.bytes(path)
-    others = [other for other in patient.files() if file_kind(other) == file_kind(path) and patient.bytes(other) != mine]
+    others = [
+        other for other in patient.files() if file_kind(other) == file_kind(path) and patient.bytes(other) != mine
+    ]
     if not others:
         return None
     other = min(others, key=lambda found: (len(patient.bytes(found)) != len(mine), found))

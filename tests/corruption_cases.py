@@ -70,7 +70,10 @@ class Run:
 
     def weights(self) -> list[torch.Tensor]:
         """All that it trains, as it is now; a copy."""
-        held = [self.actor.optimizer.fp32_partitioned_groups_flat, self.reward.optimizer.single_partition_of_fp32_groups]
+        held = [
+            self.actor.optimizer.fp32_partitioned_groups_flat,
+            self.reward.optimizer.single_partition_of_fp32_groups,
+        ]
         tensors = [*held[0], *held[1], *self.critic.model[0].parameters()]
         return [tensor.detach().clone() for tensor in tensors]
 
