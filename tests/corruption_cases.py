@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from megatron_cpu import Tiny, build
 from pipeline_cases import Config
 from tiny import engine, train
 
-from roll_ckpt import BasePipeline, Cluster, MegatronModel, PipelineConfig
+from roll_ckpt import BasePipeline, Cluster, MegatronModel, PipelineConfig, errors
 
 STAGING = {"check": "full"}  # as tests/megatron_cases.py has it: a process has one arena
 
@@ -84,3 +86,72 @@ def build_runs(out: str) -> None:
     for folder, step in (("ours", 1), ("ours", 2), ("another", 2)):
         run.train()
         run.save(Path(out) / folder, step)
+
+
+# --- loads of damaged checkpoints ----------------------------------------------------------------------------
+
+
+class Told(logging.Handler):
+    """What the log says, inside the block."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+    def __enter__(self) -> Told:
+        logging.getLogger("roll_ckpt").addHandler(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        logging.getLogger("roll_ckpt").removeHandler(self)
+
+
+def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def fall_back(sound: str, damaged: list[str]) -> list[tuple[Any, str, bool]]:
+    """Of each damaged run: the step that it resumes from (or the error), what the log says, and whether the models
+    are those of step 1 of the sound run (or untouched)."""
+    run = Run(seed=9)
+    assert run.pipeline(Path(sound), resume_from_checkpoint=f"{sound}/checkpoint-1").resume() == 1
+    wanted = run.weights()
+    found: list[tuple[Any, str, bool]] = []
+    for out in damaged:
+        run.train()
+        before = run.weights()
+        assert not same(before, wanted)
+        with Told() as told:
+            try:
+                step: Any = run.pipeline(Path(out)).resume()
+            except errors.RollCkptError as problem:
+                step = f"{type(problem).__name__}: {problem}"
+        found.append((step, "\n".join(told.lines), same(run.weights(), wanted if step == 1 else before)))
+    return found
+
+
+def load_plain(folder: str) -> dict[str, tuple[str, str, bool]]:
+    """What plain loads of a damaged newest checkpoint say, what the log says, and whether the models are untouched."""
+    run = Run(seed=9)
+    run.pipeline(Path(folder) / "unused")
+    loads: dict[str, Callable[[], object]] = {
+        "asked for": lambda: run.actor.load_checkpoint(f"{folder}/actor", tag="global_step2"),
+        "reward": lambda: run.reward.load_checkpoint(f"{folder}/reward", tag="global_step2"),
+        "critic": lambda: attach(run.critic).load(f"{folder}/critic/iter_2"),
+        "none sound": lambda: run.actor.load_checkpoint(f"{folder}/none sound"),
+        "none with a manifest": lambda: run.actor.load_checkpoint(f"{folder}/none with a manifest"),
+        "newest": lambda: run.actor.load_checkpoint(f"{folder}/actor"),
+    }
+    found = {}
+    for name, load in loads.items():
+        before = run.weights()
+        with Told() as told:
+            try:
+                said = str(load())
+            except errors.RollCkptError as problem:
+                said = f"{type(problem).__name__}: {problem}"
+        found[name] = (said, "\n".join(told.lines), same(run.weights(), before))
+    return found

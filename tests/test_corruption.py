@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import shutil
 import signal
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -24,12 +27,12 @@ pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
 CASES = "corruption_cases"
 UNITS = {
-    "run": ("checkpoint-2", "checkpoint-1"),
     "actor": ("global_step2", "global_step1"),
     "reward": ("global_step2", "global_step1"),
     "critic": ("iter_2", "iter_1"),
+    "run": ("checkpoint-2", "checkpoint-1"),
 }
-"""What was saved: by a pipeline, by plain DeepSpeed at ZeRO-3 and at ZeRO-2, by Megatron; the step before it."""
+"""What was saved: by plain DeepSpeed at ZeRO-3 and at ZeRO-2, by Megatron, by a pipeline; the step before it."""
 
 READ = {"ZeRO-3 model states", "model states and client state", "optimizer states", "distcp", ".metadata", "common.pt"}
 READ |= {"metadata.json", "random numbers", "component", "pipeline state"}
@@ -120,7 +123,17 @@ def harmed(patients: dict[str, Patient], cell: Cell) -> Named | None:
     return KINDS[kind](patients[way], path)
 
 
-def run_matrix(patients: dict[str, Patient], chosen: list[Cell]) -> Counter[tuple[str, str]]:
+def command_line_tells(unit: Path, capsys: pytest.CaptureFixture[str]) -> bool:
+    """Whether `roll-ckpt verify` prints what `verify.verify` finds, and ends with 3."""
+    found = [asdict(problem) for problem in verify.verify(unit)]
+    capsys.readouterr()
+    code = cli.main(["verify", str(unit), "--json"])
+    return code == cli.DAMAGED and json.loads(capsys.readouterr().out)["problems"] == found
+
+
+def run_matrix(
+    patients: dict[str, Patient], chosen: list[Cell], also: Callable[[Path], bool] = lambda unit: True
+) -> Counter[tuple[str, str]]:
     """How many of these cells were there of each kind and kind of file. Fails with a table if one was missed."""
     tried: Counter[tuple[str, str]] = Counter()
     wrong = []
@@ -131,6 +144,7 @@ def run_matrix(patients: dict[str, Patient], chosen: list[Cell]) -> Counter[tupl
         tried[cell[:2]] += 1
         with seconds(60):
             problem = missed(patients[cell[2]], named, by_bytes=cell[0] != "in a linked directory")
+            problem = problem or ("" if also(patients[cell[2]].unit) else "the command line says something else")
         if problem:
             wrong.append((cell, problem))
     by_kind, bad = Counter(), Counter(cell[0] for cell, _ in wrong)
@@ -155,10 +169,12 @@ def sample(patients: dict[str, Patient]) -> list[Cell]:
     return chosen + [next(c for c in every if c[1] == file) for file in files if file not in {c[1] for c in chosen}]
 
 
-def test_each_kind_of_damage_and_of_file_is_caught(patients: dict[str, Patient]) -> None:
+def test_each_kind_of_damage_and_of_file_is_caught(
+    patients: dict[str, Patient], capsys: pytest.CaptureFixture[str]
+) -> None:
     every = {file_kind(path) for patient in patients.values() for path in patient.files()}
     assert every == set(FILE_KINDS), "there are kinds of files that are not damaged"
-    tried = run_matrix(patients, sample(patients))
+    tried = run_matrix(patients, sample(patients), lambda unit: command_line_tells(unit, capsys))
     assert {file for _, file in tried} == set(FILE_KINDS)
     assert len({kind for kind, _ in tried}) >= len(KINDS) - 2  # root reads everything
 
@@ -178,13 +194,99 @@ def test_records_of_another_checkpoint_are_caught(patients: dict[str, Patient], 
         assert missed(patient, WHOLE[harm](patient)) == ""
 
 
-def test_the_command_line_names_damage_of_each_kind_and_ends_with_3(
-    patients: dict[str, Patient], capsys: pytest.CaptureFixture[str]
+# --- real loads ----------------------------------------------------------------------------------------------
+
+SAMPLE = [
+    ("one bit flipped", "actor/checkpoint-2/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"),
+    ("4 KiB of zeros", "critic/__1_0.distcp"),
+    ("a pipe", "votes/expected.json"),
+    ("renamed", "manifest.json"),
+]
+"""Harm to the newest step of a run, which resumes from the one before."""
+
+LONG = [
+    ("cut to nothing", "manifest.json"),
+    ("of another step", "manifest.json"),
+    ("of another run", "decision"),
+    ("missing", "votes/critic.1.json"),
+    ("missing", "votes/expected.json"),
+    ("a dangling link", "votes/expected.json"),
+    ("one bit of the last byte", "digests/actor.0.json"),
+    ("two blocks swapped", "tensors/critic.0.json"),
+    ("extended by one byte", "pipeline/worker_state_pipeline.json"),
+    ("swapped with another rank's", "pipeline/rng_state_rank_1.pth"),
+    ("of another run", "pipeline/stateful_cursor_rank_0.pth"),
+    ("of another step", "actor/latest"),
+    ("a directory", "actor/checkpoint-2/zero_pp_rank_0_mp_rank_00_model_states.pt"),
+    ("swapped with another rank's", "actor/checkpoint-2/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"),
+    ("of another step", "reward/checkpoint-2/mp_rank_00_model_states.pt"),
+    ("missing", "critic/.metadata"),
+    ("cut at a block", "critic/common.pt"),
+    ("a link to the same bytes", "critic/metadata.json"),
+    ("a copy beside it", "critic/__0_0.distcp"),
+    ("in a linked directory", "critic/common.pt"),
+]
+
+
+NOTHING_LEFT = [("one bit flipped", "manifest.json"), ("missing", "manifest.json"), ("cut to nothing", "decision")]
+"""Harm to each step of a run."""
+
+
+def damaged(built: Path, out: Path, way: str, *harms: tuple[str, str], name: str | None = None) -> str:
+    """A copy of what was saved in this way, with harm to its newest step, or to the one of this name."""
+    ours, another = built / "ours" / way, built / "another" / way
+    if not out.exists():
+        # The record of the run that saved is locked by it, also under another name.
+        shutil.copytree(ours, out, copy_function=os.link, ignore=shutil.ignore_patterns(".epochs"))
+    newest, older = UNITS[way]
+    hurt = name or newest
+    patient = Patient(out / hurt, ours / hurt, ours / older, another / newest)
+    assert all(KINDS[kind](patient, path) is not None for kind, path in harms)
+    return str(out)
+
+
+@pytest.mark.parametrize("harms", [SAMPLE, pytest.param(LONG, marks=pytest.mark.long)])
+def test_a_run_resumes_from_the_newest_sound_step_and_says_which_it_refused_and_why(
+    megatron: Worlds, built: Path, tmp_path: Path, harms: list[tuple[str, str]]
 ) -> None:
-    for cell in sample(patients):
-        named = harmed(patients, cell)
-        with seconds(60):
-            assert cli.main(["verify", str(patients[cell[2]].unit), "--json"]) == cli.DAMAGED, cell
-        told = {(problem["path"], problem["kind"]) for problem in json.loads(capsys.readouterr().out)["problems"]}
-        assert named is not None
-        assert all(any((path, kind) in told for kind in kinds) for path, kinds in named.items()), cell
+    runs = [damaged(built, tmp_path / str(at), "run", harm) for at, harm in enumerate(harms)]
+    hopeless = [damaged(built, tmp_path / f"hopeless{at}", "run", harm) for at, harm in enumerate(NOTHING_LEFT)]
+    for out, harm in zip(hopeless, NOTHING_LEFT, strict=True):
+        damaged(built, Path(out), "run", harm, name="checkpoint-1")
+    sound = damaged(built, tmp_path / "sound", "run")
+    told = megatron.at("DP2").call(f"{CASES}:fall_back", sound, runs + hopeless)
+    for rank, found in enumerate(told):
+        for (kind, path), (step, said, right) in zip(harms, found, strict=False):
+            assert (step, right) == (1, True), (kind, path, step, said)
+            assert "resumed from checkpoint-1; refused: checkpoint-2" in said
+            assert rank or path in said, (kind, path, said)
+        for step, said, untouched in found[len(harms) :]:
+            assert step.startswith("Damaged") and "none of its checkpoints is sound" in step, (step, said)
+            assert "checkpoint-1" in step and "checkpoint-2" in step and untouched
+
+
+def test_plain_loads_refuse_damage_on_every_rank_and_fall_back_only_where_nothing_was_asked_for(
+    megatron: Worlds, built: Path, tmp_path: Path
+) -> None:
+    bits = {
+        "actor": "zero_pp_rank_1_mp_rank_00_model_states.pt",
+        "reward": "mp_rank_00_model_states.pt",
+        "critic": "__1_0.distcp",
+    }
+    for way, path in bits.items():
+        damaged(built, tmp_path / way, way, ("one bit flipped", path))
+    for name in UNITS["actor"]:
+        damaged(built, tmp_path / "none sound", "actor", ("one bit flipped", bits["actor"]), name=name)
+        damaged(built, tmp_path / "none with a manifest", "actor", ("missing", "manifest.json"), name=name)
+    (tmp_path / "none with a manifest" / "latest").unlink()
+    for told in megatron.at("DP2").call(f"{CASES}:load_plain", str(tmp_path)):
+        for name in ("none sound", "none with a manifest"):
+            said, _, untouched = told[name]
+            assert said.startswith("Damaged") and "none of its checkpoints is sound" in said and untouched, told
+            assert "global_step1" in said and "global_step2" in said
+        for name, path in (("asked for", bits["actor"]), ("reward", bits["reward"]), ("critic", bits["critic"])):
+            said, _, untouched = told[name]
+            assert said.startswith("Damaged") and path in said and untouched, told
+        said, log, untouched = told["newest"]
+        assert "global_step1" in said and not untouched
+        assert bits["actor"] in log and "loading global_step1; refused: global_step2" in log
