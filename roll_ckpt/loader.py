@@ -8,6 +8,7 @@ import logging
 import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,27 @@ from roll_ckpt.world import LONGEST_S, World
 log = logging.getLogger("roll_ckpt")
 
 _LEVELS_UP = 2  # checkpoint-N/actor_train/checkpoint-N
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A file of a committed checkpoint as its digests tell it."""
+
+    path: Path
+    nbytes: int
+    block_bytes: int
+    crcs: list[int]
+
+    def read(self, index: int) -> bytes:
+        """The bytes of one block. Damaged if they are not those that were written."""
+        start = index * self.block_bytes
+        nbytes = min(self.block_bytes, self.nbytes - start)
+        data = disk.read_range(self.path, start, nbytes)
+        if len(data) != nbytes or native.crc32(data) != self.crcs[index]:
+            raise errors.Damaged(
+                f"{self.path}: block {index} (bytes {start} to {start + nbytes}) is not as it was written"
+            )
+        return data
 
 
 class Unit:
@@ -58,24 +80,32 @@ class Unit:
         Raises:
             Damaged: the manifest does not list the file, or its bytes are not those that were written.
         """
+        blocks = self.blocks(path)
+        return native.read_file(
+            str(path),
+            blocks.nbytes,
+            blocks.block_bytes,
+            blocks.crcs,
+            threads=max(4, settings.io.threads),
+            direct=settings.io.direct and not cached,
+        )
+
+    def blocks(self, path: Path) -> Blocks:
+        """What a file of this checkpoint holds; its bytes are not read.
+
+        Raises:
+            Damaged: the manifest does not list the file, or its digests are not those that the manifest rests on.
+        """
         relative = path.absolute().relative_to(self.directory.absolute()).as_posix()
         receipt = self._files.get(relative)
         if receipt is None or (disk.exists(path) and not disk.is_file(path)):
             raise errors.Damaged(
                 f"{path}: not listed in {self.directory / names.MANIFEST} as a regular file; it does not belong there"
             )
-        blocks = self._blocks(relative)
-        root = manifest.root_of(receipt.nbytes, receipt.block_bytes, blocks)
-        if root != receipt.root:
+        crcs = self._crcs(relative)
+        if manifest.root_of(receipt.nbytes, receipt.block_bytes, crcs) != receipt.root:
             raise errors.Damaged(f"{path}: its digests do not match the manifest of {self.directory}")
-        return native.read_file(
-            str(path),
-            receipt.nbytes,
-            receipt.block_bytes,
-            blocks,
-            threads=max(4, settings.io.threads),
-            direct=settings.io.direct and not cached,
-        )
+        return Blocks(path, receipt.nbytes, receipt.block_bytes, crcs)
 
     def parameters(self, cluster: str, rank: int) -> dict[str, Any]:
         """Names, dtypes and shapes of the model that `rank` of `cluster` saved; empty if not recorded."""
@@ -86,7 +116,7 @@ class Unit:
                 return found
         return {}
 
-    def _blocks(self, relative: str) -> list[int]:
+    def _crcs(self, relative: str) -> list[int]:
         if self._digests is None:
             self._digests = {}
             for listed in self._files:

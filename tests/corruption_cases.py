@@ -6,15 +6,17 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+from deepspeed_cases import raised
 from megatron_cases import attach
 from megatron_cpu import Tiny, build
 from pipeline_cases import Config
 from tiny import engine, train
 
-from roll_ckpt import BasePipeline, Cluster, MegatronModel, PipelineConfig, errors
+from roll_ckpt import BasePipeline, Cluster, MegatronModel, PipelineConfig, errors, loader
 
 STAGING = {"check": "full"}  # as tests/megatron_cases.py has it: a process has one arena
 
@@ -154,4 +156,32 @@ def load_plain(folder: str) -> dict[str, tuple[str, str, bool]]:
             except errors.RollCkptError as problem:
                 said = f"{type(problem).__name__}: {problem}"
         found[name] = (said, "\n".join(told.lines), same(run.weights(), before))
+    return found
+
+
+def change_after_the_check(folder: str, paths: dict[str, list[str]]) -> dict[str, str]:
+    """What loads say whose files change between the check of all bytes and their own reading."""
+    run = Run(seed=9)
+    check_bytes = loader.check_bytes
+    loads: dict[str, Callable[[str], object]] = {
+        "reward": lambda out: run.reward.load_checkpoint(out, tag="global_step2"),
+        "critic": lambda out: attach(run.critic).load(f"{out}/iter_2"),
+        "run": lambda out: run.pipeline(Path(out), resume_from_checkpoint=f"{out}/checkpoint-2").resume(),
+    }
+    run.pipeline(Path(folder) / "unused")
+    found = {}
+    for way, load in loads.items():
+        for path in paths[way]:
+            out = Path(folder) / f"{way} {Path(path).name}"
+
+            def check_and_change(world: Any, unit: Path, changed: Path = out / path) -> None:
+                check_bytes(world, unit)
+                if dist.get_rank() == 0:
+                    data = changed.read_bytes()
+                    changed.unlink()
+                    changed.write_bytes(data[:20] + bytes([data[20] ^ 1]) + data[21:])
+                dist.barrier()
+
+            with mock.patch.object(loader, "check_bytes", check_and_change):
+                found[str(out / path)] = raised(lambda load=load, out=out: load(str(out)))
     return found

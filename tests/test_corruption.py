@@ -290,3 +290,20 @@ def test_plain_loads_refuse_damage_on_every_rank_and_fall_back_only_where_nothin
         said, log, untouched = told["newest"]
         assert "global_step1" in said and not untouched
         assert bits["actor"] in log and "loading global_step1; refused: global_step2" in log
+
+
+def test_bytes_that_change_after_the_check_are_refused_as_they_are_read(
+    megatron: Worlds, built: Path, tmp_path: Path
+) -> None:
+    paths = {
+        "reward": ["global_step2/mp_rank_00_model_states.pt"],
+        "critic": ["iter_2/__1_0.distcp", "iter_2/.metadata", "iter_2/common.pt"],
+        "run": ["checkpoint-2/critic/__0_0.distcp", "checkpoint-2/pipeline/worker_state_pipeline.json"],
+    }
+    for way, changed in paths.items():
+        for path in changed:
+            damaged(built, tmp_path / f"{way} {Path(path).name}", way)
+    for told in megatron.at("DP2").call(f"{CASES}:change_after_the_check", str(tmp_path), paths):
+        assert len(told) == 6
+        for path, said in told.items():
+            assert said.startswith("Damaged") and path in said, (path, said)
