@@ -277,6 +277,15 @@ def read_range(path: Path, offset: int, nbytes: int) -> bytes:
         return _pread(descriptor, nbytes, offset)
 
 
+def read_into(path: Path, offset: int, target: memoryview) -> int:
+    """Fill `target` from a regular file from `offset` on; how many bytes there were. Damaged as for read_bytes."""
+    done = 0
+    with _reader(path) as descriptor:
+        while done < len(target) and (count := os.preadv(descriptor, [target[done:]], offset + done)):
+            done += count
+    return done
+
+
 def read_text_or_none(path: Path) -> str | None:
     """The text of a regular file, None if it is not there. Damaged if it is not UTF-8."""
     try:

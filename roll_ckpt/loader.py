@@ -33,16 +33,17 @@ class Blocks:
     block_bytes: int
     crcs: list[int]
 
-    def read(self, index: int) -> bytes:
-        """The bytes of one block. Damaged if they are not those that were written."""
+    def length(self, index: int) -> int:
+        """How many bytes one block has."""
+        return min(self.block_bytes, self.nbytes - index * self.block_bytes)
+
+    def read(self, index: int, target: memoryview) -> None:
+        """Read one block into `target`, which has its length. Damaged if the bytes are not those that were written."""
         start = index * self.block_bytes
-        nbytes = min(self.block_bytes, self.nbytes - start)
-        data = disk.read_range(self.path, start, nbytes)
-        if len(data) != nbytes or native.crc32(data) != self.crcs[index]:
+        if disk.read_into(self.path, start, target) != len(target) or native.crc32(target) != self.crcs[index]:
             raise errors.Damaged(
-                f"{self.path}: block {index} (bytes {start} to {start + nbytes}) is not as it was written"
+                f"{self.path}: block {index} (bytes {start} to {start + len(target)}) is not as it was written"
             )
-        return data
 
 
 class Unit:

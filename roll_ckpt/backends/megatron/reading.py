@@ -32,7 +32,8 @@ class _CheckedFile(io.RawIOBase):
     def __init__(self, blocks: loader.Blocks) -> None:
         self._blocks = blocks
         self._at = 0
-        self._kept: tuple[int, bytes] = (-1, b"")
+        self._kept = memoryview(bytearray(min(blocks.block_bytes, blocks.nbytes)))
+        self._kept_index = -1
 
     def readable(self) -> bool:
         return True
@@ -49,16 +50,22 @@ class _CheckedFile(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: Any, /) -> int:
-        index, start = divmod(self._at, self._blocks.block_bytes)
         if self._at >= self._blocks.nbytes:
             return 0
-        if index != self._kept[0]:
-            self._kept = index, self._blocks.read(index)
         target = memoryview(buffer).cast("B")
-        part = memoryview(self._kept[1])[start : start + len(target)]
-        target[: len(part)] = part
-        self._at += len(part)
-        return len(part)
+        index, start = divmod(self._at, self._blocks.block_bytes)
+        length = self._blocks.length(index)
+        count = min(length - start, len(target))
+        if count == length:
+            self._blocks.read(index, target[:count])
+        else:
+            if index != self._kept_index:
+                self._kept_index = -1
+                self._blocks.read(index, self._kept[:length])
+                self._kept_index = index
+            target[:count] = self._kept[start : start + count]
+        self._at += count
+        return count
 
 
 def _opened(unit: loader.Unit, path: str | os.PathLike[str]) -> io.BufferedReader:
