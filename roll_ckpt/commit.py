@@ -41,8 +41,8 @@ from .trash import empty_trash, retire_trash, trash
 
 __all__ = [
     "Attempt", "Epoch", "Outcome", "Recovery", "begin", "cast", "check_replaced", "check_room", "claim", "committed",
-    "empty_trash", "find", "is_being_read", "read_manifest", "reading", "recover", "removing", "settle", "trash",
-    "write_latest",
+    "empty_trash", "is_being_read", "newest_first", "read_manifest", "reading", "recover", "removing", "settle",
+    "trash", "write_latest",
 ]  # fmt: skip
 
 log = logging.getLogger("roll_ckpt")
@@ -601,10 +601,18 @@ def committed(output_dir: Path, report: Callable[[Damaged], None] = _warn) -> li
     return sorted(found, key=lambda manifest: manifest.age)
 
 
-def find(output_dir: Path) -> Manifest | None:
-    """The newest committed checkpoint, None if there is none."""
-    found = committed(output_dir)
-    return found[-1] if found else None
+def newest_first(output_dir: Path) -> list[Manifest]:
+    """The committed checkpoints, the newest first; a warning names those that are left out, as `committed` does.
+
+    Damaged if there are only such: whoever finds nothing would start anew beside them.
+    """
+    problems: list[Damaged] = []
+    found = committed(output_dir, problems.append)
+    if problems and not found:
+        raise Damaged(f"{output_dir}: none of its checkpoints is sound: {'; '.join(map(str, problems))}")
+    for problem in problems:
+        _warn(problem)
+    return found[::-1]
 
 
 def read_latest(output_dir: Path) -> str | None:

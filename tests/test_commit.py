@@ -441,7 +441,7 @@ def test_a_damaged_manifest_is_reported_and_left_out(epoch: commit.Epoch) -> Non
     reported: list[Exception] = []
     assert [told.step for told in commit.committed(epoch.output_dir, reported.append)] == [1]
     assert "checkpoint-2" in str(reported[0])
-    newest = commit.find(epoch.output_dir)
+    newest = commit.newest_first(epoch.output_dir)[0]
     assert newest is not None and newest.name == "checkpoint-1"
     assert runs.save(epoch, 2, "again", alone=True).committed  # in place of the damaged one
     assert runs.salts(epoch.output_dir) == {"checkpoint-1": "x", "checkpoint-2": "again"}

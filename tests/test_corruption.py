@@ -228,7 +228,7 @@ LONG = [
 ]
 
 
-NOTHING_LEFT = [("one bit flipped", "manifest.json"), ("missing", "manifest.json"), ("cut to nothing", "decision")]
+NOTHING_LEFT = [("missing", "manifest.json"), ("cut to nothing", "decision")]
 """Harm to each step of a run."""
 
 
@@ -279,17 +279,22 @@ def test_plain_loads_refuse_damage_on_every_rank_and_fall_back_only_where_nothin
         damaged(built, tmp_path / "none sound", "actor", ("one bit flipped", bits["actor"]), name=name)
         damaged(built, tmp_path / "none with a manifest", "actor", ("missing", "manifest.json"), name=name)
     (tmp_path / "none with a manifest" / "latest").unlink()
+    for name, harm in zip(UNITS["critic"], NOTHING_LEFT, strict=False):
+        damaged(built, tmp_path / "no critic", "critic", harm, name=name)
     for told in megatron.at("DP2").call(f"{CASES}:load_plain", str(tmp_path)):
-        for name in ("none sound", "none with a manifest"):
+        for name in ("none sound", "none with a manifest", "no critic"):
             said, _, untouched = told[name]
             assert said.startswith("Damaged") and "none of its checkpoints is sound" in said and untouched, told
-            assert "global_step1" in said and "global_step2" in said
+            assert all(hurt in said for hurt in UNITS["critic" if name == "no critic" else "actor"])
         for name, path in (("asked for", bits["actor"]), ("reward", bits["reward"]), ("critic", bits["critic"])):
             said, _, untouched = told[name]
             assert said.startswith("Damaged") and path in said and untouched, told
         said, log, untouched = told["newest"]
         assert "global_step1" in said and not untouched
         assert bits["actor"] in log and "loading global_step1; refused: global_step2" in log
+        said, log, untouched = told["newest critic"]
+        assert "critic/iter_1'), 1)" in said and not untouched, said
+        assert bits["critic"] in log and "found iter_1; refused: iter_2" in log
 
 
 def test_bytes_that_change_after_the_check_are_refused_as_they_are_read(

@@ -560,18 +560,17 @@ def tags_to_load(load_dir: Path) -> list[str]:
     except errors.Damaged as problem:
         log.warning("%s; the newest checkpoint is loaded", problem)
         named = ""
-    left_out: list[str] = []
-    committed = commit.committed(load_dir, lambda problem: left_out.append(str(problem)))
-    tags = [found.name for found in reversed(committed)]
-    for reason in left_out:
-        log.warning("%s; this checkpoint is left out", reason)
-    if named and _is_tag(named) and disk.is_dir(load_dir / named):
-        return [named, *(tag for tag in tags if tag != named)]
-    if not tags and left_out:
-        raise errors.Damaged(f"{load_dir}: none of its checkpoints is sound: {'; '.join(left_out)}")
-    if tags and named:
+    chosen = [named] if named and _is_tag(named) and disk.is_dir(load_dir / named) else []
+    try:
+        tags = [found.name for found in commit.newest_first(load_dir) if found.name not in chosen]
+    except errors.Damaged as problem:
+        if not chosen:
+            raise
+        log.warning("%s", problem)
+        tags = []
+    if tags and named and not chosen:
         log.warning("%s names %s, which is not there; loading %s", latest, named, tags[0])
-    return tags
+    return chosen + tags
 
 
 def _is_tag(name: str) -> bool:
