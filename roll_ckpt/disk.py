@@ -233,11 +233,14 @@ def remove_dir(path: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a directory (or file) and all below.
+    """Remove a directory (or file, or link, but nothing that it leads to) and all below.
 
     What somebody else removes at the same time is fine, and what they still put there goes too: a process that was
     on its way into a directory when that was renamed arrives in it all the same.
     """
+    if os.path.islink(path):
+        discard_file(path)
+        return
     for left in reversed(range(_REMOVALS)):
         try:
             with os.scandir(path) as entries:
