@@ -597,7 +597,7 @@ def committed(output_dir: Path, report: Callable[[Damaged], None] = _warn) -> li
         elif manifest.name == entry:
             report(Damaged(f"{unit}: a symbolic link; move the checkpoint itself there, or give its own path"))
         elif real:
-            report(Damaged(f"{unit}: its manifest is the one of {manifest.name}; is it a copy?"))
+            report(Damaged(f"{unit}: its {names.MANIFEST} is the one of {manifest.name}; is it a copy?"))
     return sorted(found, key=lambda manifest: manifest.age)
 
 
