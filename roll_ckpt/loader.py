@@ -22,6 +22,7 @@ from roll_ckpt.world import LONGEST_S, World
 log = logging.getLogger("roll_ckpt")
 
 _LEVELS_UP = 2  # checkpoint-N/actor_train/checkpoint-N
+_NAMED = 10  # damaged files in one message
 
 
 @dataclass(frozen=True)
@@ -205,16 +206,23 @@ def check_bytes(world: World, unit: Path) -> None:
     and not the disk, as far as memory goes. Every rank calls; blocks.
 
     Raises:
-        Damaged: on every rank; names the first ten damaged files.
+        Damaged: on every rank; names the first ten damaged files, whoever read them.
     """
+    mine: list[str] = []
 
     def check() -> None:
         problems = verify.verify(unit, part=world.rank, parts=world.size, cache=True)
-        if problems:
-            told = "; ".join(f"{problem.path}: {problem.detail}" for problem in problems[:10])
-            raise errors.Damaged(f"{unit}: damaged: {told}")
+        mine.extend(f"{problem.path}: {problem.detail}" for problem in problems)
+
+    def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
+        told = sorted({problem for post in posts for problem in post["problems"]})
+        if told:
+            more = "; and more, see `roll-ckpt verify`" if told[_NAMED:] else ""
+            raise errors.Damaged(f"{unit}: damaged: {'; '.join(told[:_NAMED])}{more}")
+        return {}
 
     world.together(check, LONGEST_S)
+    world.agree({"problems": mine[: _NAMED + 1]}, decide, LONGEST_S)
 
 
 def allowed(settings: Settings) -> list[Any]:
