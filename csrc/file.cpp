@@ -40,7 +40,10 @@ File File::create(const std::string& path, bool direct) {
     return open_with(path, O_WRONLY | O_CREAT | O_TRUNC, direct);
 }
 
-File File::open(const std::string& path, bool direct) { return open_with(path, O_RDONLY, direct); }
+File File::open(const std::string& path, bool direct) {
+    // Without O_NONBLOCK the open of a named pipe waits for ever; files know no difference.
+    return open_with(path, O_RDONLY | O_NONBLOCK, direct);
+}
 
 File::File(File&& other) noexcept
     : path_(std::move(other.path_)), fd_(std::exchange(other.fd_, -1)), direct_(other.direct_.load()) {}

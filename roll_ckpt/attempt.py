@@ -151,12 +151,14 @@ def check_replaced(output_dir: Path, name: str) -> None:
         told = read_manifest(unit)
         known = {receipt.path for receipt in told.files} | {names.MANIFEST, names.DECISION}
     except NotFound:
+        if disk.exists(unit / names.DECISION) or disk.exists(unit / names.EXPECTED):
+            return  # ours, and to be replaced because it is damaged
         known = set()
-    except Damaged:
-        return  # ours, and to be replaced because it is damaged
+    except (Damaged, OSError):
+        return  # likewise
     foreign = [
         path
-        for path in disk.walk(unit)
+        for path, _ in disk.walk_all(unit)
         if path not in known and not path.startswith(names.VOTES + "/") and not path.endswith("_states.pt")
     ]
     if foreign:

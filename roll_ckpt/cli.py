@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from . import cli_hub, commit, disk, epoch, manifest, names, push_queue, retention, uploads, verify
-from .errors import ConfigError, Damaged, NotFound, RollCkptError
+from .errors import ConfigError, Damaged, NotFound, RollCkptError, RunIsLive
 from .place import Place, is_foreign, locate, run_directory
 from .printing import DAMAGED, ERROR, EXIT_CODES, FINE, human_bytes, notice, print_json, print_table, say
 
@@ -316,7 +316,8 @@ def prune(args: argparse.Namespace) -> int:
             }
         )
         return FINE
-    _print_recovered(recovered)
+    for action, name, attempt, reason in _recovered_rows(recovered):
+        print(f"{action} {name}, attempt {attempt}: {reason}")
     for name in removed:
         print(f"{'would remove' if args.dry_run else 'removed'} {name} ({human_bytes(sizes.get(name, 0))})")
     print(f"{'would keep' if args.dry_run else 'kept'} {', '.join(kept_names) or 'nothing'}")
@@ -326,26 +327,33 @@ def prune(args: argparse.Namespace) -> int:
 def recover(args: argparse.Namespace) -> int:
     """Finish or discard what a killed run has left behind."""
     output_dir = run_directory(args.path, args.command)
+    garbage = _garbage(output_dir)
     if args.dry_run:
-        pending = survey(output_dir).pending
-        if args.json:
-            print_json({"path": str(output_dir), "dry_run": True, "pending": [asdict(p) for p in pending]})
-            return FINE
-        for left in pending:
-            print(f"would {left.fate} {left.name}, attempt {left.epoch}.{left.attempt}: {left.reason}")
-        if not pending:
-            print("nothing to recover")
-        return FINE
-    with _claimed(output_dir, args) as (_, recovered):
-        pass
+        found = survey(output_dir)
+        if found.live and not args.take_over:
+            raise RunIsLive(f"{output_dir}: {found.live[0]} is running and saves there; it recovers by itself")
+        told = {"pending": [asdict(pending) for pending in found.pending]}
+        rows = [[left.fate, left.name, f"{left.epoch}.{left.attempt}", left.reason] for left in found.pending]
+    else:
+        with _claimed(output_dir, args) as (_, recovered):
+            pass
+        told = {"recovered": [asdict(recovery) for recovery in recovered]}
+        rows = _recovered_rows(recovered)
     if args.json:
-        done = [asdict(recovery) for recovery in recovered]
-        print_json({"path": str(output_dir), "dry_run": False, "recovered": done})
+        print_json({"path": str(output_dir), "dry_run": args.dry_run, **told, "garbage": garbage})
         return FINE
-    _print_recovered(recovered)
-    if not recovered:
+    rows += [["delete" if args.dry_run else "deleted", path, "-", "thrown away before"] for path in garbage]
+    if rows:
+        print_table([["WOULD" if args.dry_run else "DID", "CHECKPOINT", "ATTEMPT", "BECAUSE"], *rows])
+    else:
         print("nothing to recover")
     return FINE
+
+
+def _garbage(output_dir: Path) -> list[str]:
+    """What earlier runs have thrown away and not yet deleted, relative to the output directory."""
+    folder = output_dir / names.TRASH
+    return [f"{names.TRASH}/{of}/{entry}" for of in disk.list_dir(folder) for entry in disk.list_dir(folder / of)]
 
 
 @contextmanager
@@ -360,9 +368,8 @@ def _claimed(output_dir: Path, args: argparse.Namespace) -> Iterator[tuple[epoch
         mine.release()
 
 
-def _print_recovered(recovered: Sequence[commit.Recovery]) -> None:
-    for found in recovered:
-        print(f"{found.action} {found.name}, attempt {found.epoch}.{found.attempt}: {found.reason}")
+def _recovered_rows(recovered: Sequence[commit.Recovery]) -> list[list[str]]:
+    return [[found.action, found.name, f"{found.epoch}.{found.attempt}", found.reason] for found in recovered]
 
 
 # --- hub-dev ------------------------------------------------------------------------------------------------
@@ -423,8 +430,9 @@ a cluster's directory in a checkpoint, the files of that cluster.
 _VERIFY = """\
 Read every byte of a checkpoint, or of all checkpoints of a run, and compare it
 with the digests taken on the way to disk. Names each file that is damaged,
-missing, too long or too short, or that does not belong there; then the exit code
-is 3. Changes nothing. The digests catch accidents, not forgery.
+missing, too long or too short, no file, of another checkpoint, or that does not
+belong there; then the exit code is 3. Changes nothing. The digests catch
+accidents, not forgery.
 
   roll-ckpt verify runs/demo
   roll-ckpt verify runs/demo/checkpoint-9 --json
@@ -466,12 +474,13 @@ connection after so many bytes of the answer; 0 before it), landed (do it, then 
 """
 _RECOVER = """\
 Finish what a killed run had decided to commit, or for which all votes are there;
-discard all else that it left. Committed checkpoints are not touched. The next
-start of the run does the same by itself. Refuses while a live run owns the
-directory.
+discard all else that it left, and delete what was thrown away already. One row
+tells of each. Committed checkpoints are not touched, damaged ones neither:
+`roll-ckpt verify` names those. The next start of the run does the same by itself.
+Refuses while a live run owns the directory.
 
   roll-ckpt recover runs/demo --dry-run
-  roll-ckpt recover runs/demo
+  roll-ckpt recover runs/demo --json | jq '.recovered[].action'
 """
 
 

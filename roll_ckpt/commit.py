@@ -41,8 +41,8 @@ from .trash import empty_trash, retire_trash, trash
 
 __all__ = [
     "Attempt", "Epoch", "Outcome", "Recovery", "abandoned", "begin", "cast", "check_replaced", "check_room", "claim",
-    "clear", "committed", "empty_trash", "find", "is_being_read", "read_manifest", "reading", "recover", "removing",
-    "settle", "trash", "write_latest",
+    "clear", "committed", "empty_trash", "is_being_read", "newest_first", "read_manifest", "reading", "recover",
+    "removing", "settle", "trash", "write_latest",
 ]  # fmt: skip
 
 log = logging.getLogger("roll_ckpt")
@@ -621,31 +621,47 @@ def _warn(problem: Damaged) -> None:
 def committed(output_dir: Path, report: Callable[[Damaged], None] = _warn) -> list[Manifest]:
     """The committed checkpoints, the oldest first (by step, epoch, attempt).
 
-    `report` is told of each directory whose manifest cannot be trusted. File contents are not read.
+    `report` is told of each directory whose manifest is gone or cannot be trusted. File contents are not read.
     """
     found = []
     for entry in disk.list_dir(output_dir):
         unit = output_dir / entry
-        if entry.startswith(".") or not disk.is_real_dir(unit):
+        if entry.startswith(".") or not disk.is_dir(unit):
             continue
         try:
             manifest = read_manifest(unit)
         except NotFound:
+            if disk.exists(unit / names.DECISION) or disk.exists(unit / names.EXPECTED):
+                report(Damaged(f"{unit}: its {names.MANIFEST} is missing, so nothing in it can be verified"))
             continue
         except Damaged as error:
             report(error)
             continue
-        if manifest.name == entry:
+        except OSError as error:
+            report(Damaged(f"{unit / names.MANIFEST}: it cannot be read: {error.strerror}"))
+            continue
+        real = disk.is_real_dir(unit)
+        if manifest.name == entry and real:
             found.append(manifest)
-        else:
-            report(Damaged(f"{unit}: its manifest is the one of {manifest.name}; is it a copy?"))
+        elif manifest.name == entry:
+            report(Damaged(f"{unit}: a symbolic link; move the checkpoint itself there, or give its own path"))
+        elif real:
+            report(Damaged(f"{unit}: its {names.MANIFEST} is the one of {manifest.name}; is it a copy?"))
     return sorted(found, key=lambda manifest: manifest.age)
 
 
-def find(output_dir: Path) -> Manifest | None:
-    """The newest committed checkpoint, None if there is none."""
-    found = committed(output_dir)
-    return found[-1] if found else None
+def newest_first(output_dir: Path) -> list[Manifest]:
+    """The committed checkpoints, the newest first; a warning names those that are left out, as `committed` does.
+
+    Damaged if there are only such: whoever finds nothing would start anew beside them.
+    """
+    problems: list[Damaged] = []
+    found = committed(output_dir, problems.append)
+    if problems and not found:
+        raise Damaged(f"{output_dir}: none of its checkpoints is sound: {'; '.join(map(str, problems))}")
+    for problem in problems:
+        _warn(problem)
+    return found[::-1]
 
 
 def read_latest(output_dir: Path) -> str | None:

@@ -234,11 +234,14 @@ def remove_dir(path: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a directory (or file) and all below.
+    """Remove a directory (or file, or link, but nothing that it leads to) and all below.
 
     What somebody else removes at the same time is fine, and what they still put there goes too: a process that was
     on its way into a directory when that was renamed arrives in it all the same.
     """
+    if os.path.islink(path):
+        discard_file(path)
+        return
     for left in reversed(range(_REMOVALS)):
         try:
             with os.scandir(path) as entries:
@@ -276,6 +279,15 @@ def read_range(path: Path, offset: int, nbytes: int) -> bytes:
     """`nbytes` bytes of a regular file from `offset` on; fewer at its end. Damaged as for read_bytes."""
     with _reader(path) as descriptor:
         return _pread(descriptor, nbytes, offset)
+
+
+def read_into(path: Path, offset: int, target: memoryview) -> int:
+    """Fill `target` from a regular file from `offset` on; how many bytes there were. Damaged as for read_bytes."""
+    done = 0
+    with _reader(path) as descriptor:
+        while done < len(target) and (count := os.preadv(descriptor, [target[done:]], offset + done)):
+            done += count
+    return done
 
 
 def read_text_or_none(path: Path) -> str | None:
@@ -331,9 +343,10 @@ def _reader(path: Path) -> Iterator[int]:
                 _close_unlocked(descriptor)
 
 
-def _open_regular(path: Path) -> int:
+def _open_regular(path: Path, access: int = os.O_RDONLY) -> int:
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        # Without O_NONBLOCK the open of a named pipe waits for ever.
+        descriptor = os.open(path, access | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise Damaged(f"{path}: a symbolic link, not a file") from error
@@ -525,7 +538,7 @@ def lock_new(path: Path, contents: Callable[[bool], bytes]) -> Lock:
 def try_lock(path: Path, *, exclusive: bool) -> Lock | None:
     """Lock an existing file, None if another holder forbids it. Shared locks of one process add up.
 
-    OSError with ENOLCK, ENOSYS or ENOTSUP where the file system has no locks.
+    OSError with ENOLCK, ENOSYS or ENOTSUP where the file system has no locks; Damaged as for read_bytes.
     """
     with _lock_table:
         held = _held_at(path)
@@ -534,8 +547,7 @@ def try_lock(path: Path, *, exclusive: bool) -> Lock | None:
                 return None
             held.users += 1
             return held
-        writable = os.O_RDWR if exclusive else os.O_RDONLY
-        descriptor = os.open(path, writable | os.O_CLOEXEC | os.O_NOFOLLOW)
+        descriptor = _open_regular(path, os.O_RDWR if exclusive else os.O_RDONLY)
         try:
             fcntl.lockf(descriptor, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         except OSError as error:
@@ -549,11 +561,14 @@ def try_lock(path: Path, *, exclusive: bool) -> Lock | None:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether any process of this host, this one included, has a lock on the file."""
+    """Whether any process of this host, this one included, has a lock on the file; nobody has one on anything else."""
     with _lock_table:
         if _held_at(path) is not None:
             return True
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            descriptor = _open_regular(path)
+        except Damaged:
+            return False
         try:
             asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
             answer = struct.unpack(_FLOCK, fcntl.fcntl(descriptor, fcntl.F_GETLK, asked))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from . import disk, names
-from .errors import NotFound
+from .errors import Damaged, NotFound
 
 _here: Counter[Path] = Counter()
 _guard = threading.Lock()
@@ -36,7 +36,7 @@ def reading(unit: Path) -> Iterator[None]:
     """Keep `unit` from being pruned inside the block. While it lasts, nobody in this process may open
     votes/expected.json but through disk.py: closing it would drop the lock.
 
-    NotFound if it is not there or is being removed.
+    NotFound if it is not there or is being removed. A checkpoint whose record cannot be locked is not kept.
     """
     key = unit.resolve()
     lock = _lock(unit, exclusive=False)
@@ -75,22 +75,21 @@ def is_being_read(unit: Path) -> bool:
             return True
     try:
         return disk.is_locked(unit / names.EXPECTED)
-    except FileNotFoundError:
+    except OSError:
         return False
 
 
 def _lock(unit: Path, *, exclusive: bool) -> disk.Lock | Literal[False] | None:
-    """A lock, False if somebody else's forbids it, None if the file system has none."""
+    """A lock, False if somebody else's forbids it, None if there can be none: the file system has no locks, or the
+    record is damaged, which whoever reads the checkpoint is told when its bytes are checked."""
     path = unit / names.EXPECTED
     try:
         lock = disk.try_lock(path, exclusive=exclusive)
-    except FileNotFoundError:
-        if exclusive:
-            return None  # no record to lock: nobody reads it
+    except (FileNotFoundError, NotADirectoryError):
+        if exclusive or disk.exists(unit / names.MANIFEST):
+            return None
         raise NotFound(f"{unit}: no checkpoint of roll_ckpt is there") from None
-    except OSError as error:
-        if error.errno not in disk.NO_LOCKS and not exclusive:
-            raise
+    except (Damaged, OSError):
         return None
     if lock is None:
         return False

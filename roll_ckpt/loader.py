@@ -8,6 +8,7 @@ import logging
 import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,29 @@ from roll_ckpt.world import LONGEST_S, World
 log = logging.getLogger("roll_ckpt")
 
 _LEVELS_UP = 2  # checkpoint-N/actor_train/checkpoint-N
+_NAMED = 10  # damaged files in one message
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A file of a committed checkpoint as its digests tell it."""
+
+    path: Path
+    nbytes: int
+    block_bytes: int
+    crcs: list[int]
+
+    def length(self, index: int) -> int:
+        """How many bytes one block has."""
+        return min(self.block_bytes, self.nbytes - index * self.block_bytes)
+
+    def read(self, index: int, target: memoryview) -> None:
+        """Read one block into `target`, which has its length. Damaged if the bytes are not those that were written."""
+        start = index * self.block_bytes
+        if disk.read_into(self.path, start, target) != len(target) or native.crc32(target) != self.crcs[index]:
+            raise errors.Damaged(
+                f"{self.path}: block {index} (bytes {start} to {start + len(target)}) is not as it was written"
+            )
 
 
 class Unit:
@@ -34,12 +58,21 @@ class Unit:
 
     @classmethod
     def around(cls, path: Path) -> Unit | None:
-        """The checkpoint that `path` lies in, or None for files without our manifest."""
-        if disk.exists(path / names.MANIFEST):
-            return cls(path)
-        for parent in list(path.absolute().parents)[:_LEVELS_UP]:
-            if disk.exists(parent / names.MANIFEST) and disk.exists(parent / names.DECISION):
-                return cls(parent)
+        """The checkpoint that `path` lies in, or None for files that no roll_ckpt has saved.
+
+        Damaged if it has lost its manifest: then nothing tells what belongs there.
+        """
+        records = (names.MANIFEST, names.DECISION, names.EXPECTED)
+        for folder, enough in [(path, 1), *((parent, 2) for parent in list(path.absolute().parents)[:_LEVELS_UP])]:
+            if sum(disk.exists(folder / record) for record in records) < enough:
+                continue
+            try:
+                return cls(folder)
+            except errors.NotFound as problem:
+                raise errors.Damaged(
+                    f"{folder}: its {names.MANIFEST} is missing, so nothing in it can be verified. Load another "
+                    f"checkpoint, or, to load this one all the same, remove its {names.DECISION} and {names.VOTES}"
+                ) from problem
         return None
 
     def read(self, path: Path, settings: Settings, *, cached: bool = False) -> native.Buffer:
@@ -49,24 +82,32 @@ class Unit:
         Raises:
             Damaged: the manifest does not list the file, or its bytes are not those that were written.
         """
+        blocks = self.blocks(path)
+        return native.read_file(
+            str(path),
+            blocks.nbytes,
+            blocks.block_bytes,
+            blocks.crcs,
+            threads=max(4, settings.io.threads),
+            direct=settings.io.direct and not cached,
+        )
+
+    def blocks(self, path: Path) -> Blocks:
+        """What a file of this checkpoint holds; its bytes are not read.
+
+        Raises:
+            Damaged: the manifest does not list the file, or its digests are not those that the manifest rests on.
+        """
         relative = path.absolute().relative_to(self.directory.absolute()).as_posix()
         receipt = self._files.get(relative)
         if receipt is None or (disk.exists(path) and not disk.is_file(path)):
             raise errors.Damaged(
                 f"{path}: not listed in {self.directory / names.MANIFEST} as a regular file; it does not belong there"
             )
-        blocks = self._blocks(relative)
-        root = manifest.root_of(receipt.nbytes, receipt.block_bytes, blocks)
-        if root != receipt.root:
+        crcs = self._crcs(relative)
+        if manifest.root_of(receipt.nbytes, receipt.block_bytes, crcs) != receipt.root:
             raise errors.Damaged(f"{path}: its digests do not match the manifest of {self.directory}")
-        return native.read_file(
-            str(path),
-            receipt.nbytes,
-            receipt.block_bytes,
-            blocks,
-            threads=max(4, settings.io.threads),
-            direct=settings.io.direct and not cached,
-        )
+        return Blocks(path, receipt.nbytes, receipt.block_bytes, crcs)
 
     def parameters(self, cluster: str, rank: int) -> dict[str, Any]:
         """Names, dtypes and shapes of the model that `rank` of `cluster` saved; empty if not recorded."""
@@ -77,7 +118,7 @@ class Unit:
                 return found
         return {}
 
-    def _blocks(self, relative: str) -> list[int]:
+    def _crcs(self, relative: str) -> list[int]:
         if self._digests is None:
             self._digests = {}
             for listed in self._files:
@@ -115,6 +156,11 @@ class Reader:
                 directory,
                 names.MANIFEST,
             )
+
+    def read_bytes(self, path: Path) -> bytes:
+        """The bytes of a small file of a checkpoint of ours. Damaged: see `Unit.read`."""
+        assert self.unit is not None
+        return bytes(self.unit.read(path, self._settings, cached=self.cached))
 
     def load(self, path: Path, map_location: Any) -> Any:
         """The state in `path`; its tensors lie where `map_location` says, as `torch.load` does it.
@@ -160,16 +206,23 @@ def check_bytes(world: World, unit: Path) -> None:
     and not the disk, as far as memory goes. Every rank calls; blocks.
 
     Raises:
-        Damaged: on every rank; names the first ten damaged files.
+        Damaged: on every rank; names the first ten damaged files, whoever read them.
     """
+    mine: list[str] = []
 
     def check() -> None:
         problems = verify.verify(unit, part=world.rank, parts=world.size, cache=True)
-        if problems:
-            told = "; ".join(f"{problem.path}: {problem.detail}" for problem in problems[:10])
-            raise errors.Damaged(f"{unit}: damaged: {told}")
+        mine.extend(f"{problem.path}: {problem.detail}" for problem in problems)
+
+    def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
+        told = sorted({problem for post in posts for problem in post["problems"]})
+        if told:
+            more = "; and more, see `roll-ckpt verify`" if told[_NAMED:] else ""
+            raise errors.Damaged(f"{unit}: damaged: {'; '.join(told[:_NAMED])}{more}")
+        return {}
 
     world.together(check, LONGEST_S)
+    world.agree({"problems": mine[: _NAMED + 1]}, decide, LONGEST_S)
 
 
 def allowed(settings: Settings) -> list[Any]:

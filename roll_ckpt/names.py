@@ -37,6 +37,7 @@ _RESERVED = {
 }
 _NUMBER = r"(0|[1-9][0-9]{0,17})"
 _CHECKPOINT = re.compile(rf"checkpoint-{_NUMBER}")
+_NUMBERED = re.compile(r"(.*?)([0-9]+)", re.DOTALL)
 _ATTEMPT_DIR = re.compile(rf"\.(.+)\.{_NUMBER}\.{_NUMBER}\.tmp", re.DOTALL)
 _PULL_DIR = re.compile(r"\.(.+)\.([0-9a-f]{16})\.pull", re.DOTALL)
 _RANK_FILE = re.compile(rf"(.+)\.{_NUMBER}\.json", re.DOTALL)
@@ -90,6 +91,13 @@ def step_of(name: str) -> int | None:
     """The step of `checkpoint-<step>`, None for any other name."""
     found = _CHECKPOINT.fullmatch(name)
     return int(found[1]) if found else None
+
+
+def is_another(entry: str, name: str) -> bool:
+    """Whether a directory called `entry` says that it is another checkpoint than `name` of the same series: the names
+    differ in the number at their end alone."""
+    ours, theirs = _NUMBERED.fullmatch(entry), _NUMBERED.fullmatch(name)
+    return ours is not None and theirs is not None and ours[1] == theirs[1] and ours[2] != theirs[2]
 
 
 def attempt_dir(name: str, epoch: int, attempt: int) -> str:

@@ -302,28 +302,31 @@ class BasePipeline:
             UnsupportedError: another number of ranks saved it. On every rank, before anything changes.
             ModelMismatch: it holds another model. RunIsLive: another live run owns the output directory.
         """
-        committed = self._claim_and_list()
-        step = self._restore(committed)
+        step = self._restore(*self._claim_and_list())
         if self._ranks.rank == 0 and _uploads(self._world_clusters, self.config.expected_clusters):
             self._after_commit.catch_up()
         return step
 
-    def _restore(self, committed: list[str]) -> int | None:
-        wanted = self.config.resume_from_checkpoint
+    def _restore(self, committed: list[str], refused: list[str]) -> int | None:
+        """Resume as the configuration says; `refused` are checkpoints that cannot be taken, as far as is known."""
+        wanted, output_dir = self.config.resume_from_checkpoint, self.config.output_dir
         if wanted is False:
             return None
         if isinstance(wanted, str):
             return self._resume_from(self._pulled(Remote.parse(wanted)), only=True)
         if wanted is not True:
-            return self._resume_from(_checked_path(wanted, self.config.output_dir), only=True)
+            return self._resume_from(_checked_path(wanted, output_dir), only=True)
         for name in reversed(committed):
-            step = self._resume_from(self.config.output_dir / name, only=False)
+            step = self._resume_from(output_dir / name, only=False)
             if step is not None:
+                if refused:
+                    log.warning("%s: resumed from %s; refused: %s", output_dir, name, ", ".join(refused))
                 return step
-        if committed:
+            refused = [*refused, name]
+        if refused:
             raise errors.Damaged(
-                f"{self.config.output_dir}: none of its checkpoints is sound ({', '.join(committed)}); see "
-                "`roll-ckpt verify`. To start anew set resume_from_checkpoint: false"
+                f"{output_dir}: none of its checkpoints is sound ({', '.join(refused)}); see `roll-ckpt verify "
+                f"{output_dir}`. To start anew set resume_from_checkpoint: false"
             )
         return None
 
@@ -344,14 +347,21 @@ class BasePipeline:
 
         return Path(self._ranks.agree({}, decide, LONGEST_S)["unit"])
 
-    def _claim_and_list(self) -> list[str]:
+    def _claim_and_list(self) -> tuple[list[str], list[str]]:
+        """The committed checkpoints, the oldest first, and what else bears the name of one; the same on every rank."""
+
         def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
             config = self.config
             saver.claim(config.output_dir, config, self._world_clusters, config.expected_clusters)
-            return {"names": [found.name for found in commit.committed(config.output_dir)]}
+            committed = [found.name for found in commit.committed(config.output_dir)]
+            others = [entry for entry in disk.list_dir(config.output_dir) if entry not in committed]
+            return {"committed": committed, "others": others}
 
         found = self._ranks.agree({}, decide, self.config.commit_timeout_s)
-        return [name for name in found["names"] if names.step_of(name) is not None]
+        committed, others = (
+            [name for name in found[kind] if names.step_of(name) is not None] for kind in ("committed", "others")
+        )
+        return committed, others
 
     def _resume_from(self, unit: Path, only: bool) -> int | None:
         with commit.reading(unit):
@@ -400,7 +410,7 @@ class BasePipeline:
         with loader.reading(unit, self.config) as reader:
             for name, component in self._stateful.items():
                 component.load_state_dict(reader.load(directory / stateful_file(name, rank), "cpu"))
-            self.state = WorkerState.from_json(disk.read_bytes(directory / WORKER_STATE_FILE))
+            self.state = WorkerState.from_json(reader.read_bytes(directory / WORKER_STATE_FILE))
             self._restore_rng(reader.load(directory / rng_file(rank), "cpu"))
 
     def _restore_rng(self, state: dict[str, Any]) -> None:

@@ -61,7 +61,11 @@ def run_directory(given: str, command: str) -> Path:
 
 def _is_checkpoint(path: Path) -> bool:
     """Whether a directory is one, perhaps with a record gone. Others have a manifest.json, too."""
-    return sum(disk.exists(path / record) for record in (names.MANIFEST, names.EXPECTED, names.DECISION)) > 1
+    return _records(path) > 1
+
+
+def _records(path: Path) -> int:
+    return sum(disk.exists(path / record) for record in (names.MANIFEST, names.EXPECTED, names.DECISION))
 
 
 def _holds_checkpoints(path: Path) -> bool:
@@ -76,6 +80,6 @@ def _holds_checkpoints(path: Path) -> bool:
 
 def is_foreign(path: Path) -> bool:
     """Whether it is a DeepSpeed checkpoint that somebody else wrote."""
-    if path.name.startswith(".") or not disk.is_dir(path) or disk.exists(path / names.MANIFEST):
+    if path.name.startswith(".") or not disk.is_dir(path) or _records(path):
         return False
     return any(entry.endswith("_states.pt") for entry in disk.list_dir(path))

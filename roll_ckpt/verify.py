@@ -18,8 +18,8 @@ _SMALL_BYTES = 1 << 20  # below it, starting native threads takes longer than re
 class Problem:
     """One thing that is not as it was committed. `path` is relative to what was verified.
 
-    `kind`: "missing", "extra", "link" (or special file), "size", "digest" (or any record that contradicts
-    itself or another), "unreadable".
+    `kind`: "missing", "extra", "link" (or directory or special file where a file was), "size", "digest" (or any
+    record that contradicts itself or another), "name" (another checkpoint in its place), "unreadable".
     """
 
     path: str
@@ -34,16 +34,19 @@ def verify(unit: Path, *, part: int = 0, parts: int = 1, cache: bool = False) ->
     `cache` the bytes stay in the page cache, for whoever loads them next.
     A process that holds `commit.reading(unit)` may call it.
     """
+    path = unit / names.MANIFEST
     try:
-        record = disk.read_bytes(unit / names.MANIFEST)
-        told = manifest.parse_manifest(record, unit / names.MANIFEST)
+        record = disk.read_bytes(path)
+        told = manifest.parse_manifest(record, path)
     except (FileNotFoundError, NotADirectoryError):
         return [Problem(names.MANIFEST, "missing", "there is no manifest, so nothing can be verified")]
     except Damaged as error:
-        return [Problem(names.MANIFEST, "digest", str(error))]
+        return [Problem(names.MANIFEST, "digest" if disk.is_file(path) else "link", str(error))]
     except OSError as error:
         return [_unreadable(names.MANIFEST, error)]
     problems = _listing(unit, told)
+    if names.is_another(unit.absolute().name, told.name):
+        problems.append(Problem(names.MANIFEST, "name", f"it is the manifest of {told.name}"))
     bad = {problem.path for problem in problems}
     records = {names.EXPECTED, names.DECISION, *(f"{names.VOTES}/{file}" for file in told.votes)}
     if not bad & records:
@@ -56,7 +59,10 @@ def verify(unit: Path, *, part: int = 0, parts: int = 1, cache: bool = False) ->
 def _listing(unit: Path, told: manifest.Manifest) -> list[Problem]:
     listed = {receipt.path: receipt.nbytes for receipt in told.files}
     ours = {names.MANIFEST, names.DECISION, *(f"{names.VOTES}/{file}" for file in told.votes)}
-    found = dict(disk.walk_all(unit))
+    try:
+        found = dict(disk.walk_all(unit))
+    except OSError as error:
+        return [_unreadable(Path(error.filename).relative_to(unit).as_posix(), error)]
     problems = []
     for path, regular in found.items():
         if not regular:
@@ -65,8 +71,12 @@ def _listing(unit: Path, told: manifest.Manifest) -> list[Problem]:
             problems.append(Problem(path, "extra", "it was not there when the checkpoint was committed"))
         elif path in listed and (size := disk.file_bytes(unit / path)) != listed[path]:
             problems.append(Problem(path, "size", f"it has {size} bytes instead of {listed[path]}"))
-    missing = sorted(({*listed} | ours) - {*found})
-    return problems + [Problem(path, "missing", "it was committed and is not there") for path in missing]
+    for path in sorted(({*listed} | ours) - {*found}):
+        if disk.is_dir(unit / path):
+            problems.append(Problem(path, "link", "a directory is in its place"))
+        else:
+            problems.append(Problem(path, "missing", "it was committed and is not there"))
+    return problems
 
 
 def _records(unit: Path, told: manifest.Manifest, record: bytes) -> list[Problem]:
@@ -84,6 +94,8 @@ def _records(unit: Path, told: manifest.Manifest, record: bytes) -> list[Problem
     problems += _damage(names.DECISION, lambda: _check_decision(decision, told, record))
     if not problems:
         problems += _damage(names.MANIFEST, lambda: _check_rebuilt(votes, expected, record))
+    elif {problem.path for problem in problems} >= {names.DECISION, *(f"{names.VOTES}/{file}" for file in told.votes)}:
+        problems.append(Problem(names.MANIFEST, "digest", "no vote and no decision there is the one that it rests on"))
     return problems
 
 
@@ -146,12 +158,15 @@ def verify_run(output_dir: Path) -> list[Problem]:
         problems += [Problem(f"{entry}/{p.path}", p.kind, p.detail) for p in verify(unit)]
         try:
             told = manifest.read(unit)
-        except (Damaged, NotFound):
+        except (Damaged, NotFound, OSError):
             continue  # verify has told
-        if told.name == entry:
-            sound[entry] = told
+        if told.name != entry:
+            if not names.is_another(entry, told.name):  # of which verify has told
+                problems.append(Problem(entry, "extra", f"its manifest is the one of {told.name}"))
+        elif not disk.is_real_dir(unit):
+            problems.append(Problem(entry, "link", "a run takes no link for a checkpoint"))
         else:
-            problems.append(Problem(entry, "extra", f"its manifest is the one of {told.name}"))
+            sound[entry] = told
     if disk.exists(output_dir / names.EPOCHS) or disk.exists(output_dir / names.LATEST):
         problems += _latest(output_dir, sound)
         problems += _epochs(output_dir, sound.values())

@@ -250,7 +250,7 @@ def test_prune_keeps_what_it_has_just_recovered_and_has_no_complete_copy(
 
 def test_prune_and_recover_refuse_a_live_run(live: Path) -> None:
     before = files(live)
-    for command in (["prune", live, "--keep", 1], ["recover", live]):
+    for command in (["prune", live, "--keep", 1], ["recover", live], ["recover", live, "--dry-run"]):
         done = roll_ckpt(*command)
         assert done.returncode == cli.ERROR
         assert "is running and saves there" in done.stderr
@@ -276,6 +276,55 @@ def test_recover_does_what_its_dry_run_has_said(
     assert list(runs.assert_sound(run)) == after
     assert answer(capsys, "ls", run)["pending"] == []
     assert roll_ckpt("recover", run).stdout == "nothing to recover\n"
+
+
+def test_recover_tells_in_a_table_and_in_json_what_it_did(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    finish(python(CRASHED.format(votes=1), run))
+    left = run / names.trash_dir(1) / "checkpoint-0.gone"
+    left.mkdir(parents=True)
+    assert answer(capsys, "recover", run, "--dry-run")["garbage"] == [".trash/1/checkpoint-0.gone"]
+    assert left.is_dir()
+    head, *rows = (line.split(maxsplit=3) for line in roll_ckpt("recover", run, "--dry-run").stdout.splitlines())
+    assert head == ["WOULD", "CHECKPOINT", "ATTEMPT", "BECAUSE"]
+    assert [row[:3] for row in rows] == [
+        ["discard", "checkpoint-3", "2.1"],
+        ["delete", ".trash/1/checkpoint-0.gone", "-"],
+    ]
+    head, *rows = (line.split(maxsplit=3) for line in roll_ckpt("recover", run).stdout.splitlines())
+    assert head == ["DID", "CHECKPOINT", "ATTEMPT", "BECAUSE"]
+    assert [row[:2] for row in rows] == [
+        ["discarded", "checkpoint-3"],
+        ["deleted", ".trash/1/checkpoint-0.gone"],
+    ]
+    assert not left.exists()
+    again = answer(capsys, "recover", run)
+    assert (again["recovered"], again["garbage"], again["dry_run"]) == ([], [], False)
+
+
+def test_a_pipe_in_the_place_of_a_record_is_damage_and_holds_nobody_up(run: Path) -> None:
+    for record in (names.EXPECTED, names.MANIFEST, names.DECISION):
+        path = run / "checkpoint-2" / record
+        kept = path.read_bytes()
+        path.unlink()
+        os.mkfifo(path)
+        done = subprocess.run(
+            [sys.executable, "-m", "roll_ckpt", "verify", run],
+            capture_output=True,
+            text=True,
+            cwd=HERE.parent,
+            timeout=60,
+        )
+        assert done.returncode == cli.DAMAGED and f"checkpoint-2/{record}" in done.stdout
+        path.unlink()
+        path.write_bytes(kept)
+
+
+def test_a_run_whose_manifests_are_all_gone_is_damaged_and_not_empty(run: Path) -> None:
+    for step in (1, 2):
+        (run / f"checkpoint-{step}" / names.MANIFEST).unlink()
+    for command in ("ls", "show", "verify"):
+        done = roll_ckpt(command, run)
+        assert done.returncode == cli.DAMAGED and "checkpoint-2" in done.stdout + done.stderr
 
 
 def test_a_run_starts_at_once_after_the_command_line_has_owned_its_directory(run: Path) -> None:

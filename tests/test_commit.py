@@ -441,11 +441,49 @@ def test_a_damaged_manifest_is_reported_and_left_out(epoch: commit.Epoch) -> Non
     reported: list[Exception] = []
     assert [told.step for told in commit.committed(epoch.output_dir, reported.append)] == [1]
     assert "checkpoint-2" in str(reported[0])
-    newest = commit.find(epoch.output_dir)
+    newest = commit.newest_first(epoch.output_dir)[0]
     assert newest is not None and newest.name == "checkpoint-1"
     assert runs.save(epoch, 2, "again", alone=True).committed  # in place of the damaged one
     assert runs.salts(epoch.output_dir) == {"checkpoint-1": "x", "checkpoint-2": "again"}
     runs.assert_clean(epoch.output_dir, epoch)
+
+
+def gone(path: Path, elsewhere: Path) -> None:
+    path.unlink()
+
+
+def a_link(path: Path, elsewhere: Path) -> None:
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+
+
+def a_pipe(path: Path, elsewhere: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize(
+    ("harm", "path"),
+    [
+        (gone, names.MANIFEST),
+        (a_pipe, names.MANIFEST),
+        (a_pipe, names.EXPECTED),
+        (a_link, "actor/rank_0.pt"),
+        (a_link, ""),
+    ],
+)
+def test_a_damaged_checkpoint_is_replaced_when_its_step_is_saved_again(
+    epoch: commit.Epoch, tmp_path: Path, harm: Callable[[Path, Path], None], path: str
+) -> None:
+    for step in (1, 2):
+        assert runs.save(epoch, step, "x", alone=True).committed
+    elsewhere = tmp_path / "elsewhere"
+    harm(epoch.output_dir / "checkpoint-2" / path, elsewhere)
+    commit.check_replaced(epoch.output_dir, "checkpoint-2")
+    assert runs.save(epoch, 2, "again", alone=True).committed
+    assert runs.salts(epoch.output_dir) == {"checkpoint-1": "x", "checkpoint-2": "again"}
+    runs.assert_clean(epoch.output_dir, epoch)
+    assert not elsewhere.is_dir() or verify.verify(elsewhere) == []  # what a link leads to is not ours to delete
 
 
 def test_many_leads_at_once_replace_a_checkpoint_once(epoch: commit.Epoch) -> None:

@@ -152,3 +152,11 @@ def test_a_tree_goes_although_somebody_still_puts_files_there(tmp_path: Path, mo
     monkeypatch.setattr(disk, "observer", arrive)
     disk.remove_tree(tmp_path / "tree")
     assert not (tmp_path / "tree").exists()
+
+
+def test_a_tree_that_is_a_link_goes_and_what_it_leads_to_stays(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "f").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    disk.remove_tree(tmp_path / "link")
+    assert not (tmp_path / "link").is_symlink() and (tmp_path / "there" / "f").exists()

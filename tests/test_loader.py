@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,19 @@ def test_a_damaged_manifest_is_refused(unit: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b'"step": 1', b'"step": 2'))
     with pytest.raises(errors.Damaged, match=r"manifest\.json"):
         read(unit / "x.pt")
+
+
+def test_a_checkpoint_that_has_lost_its_manifest_is_refused_until_it_is_none_of_ours(
+    unit: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (unit / "manifest.json").unlink()
+    for path in (unit / "x.pt", unit / "a" / "x.pt"):
+        with pytest.raises(errors.Damaged, match=r"t1: its manifest\.json is missing"):
+            read(path)
+    (unit / "decision").unlink()
+    shutil.rmtree(unit / "votes")
+    assert read(unit / "x.pt")["w"].shape == (1000,)
+    assert "cannot be verified" in caplog.text
 
 
 def test_the_state_is_checked_again_when_it_is_loaded_again(unit: Path) -> None:

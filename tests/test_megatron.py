@@ -156,6 +156,7 @@ def test_fsdp_is_refused_by_name(megatron: Worlds) -> None:
     [
         ("strategies.torch:TorchDistSaveShardedStrategy", "_get_save_and_finalize_callbacks", "_get_save_and_finalize"),
         ("strategies.filesystem_async", "_results_queue", "_results_queue"),
+        ("strategies.torch", "_get_filesystem_reader", "_get_filesystem_reader"),
         ("strategies.fully_parallel:FullyParallelSaveStrategyWrapper", "__init__", "base_strategy"),
         ("utils", "_clean_metadata_for_serialization", "_clean_metadata_for_serialization"),
     ],

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import os
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import runs
 
-from roll_ckpt import manifest, names, verify
+from roll_ckpt import commit, manifest, names, verify
+from roll_ckpt.errors import Damaged
 
 
 @pytest.fixture(scope="module")
@@ -94,10 +97,50 @@ def test_files_of_another_checkpoint_are_found(run: Path, tmp_path: Path) -> Non
 
 
 def test_a_copy_under_another_name_is_not_a_second_checkpoint(run: Path) -> None:
-    copy = run / "checkpoint-77"
-    shutil.copytree(run / "checkpoint-10", copy)
-    assert [problem.path for problem in verify.verify_run(run)] == ["checkpoint-77"]
-    shutil.rmtree(copy)
+    for name, told in (("checkpoint-77", "checkpoint-77/manifest.json"), ("best", "best")):
+        shutil.copytree(run / "checkpoint-10", run / name)
+        assert [problem.path for problem in verify.verify_run(run)] == [told]
+        assert [problem.path for problem in verify.verify(run / name)] == (["manifest.json"] if name != "best" else [])
+        shutil.rmtree(run / name)
+
+
+def test_a_checkpoint_that_is_a_link_is_none_of_the_run(run: Path, tmp_path: Path) -> None:
+    unit = run / "checkpoint-33"
+    unit.rename(tmp_path / "moved")
+    unit.symlink_to(tmp_path / "moved")
+    told: list[Damaged] = []
+    assert [found.step for found in commit.committed(run, told.append)] == [10]
+    assert "checkpoint-33: a symbolic link" in str(told[0])
+    assert [(p.path, p.kind) for p in verify.verify_run(run) if p.kind == "link"] == [("checkpoint-33", "link")]
+    (run / "best").symlink_to("checkpoint-10")  # a name beside the name is none of ours
+    assert len(told) == 1 and [found.step for found in commit.committed(run, told.append)] == [10] and len(told) == 2
+    (run / "best").unlink()
+    unit.unlink()
+    (tmp_path / "moved").rename(unit)
+    assert verify.verify_run(run) == []
+
+
+def test_a_checkpoint_without_manifest_is_none_and_told_as_damaged(run: Path) -> None:
+    path = run / "checkpoint-33" / names.MANIFEST
+    record = path.read_bytes()
+    path.unlink()
+    told: list[Damaged] = []
+    assert [found.step for found in commit.committed(run, told.append)] == [10]
+    assert "checkpoint-33: its manifest.json is missing" in str(told[0])
+    path.write_bytes(record)
+
+
+def test_a_directory_that_cannot_be_listed_is_told_like_its_files(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, real = run / "checkpoint-10" / "actor", os.scandir
+
+    def scandir(path: Path) -> Any:
+        if Path(path) == folder:
+            raise OSError(5, "Input/output error", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    found = verify.verify(run / "checkpoint-10")
+    assert [(problem.path, problem.kind) for problem in found] == [("actor", "unreadable")]
 
 
 def test_the_parts_together_read_every_file_once(run: Path) -> None:

@@ -16,7 +16,7 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -227,37 +227,65 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
     def load_checkpoint(
         self, stock: Callable[..., Any], load_dir: str, tag: object = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """`engine.load_checkpoint`: waits for pending saves, checks the model and every byte."""
+        """`engine.load_checkpoint`: waits for pending saves, checks the model and every byte.
+
+        Without a tag it takes the one that `latest` names, or else the newest, and falls back past damaged ones to
+        the newest sound one, saying so.
+
+        Raises:
+            Damaged: the tag that was asked for is damaged, or all are. On every rank, before anything is loaded.
+        """
         self.fence()
         saver.wait_pending()
         if self.engine.load_universal_checkpoint():
             return stock(self.engine, load_dir, tag, *args, **kwargs)
-        name = self._agree_on_tag(Path(load_dir), None if tag is None else str(tag))
-        if name is None or not disk.is_dir(Path(load_dir) / name):
-            return stock(self.engine, load_dir, tag, *args, **kwargs)
-        with loader.reading(Path(load_dir) / name, self.settings, ALLOWED_GLOBALS) as reader:
-            if reader.unit is not None:
-                told = inspect.signature(stock).bind(self.engine, load_dir, name, *args, **kwargs)
-                told.apply_defaults()
-                self._check_together(reader.unit, Path(load_dir), told.arguments)
-                reader.cached = True
-            self._reader = reader
-            try:
-                return stock(self.engine, load_dir, name, *args, **kwargs)
-            finally:
-                self._reader = None
+        refused: list[str] = []
+        for name in self._agree_on_tags(Path(load_dir), None if tag is None else str(tag)):
+            told = inspect.signature(stock).bind(self.engine, load_dir, name, *args, **kwargs)
+            told.apply_defaults()
+            with ExitStack() as stack:
+                try:
+                    self._reader = self._open_checked(stack, Path(load_dir), told.arguments)
+                except errors.Damaged as problem:
+                    if tag is not None:
+                        raise
+                    log.error("%s. Falling back to the newest sound checkpoint.", problem)
+                    refused.append(name)
+                    continue
+                if refused:
+                    log.warning("%s: loading %s; refused: %s", load_dir, name, ", ".join(refused))
+                try:
+                    return stock(self.engine, load_dir, name, *args, **kwargs)
+                finally:
+                    self._reader = None
+        if refused:
+            raise errors.Damaged(
+                f"{load_dir}: none of its checkpoints is sound ({', '.join(refused)}); see "
+                f"`roll-ckpt verify {load_dir}`"
+            )
+        return stock(self.engine, load_dir, tag, *args, **kwargs)
 
-    def _agree_on_tag(self, load_dir: Path, tag: str | None) -> str | None:
-        """The tag that every rank loads. What a killed run left there is finished or discarded first."""
+    def _open_checked(self, stack: ExitStack, load_dir: Path, told: Mapping[str, Any]) -> loader.Reader:
+        """A reader of the tag that `told` names, checked as far as it can be; open until `stack` is left."""
+        reader = stack.enter_context(loader.reading(load_dir / told["tag"], self.settings, ALLOWED_GLOBALS))
+        if reader.unit is not None:
+            self._check_together(reader.unit, load_dir, told)
+            reader.cached = True
+        return reader
+
+    def _agree_on_tags(self, load_dir: Path, tag: str | None) -> list[str]:
+        """The tags to load, the one to try first first, the same on every rank; none where there is no such directory.
+        What a killed run left there is finished or discarded first."""
 
         def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
             asked = {post["tag"] for post in posts}
             if len(asked) > 1:
                 raise errors.RanksDisagree(f"{load_dir}: ranks ask to load different tags: {sorted(map(str, asked))}")
             saver.recover(load_dir, self.settings, {self.cluster: self.world.size})
-            return {"tag": newest_tag(load_dir) if tag is None else tag}
+            tags = tags_to_load(load_dir) if tag is None else [tag]
+            return {"tags": [name for name in tags if disk.is_dir(load_dir / name)]}
 
-        found: str | None = self.world.agree({"tag": tag}, decide, self.settings.commit_timeout_s)["tag"]
+        found: list[str] = self.world.agree({"tag": tag}, decide, self.settings.commit_timeout_s)["tags"]
         return found
 
     def _check_together(self, unit: loader.Unit, load_dir: Path, told: Mapping[str, Any]) -> None:
@@ -527,18 +555,31 @@ def estimate_bytes(engine: DeepSpeedEngine) -> int:
     return sum({tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
 
 
-def newest_tag(load_dir: Path) -> str | None:
-    """The tag to load from a plain DeepSpeed directory when none is given.
+def tags_to_load(load_dir: Path) -> list[str]:
+    """The tags of a plain DeepSpeed directory in the order in which a load tries them when none is given.
 
-    A directory that `latest` names wins, because users edit it; otherwise our newest committed one.
+    A directory that `latest` names wins, because users edit it; then our committed ones, the newest first.
+
+    Raises:
+        Damaged: there are checkpoints of ours, and none has a manifest that can be trusted.
     """
-    named = (disk.read_text_or_none(load_dir / names.LATEST) or "").strip()
-    if named and _is_tag(named) and disk.is_dir(load_dir / named):
-        return named
-    newest = commit.find(load_dir)
-    if newest is not None and named:
-        log.warning("%s names %s, which is not there; loading %s", load_dir / names.LATEST, named, newest.name)
-    return None if newest is None else newest.name
+    latest = load_dir / names.LATEST
+    try:
+        named = (disk.read_text_or_none(latest) or "").strip()
+    except errors.Damaged as problem:
+        log.warning("%s; the newest checkpoint is loaded", problem)
+        named = ""
+    chosen = [named] if named and _is_tag(named) and disk.is_dir(load_dir / named) else []
+    try:
+        tags = [found.name for found in commit.newest_first(load_dir) if found.name not in chosen]
+    except errors.Damaged as problem:
+        if not chosen:
+            raise
+        log.warning("%s", problem)
+        tags = []
+    if tags and named and not chosen:
+        log.warning("%s names %s, which is not there; loading %s", latest, named, tags[0])
+    return chosen + tags
 
 
 def _is_tag(name: str) -> bool:

@@ -77,6 +77,7 @@ class Attached:
         self.cluster = cluster
         self.form = form
         self._save_only_model = save_only_model
+        self._verified: Path | None = None
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         self.strategy = FullyParallelSaveStrategyWrapper(SaveStrategy(settings), group)
         self._fence = Fence.of(optimizer, self.model)
@@ -190,18 +191,38 @@ class Attached:
                 )
 
     def find(self, output_dir: str | os.PathLike[str]) -> Path | None:
-        """The newest complete checkpoint in `output_dir`, the same on every rank; None if there is none. What a killed
-        run left there is finished or discarded first."""
+        """The newest sound checkpoint in `output_dir`, the same on every rank; None if there is none. What a killed run
+        left there is finished or discarded first; damaged ones are passed over, by name. Every rank calls; reads every
+        byte, which `load` of what is returned does not do once more.
+
+        Raises:
+            Damaged: there are checkpoints, and none is sound.
+        """
         path, world = Path(output_dir).absolute(), World.current()
         saver.wait_pending()
 
         def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
             saver.recover(path, self.settings, {self.cluster: world.size})
-            newest = commit.find(path)
-            return {"name": None if newest is None else newest.name}
+            return {"names": [found.name for found in commit.newest_first(path)]}
 
-        name = world.agree({}, decide, self.settings.commit_timeout_s)["name"]
-        return None if name is None else path / name
+        refused: list[str] = []
+        for name in world.agree({}, decide, self.settings.commit_timeout_s)["names"]:
+            try:
+                with commit.reading(path / name):
+                    loader.check_bytes(world, path / name)
+            except errors.Damaged as problem:
+                log.error("%s. Falling back to the checkpoint before it.", problem)
+                refused.append(name)
+                continue
+            if refused:
+                log.warning("%s: found %s; refused: %s", path, name, ", ".join(refused))
+            self._verified = path / name
+            return self._verified
+        if refused:
+            raise errors.Damaged(
+                f"{path}: none of its checkpoints is sound ({', '.join(refused)}); see `roll-ckpt verify {path}`"
+            )
+        return None
 
     def load(self, directory: str | os.PathLike[str]) -> int:
         """Restore everything from `directory` and return its step; see `load` of this module.
@@ -216,7 +237,7 @@ class Attached:
         self.fence()
         saver.wait_pending()
         World.current().together(lambda: check_complete(path), self.settings.commit_timeout_s)
-        step: int = self.restore(path, verified=False)["iteration"]
+        step: int = self.restore(path, verified=path == self._verified)["iteration"]
         return step
 
     def restore(self, path: Path, *, verified: bool) -> dict[str, Any]:

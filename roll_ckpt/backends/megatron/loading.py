@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from roll_ckpt import disk, errors, loader, names, saver, seal
 from roll_ckpt.backends.megatron.facts import COMMON, DCP_METADATA, MARKER, MARKER_BYTES
+from roll_ckpt.backends.megatron.reading import checked
 from roll_ckpt.config import Settings
 from roll_ckpt.layout import dcp_index
 from roll_ckpt.world import LONGEST_S, World
@@ -30,7 +32,8 @@ def load(
     strategy: Any = None,
     verified: bool = False,
 ) -> dict[str, Any]:
-    """What `dist_checkpointing.load` returns, after every byte was verified; every rank calls.
+    """What `dist_checkpointing.load` returns, after every byte was verified, and each again as it is read; every rank
+    calls.
 
     Checkpoints that stock wrote are loaded with a warning. `strategy` is a stock load strategy; `verified` says
     that the ranks have just read every byte.
@@ -51,8 +54,9 @@ def load(
         if reader.unit is None:
             world.together(lambda: told_by_stock(path, settings), settings.commit_timeout_s)
         world.together(lambda: check_content(sharded_state_dict, path, settings, world), LONGEST_S)
-        with torch.serialization.safe_globals(loader.allowed(settings)):
-            loaded: dict[str, Any] = dist_checkpointing.load(sharded_state_dict, str(path), strategy)
+        with torch.serialization.safe_globals(loader.allowed(settings)), ExitStack() as stack:
+            common = None if reader.unit is None else stack.enter_context(checked(reader.unit))
+            loaded: dict[str, Any] = dist_checkpointing.load(sharded_state_dict, str(path), strategy, common)
         return loaded
 
 

@@ -9,6 +9,7 @@ import logging
 import megatron.core
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies import torch as strategies
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
@@ -40,6 +41,10 @@ def check(tested_with: str) -> None:
         "FileSystemWriterAsync.write_buckets": _sets(writer, "write_buckets"),
         "filesystem_async._results_queue": hasattr(filesystem_async, "_results_queue"),
         "AsyncRequest.preload_fn": "preload_fn" in AsyncRequest._fields,
+        "strategies.torch._get_filesystem_reader(checkpoint_dir, cache_metadata)": list(
+            inspect.signature(getattr(strategies, "_get_filesystem_reader", lambda: None)).parameters
+        )
+        == ["checkpoint_dir", "cache_metadata"],
         "dist_checkpointing.load_content_metadata": hasattr(dist_checkpointing, "load_content_metadata"),
     }
     missing = [name for name, there in has.items() if not there]
