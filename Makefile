@@ -8,7 +8,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help run train run-worlds test test-long matrix torture bench bench-quick bench-gpu bench-megatron bench-push lint format clean ready
+.PHONY: help run train run-worlds test test-long matrix torture bench bench-quick bench-gpu bench-megatron bench-push sanitize fuzz lint format clean ready
 
 PYTHON ?= python3
 ARGS ?=
@@ -46,6 +46,13 @@ N ?= 1000
 torture: ready ## kill runs N times (default 1000) at every point that has a name and at others: a table, and what was lost
 	@python tests/torture.py --kills $(N) $(ARGS)
 
+sanitize: ready ## the extension under AddressSanitizer and UBSan, then ThreadSanitizer: some minutes
+	@$(call sanitized,address$(comma)undefined,asan,PYTHONMALLOC=malloc,)
+	@$(call sanitized,thread,tsan,,--deselect $(FORKS))
+
+fuzz: ready ## hostile bytes into every parser, for SECONDS=300; guided by coverage if atheris is installed
+	@python tests/fuzz_parsers.py --seconds $(or $(SECONDS),300) $(ARGS)
+
 bench: .venv/.bench ## how fast a state moves to disk and back, beside the peers: tables, build/bench.json and .png
 	@python -m benchmarks.movement $(ARGS)
 
@@ -60,6 +67,20 @@ bench-megatron: ready ## how long a Megatron save holds up training: stock's and
 
 bench-push: ready ## what pushing to the Hub costs the training loop
 	@python benchmarks/push_cost.py $(ARGS)
+
+# ThreadSanitizer itself dies of a fork that starts threads.
+FORKS := tests/test_native.py::test_a_forked_child_is_refused_and_ends_in_peace
+
+# $(call sanitized,sanitizers,library,environment,arguments): build the extension for them into build/, beside the one in use,
+# and run its tests there. They import no torch, in which sanitizers find what is not ours. Python itself leaks.
+define sanitized
+set -e; echo "== $(1)"; base=build/$(2); mkdir -p build; \
+ROLL_CKPT_CUDA=0 ROLL_CKPT_CXXFLAGS="-O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=all -fsanitize=$(1)" \
+	python setup.py -q build --build-base $$base --build-lib $$base/lib >$$base.log 2>&1 || { tail -n 25 $$base.log >&2; exit 1; }; \
+$(3) LD_PRELOAD="$$(g++ -print-file-name=lib$(2).so) $$(g++ -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1 PYTHONPATH=$$base/lib \
+	pytest --noconftest -o addopts= -W ignore::pytest.PytestUnknownMarkWarning tests/test_native.py $(4) $(ARGS)
+endef
 
 lint: .venv/.installed ## ruff, mypy, clang-format
 	ruff check .

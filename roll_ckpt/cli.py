@@ -22,7 +22,7 @@ from typing import Any
 from . import cli_hub, commit, disk, epoch, manifest, names, push_queue, retention, uploads, verify
 from .errors import ConfigError, Damaged, NotFound, RollCkptError, RunIsLive
 from .place import Place, is_foreign, locate, run_directory
-from .printing import DAMAGED, ERROR, EXIT_CODES, FINE, human_bytes, notice, print_json, print_table, say
+from .printing import DAMAGED, ERROR, EXIT_CODES, FINE, human_bytes, notice, print_json, print_line, print_table, say
 
 _HEARD_S = 60.0  # a run on another host that was heard of so recently is shown as live
 
@@ -183,19 +183,19 @@ def _print_listing(place: Place, found: Survey) -> None:
     if found.checkpoints:
         print_table(rows, right={2, 4, 5, 6})
         if any(told.name == found.latest for told in found.checkpoints):
-            print("* `latest` names it")
+            print_line("* `latest` names it")
     else:
-        print(f"{place.output_dir}: no committed checkpoint yet")
+        print_line(f"{place.output_dir}: no committed checkpoint yet")
     for pending in found.pending:
         votes = f"attempt {pending.epoch}.{pending.attempt}, {pending.votes} of {pending.expected} votes"
         if found.live:
-            print(f"being written: {pending.name} ({votes})")
+            print_line(f"being written: {pending.name} ({votes})")
         else:
-            print(f"left by a crash: {pending.name} ({votes}); recovery will {pending.fate} it")
+            print_line(f"left by a crash: {pending.name} ({votes}); recovery will {pending.fate} it")
     for name in found.foreign:
-        print(f"not ours: {name} has no manifest and cannot be verified")
+        print_line(f"not ours: {name} has no manifest and cannot be verified")
     for who in found.live:
-        print(f"live: {who} saves there")
+        print_line(f"live: {who} saves there")
 
 
 # --- show ---------------------------------------------------------------------------------------------------
@@ -220,18 +220,18 @@ def show(args: argparse.Namespace) -> int:
         print_json({"path": str(place.unit), **shown, "bytes": nbytes})
         return FINE
     step = "no step" if told.step is None else f"step {told.step}"
-    print(f"{place.unit / place.part}")
-    print(f"  {step}, epoch {told.epoch}, attempt {told.attempt}, run_id {told.run_id!r}")
-    print(f"  written by {told.software}; {len(files)} files, {human_bytes(nbytes)}")
+    print_line(f"{place.unit / place.part}")
+    print_line(f"  {step}, epoch {told.epoch}, attempt {told.attempt}, run_id {told.run_id!r}")
+    print_line(f"  written by {told.software}; {len(files)} files, {human_bytes(nbytes)}")
     if not told.directories_durable:
-        print("  weaker guarantee: its file system cannot make directory entries durable")
-    print("clusters")
+        print_line("  weaker guarantee: its file system cannot make directory entries durable")
+    print_line("clusters")
     facts = [
         [f"  {name}", ", ".join(f"{key} {_fact(value)}" for key, value in sorted(known.items()))]
         for name, known in told.clusters.items()
     ]
     print_table(facts)
-    print("files")
+    print_line("files")
     print_table([[f"  {human_bytes(file.nbytes)}", file.path] for file in files], right={0})
     return FINE
 
@@ -269,7 +269,7 @@ def check(args: argparse.Namespace) -> int:
     else:
         print_table([["damaged", problem.path, f"{problem.kind}: {problem.detail}"] for problem in problems])
         if not problems:
-            print(f"sound: {', '.join(names_read)} ({human_bytes(nbytes)} read)")
+            print_line(f"sound: {', '.join(names_read)} ({human_bytes(nbytes)} read)")
     return DAMAGED if problems else FINE
 
 
@@ -317,10 +317,10 @@ def prune(args: argparse.Namespace) -> int:
         )
         return FINE
     for action, name, attempt, reason in _recovered_rows(recovered):
-        print(f"{action} {name}, attempt {attempt}: {reason}")
+        print_line(f"{action} {name}, attempt {attempt}: {reason}")
     for name in removed:
-        print(f"{'would remove' if args.dry_run else 'removed'} {name} ({human_bytes(sizes.get(name, 0))})")
-    print(f"{'would keep' if args.dry_run else 'kept'} {', '.join(kept_names) or 'nothing'}")
+        print_line(f"{'would remove' if args.dry_run else 'removed'} {name} ({human_bytes(sizes.get(name, 0))})")
+    print_line(f"{'would keep' if args.dry_run else 'kept'} {', '.join(kept_names) or 'nothing'}")
     return FINE
 
 
@@ -346,7 +346,7 @@ def recover(args: argparse.Namespace) -> int:
     if rows:
         print_table([["WOULD" if args.dry_run else "DID", "CHECKPOINT", "ATTEMPT", "BECAUSE"], *rows])
     else:
-        print("nothing to recover")
+        print_line("nothing to recover")
     return FINE
 
 

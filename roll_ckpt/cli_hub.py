@@ -13,7 +13,7 @@ from . import manifest, pull, push, push_queue, uploader
 from .errors import ConfigError, HubUnavailable, NotFound
 from .hub import Remote
 from .place import Place, locate, run_directory
-from .printing import EXIT_CODES, FINE, OWED, human_bytes, print_json, print_table, say
+from .printing import EXIT_CODES, FINE, OWED, human_bytes, print_json, print_line, print_table, say
 from .push_queue import Destination, Entry
 
 _PULL = """\
@@ -137,9 +137,9 @@ def pull_uri(args: argparse.Namespace) -> int:
         found = {"name": told.name, "step": told.step, "bytes": told.nbytes(), "was_there": not moved}
         print_json({"uri": remote.uri, "path": str(unit), **found})
     elif moved:
-        print(f"{unit}: complete and verified ({human_bytes(told.nbytes())})")
+        print_line(f"{unit}: complete and verified ({human_bytes(told.nbytes())})")
     else:
-        print(f"{unit}: was there already")
+        print_line(f"{unit}: was there already")
     return FINE
 
 
@@ -184,7 +184,7 @@ def _push_one(place: Place, to: Destination, known: Destination | None, args: ar
     if args.json:
         print_json({"path": str(place.unit), "name": name, "uri": uri, "commit": made})
     else:
-        print(f"{place.unit}: is {uri}, commit {made[:12]}")
+        print_line(f"{place.unit}: is {uri}, commit {made[:12]}")
     return FINE
 
 
@@ -206,7 +206,7 @@ def _teller(bar: uploader.Bar, args: argparse.Namespace) -> uploader.Tell:
         if event["event"] in ("waiting", "failed"):
             say(event["detail"])
         elif event["event"] == "done" and not args.json:
-            print(f"pushed {event['name']}, commit {event['commit'][:12]}", flush=True)
+            print_line(f"pushed {event['name']}, commit {event['commit'][:12]}")
 
     return tell
 
@@ -226,7 +226,7 @@ def queue_retry(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"path": str(output_dir), "retry": again})
     else:
-        print(f"owed again: {', '.join(again)}" if again else "nothing to retry")
+        print_line(f"owed again: {', '.join(again)}" if again else "nothing to retry")
     return FINE
 
 
@@ -238,7 +238,7 @@ def queue_cancel(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"path": str(output_dir), "name": args.name, "state": state})
     else:
-        print(f"{args.name}: {'it was pushed, and stays there' if state == 'done' else state}")
+        print_line(f"{args.name}: {'it was pushed, and stays there' if state == 'done' else state}")
     return FINE
 
 
@@ -258,7 +258,7 @@ def _show_queue(output_dir: Path, args: argparse.Namespace) -> int:
         found = {"uri": to.remote.uri, "private": to.private, "entries": [asdict(entry) for entry in entries]}
         print_json({"path": str(output_dir), **found, "owed": [entry.name for entry in owed]})
     else:
-        print(f"{output_dir}: pushes to {_spell(to)}")
+        print_line(f"{output_dir}: pushes to {_spell(to)}")
         _print_entries(entries)
     return OWED if owed else FINE
 
@@ -269,10 +269,10 @@ def _print_entries(entries: list[Entry]) -> None:
     if entries:
         print_table(rows, right={2, 3})
     else:
-        print("no checkpoint yet")
+        print_line("no checkpoint yet")
     for entry in entries:
         if entry.detail and entry.state != "done":
-            print(f"{entry.name}: {entry.detail}")
+            print_line(f"{entry.name}: {entry.detail}")
 
 
 def _spell(to: Destination) -> str:

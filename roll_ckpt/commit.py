@@ -22,7 +22,7 @@ from . import disk, names
 from . import epoch as epochs
 from .attempt import Attempt, abandoned, abort_reason, begin, cast, check_replaced, check_room
 from .epoch import Epoch
-from .errors import ConfigError, Damaged, EpochLost, NotFound, SaveFailed
+from .errors import ConfigError, Damaged, EpochLost, NotFound, SaveFailed, presentable
 from .lease import is_being_read, reading, removing
 from .manifest import (
     Decision,
@@ -119,7 +119,7 @@ def claim(
     try:
         for found in recover(output_dir, epoch=claimed):
             log.warning("%s of attempt %s.%s: %s (%s)", output_dir / found.name, found.epoch, found.attempt,
-                        found.action, found.reason)  # fmt: skip
+                        found.action, presentable(found.reason))  # fmt: skip
     except BaseException:
         claimed.release()
         raise
@@ -557,6 +557,12 @@ def clear(epoch: Epoch, busy: Collection[Path]) -> list[Recovery]:
 
 def _recover_one(output_dir: Path, name: str, old_epoch: int, number: int, epoch: int) -> Recovery:
     bare = Attempt(output_dir, name, None, "", old_epoch, number, {}, False)
+    if link := _link_in(bare):
+        # Nothing is written or renamed where a link leads; and no save of ours makes one.
+        _throw_away(bare, epoch)
+        return Recovery(
+            name, old_epoch, number, "discarded", f"{link} is no directory but a link or file, which no save makes"
+        )
     for _ in range(50):
         try:
             decision = _decided(bare) or _decide(bare, _Ballot(), epoch, over=True)
@@ -576,6 +582,14 @@ def _recover_one(output_dir: Path, name: str, old_epoch: int, number: int, epoch
                 return _discard(bare, epoch, f"it was interrupted at its beginning, before {error.filename}")
         time.sleep(_FIRST_PAUSE_S)
     raise SaveFailed(f"{bare.label}: it cannot be recovered; another process keeps changing {bare.directory}")
+
+
+def _link_in(attempt: Attempt) -> Path | None:
+    """What is no directory, in the place of one that recovery would write in or take a checkpoint from."""
+    if disk.exists(attempt.directory) and not disk.is_real_dir(attempt.directory):
+        return attempt.directory
+    own = [e for e in disk.list_dir(attempt.directory) if e == attempt.name or e.startswith(names.SUPERSEDED)]
+    return next((attempt.directory / e for e in own if disk.is_link(attempt.directory / e)), None)
 
 
 def _is_newest(attempt: Attempt) -> bool:

@@ -56,12 +56,36 @@ class Section(BaseModel):
         strange = [key for key in values if not isinstance(key, str)]
         if strange:
             raise errors.ConfigError(f"{where}: the key {strange[0]!r} is no text")
+        if secret := _key_of_secret(values):
+            raise errors.ConfigError(f"{where}: {_no_token_in(secret)}")
         try:
             return cls(**values)
         except errors.ConfigError as problem:
             raise errors.ConfigError(f"{where}: {problem}") from None
         except ValidationError as problem:
             raise errors.ConfigError(f"{where}: {_explain_all(cls, problem)}") from None
+
+
+def _key_of_secret(values: dict[str, Any]) -> str:
+    """The key under which a value looks like a token of the Hub, or holds a password; "" if none does."""
+    pending: list[tuple[str, Any]] = [("", values)]
+    seen = set()
+    while pending:
+        key, value = pending.pop()
+        if isinstance(value, str) and errors.holds_secret(value):
+            return key
+        if isinstance(value, dict | list) and id(value) not in seen:  # YAML can name one of them many times
+            seen.add(id(value))
+            inner = value.items() if isinstance(value, dict) else enumerate(value)
+            pending += [(f"{key}.{name}".lstrip("."), part) for name, part in inner]
+    return ""
+
+
+def _no_token_in(key: str) -> str:
+    return (
+        f"{key}: no token belongs in a configuration, which is copied into logs and checkpoints; set HF_TOKEN in the "
+        "environment of the job, or run `hf auth login` once on its machine"
+    )
 
 
 def _explain_all(section: type[BaseModel], problem: ValidationError) -> str:
@@ -85,10 +109,7 @@ def _explain(section: type[BaseModel], location: tuple[int | str, ...], kind: st
     if kind != "extra_forbidden":
         return f"{key}: {message.removeprefix('Value error, ')}"
     if _SECRET.search(path[-1]):
-        return (
-            f"{key}: no token belongs in a configuration, which is copied into logs and checkpoints; set HF_TOKEN in "
-            "the environment of the job, or run `hf auth login` once on its machine"
-        )
+        return _no_token_in(key)
     known = list(section.model_fields)
     near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(sorted(known))}"
@@ -249,7 +270,7 @@ class PipelineConfig(Settings):
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
         except OSError as problem:
             raise errors.ConfigError(f"cannot read the configuration {path}: {problem.strerror}") from problem
-        except (yaml.YAMLError, UnicodeDecodeError) as problem:
+        except (yaml.YAMLError, ValueError, RecursionError) as problem:  # such as a date that is none
             raise errors.ConfigError(f"{path} is not YAML: {problem}") from problem
         if not isinstance(values, dict):
             raise errors.ConfigError(f"{path}: expected a mapping of settings at the top level")

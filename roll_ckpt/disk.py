@@ -31,7 +31,9 @@ listener: Callable[[str, dict[str, object]], None] | None = None
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 _REMOVALS = 20
-_CHUNK = 4 << 20
+_RECORD_BYTES = 256 << 20
+OBJECT_BYTES = 4 << 30
+"""A limit for `read_bytes` of what is no record of ours: pickles, and the state of a pipeline."""
 
 
 def reach(point: str, **where: object) -> None:
@@ -212,6 +214,13 @@ def make_dirs(path: Path, *, durable: bool = True) -> None:
         fsync_dir(path.parent)
 
 
+def make_own_dir(path: Path) -> None:
+    """make_dirs for a directory of our own. Damaged if it is a symbolic link: nothing is written where that leads."""
+    make_dirs(path)
+    if not is_real_dir(path):
+        raise Damaged(f"{path}: a symbolic link and no directory; remove it")
+
+
 # --- removing -----------------------------------------------------------------------------------------------
 
 
@@ -239,40 +248,59 @@ def remove_tree(path: Path) -> None:
     What somebody else removes at the same time is fine, and what they still put there goes too: a process that was
     on its way into a directory when that was renamed arrives in it all the same.
     """
-    if os.path.islink(path):
-        discard_file(path)
-        return
-    for left in reversed(range(_REMOVALS)):
+    pending, left = [path], _REMOVALS
+    while pending:
+        folder = pending[-1]
+        below = _folders_left(folder)
+        if below:
+            pending += below  # a stack and no recursion: a stranger's folders may be nested more deeply than calls
+            continue
         try:
-            with os.scandir(path) as entries:
-                below = sorted((e.name, e.is_dir(follow_symlinks=False)) for e in entries)
+            if below is not None:
+                remove_dir(folder)
         except FileNotFoundError:
-            return
-        except NotADirectoryError:
-            discard_file(path)
-            return
-        for name, is_directory in below:
-            if is_directory:
-                remove_tree(path / name)
-            else:
-                discard_file(path / name)
-        try:
-            remove_dir(path)
-        except FileNotFoundError:
-            return
+            pass
         except OSError as error:
+            left -= 1
             if error.errno != errno.ENOTEMPTY or not left:
                 raise
-        else:
-            return
+            continue
+        pending.pop()
+
+
+def _folders_left(path: Path) -> list[Path] | None:
+    """The directories in a directory, once everything else in it is removed; None if it is none any more."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno not in (errno.ENOTDIR, errno.ELOOP):
+            raise
+        discard_file(path)
+        return None
+    try:
+        with os.scandir(descriptor) as entries:
+            below = sorted((e.name, e.is_dir(follow_symlinks=False)) for e in entries)
+    finally:
+        os.close(descriptor)
+    for name, is_directory in below:
+        if not is_directory:
+            discard_file(path / name)
+    return [path / name for name, is_directory in below if is_directory]
 
 
 # --- looking ------------------------------------------------------------------------------------------------
 
 
-def read_bytes(path: Path) -> bytes:
-    """All bytes of a regular file; Damaged if it is a symbolic link or anything else."""
-    return b"".join(read_blocks(path, _CHUNK))
+def read_bytes(path: Path, limit: int = _RECORD_BYTES) -> bytes:
+    """All bytes of a regular file; Damaged if it is a symbolic link or anything else, or longer than `limit`, which
+    no record of ours is: a sparse file of a stranger would fill the memory."""
+    with _reader(path) as descriptor:
+        nbytes = os.fstat(descriptor).st_size
+        if nbytes > limit:
+            raise Damaged(f"{path}: it has {nbytes} bytes, more than the {limit} that such a file may have")
+        return _pread(descriptor, nbytes, 0)
 
 
 def read_range(path: Path, offset: int, nbytes: int) -> bytes:
@@ -348,9 +376,9 @@ def _open_regular(path: Path, access: int = os.O_RDONLY) -> int:
         # Without O_NONBLOCK the open of a named pipe waits for ever.
         descriptor = os.open(path, access | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise Damaged(f"{path}: a symbolic link, not a file") from error
-        raise
+        if error.errno not in (errno.ELOOP, errno.ENXIO):
+            raise
+        raise Damaged(f"{path}: a symbolic link or special file, not a file") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise Damaged(f"{path}: not a regular file")
@@ -378,6 +406,11 @@ def is_dir(path: Path) -> bool:
 def is_real_dir(path: Path) -> bool:
     """Whether it is a directory and no symbolic link."""
     return os.path.isdir(path) and not os.path.islink(path)
+
+
+def is_link(path: Path) -> bool:
+    """Whether it is a symbolic link."""
+    return os.path.islink(path)
 
 
 def is_file(path: Path) -> bool:
@@ -411,16 +444,19 @@ def walk(root: Path) -> Iterator[str]:
         yield path
 
 
-def walk_all(root: Path, prefix: str = "") -> Iterator[tuple[str, bool]]:
+def walk_all(root: Path) -> Iterator[tuple[str, bool]]:
     """Like walk, but every entry that is no directory, each with whether it is a regular file."""
-    with os.scandir(root / prefix) as entries:
-        below = sorted(entries, key=lambda entry: entry.name)
-    for entry in below:
-        path = f"{prefix}/{entry.name}" if prefix else entry.name
-        if entry.is_dir(follow_symlinks=False):
-            yield from walk_all(root, path)
-        else:
-            yield path, entry.is_file(follow_symlinks=False)
+    pending = [""]
+    while pending:
+        folder = pending.pop()
+        with os.scandir(root / folder) as entries:
+            below = sorted(entries, key=lambda entry: entry.name)
+        for entry in below:
+            path = f"{folder}/{entry.name}" if folder else entry.name
+            if entry.is_dir(follow_symlinks=False):
+                pending.append(path)
+            else:
+                yield path, entry.is_file(follow_symlinks=False)
 
 
 # --- times --------------------------------------------------------------------------------------------------

@@ -55,8 +55,8 @@ def parse_member(data: bytes, where: object) -> Member:
     member = Member(
         number=fields.count("number"),
         run_id=fields.take("run_id", str),
-        clusters=fields.take("clusters", dict),
-        expected_clusters=fields.optional("expected_clusters", dict),
+        clusters=fields.take("clusters", dict, manifest.are_world_sizes),
+        expected_clusters=fields.optional("expected_clusters", dict, manifest.are_world_sizes),
         host=fields.take("host", str),
         boot_id=fields.take("boot_id", str),
         pid=fields.count("pid"),
@@ -169,6 +169,8 @@ def claim_number(
         if number:
             join = _may_join(output_dir, number, run_id, clusters, expected, take_over)
         next_one = max(number + 1, _newest_committed(output_dir) + 1, at_least)
+        if next_one > names.LARGEST_NUMBER:
+            raise Damaged(f"{output_dir / names.EPOCHS}: {number} is no epoch of any run; remove that file")
         mine = Epoch(number if join else next_one, output_dir, run_id)
         _make(output_dir, mine.number)
         entries = [names.epoch_file(mine.number, c) for c in sorted(clusters)] if join else [str(mine.number)]
@@ -252,9 +254,9 @@ def is_alive(path: Path, member: Member) -> bool:
 
 
 def _make(output_dir: Path, number: int) -> None:
-    disk.make_dirs(output_dir / names.EPOCHS)
-    # Before the epoch has a name, so that whoever joins it finds where to throw things away.
-    disk.make_dirs(output_dir / names.trash_dir(number))
+    # The trash is made before the epoch has a name, so that whoever joins it finds where to throw things away.
+    for folder in (names.EPOCHS, names.TRASH, names.trash_dir(number)):
+        disk.make_own_dir(output_dir / folder)
 
 
 def _enter(mine: Epoch, entry: str, clusters: Mapping[str, int], expected: Mapping[str, int] | None) -> bool:

@@ -20,9 +20,39 @@ Each also is the builtin that a caller would already catch.
 
 from __future__ import annotations
 
+import re
+
+TOKEN = r"(?:hf|api_org)_[A-Za-z0-9]{30,}"
+"""What a token of the Hub looks like."""
+USER = re.compile(r"://[^/\s'\"]+@")
+"""A name and a password before the host of an address."""
+_TOKEN = re.compile(TOKEN)
+
+
+def holds_secret(text: str) -> bool:
+    """Whether there is a token of the Hub in it, or a password in an address."""
+    return bool(_TOKEN.search(text) or USER.search(text))
+
+
+def presentable(text: str) -> str:
+    """`text` as it may be shown: tokens and passwords are left out, and what is no printable character is spelled.
+
+    Names and records of a stranger end up in messages, and a terminal obeys what it is shown.
+    """
+    text = USER.sub("://…@", _TOKEN.sub("hf_…", text))
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
 
 class RollCkptError(Exception):
-    """Base of all errors of roll_ckpt."""
+    """Base of all errors of roll_ckpt. Its text is presentable; it may have several lines."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(presentable, super().__str__().split("\n")))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self)!r})"
 
 
 class ConfigError(RollCkptError, ValueError):

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from . import names
-from .errors import ConfigError, Damaged, HubRefused, HubUnavailable, NotFound, RollCkptError
+from .errors import TOKEN, USER, ConfigError, Damaged, HubRefused, HubUnavailable, NotFound, RollCkptError
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -33,8 +33,7 @@ _TIMEOUT = "ROLL_CKPT_HUB_TIMEOUT_S"  # for tests: another limit in the place of
 _PASSING = (408, 409, 412, 423, 425, 429)  # the refusals that time may change; so may every 5xx
 _SCHEME = "hf://"
 _TOKEN = re.compile(r"(?:hf|api_org)_[A-Za-z0-9]{8,}")
-_LONG_TOKEN = re.compile(rb"(?:hf|api_org)_[A-Za-z0-9]{30,}")
-_USER = re.compile(r"://[^/\s'\"]+@")  # a name and a password before the host
+_LONG_TOKEN = re.compile(TOKEN.encode())
 _QUERY = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+")  # signed addresses are secrets for a while
 
 _TOKENS_BELONG = "set HF_TOKEN in the environment of the job, or run `hf auth login` once on its machine"
@@ -62,6 +61,8 @@ class Remote:
         if not uri.startswith(_SCHEME):
             raise ConfigError(f"{uri!r} is no address on the Hub; write {_SCHEME}namespace/name or …@revision")
         repo_id, at, revision = uri.removeprefix(_SCHEME).partition("@")
+        if ":" in repo_id:
+            raise ConfigError(f"{uri!r}: an address on the Hub holds no user and no token; {_TOKENS_BELONG}")
         return cls(repo_id, revision) if at else cls(repo_id)
 
 
@@ -136,7 +137,7 @@ def redact(text: str) -> str:
     token = _token()
     if token:
         text = text.replace(token, "hf_…")
-    return _USER.sub("://…@", _QUERY.sub(r"\1?…", _TOKEN.sub("hf_…", text)))
+    return USER.sub("://…@", _QUERY.sub(r"\1?…", _TOKEN.sub("hf_…", text)))
 
 
 def holds_token(data: bytes) -> bool:

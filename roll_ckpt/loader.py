@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 import pickle
+import struct
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from roll_ckpt import commit, disk, errors, manifest, names, native, verify
+from roll_ckpt import commit, disk, errors, manifest, names, native, seal, verify
 from roll_ckpt.config import Settings
 from roll_ckpt.layout import torch_zip
 from roll_ckpt.world import LONGEST_S, World
@@ -105,7 +105,11 @@ class Unit:
                 f"{path}: not listed in {self.directory / names.MANIFEST} as a regular file; it does not belong there"
             )
         crcs = self._crcs(relative)
-        if manifest.root_of(receipt.nbytes, receipt.block_bytes, crcs) != receipt.root:
+        try:
+            root = manifest.root_of(receipt.nbytes, receipt.block_bytes, crcs)
+        except (TypeError, ValueError, struct.error) as problem:
+            raise errors.Damaged(f"{path}: its digests in {names.DIGESTS}/ are none: {problem}") from problem
+        if root != receipt.root:
             raise errors.Damaged(f"{path}: its digests do not match the manifest of {self.directory}")
         return Blocks(path, receipt.nbytes, receipt.block_bytes, crcs)
 
@@ -114,8 +118,7 @@ class Unit:
         for candidate in (rank, 0):
             relative = names.tensor_file(cluster, candidate)
             if relative in self._files:
-                found: dict[str, Any] = self._json(relative)["parameters"]
-                return found
+                return _parameters(self._json(relative).get("parameters"), self.directory / relative)
         return {}
 
     def _crcs(self, relative: str) -> list[int]:
@@ -126,14 +129,28 @@ class Unit:
                     self._digests.update(self._json(listed))
         if relative not in self._digests:
             raise errors.Damaged(f"{self.directory / relative}: no digests for it in {names.DIGESTS}/")
-        crcs: list[int] = self._digests[relative]["crcs"]
+        told = self._digests[relative]
+        crcs = told.get("crcs") if isinstance(told, dict) else None
+        if not isinstance(crcs, list):
+            raise errors.Damaged(f"{self.directory / relative}: what {names.DIGESTS}/ holds of it is no digests")
         return crcs
 
-    def _json(self, relative: str) -> Any:
-        data = disk.read_bytes(self.directory / relative)
+    def _json(self, relative: str) -> dict[str, Any]:
+        path = self.directory / relative
+        data = disk.read_bytes(path)
         if manifest.receipt_of_bytes(relative, data) != self._files[relative]:
-            raise errors.Damaged(f"{self.directory / relative}: its bytes are not those that were written")
-        return json.loads(data)
+            raise errors.Damaged(f"{path}: its bytes are not those that were written")
+        return seal.parse_json(data, path)
+
+
+def _parameters(told: Any, where: Path) -> dict[str, Any]:
+    sound = isinstance(told, dict) and all(
+        isinstance(known, dict) and isinstance(known.get("shape"), list) for known in told.values()
+    )
+    if not sound:
+        raise errors.Damaged(f"{where}: its parameters are not names, each with a shape")
+    parameters: dict[str, Any] = told
+    return parameters
 
 
 class Reader:
@@ -180,13 +197,15 @@ class Reader:
 
 def _load_stock(path: Path, map_location: Any, allow: list[Any]) -> Any:
     try:
-        with torch.serialization.safe_globals(allow):
+        with torch_zip.safe_loads(allow):
             return torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as problem:
         raise errors.Damaged(
             f"{path}: refused to load: {problem}. If you trust the file, add the name it needs to load.allow"
         ) from problem
-    except (RuntimeError, EOFError) as problem:
+    except OSError:
+        raise
+    except Exception as problem:  # a damaged pickle can raise anything
         raise errors.Damaged(f"{path}: cannot be read, it is truncated or no torch file: {problem}") from problem
 
 

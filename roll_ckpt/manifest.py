@@ -19,13 +19,16 @@ from typing import Any
 
 from . import disk, names
 from .errors import Damaged, NotFound
-from .seal import Fields, is_sha256, seal, sha256, unseal
+from .seal import Fields, is_count, is_sha256, seal, sha256, unseal
 from .seal import canonical as canonical
 
 FORMAT = 1
 SOFTWARE = "roll_ckpt 0.1.0"
 BLOCK_BYTES = 4 << 20
+SMALLEST_BLOCK_BYTES = 4096  # a record that asks for a digest of every byte would fill the memory
+
 _NO_ROOM = "No space left on device, not even to write down which rank met that first; see the logs of all"
+_DEEPEST_FACT = 16
 
 
 # --- receipts -----------------------------------------------------------------------------------------------
@@ -96,7 +99,7 @@ def parse_vote(data: bytes, where: object) -> Vote:
         attempt=fields.count("attempt"),
         receipts=_parse_receipts(fields.take("receipts", dict), where),
         error=fields.optional("error", str),
-        facts=fields.take("facts", dict),
+        facts=fields.take("facts", dict, _is_shallow),
         directories_durable=fields.take("directories_durable", bool),
     )
     fields.end()
@@ -118,7 +121,7 @@ def _parse_receipts(spelled: dict[str, Any], where: object) -> tuple[Receipt, ..
     for path, entry in sorted(spelled.items()):
         fields = _fields(entry, f"{where}: {path!r}")
         nbytes = fields.count("nbytes")
-        block_bytes = fields.take("block_bytes", int, lambda value: 0 < value < 2**40)
+        block_bytes = fields.take("block_bytes", int, lambda value: SMALLEST_BLOCK_BYTES <= value < 2**40)
         receipts.append(Receipt(_path(path, where), nbytes, block_bytes, fields.take("root", str, is_sha256)))
         fields.end()
     _refuse_file_as_directory([receipt.path for receipt in receipts], where)
@@ -165,11 +168,11 @@ def parse_expected(data: bytes, where: object) -> Expected:
     _take_format(fields)
     expected = Expected(
         name=_take_name(fields),
-        step=fields.optional("step", int, lambda value: 0 <= value < 2**63),
+        step=fields.optional("step", int, is_count),
         run_id=fields.take("run_id", str),
         epoch=fields.count("epoch"),
         attempt=fields.count("attempt"),
-        clusters=fields.take("clusters", dict, _are_world_sizes),
+        clusters=fields.take("clusters", dict, are_world_sizes),
         save_latest=fields.take("save_latest", bool),
         software=fields.take("software", str),
     )
@@ -177,7 +180,8 @@ def parse_expected(data: bytes, where: object) -> Expected:
     return expected
 
 
-def _are_world_sizes(clusters: dict[str, Any]) -> bool:
+def are_world_sizes(clusters: dict[str, Any]) -> bool:
+    """Whether these are names of clusters, at least one, each with a number of ranks."""
     return bool(clusters) and all(
         _is_cluster(name) and type(size) is int and 0 < size < 2**24 for name, size in clusters.items()
     )
@@ -321,7 +325,7 @@ def parse_manifest(data: bytes, where: object) -> Manifest:
     _take_format(fields)
     manifest = Manifest(
         name=_take_name(fields),
-        step=fields.optional("step", int, lambda value: 0 <= value < 2**63),
+        step=fields.optional("step", int, is_count),
         run_id=fields.take("run_id", str),
         epoch=fields.count("epoch"),
         attempt=fields.count("attempt"),
@@ -352,9 +356,15 @@ def read(unit: Path) -> Manifest:
 
 
 def _are_clusters(clusters: dict[str, Any]) -> bool:
-    return all(isinstance(facts, dict) for facts in clusters.values()) and _are_world_sizes(
+    return all(isinstance(facts, dict) and _is_shallow(facts) for facts in clusters.values()) and are_world_sizes(
         {name: facts.get("world_size") for name, facts in clusters.items()}
     )
+
+
+def _is_shallow(value: Any, deepest: int = _DEEPEST_FACT) -> bool:
+    """Whether values are nested so little that whoever walks them, by calls, comes to an end."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return deepest > 0 and all(_is_shallow(part, deepest - 1) for part in inner)
 
 
 def _take_format(fields: Fields) -> None:

@@ -30,6 +30,8 @@ PULLED = "-pulled"
 
 NAME_BYTES = 200
 PATH_CHARACTERS = 4096
+PATH_PARTS = 64
+LARGEST_NUMBER = 10**18 - 1
 
 _RESERVED = {
     "tag": {LATEST},
@@ -108,7 +110,8 @@ def attempt_dir(name: str, epoch: int, attempt: int) -> str:
 def parse_attempt_dir(entry: str) -> tuple[str, int, int] | None:
     """(name, epoch, attempt) of an attempt directory, None for any other entry."""
     found = _ATTEMPT_DIR.fullmatch(entry)
-    return (found[1], int(found[2]), int(found[3])) if found else None
+    # ".." would lead out of the directory that it stands in.
+    return (found[1], int(found[2]), int(found[3])) if found and not _objection("tag", found[1]) else None
 
 
 def pull_dir(name: str, manifest: str) -> str:
@@ -119,7 +122,7 @@ def pull_dir(name: str, manifest: str) -> str:
 def parse_pull_dir(entry: str) -> tuple[str, str] | None:
     """(name, first digits of its manifest's SHA-256) of a directory of a pull, None for any other entry."""
     found = _PULL_DIR.fullmatch(entry)
-    return (found[1], found[2]) if found else None
+    return (found[1], found[2]) if found and not _objection("tag", found[1]) else None
 
 
 def vote_file(cluster: str, rank: int) -> str:
@@ -207,8 +210,11 @@ def check_relative(path: str) -> str:
         raise ValueError(f"it has {len(path)} characters, more than {PATH_CHARACTERS}")
     if "\\" in path or not path.isprintable():
         raise ValueError("it holds a backslash or an unprintable character")
-    if any(part in ("", ".", "..") for part in path.split("/")):
+    parts = path.split("/")
+    if any(part in ("", ".", "..") for part in parts):
         raise ValueError('it has an empty, "." or ".." part')
+    if len(parts) > PATH_PARTS:
+        raise ValueError(f"it lies in {len(parts) - 1} folders, more than {PATH_PARTS - 1}")
     return path
 
 

@@ -410,11 +410,13 @@ class BasePipeline:
         with loader.reading(unit, self.config) as reader:
             for name, component in self._stateful.items():
                 component.load_state_dict(reader.load(directory / stateful_file(name, rank), "cpu"))
-            self.state = WorkerState.from_json(reader.read_bytes(directory / WORKER_STATE_FILE))
-            self._restore_rng(reader.load(directory / rng_file(rank), "cpu"))
+            path = directory / WORKER_STATE_FILE
+            self.state = WorkerState.from_json(reader.read_bytes(path), path)
+            path = directory / rng_file(rank)
+            self._restore_rng(reader.load(path, "cpu"), path)
 
-    def _restore_rng(self, state: dict[str, Any]) -> None:
-        restore_rng(state)
+    def _restore_rng(self, state: dict[str, Any], where: Path) -> None:
+        restore_rng(state, where)
 
 
 class _AfterCommit:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from roll_ckpt import errors
+from roll_ckpt import errors, seal
 
 WORKER_STATE_FILE = "worker_state_pipeline.json"
 
@@ -51,9 +51,14 @@ class WorkerState:
             ) from problem
 
     @classmethod
-    def from_json(cls, data: bytes) -> WorkerState:
-        values = json.loads(data)
-        return cls(step=values["step"], log_history=values["log_history"], kv=values["kv"])
+    def from_json(cls, data: bytes, where: object) -> WorkerState:
+        """What `to_json` made. Damaged, naming `where`, if it is anything else."""
+        fields = seal.Fields(seal.parse_json(data, where), where)
+        return cls(
+            step=fields.take("step", int),
+            log_history=fields.take("log_history", list, lambda rows: all(isinstance(row, dict) for row in rows)),
+            kv=fields.take("kv", dict),
+        )
 
 
 def _plain_number(value: Any) -> Any:
@@ -90,15 +95,18 @@ def capture_rng() -> dict[str, Any]:
     return state
 
 
-def restore_rng(state: dict[str, Any]) -> None:
-    """Set this rank's RNG to what `capture_rng` returned."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    legacy = state["numpy"]
-    keys = legacy["keys"].numpy().astype(np.uint32)
-    np.random.set_state(
-        (legacy["bit_generator"], keys, legacy["position"], legacy["has_gauss"], legacy["cached_gaussian"])
-    )
-    torch.set_rng_state(state["cpu"].clone())
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"].clone())
+def restore_rng(state: dict[str, Any], where: object) -> None:
+    """Set this rank's RNG to what `capture_rng` returned. Damaged, naming `where`, if it is anything else."""
+    try:
+        version, internal, gauss = state["python"]
+        random.setstate((version, tuple(internal), gauss))
+        legacy = state["numpy"]
+        keys = legacy["keys"].numpy().astype(np.uint32)
+        np.random.set_state(
+            (legacy["bit_generator"], keys, legacy["position"], legacy["has_gauss"], legacy["cached_gaussian"])
+        )
+        torch.set_rng_state(state["cpu"].clone())
+        if "cuda" in state and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda"].clone())
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as problem:
+        raise errors.Damaged(f"{where}: holds no state of random numbers: {problem}") from problem

@@ -8,13 +8,20 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from .errors import presentable
+
 FINE, ERROR, DAMAGED, OWED = 0, 1, 3, 4  # argparse itself ends with 2
 EXIT_CODES = "Exit codes: 0 fine, 1 error, 2 wrong usage, 3 damaged, 4 uploads still owed."
 
 
+def print_line(text: str) -> None:
+    """One line of an answer, on stdout, at once."""
+    print(presentable(text), flush=True)
+
+
 def say(text: str) -> None:
-    """Tell a person, on stderr."""
-    print(f"roll-ckpt: {text}", file=sys.stderr)
+    """Tell a person one line, on stderr."""
+    print(f"roll-ckpt: {presentable(text)}", file=sys.stderr)
 
 
 @contextmanager
@@ -23,7 +30,7 @@ def notice(text: str) -> Iterator[None]:
     if not sys.stderr.isatty():
         yield
         return
-    print(text, end="", file=sys.stderr, flush=True)
+    print(presentable(text), end="", file=sys.stderr, flush=True)
     try:
         yield
     finally:
@@ -37,13 +44,14 @@ def print_json(document: dict[str, Any]) -> None:
 
 def print_table(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> None:
     """Rows of equal length in columns; those numbered in `right` are set to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
+    shown = [[presentable(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    for row in shown:
         cells = [
             cell.rjust(width) if at in right else cell.ljust(width)
             for at, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
-        print("  ".join(cells).rstrip())
+        print_line("  ".join(cells).rstrip())
 
 
 def human_bytes(nbytes: int) -> str:

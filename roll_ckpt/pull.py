@@ -36,7 +36,6 @@ _TRIES_TO_LOOK = 3
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
 _POLL_S = 0.2
 _PROGRESS_S = 0.1
-_SMALLEST_BLOCK_BYTES = 4096  # a manifest that asks for a digest of every byte would fill the memory
 _NAMED = 5  # files that an error names
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
@@ -120,8 +119,6 @@ def _look(remote: Remote) -> _Wanted:
     told = manifest.parse_manifest(record, f"{remote.uri}: {names.MANIFEST}")
     listed = {receipt.path: receipt.nbytes for receipt in told.files}
     records = {names.DECISION, *(f"{names.VOTES}/{file}" for file in told.votes)}
-    if any(receipt.block_bytes < _SMALLEST_BLOCK_BYTES for receipt in told.files):
-        raise Damaged(f"{remote.uri}: {names.MANIFEST} asks for blocks that no save of roll_ckpt writes")
     with hub.speaking(remote, "listing its files"):
         tree = hub.api().list_repo_tree(remote.repo_id, recursive=True, revision=commit)
         there = {entry.path: getattr(entry, "size", None) for entry in tree}

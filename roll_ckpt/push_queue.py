@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from . import commit, disk, hub, names, seal
-from .errors import Damaged, NotFound
+from .errors import Damaged, NotFound, presentable
 from .manifest import Manifest, Receipt
 
 log = logging.getLogger("roll_ckpt")
@@ -204,7 +204,7 @@ def _records(output_dir: Path, to: Destination) -> dict[str, Entry]:
         except FileNotFoundError:
             continue
         except Damaged as problem:
-            log.warning("%s; it is left out, and %s counts as owed", problem, name)
+            log.warning("%s; it is left out, and %s counts as owed", problem, presentable(name))
             continue
         if (where.repo_id, where.revision) == (to.repo_id, to.revision):
             found[name] = entry
@@ -230,7 +230,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:
-    disk.make_dirs(path.parent)
+    for folder in (path.parent.parent, path.parent) if path.parent.name != names.HUB else (path.parent,):
+        disk.make_own_dir(folder)
     disk.write_durable(path, seal.seal({**values, "format": _FORMAT}))
 
 
@@ -247,8 +248,9 @@ class Hashes:
         self._written = float("-inf")
         with suppress(FileNotFoundError, Damaged):
             kept = _read(self._path)
-            if kept.get("manifest") == self._manifest and isinstance(kept.get("files"), dict):
-                self._files = kept["files"]
+            files = kept.get("files")
+            if kept.get("manifest") == self._manifest and isinstance(files, dict):
+                self._files = {path: known for path, known in files.items() if isinstance(known, dict)}
 
     def known(self, receipt: Receipt, mtime_ns: int) -> str | None:
         """The SHA-256 of the file that the receipt is about, if it has not been touched since."""

@@ -46,6 +46,17 @@ def seal(record: dict[str, Any]) -> bytes:
     return canonical({**record, "sha256": hashlib.sha256(canonical(record)).hexdigest()})
 
 
+def parse_json(data: bytes, where: object) -> dict[str, Any]:
+    """The JSON object in `data`. Damaged, naming `where`, if it is none, or nested too deeply."""
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{where}: cannot be read as JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise Damaged(f"{where}: holds no JSON object")
+    return found
+
+
 def unseal(data: bytes, where: object) -> dict[str, Any]:
     """The record in `data`, without its digest. Damaged, naming `where`, if a bit is not as it was sealed."""
     try:
@@ -82,8 +93,8 @@ class Fields:
         return value
 
     def count(self, key: str) -> int:
-        """A non-negative integer that fits in 63 bits."""
-        return self.take(key, int, lambda value: 0 <= value < 2**63)
+        """A non-negative integer below 2**53, which every reader of JSON keeps."""
+        return self.take(key, int, is_count)
 
     def optional(self, key: str, kind: type[T], valid: Callable[[T], bool] = lambda _: True) -> T | None:
         """As take, but the value may be null."""
@@ -96,6 +107,11 @@ class Fields:
         """Damaged if a key is left that nobody has taken."""
         if self._record:
             raise Damaged(f"{self.where}: unknown key {min(self._record)!r}")
+
+
+def is_count(value: int) -> bool:
+    """Whether a number can be one that roll_ckpt has counted."""
+    return 0 <= value < 2**53
 
 
 def is_sha256(value: object) -> bool:

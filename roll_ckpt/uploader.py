@@ -169,7 +169,7 @@ def _note(output_dir: Path, entry: Entry, to: Destination) -> None:
 @contextmanager
 def _alone(output_dir: Path, tell: Tell) -> Iterator[None]:
     path = output_dir / names.HUB_LOCK
-    disk.make_dirs(path.parent)
+    disk.make_own_dir(path.parent)
     with suppress(FileExistsError):
         os.close(disk.create(path))
     lock = None

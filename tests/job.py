@@ -54,9 +54,9 @@ class Job(BasePipeline):
         for seeded in (random.seed, np.random.seed, torch.manual_seed):
             seeded(dist.get_rank())
 
-    def _restore_rng(self, state: dict[str, Any]) -> None:
+    def _restore_rng(self, state: dict[str, Any], where: Path) -> None:
         if self.restore_rng:
-            super()._restore_rng(state)
+            super()._restore_rng(state, where)
 
     def step(self) -> list[float]:
         """Data from the cursor, noise from the three generators, dropout inside."""

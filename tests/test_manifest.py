@@ -51,7 +51,7 @@ def test_a_record_is_one_line_a_key() -> None:
 
 @pytest.mark.parametrize("path", ["../x", "/etc/passwd", "a/./b", "a//b", "a\\b", "", "a\0b"])
 def test_a_path_that_leaves_the_unit_is_refused(path: str) -> None:
-    receipt = {"nbytes": 1, "block_bytes": 4, "root": "0" * 64}
+    receipt = {"nbytes": 1, "block_bytes": 4096, "root": "0" * 64}
     record = seal.unseal(vote("actor", 0).to_bytes(), "")
     with pytest.raises(Damaged, match="refused"):
         manifest.parse_vote(seal.seal({**record, "receipts": {path: receipt}}), "votes/actor.0.json")
@@ -135,6 +135,6 @@ def test_a_small_manifest_cannot_ask_for_more_names_than_memory_holds() -> None:
 
 def test_a_path_of_absurd_length_is_refused() -> None:
     record = seal.unseal(vote("actor", 0).to_bytes(), "")
-    receipt = {"nbytes": 1, "block_bytes": 4, "root": "0" * 64}
+    receipt = {"nbytes": 1, "block_bytes": 4096, "root": "0" * 64}
     with pytest.raises(Damaged, match="characters"):
         manifest.parse_vote(seal.seal({**record, "receipts": {"a/" * 50_000 + "b": receipt}}), "votes/actor.0.json")

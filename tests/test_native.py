@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from roll_ckpt import native
 from roll_ckpt.errors import Damaged, SourceChanged
+from roll_ckpt.image import Until
 
 BLOCK = 64 << 10
 SIZES = [0, 1, 4095, 4096, 4097, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK + 12345]
@@ -64,7 +65,7 @@ def in_a_process(code: str, *arguments: str) -> str:
         capture_output=True,
         text=True,
         timeout=60,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        env={**os.environ, "PYTHONPATH": str(Path(native.__file__).parents[1])},
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -120,21 +121,40 @@ def test_a_file_system_without_direct_io_is_served(mover: native.Mover) -> None:
 def test_random_extents_gaps_patches_and_serials_come_out_right(
     tmp_path_factory: pytest.TempPathFactory, seed: int
 ) -> None:
-    rng = random.Random(seed)
-    mover = native.Mover(native.Arena(rng.choice([2, 3, 40]) * BLOCK, BLOCK), 2, 2)
-    size = rng.choice([0, 100, BLOCK, 3 * BLOCK + 5, 11 * BLOCK - 1])
+    check_random_extents(tmp_path_factory.mktemp("random") / "f", random.Random(seed))
+
+
+@pytest.mark.long
+@settings(max_examples=2000, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_many_random_extents_come_out_right(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
+    check_random_extents(tmp_path_factory.mktemp("random") / "f", random.Random(seed))
+
+
+def check_random_extents(path: Path, rng: random.Random) -> None:
+    """Sources of any size, address and lease, in blocks of any size, give the bytes that Python puts together."""
+    block = rng.choice([BLOCK, BLOCK, BLOCK + 4096])
+    mover = native.Mover(native.Arena(rng.choice([2, 3, 40]) * block, block), 2, 2, direct=rng.random() < 0.8)
+    size = rng.choice([0, 100, BLOCK, 3 * BLOCK + 5, 11 * BLOCK - 1, 8 * block + rng.randrange(block)])
     image, expected, sources = native.NativeImage(size), bytearray(size), []
     at = 0
     while at < size:
-        at += rng.choice([0, 0, 1, 63, 5000, BLOCK])
-        nbytes = min(rng.choice([0, 1, 17, 4096, 70000, 3 * BLOCK]), size - at)
+        at += rng.choice([0, 0, 1, 63, 5000, block])
+        nbytes = min(rng.choice([0, 1, 17, 4096, 70000, 3 * block, 5 * block + 1]), size - at)
         if nbytes <= 0:
             at += 1
             continue
-        source = rng.randbytes(nbytes)
-        sources.append(source)
-        image.add(at, native.address_of(source)[0], nbytes, lazy=rng.random() < 0.5)
-        expected[at : at + nbytes] = source
+        data = rng.randbytes(nbytes)
+        sources.append(data)
+        address = native.address_of(data)[0]
+        if rng.random() < 0.5:  # at an address that agrees with the place in the file, modulo a page
+            sources.append(mapped := mmap.mmap(-1, nbytes + mmap.PAGESIZE))
+            start = at % mmap.PAGESIZE
+            mapped[start : start + nbytes] = data
+            address = native.address_of(mapped)[0] + start
+        lazy = rng.choice([Until.RETURN, Until.FENCE, Until.WRITTEN])
+        image.add(at, address, nbytes, lazy=lazy)
+        expected[at : at + nbytes] = data
         at += nbytes
     at, crcs = 0, []
     while True:  # records, each with its CRC behind it; now and then a serial that the next record may hold
@@ -153,12 +173,13 @@ def test_random_extents_gaps_patches_and_serials_come_out_right(
         image.crc_at(index, at)
         expected[at : at + 4] = crcs[-1].to_bytes(4, "little")
         at += 4
-    path = tmp_path_factory.mktemp("random") / "f"
     transfer = mover.save(path, image, overlap=rng.random() < 0.7, check=rng.choice(["off", "sample", "full"]))
     transfer.wait_copied()
     digest = transfer.wait_written()
+    assert transfer.wait_released()
     assert path.read_bytes() == expected
-    assert digest.crcs == block_crcs(bytes(expected))
+    assert digest.crcs == block_crcs(bytes(expected), block)
+    assert bytes(memoryview(native.read_file(path, size, block, digest.crcs))) == expected
     mover.shutdown(10)
 
 

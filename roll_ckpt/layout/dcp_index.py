@@ -13,15 +13,24 @@ import enum
 import io
 import pickle
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch.distributed.checkpoint import filesystem, metadata, planner
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from roll_ckpt import disk, errors, names
 from roll_ckpt.layout import torch_zip
+from roll_ckpt.layout.watched import HASHING, Watch
 
 INDEX = ".metadata"
 
@@ -49,7 +58,7 @@ def read(directory: Path, allow: Iterable[type] = ()) -> Metadata:
     if not disk.exists(path):
         raise errors.NotFound(f"{directory}: no complete checkpoint: it has no {INDEX}")
     try:
-        index = _Unpickler(disk.read_bytes(path), allow).load()
+        index = _Unpickler(disk.read_bytes(path, disk.OBJECT_BYTES), allow).load()
     except pickle.UnpicklingError as problem:
         raise errors.Damaged(f"{path}: refused: {problem}") from problem
     except Exception as problem:  # a damaged pickle can raise anything
@@ -60,18 +69,36 @@ def read(directory: Path, allow: Iterable[type] = ()) -> Metadata:
         isinstance(getattr(index, part, None), dict) for part in ("state_dict_metadata", "storage_data")
     ):
         raise errors.Damaged(f"{path}: holds {type(index).__name__}, no index of a checkpoint")
+    try:
+        _check_tables(path, index)
+    except (AttributeError, TypeError) as problem:  # pickle makes records without calling their constructors
+        raise errors.Damaged(f"{path}: a record in it is not whole: {problem}") from problem
     _check_places(directory, index)
     return index
 
 
-_BUILD: Any = pickle._Unpickler.dispatch[pickle.BUILD[0]]
+_STOCK: dict[int, Any] = pickle._Unpickler.dispatch
+_NOT_IN_AN_INDEX = (
+    *(pickle.PERSID, pickle.BINPERSID, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.INST, pickle.OBJ),
+    *(pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER),
+)
+"""Opcodes that no index needs; some take memory by a number in the file alone."""
+
+
+def _load_hashing(opcode: bytes, unpickler: _Unpickler) -> None:
+    unpickler.check_hashed(opcode)
+    _STOCK[opcode[0]](unpickler)
 
 
 class _Unpickler(pickle._Unpickler):  # the one in C would not ask before it sets attributes
     stack: list[Any]
 
+    memo: dict[int, Any]
+
     def __init__(self, data: bytes, allow: Iterable[type]) -> None:
         super().__init__(io.BytesIO(data))
+        self._nbytes = len(data)
+        self._watch = Watch(len(data))
         self._allow = {(kind.__module__, kind.__qualname__): kind for kind in allow}
 
     def find_class(self, module: str, name: str) -> Any:
@@ -94,9 +121,56 @@ class _Unpickler(pickle._Unpickler):  # the one in C would not ask before it set
         kind = type(self.stack[-2])
         if not dataclasses.is_dataclass(kind) and kind not in self._allow.values():
             raise pickle.UnpicklingError(f"it sets attributes of {self.stack[-2]!r}, which is no record of its own")
-        _BUILD(self)
+        _STOCK[pickle.BUILD[0]](self)
 
-    dispatch: ClassVar[dict[int, Any]] = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}
+    def load_put(self) -> None:
+        """Keep an object under a number; the unpickler in C, which stock code uses, makes room for all before it."""
+        _STOCK[pickle.LONG_BINPUT[0]](self)
+        if next(reversed(self.memo)) > self._nbytes:  # the newest
+            raise pickle.UnpicklingError("it numbers its objects beyond its length")
+
+    def check_hashed(self, opcode: bytes) -> None:
+        """Refuse what an opcode would hash, if that is a bomb."""
+        self._watch.check(opcode, self.stack)
+
+    dispatch: ClassVar[dict[int, Any]] = {
+        **{code: load for code, load in _STOCK.items() if bytes([code]) not in (*_NOT_IN_AN_INDEX, pickle.PUT)},
+        pickle.BUILD[0]: load_build,
+        pickle.LONG_BINPUT[0]: load_put,
+        **{opcode[0]: partial(_load_hashing, opcode) for opcode in HASHING if opcode not in _NOT_IN_AN_INDEX},
+    }
+
+
+def _check_tables(path: Path, index: Metadata) -> None:
+    for key, kind in index.state_dict_metadata.items():
+        if not isinstance(key, str):
+            raise errors.Damaged(f"{path}: it describes what has no name")
+        if not isinstance(kind, BytesStorageMetadata) and not _is_tensor(kind):
+            raise errors.Damaged(f"{path}: {key}: neither an object nor a tensor whose parts lie within its shape")
+    keys: Iterable[Any] = index.storage_data  # annotated by torch, made by whoever wrote the file
+    if not all(isinstance(key, MetadataIndex) and isinstance(key.fqn, str) for key in keys):
+        raise errors.Damaged(f"{path}: it holds places of what has no name")
+
+
+def _is_tensor(kind: object) -> bool:
+    """Whether it describes a tensor and its parts, none of which leaves its shape."""
+    return (
+        isinstance(kind, TensorStorageMetadata)
+        and isinstance(kind.properties, TensorProperties)
+        and isinstance(kind.properties.dtype, torch.dtype)
+        and isinstance(kind.size, torch.Size)
+        and isinstance(kind.chunks, list)
+        and all(isinstance(chunk, ChunkStorageMetadata) and _is_within(chunk, kind.size) for chunk in kind.chunks)
+    )
+
+
+def _is_within(chunk: Any, size: torch.Size) -> bool:
+    if not isinstance(chunk.offsets, torch.Size) or not isinstance(chunk.sizes, torch.Size):
+        return False
+    return len(chunk.offsets) == len(chunk.sizes) == len(size) and all(
+        0 <= first <= first + count <= whole
+        for first, count, whole in zip(chunk.offsets, chunk.sizes, size, strict=True)
+    )
 
 
 def _check_places(directory: Path, index: Metadata) -> None:
@@ -122,7 +196,7 @@ def _check_places(directory: Path, index: Metadata) -> None:
 def check_objects(
     directory: Path, index: Metadata, allow: Iterable[Any] = (), *, part: int = 0, parts: int = 1
 ) -> None:
-    """Load each `parts`-th pickled object of `directory`, from the `part`-th on, under torch's `weights_only` rules
+    """Parse each `parts`-th pickled object of `directory`, from the `part`-th on, under torch's `weights_only` rules
     (with the names that are registered there, and `allow`).
 
     Raises:
@@ -135,33 +209,13 @@ def check_objects(
         if place is None:
             raise errors.Damaged(f"{directory / INDEX}: {key}: it has no place in any file")
         data = disk.read_range(directory / place.relative_path, place.offset, place.length)
-        _check_archive(data, f"{directory / place.relative_path}: the object {key}", allow)
+        torch_zip.parse(bytearray(data), f"{directory / place.relative_path}: the object {key}", allow=allow)
 
 
 def check_file(path: Path, allow: Iterable[Any] = ()) -> None:
-    """Load the torch file `path` as `check_objects` loads objects, whatever torch is told by the environment.
+    """Parse the torch file `path` as `check_objects` parses objects, whatever torch is told by the environment.
 
     Raises:
         Damaged: it needs more than that, and nothing of it was run; or it cannot be read.
     """
-    _check_archive(disk.read_bytes(path), f"{path}: it", list(allow))
-
-
-def _check_archive(data: bytes, what: str, allow: list[Any]) -> None:
-    try:
-        with torch.serialization.safe_globals(allow):
-            torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as problem:
-        raise errors.Damaged(
-            f"{what} was refused: {_reason(problem)} If you trust the file, add the name it needs to load.allow"
-        ) from problem
-    except Exception as problem:  # a damaged pickle can raise anything
-        raise errors.Damaged(
-            f"{what} cannot be read, it is truncated or damaged: {type(problem).__name__}: {problem}"
-        ) from problem
-
-
-def _reason(problem: pickle.UnpicklingError) -> str:
-    """What torch refused, without its advice to load the file all the same."""
-    lines = [line for line in str(problem).splitlines() if "GLOBAL" in line or "nsupported" in line]
-    return lines[0].strip() if lines else f"{type(problem).__name__}."
+    torch_zip.parse(bytearray(disk.read_bytes(path, disk.OBJECT_BYTES)), str(path), allow=allow)

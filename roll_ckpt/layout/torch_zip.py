@@ -16,6 +16,7 @@ import pickle
 import struct
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,6 +37,7 @@ from roll_ckpt.layout.skeleton import (
     skeleton_of,
     splice,
 )
+from roll_ckpt.layout.watched import WatchedPickle
 
 Stable = Callable[[torch.UntypedStorage], Until | bool]
 
@@ -460,7 +462,7 @@ def parse(buffer: Any, path: str, map_location: Any = "cpu", allow: Iterable[Any
             outside the allowlist; the message names both.
     """
     view = memoryview(buffer).cast("B")
-    records = _read_directory(view, path)
+    records = read_directory(view, path)
     if "byteorder" in records and bytes(_slice(view, records["byteorder"])) != sys.byteorder.encode():
         raise errors.Damaged(f"{path}: written on a machine of other byte order; convert it there")
     restore = torch.serialization._get_restore_location(map_location)
@@ -468,6 +470,8 @@ def parse(buffer: Any, path: str, map_location: Any = "cpu", allow: Iterable[Any
 
     def storage_of(persistent_id: tuple[Any, ...]) -> Any:
         _, kind, key, location, numel = persistent_id
+        if not isinstance(key, str):
+            raise errors.Damaged(f"{path}: a storage has no name")
         if key not in storages:
             dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
             start, nbytes = records[f"data/{key}"]
@@ -481,43 +485,60 @@ def parse(buffer: Any, path: str, map_location: Any = "cpu", allow: Iterable[Any
         return storages[key]
 
     try:
-        with torch.serialization.safe_globals(list(allow)):
-            data_pkl = io.BytesIO(_slice(view, records["data.pkl"]))
-            unpickler = safe_pickle.Unpickler(data_pkl, encoding="utf-8")
+        with safe_loads(allow):
+            data_pkl = WatchedPickle(_slice(view, records["data.pkl"]))
+            data_pkl.unpickler = unpickler = safe_pickle.Unpickler(data_pkl, encoding="utf-8")
             setattr(unpickler, "persistent_load", storage_of)  # noqa: B010 (torch sets it the same way)
-            return unpickler.load()
+            state = unpickler.load()
+            torch._utils._validate_loaded_sparse_tensors()
+            return state
     except errors.Damaged:
         raise
-    except _BROKEN_PICKLE as problem:
+    except Exception as problem:  # on bytes that no pickler wrote, torch's unpickler can raise anything
         raise errors.Damaged(
             f"{path}: refused to load: {problem}. If you trust the file, add the name it needs to load.allow"
         ) from problem
 
 
-_BROKEN_PICKLE = (
-    *(pickle.UnpicklingError, struct.error, LookupError, EOFError, TypeError, ValueError, AttributeError),
-    *(RuntimeError, AssertionError, OverflowError, MemoryError),
-)
-"""What torch's unpickler raises on bytes that no pickler wrote."""
+@contextmanager
+def safe_loads(allow: Iterable[Any]) -> Iterator[None]:
+    """Inside the block, torch's `weights_only` loads take the objects in `allow`, too, and look into sparse tensors:
+    unless asked to, torch believes indices that lead out of memory."""
+    with torch.serialization.safe_globals(list(allow)), torch.sparse.check_sparse_tensor_invariants():
+        yield
 
 
 def _slice(view: memoryview, record: tuple[int, int]) -> memoryview:
     return view[record[0] : record[0] + record[1]]
 
 
-def _read_directory(view: memoryview, path: str) -> dict[str, tuple[int, int]]:
-    """Start and size in bytes of each record, by its name without the archive's folder."""
+def read_directory(view: memoryview, path: str) -> dict[str, tuple[int, int]]:
+    """Start and size in bytes of each record, by its name without the archive's folder.
+
+    Raises:
+        Damaged: no archive as torch writes it: records are compressed, overlap, have one name (torch's own reader
+            tells no upper case from lower case), or reach past the end.
+    """
     tail_at = max(0, len(view) - (1 << 16))
     end = bytes(view[tail_at:]).rfind(b"PK\x05\x06")
     if end < 0 or tail_at + end + 22 != len(view):
         raise errors.Damaged(f"{path}: no zip directory at its end; the file is truncated or not a checkpoint")
     try:
-        return dict(_directory_entries(view, tail_at + end, path))
+        entries = list(_directory_entries(view, tail_at + end, path))
     except (struct.error, IndexError, OverflowError, UnicodeDecodeError) as problem:
         raise errors.Damaged(f"{path}: its zip directory cannot be read: {problem}") from problem
+    if len({name.partition("/")[2].lower() for name, *_ in entries}) < len(entries):
+        raise errors.Damaged(f"{path}: two of its records have one name")
+    end_before = 0
+    for name, header_at, start, nbytes in sorted(entries, key=lambda entry: entry[1]):
+        if header_at < end_before:
+            raise errors.Damaged(f"{path}: record {name} overlaps another one")
+        end_before = start + nbytes
+    return {name.partition("/")[2]: (start, nbytes) for name, _, start, nbytes in entries}
 
 
-def _directory_entries(view: memoryview, end: int, path: str) -> Iterator[tuple[str, tuple[int, int]]]:
+def _directory_entries(view: memoryview, end: int, path: str) -> Iterator[tuple[str, int, int, int]]:
+    """Name, place of the header, first byte and size of each record."""
     count, _, at = struct.unpack_from("<H2I", view, end + 10)
     if end >= 20 and bytes(view[end - 20 : end - 16]) == b"PK\x06\x07":
         (wide,) = struct.unpack_from("<Q", view, end - 12)
@@ -536,11 +557,13 @@ def _directory_entries(view: memoryview, end: int, path: str) -> Iterator[tuple[
         header_at = wide_values.pop(0) if header_at == ZIP64_LIMIT else header_at
         if method != 0 or stored != nbytes:
             raise errors.Damaged(f"{path}: record {name} is compressed; torch never writes that")
+        if bytes(view[header_at : header_at + 4]) != b"PK\x03\x04":
+            raise errors.Damaged(f"{path}: record {name} has no header at byte {header_at}")
         local_name, local_extra = struct.unpack_from("<2H", view, header_at + 26)
         start = header_at + 30 + local_name + local_extra
         if start + nbytes > len(view):
             raise errors.Damaged(f"{path}: record {name} reaches past the end of the file")
-        yield name.partition("/")[2], (start, nbytes)
+        yield name, header_at, start, nbytes
         at += 46 + name_len + extra_len + comment_len
 
 

@@ -97,10 +97,7 @@ def told_by_stock(path: Path, settings: Settings) -> dict[str, Any]:
         UnsupportedError: another backend wrote it. Damaged: the marker or the common state cannot be read, or a safe
             load refuses it.
     """
-    try:
-        marker = json.loads(disk.read_bytes(path / MARKER))
-    except ValueError as problem:
-        raise errors.Damaged(f"{path / MARKER}: cannot be read, it is truncated or damaged: {problem}") from problem
+    marker = seal.parse_json(disk.read_bytes(path / MARKER), path / MARKER)
     if marker != json.loads(MARKER_BYTES):
         raise errors.UnsupportedError(
             f"{path / MARKER}: {marker} wrote this checkpoint; roll_ckpt loads what torch_dist, version 1, wrote. "
