@@ -197,7 +197,11 @@ def _afterwards(attempt: Attempt, decision: Decision | None) -> Outcome:
     if reason is None and decision is not None:
         return Outcome(decision.commit, decision.reason)
     epochs.check(attempt.output_dir, attempt.epoch)
-    return Outcome(False, reason or f"{attempt.directory} vanished, and no reason is recorded: another world gave it up, or somebody removed it")
+    return Outcome(
+        False,
+        reason
+        or f"{attempt.directory} vanished, and no reason is recorded: another world gave it up, or somebody removed it",
+    )
 
 
 # --- deciding -----------------------------------------------------------------------------------------------
