@@ -334,7 +334,7 @@ class Torture:
         when = self.noise.choices([ANY, OPERATION, "point"], [2, 2, 4])[0]
         if when == "point":
             when = self.noise.choice(self.kind.points[victim])
-        nth = 1 + int(self.noise.expovariate(0.01 if when == OPERATION else 0.7))
+        nth = 1 + int(self.noise.expovariate(0.01 if when == OPERATION else 1.2))
         stop = self.noise.random() < 0.06
         if stop and victim == "committer":
             self.stop_committer(Blow(victim, when, nth, signal.SIGSTOP))

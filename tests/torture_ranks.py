@@ -40,7 +40,7 @@ class Ranks(Copies):
     def __init__(self, nfs: bool = False) -> None:
         self.nfs = nfs
         self.points = {"rank": VOTES, "committer": COMMITS, "uploader": UPLOADS, "job": COMMITS}
-        self.patience_s = 0.3
+        self.patience_s = 0.5
 
     def start(self, torture: Torture, run: Run, blow: Blow, *, take_over: bool) -> None:
         worlds = torture.noise.choice(WORLDS)
