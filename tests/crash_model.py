@@ -185,10 +185,18 @@ def _walk(folders: dict[int, dict[str, int]], files: dict[int, bytearray]) -> Tr
 def read_tree(root: Path) -> Tree:
     """What lies below a real directory."""
     tree: Tree = {}
-    for folder, folders, files in os.walk(root):
-        prefix = os.path.relpath(folder, root) + "/" if Path(folder) != root else ""
-        tree.update({prefix + name: None for name in folders})
-        tree.update({prefix + name: Path(folder, name).read_bytes() for name in files})
+    todo = [("", str(root))]
+    while todo:
+        prefix, folder = todo.pop()
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                path = f"{prefix}{entry.name}"
+                if entry.is_dir(follow_symlinks=False):
+                    tree[path] = None
+                    todo.append((f"{path}/", entry.path))
+                else:
+                    with open(entry.path, "rb", buffering=0) as file:
+                        tree[path] = file.read()
     return tree
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -365,4 +366,5 @@ def many_saves(out: str, saves: int) -> list[dict[str, Any]]:
         dist.barrier()
         return found
 
-    return list(long_runs.measured(saves, save, look))
+    kept = [json.dumps(found) for found in long_runs.measured(saves, save, look)]  # one object each
+    return [json.loads(found) for found in kept]

@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from crash_model import fingerprint, read_tree
+
 from roll_ckpt import commit, disk, epoch, manifest, names, retention, seal, verify
 
 CLUSTERS = {"actor": 2, "critic": 2}
@@ -147,9 +149,10 @@ def unique_names(who: str) -> None:
 
 
 def think_once() -> None:
-    """Let each record be parsed once, however many states hold it: these are pure functions of its bytes."""
-    unseal, parse, build = seal.unseal, manifest.parse_manifest, manifest.build
-    unsealed, parsed, built = {}, {}, {}
+    """Let each record be parsed once, and each checkpoint verified once, however many states hold it: these are pure
+    functions of its bytes."""
+    unseal, parse, build, check = seal.unseal, manifest.parse_manifest, manifest.build, verify.verify
+    unsealed, parsed, built, verified = {}, {}, {}, {}
 
     def unseal_once(data: bytes, where: object) -> dict[str, Any]:
         if data not in unsealed:
@@ -167,6 +170,13 @@ def think_once() -> None:
             built[key] = build(votes, expected)
         return built[key]
 
+    def verify_once(unit: Path, *rest: Any) -> list[verify.Problem]:
+        key = (unit.name, rest, fingerprint(read_tree(unit)))
+        if key not in verified:
+            verified[key] = check(unit, *rest)
+        return verified[key]
+
     manifest.unseal = epoch.unseal = unseal_once
     manifest.parse_manifest = parse_once
     manifest.build = commit.build = build_once
+    verify.verify = verify_once

@@ -25,8 +25,8 @@ def samples(how: str, output_dir: Path, saves: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def assert_flat(found: list[dict[str, Any]]) -> None:
-    """Nothing has become more since the warm-up, but memory by what an allocator scatters."""
+def assert_flat(found: list[dict[str, Any]], scattered: int = 2 << 20) -> None:
+    """Nothing has become more since the warm-up, but memory by what an allocator scatters, in bytes."""
     before, after = found[: int(len(found) * WARM)], found[int(len(found) * WARM) :]
     saves = after[-1]["saves"] - before[-1]["saves"]
     for key in ("descriptors", "threads"):
@@ -39,7 +39,7 @@ def assert_flat(found: list[dict[str, Any]]) -> None:
     blocks = [one["blocks"] for one in after]
     assert statistics.median(blocks[-5:]) - statistics.median(blocks[:5]) < 200 + saves / 20, blocks
     memory = [one["rss"] for one in after]
-    assert statistics.median(memory[-5:]) - statistics.median(memory[:5]) < (2 << 20) + 50 * saves, memory
+    assert statistics.median(memory[-5:]) - statistics.median(memory[:5]) < scattered + 50 * saves, memory
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,9 @@ def test_many_saves_leave_no_more_behind_than_a_few(folder: Path, how: str, save
     assert_flat(found)
     first, last = found[: len(found) // 10], found[-(len(found) // 10) :]
     for name, part in (("first", first), ("last", last)):
-        print(f"{how}: {1e3 * statistics.median(one['seconds'] for one in part):.1f} ms a save, the {name} tenth")
+        print(
+            f"{how}: {1e3 * statistics.median(one['seconds'] for one in part):.1f} ms of processors a save, the {name} tenth"
+        )
 
 
 @pytest.mark.long
@@ -65,7 +67,7 @@ def test_many_saves_leave_no_more_behind_than_a_few(folder: Path, how: str, save
 def test_a_pipeline_that_saves_often_leaves_no_more_behind(folder: Path) -> None:
     worlds = Worlds()
     try:
-        for found in worlds.at("DP2").call("mixed_cases:many_saves", str(folder / "run"), 200):
-            assert_flat(found)
+        for found in worlds.at("DP2").call("mixed_cases:many_saves", str(folder / "run"), 120):
+            assert_flat(found, 16 << 20)  # two frameworks train
     finally:
         worlds.close()
