@@ -22,6 +22,7 @@ Loss = tuple[str, set[int], dict[int, str]]
 """What a crash takes: in words, the operations that never came to the disk, and how it shows in files (`tree`)."""
 
 ROOT = 0
+WHOLE = ("nothing lost", "all lost")
 
 
 @dataclass(frozen=True)
@@ -112,10 +113,10 @@ class Trace:
         """Everything, nothing, and each operation: alone lost, alone kept, half done."""
         entries = [i for i in pending if self.ops[i].entries]
         writes = {i for i in pending if not self.ops[i].entries}
-        yield "nothing lost", set(), {}
+        yield WHOLE[0], set(), {}
         if not pending:
             return
-        yield "all lost", set(pending), {}
+        yield WHOLE[1], set(pending), {}
         yield "all bytes lost", writes, {}
         for i in entries:
             yield f"lost: {self._tell(i)}", self._needing(i, entries), {}

@@ -2,6 +2,7 @@
 
     LD_PRELOAD=crash_record.so python crash_points.py sweep FOLDER SCENARIO:STRIDE:STRIDE_AGAIN...  what was tried
     ...                                               unnoticed FOLDER    the fsyncs that nothing would miss
+    ...                                               noticed FOLDER SCENARIO SITE    those of a site that one would
     ...                                               order FOLDER        whether a manifest that comes late is noticed
 
 The runs are recorded once (`crash_record`), what a crash may leave is worked out (`crash_model`), and each such
@@ -23,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import runs
-from crash_model import Trace, Tree, fingerprint, make_tree
+from crash_model import WHOLE, Trace, Tree, fingerprint, make_tree
 from crash_record import note, record
 from kill_points import no_exchange
 
@@ -262,7 +263,8 @@ class Crash:
 
 
 def crashes(trace: Trace, stages: list[dict[str, str]], stride: int = 1, base: Trace | None = None) -> Iterator[Crash]:
-    """One of `stride` crashes of a run; only those that `base`, the same run with more fsyncs, has not."""
+    """The crashes of a run that lose all or nothing, and one of `stride` others; only those that `base`, the same run
+    with more fsyncs, has not."""
     low = high = 0
     count = itertools.count(1)
     for end in range(len(trace.ops) + 1):
@@ -271,7 +273,7 @@ def crashes(trace: Trace, stages: list[dict[str, str]], stride: int = 1, base: T
             what, at = op.about.split()
             low, high = (low, int(at)) if what == "may" else (int(at), high)
         for what, lost, damaged in trace.losses(end, base):
-            if next(count) % stride == 0:
+            if what in WHOLE or next(count) % stride == 0:
                 behind = f"behind #{end - 1} {op.kind} {op.about}" if op else "before the first operation"
                 yield Crash(f"{behind}; {what}", trace.tree(end, lost, damaged), stages[low : high + 1])
 
@@ -296,7 +298,7 @@ def recorded(name: str, folder: Path) -> Trace:
 def sweep(name: str, folder: Path, stride: int, stride_again: int) -> str:
     """Crash everywhere in a scenario; then, for each way of recovering that is met, everywhere in the recovery.
 
-    Of the crashes only one of `stride`, and one of `stride_again`; 0 leaves the second ones out.
+    See `crashes` for `stride`, and for `stride_again` in a recovery; 0 leaves the second ones out.
     """
     scenario, store = SCENARIOS[name], Disk(folder / "disk", SCENARIOS[name].recover)
     trace = recorded(name, folder)
@@ -353,6 +355,13 @@ def unnoticed(folder: Path) -> list[str]:
     return sorted(site for site in missed if re.search(r" (?!disk\.)\w+\.\w+ of ", site))
 
 
+def noticed(folder: Path, name: str, asked: str) -> list[str]:
+    """The fsyncs that some crash of this scenario misses, of those whose site matches."""
+    store, trace = Disk(folder / "disk", SCENARIOS[name].recover), recorded(name, folder)
+    sites = dict.fromkeys(op.site for op in trace.ops if op.kind == "fsync" and re.search(asked, op.site))
+    return [re.sub(r":[0-9]+", "", site) for site in sites if is_seen(name, store, trace.without(site), trace)]
+
+
 def manifest_after_rename(folder: Path) -> bool:
     """Whether it is found out when the manifest is written only after the checkpoint has got its name."""
     publish, prepared = commit._publish, {}
@@ -379,6 +388,8 @@ def main(what: str, folder: Path, asked: list[str]) -> None:
     runs.think_once()
     if what == "unnoticed":
         print(*unnoticed(folder), sep="\n")
+    elif what == "noticed":
+        print(*noticed(folder, *asked), sep="\n")
     elif what == "order":
         print(manifest_after_rename(folder))
     else:

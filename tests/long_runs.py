@@ -31,7 +31,7 @@ from roll_ckpt.errors import NotFound, SaveFailed
 
 SAMPLES = 40
 KEEP = 2
-attempt._NAMES_KEPT = commit._REASONS_KEPT = 5  # so that the bounds are soon reached
+attempt._NAMES_KEPT = commit._REASONS_KEPT = 2  # so that the bounds are soon reached
 
 
 def sample(output_dir: Path, roots: Iterable[object], seconds: list[float], **more: int) -> dict[str, Any]:

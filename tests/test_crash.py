@@ -21,6 +21,18 @@ SCENARIOS = ["first", "save", "again", "fallback", "only", "abort", "undo"]
 KINDS = ["create", "exchange", "fsync", "link", "mkdir", "rename", "rmdir", "size", "unlink", "write"]
 
 
+# What the C library has that changes files. What disk.py and csrc/file ask of it, the recorder must know.
+CHANGES = re.compile(
+    "open|creat|p?writev?|f?truncate|(posix_)?fallocate|fsync|fdatasync|(sym)?link(at)?|unlink(at)?|rename(s|at|at2)?|"
+    "replace|remove(dirs)?|rmdir|mkdir(at)?|makedirs|mknod|mkfifo|f?chmod|f?chown|f?utimens|utime(nsat)?|setxattr|"
+    "copy_file_range|sendfile|splice|mmap|sync_file_range"
+)
+HARMLESS = {
+    "utime": "times tell a user's mistake early; no byte rests on them",
+    "sync_file_range": "starts the disk, and promises nothing",
+}
+
+
 # The fsyncs that no crash misses, and why they are there all the same.
 SPARE = {
     "fsync_dir disk.fsync_dir < attempt._make of .checkpoint-N.N.N.tmp": "rank 0's vote syncs it again",
@@ -80,6 +92,19 @@ def test_a_manifest_that_comes_after_the_rename_is_noticed(folder: Path, recorde
     assert run("crash_points.py", "order", folder, preload=recorder) == "True\n"
 
 
+def test_no_fsync_that_a_commit_rests_on_can_go(folder: Path, recorder: str) -> None:
+    missed = run(
+        "crash_points.py", "noticed", folder, "save", r"commit\._(write_manifest|decide|publish)", preload=recorder
+    )
+    assert [site.split(" < ")[-1] for site in missed.splitlines()] == [
+        "commit._write_manifest of .manifest.json.new",
+        "commit._write_manifest of checkpoint-N",
+        "commit._decide of .decision.new",
+        "commit._decide of checkpoint-N",
+        "commit._publish of run",
+    ]
+
+
 @pytest.mark.long
 def test_no_fsync_can_go(folder: Path, recorder: str) -> None:
     unnoticed = set(run("crash_points.py", "unnoticed", folder, preload=recorder).splitlines())
@@ -96,6 +121,17 @@ MUTANTS = {
     "vote overwritten": ("twice", 2, "not the vote that the manifest rests on|told .* decided"),
 }
 QUICK = ("any checkpoint", "own decision")
+
+
+def test_the_recorder_knows_every_operation_that_we_ask_for() -> None:
+    recorder = (HERE / "crash_record.cpp").read_text()
+    known = set(re.findall(r"^(?:int|ssize_t) (\w+)\(|^OPEN\((\w+),", recorder, re.MULTILINE))
+    python = re.findall(r"\bos\.(\w+)\(|\b(renameat2)\b", (HERE.parent / "roll_ckpt/disk.py").read_text())
+    native = re.findall(r"(?<![\w.>:])(?:::)?(\w+)\(", (HERE.parent / "csrc/file.cpp").read_text())
+    asked = {name for names in python for name in names} | set(native)
+    assert {"open", "ftruncate", "fallocate", "pwrite", "renameat2", "utime"} <= asked
+    changes = {name for name in asked if CHANGES.fullmatch(name)}
+    assert changes <= {name for names in known for name in names} | set(HARMLESS)
 
 
 @pytest.mark.parametrize(

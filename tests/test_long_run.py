@@ -57,9 +57,8 @@ def test_many_saves_leave_no_more_behind_than_a_few(folder: Path, how: str, save
     assert_flat(found)
     first, last = found[: len(found) // 10], found[-(len(found) // 10) :]
     for name, part in (("first", first), ("last", last)):
-        print(
-            f"{how}: {1e3 * statistics.median(one['seconds'] for one in part):.1f} ms of processors a save, the {name} tenth"
-        )
+        each_s = statistics.median(one["seconds"] for one in part)
+        print(f"{how}: {1e3 * each_s:.1f} ms of processors a save, the {name} tenth")
 
 
 @pytest.mark.long
