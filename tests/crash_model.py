@@ -55,9 +55,9 @@ class Trace:
     folders: dict[int, dict[str, int]]
     ops: list[Op]
 
-    def without(self, site: str) -> Trace:
-        """The same run with every fsync that this call site asked for left out."""
-        ops = [Op("removed", op.about) if op.kind == "fsync" and op.site == site else op for op in self.ops]
+    def without(self, *sites: str) -> Trace:
+        """The same run with every fsync that these call sites asked for left out."""
+        ops = [Op("removed", op.about) if op.kind == "fsync" and op.site in sites else op for op in self.ops]
         return Trace(self.files, self.folders, ops)
 
     def pending(self, end: int) -> list[int]:

@@ -2,7 +2,7 @@
 
     LD_PRELOAD=crash_record.so python crash_points.py sweep FOLDER SCENARIO:STRIDE:STRIDE_AGAIN...  what was tried
     ...                                               unnoticed FOLDER    the fsyncs that nothing would miss
-    ...                                               noticed FOLDER SCENARIO SITE    those of a site that one would
+    ...                                               noticed FOLDER SCENARIO SITES...    of these, those one would
     ...                                               order FOLDER        whether a manifest that comes late is noticed
 
 The runs are recorded once (`crash_record`), what a crash may leave is worked out (`crash_model`), and each such
@@ -351,15 +351,24 @@ def unnoticed(folder: Path) -> list[str]:
                 left.setdefault(site, []).append(name)
             else:
                 left[site] = []
-    missed = {re.sub(r":[0-9]+", "", site) for site, names_ in left.items() if names_}
+    missed = {_unnumbered(site) for site, names_ in left.items() if names_}
     return sorted(site for site in missed if re.search(r" (?!disk\.)\w+\.\w+ of ", site))
 
 
-def noticed(folder: Path, name: str, asked: str) -> list[str]:
-    """The fsyncs that some crash of this scenario misses, of those whose site matches."""
+def noticed(folder: Path, name: str, asked: list[str]) -> list[str]:
+    """Those of `asked` whose sites' fsyncs some crash of this scenario misses, if all that match are left out."""
     store, trace = Disk(folder / "disk", SCENARIOS[name].recover), recorded(name, folder)
-    sites = dict.fromkeys(op.site for op in trace.ops if op.kind == "fsync" and re.search(asked, op.site))
-    return [re.sub(r":[0-9]+", "", site) for site in sites if is_seen(name, store, trace.without(site), trace)]
+    sites = {op.site for op in trace.ops if op.kind == "fsync"}
+
+    def missed(one: str) -> bool:
+        left_out = [site for site in sites if re.search(one, _unnumbered(site))]
+        return is_seen(name, store, trace.without(*left_out), trace)
+
+    return [one for one in asked if missed(one)]
+
+
+def _unnumbered(site: str) -> str:
+    return re.sub(r":[0-9]+", "", site)
 
 
 def manifest_after_rename(folder: Path) -> bool:
@@ -389,7 +398,7 @@ def main(what: str, folder: Path, asked: list[str]) -> None:
     if what == "unnoticed":
         print(*unnoticed(folder), sep="\n")
     elif what == "noticed":
-        print(*noticed(folder, *asked), sep="\n")
+        print(*noticed(folder, asked[0], asked[1:]), sep="\n")
     elif what == "order":
         print(manifest_after_rename(folder))
     else:

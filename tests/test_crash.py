@@ -93,16 +93,15 @@ def test_a_manifest_that_comes_after_the_rename_is_noticed(folder: Path, recorde
 
 
 def test_no_fsync_that_a_commit_rests_on_can_go(folder: Path, recorder: str) -> None:
-    missed = run(
-        "crash_points.py", "noticed", folder, "save", r"commit\._(write_manifest|decide|publish)", preload=recorder
-    )
-    assert [site.split(" < ")[-1] for site in missed.splitlines()] == [
-        "commit._write_manifest of .manifest.json.new",
-        "commit._write_manifest of checkpoint-N",
-        "commit._decide of .decision.new",
-        "commit._decide of checkpoint-N",
-        "commit._publish of run",
+    sites = [
+        r"(cast|_decide) of votes",  # one of the two will do, see SPARE
+        r"_write_manifest of \.manifest",
+        r"_write_manifest of checkpoint",
+        r"_decide of \.decision",
+        r"(_decide|_publish) of checkpoint",
+        r"_publish of run",
     ]
+    assert run("crash_points.py", "noticed", folder, "save", *sites, preload=recorder).splitlines() == sites
 
 
 @pytest.mark.long
