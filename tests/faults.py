@@ -1,19 +1,15 @@
 """Let calls that change the disk fail in this process, Python's and the extension's alike.
 
-The process must have been started with the library that `build` makes in LD_PRELOAD; forked children keep the rules.
+The process must have been started with tests/faults.cpp in LD_PRELOAD; forked children keep the rules.
 """
 
 from __future__ import annotations
 
 import ctypes
-import subprocess
-import sysconfig
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import NamedTuple
 
-HERE = Path(__file__).parent
 SHORT, HANG = 0, -1
 """In place of an errno: a write writes half; a call waits until `clear`, then goes on (minus an errno: then fails)."""
 ROOM = "create write truncate allocate mkdir"
@@ -25,15 +21,6 @@ class Call(NamedTuple):
     code: int
     inode: int
     path: str
-
-
-def build(folder: Path) -> Path:
-    """Compile the library."""
-    library = folder / "faults.so"
-    compiler = (sysconfig.get_config_var("CXX") or "g++").split()[0]
-    command = [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-o", library, HERE / "faults.cpp", "-ldl"]
-    subprocess.run(command, check=True, timeout=120)
-    return library
 
 
 def rule(operations: str, path: object, code: int, *, skip: int = 0, times: int = 1) -> None:

@@ -25,7 +25,7 @@ from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor  # noqa: E402
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper  # noqa: E402
 
-from roll_ckpt import errors, loader, saver  # noqa: E402
+from roll_ckpt import disk, errors, loader, saver  # noqa: E402
 from roll_ckpt.backends import megatron as backend  # noqa: E402
 from roll_ckpt.config import Settings  # noqa: E402
 from roll_ckpt.image import FileImage, Memory  # noqa: E402
@@ -240,7 +240,10 @@ def fail_in_the_background(directory: str, fail_training: bool) -> list[str]:
         ours.save(Path(directory) / "bad", 2)
         saver.wait_pending()
     told = [error_of(tiny.optimizer.step), error_of(tiny.optimizer.step)]
-    ours.save(Path(directory) / "good", 3).wait(60)
+    with mock.patch.object(disk, "free_bytes", lambda path: 10):  # a disk that is full before the save begins
+        begun = ours.save(Path(directory) / "worse", 3).begun
+    told += [str(begun), error_of(tiny.optimizer.step)]
+    ours.save(Path(directory) / "good", 4).wait(60)
     return told
 
 

@@ -49,7 +49,7 @@ SPARE = {
     "fsync_dir disk.fsync_dir < disk.write_durable < saver._receipts of digests": "so does the vote",
     "fsync_dir disk.fsync_dir < disk.write_durable < saver._receipts of tensors": "so does the vote",
     "fsync_dir disk.fsync_dir < disk.make_dirs < saver._receipts of checkpoint-N": "so does the vote",
-    "fsync_dir disk.fsync_dir < disk.make_dirs < disk.make_own_dir < epoch._make of .trash": "a trash that is lost is made again",
+    "fsync_dir disk.fsync_dir < disk.make_dirs < disk.make_own_dir < epoch._make of .trash": "lost, it is made again",
     "fsync_dir disk.fsync_dir < commit._step_aside of .superseded": "the model renames whole, in both directories",
     "fsync_dir disk.fsync_dir < commit._step_aside of .old": "the model renames whole, in both directories",
     "fsync_dir disk.fsync_dir < commit._step_aside of run": "the next rename puts another under the same name",

@@ -68,9 +68,11 @@ def test_without_overlap_nothing_is_copied_late(megatron: Worlds, tmp_path: Path
 def test_fail_training_raises_a_background_failure_at_the_next_step(
     megatron: Worlds, tmp_path: Path, fail_training: bool
 ) -> None:
-    for first, second in call(megatron, "fail_in_the_background", str(tmp_path / "run"), fail_training):
+    found = call(megatron, "fail_in_the_background", str(tmp_path / "run"), fail_training)
+    for first, second, begun, third in found:
         assert first.startswith("SaveFailed") == fail_training and ("the disk is gone" in first) == fail_training
-        assert second == "no error"
+        assert second == "no error" and begun == "False"
+        assert third.startswith("NoRoom" if fail_training else "no error")
 
 
 # --- plans ---------------------------------------------------------------------------------------------------
