@@ -60,7 +60,7 @@ class Unit:
     def around(cls, path: Path) -> Unit | None:
         """The checkpoint that `path` lies in, or None for files that no roll_ckpt has saved.
 
-        Damaged if it has lost its manifest: then nothing tells what belongs there.
+        Damaged if its manifest is gone or cannot be read: then nothing tells what belongs there.
         """
         records = (names.MANIFEST, names.DECISION, names.EXPECTED)
         for folder, enough in [(path, 1), *((parent, 2) for parent in list(path.absolute().parents)[:_LEVELS_UP])]:
@@ -72,6 +72,10 @@ class Unit:
                 raise errors.Damaged(
                     f"{folder}: its {names.MANIFEST} is missing, so nothing in it can be verified. Load another "
                     f"checkpoint, or, to load this one all the same, remove its {names.DECISION} and {names.VOTES}"
+                ) from problem
+            except OSError as problem:
+                raise errors.Damaged(
+                    f"{folder / names.MANIFEST}: unreadable, so nothing there can be verified: {problem.strerror}"
                 ) from problem
         return None
 

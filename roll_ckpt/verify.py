@@ -82,20 +82,21 @@ def _listing(unit: Path, told: manifest.Manifest) -> list[Problem]:
 def _records(unit: Path, told: manifest.Manifest, record: bytes) -> list[Problem]:
     """Votes, expected.json and decision, each against its own digest and against the manifest."""
     problems: list[Problem] = []
-    votes: dict[str, bytes] = {}
-    for file, digest in told.votes.items():
-        path = f"{names.VOTES}/{file}"
-        votes[file] = _read(unit, path, problems)
-        if sha256(votes[file]) != digest:
-            problems.append(Problem(path, "digest", "it is not the vote that the manifest rests on"))
+    read = {file: _read(unit, f"{names.VOTES}/{file}", problems) for file in told.votes}
+    votes = {file: vote for file, vote in read.items() if vote is not None}
     expected = _read(unit, names.EXPECTED, problems)
     decision = _read(unit, names.DECISION, problems)
-    problems += _damage(names.EXPECTED, lambda: manifest.parse_expected(expected, names.EXPECTED))
-    problems += _damage(names.DECISION, lambda: _check_decision(decision, told, record))
-    if not problems:
-        problems += _damage(names.MANIFEST, lambda: _check_rebuilt(votes, expected, record))
-    elif {problem.path for problem in problems} >= {names.DECISION, *(f"{names.VOTES}/{file}" for file in told.votes)}:
+    foreign = [file for file, vote in votes.items() if sha256(vote) != told.votes[file]]
+    for file in foreign:
+        problems.append(Problem(f"{names.VOTES}/{file}", "digest", "it is not the vote that the manifest rests on"))
+    if expected is not None:
+        problems += _damage(names.EXPECTED, partial(manifest.parse_expected, expected, names.EXPECTED))
+    contrary = [] if decision is None else _damage(names.DECISION, partial(_check_decision, decision, told, record))
+    problems += contrary
+    if contrary and len(foreign) == len(told.votes):
         problems.append(Problem(names.MANIFEST, "digest", "no vote and no decision there is the one that it rests on"))
+    if not problems and expected is not None:
+        problems += _damage(names.MANIFEST, partial(_check_rebuilt, votes, expected, record))
     return problems
 
 
@@ -233,12 +234,12 @@ def _damage(path: str, check: Callable[[], object]) -> list[Problem]:
     return []
 
 
-def _read(unit: Path, path: str, problems: list[Problem]) -> bytes:
+def _read(unit: Path, path: str, problems: list[Problem]) -> bytes | None:
     try:
         return disk.read_bytes(unit / path)
     except OSError as error:
         problems.append(_unreadable(path, error))
-        return b""
+        return None
 
 
 def _unreadable(path: str, error: OSError) -> Problem:

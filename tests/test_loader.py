@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from corruption import plain_user
 
 # The fixtures and the one-process save of the saver's tests; a loader has nothing to load without one.
 from test_saver import SETTINGS, SMALL, begin, out, own_arena, save_now, seal, stage  # noqa: F401
@@ -134,6 +135,12 @@ def test_a_checkpoint_that_has_lost_its_manifest_is_refused_until_it_is_none_of_
     shutil.rmtree(unit / "votes")
     assert read(unit / "x.pt")["w"].shape == (1000,)
     assert "cannot be verified" in caplog.text
+
+
+def test_a_checkpoint_whose_manifest_cannot_be_read_is_damaged(unit: Path) -> None:
+    (unit / "manifest.json").chmod(0)
+    with plain_user(), pytest.raises(errors.Damaged, match=r"t1/manifest\.json: unreadable, .*: Permission denied"):
+        read(unit / "x.pt")
 
 
 def test_the_state_is_checked_again_when_it_is_loaded_again(unit: Path) -> None:

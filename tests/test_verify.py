@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import runs
+from corruption import plain_user
 
 from roll_ckpt import commit, manifest, names, verify
 from roll_ckpt.errors import Damaged
@@ -128,6 +129,11 @@ def test_a_checkpoint_without_manifest_is_none_and_told_as_damaged(run: Path) ->
     assert [found.step for found in commit.committed(run, told.append)] == [10]
     assert "checkpoint-33: its manifest.json is missing" in str(told[0])
     path.write_bytes(record)
+    path.chmod(0)
+    with plain_user():
+        assert [found.step for found in commit.committed(run, told.append)] == [10]
+    assert "checkpoint-33/manifest.json: it cannot be read: Permission denied" in str(told[1])
+    path.chmod(0o644)
 
 
 def test_a_directory_that_cannot_be_listed_is_told_like_its_files(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
