@@ -118,7 +118,7 @@ RECORDS: dict[str, tuple[str, bytes]] = {
     "no parameters": ("tensors", b"{}"),
     "a step of words": ("worker state", b'{"step": "7", "log_history": [], "kv": {}}'),
     "a repository that is none": ("destination", changed(PARSERS["destination"].seeds[0], repo_id="../../x")),
-    "a configuration that is nested": ("config", b"a: " + b"[" * 3000),
+    "a configuration that is nested": ("config", b"a: " + b"[" * 1500),
     "a configuration that grows": (
         "config",
         b"a: &a [x]\n" + b"".join(b"%c: &%c [*%c, *%c]\n" % (n + 1, n + 1, n, n) for n in range(97, 122)),
@@ -155,7 +155,7 @@ def number(value: int) -> bytes:
 
 
 PICKLES: dict[str, bytes] = {
-    "a key nested beyond the stack": PROTO + b"})" + b"\x85" * 300_000 + b"Ns.",
+    "a key nested beyond the stack": PROTO + b"})" + b"\x85" * 150_000 + b"Ns.",
     "a key that refers to itself": PROTO + b"})" + ROOTS + b"Ns.",
     "keys that refer to themselves": PROTO + b"}()" + ROOTS + b"Nu.",
     "pairs that do": PROTO + b"ccollections\nOrderedDict\n(](" + b")" + ROOTS + b"N\x86e\x85R.",
@@ -314,7 +314,7 @@ def deep(path: Path) -> None:
     path.mkdir(parents=True)
     here = os.getcwd()
     os.chdir(path)
-    for _ in range(1200):
+    for _ in range(1050):
         os.mkdir("d")
         os.chdir("d")
     os.chdir(here)
