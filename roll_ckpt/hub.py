@@ -471,7 +471,7 @@ def _of_kind(problem: BaseException, where: str) -> HubRefused | HubUnavailable 
             f"{where}: no answer from {_endpoint()} ({type(problem).__name__}: {text}); "
             "check the network and HF_ENDPOINT"
         )
-    if isinstance(problem, JSONDecodeError):
+    if isinstance(problem, JSONDecodeError | LookupError | TypeError | AttributeError | RecursionError):
         return HubUnavailable(f"{where}: {_endpoint()} answered what is not the Hub's; is a proxy in between?")
     if kinds & {"huggingface_hub.HFValidationError", "httpx2.InvalidURL"}:
         return HubRefused(f"{where}: {text}; check repo_id, revision and HF_ENDPOINT")

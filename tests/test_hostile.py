@@ -7,9 +7,11 @@ import pickle
 import resource
 import shutil
 import struct
+import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import hostile
 import pytest
 import torch
 from hostile import HERE, PARSERS, archive, edited, outcome, records, saved
+from hub_client import Client, Refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_cli import template  # noqa: F401
@@ -115,7 +118,7 @@ RECORDS: dict[str, tuple[str, bytes]] = {
     "no parameters": ("tensors", b"{}"),
     "a step of words": ("worker state", b'{"step": "7", "log_history": [], "kv": {}}'),
     "a repository that is none": ("destination", changed(PARSERS["destination"].seeds[0], repo_id="../../x")),
-    "a configuration that is nested": ("config", b"a: " + b"[" * 3000),
+    "a configuration that is nested": ("config", b"a: " + b"[" * 1500),
     "a configuration that grows": (
         "config",
         b"a: &a [x]\n" + b"".join(b"%c: &%c [*%c, *%c]\n" % (n + 1, n + 1, n, n) for n in range(97, 122)),
@@ -152,7 +155,7 @@ def number(value: int) -> bytes:
 
 
 PICKLES: dict[str, bytes] = {
-    "a key nested beyond the stack": PROTO + b"})" + b"\x85" * 300_000 + b"Ns.",
+    "a key nested beyond the stack": PROTO + b"})" + b"\x85" * 150_000 + b"Ns.",
     "a key that refers to itself": PROTO + b"})" + ROOTS + b"Ns.",
     "keys that refer to themselves": PROTO + b"}()" + ROOTS + b"Nu.",
     "pairs that do": PROTO + b"ccollections\nOrderedDict\n(](" + b")" + ROOTS + b"N\x86e\x85R.",
@@ -311,7 +314,7 @@ def deep(path: Path) -> None:
     path.mkdir(parents=True)
     here = os.getcwd()
     os.chdir(path)
-    for _ in range(1200):
+    for _ in range(1050):
         os.mkdir("d")
         os.chdir("d")
     os.chdir(here)
@@ -434,6 +437,42 @@ def test_files_whose_names_differ_in_case_or_in_spelling_are_files_of_their_own(
     receipts = tuple(manifest.receipt_of_bytes(path, data) for path, data in files.items())
     vote = manifest.Vote("actor", 0, 2, 1, receipts)
     assert set(manifest.parse_vote(vote.to_bytes(), HERE).receipts) == set(receipts)
+
+
+ANSWERS = (b"{}", b"[]", b"null", b"<html>", b"\xff\xfe", b"[" * 100_000, b'{"sha": [], "private": {}, "siblings": 5}')
+
+
+def test_a_hub_that_answers_anything_at_all_is_told_of(tmp_path: Path) -> None:
+    answer = b""
+
+    class Lying(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        do_POST = do_HEAD = do_GET
+
+        def log_message(self, *told: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Lying)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    client = Client(f"http://127.0.0.1:{server.server_port}", tmp_path / "home", ROLL_CKPT_HUB_TIMEOUT_S="2")
+    for answer in ANSWERS:
+        with pytest.raises(Refused) as caught:
+            client(LOOK)
+        assert caught.value.kind in ("HubRefused", "HubUnavailable"), (answer[:40], caught.value)
+    client.close()
+    server.shutdown()
+
+
+LOOK = """
+from roll_ckpt import hub
+remote = hub.Remote("me/demo")
+hub.refs(hub.Remote("me/demo")) if hub.look(remote) and list(hub.history(remote, 9)) else None
+"""
 
 
 # --- changed bytes ------------------------------------------------------------------------------------------

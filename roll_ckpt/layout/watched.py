@@ -1,6 +1,6 @@
 """What a pickle is about to hash: looked at first, because a few bytes of a stranger can hold hashing up for ever.
 
-Python hashes nested tuples by nested calls, and follows every reference anew: 300,000 levels overflow the stack of
+Python hashes nested tuples by nested calls, and follows every reference anew: 150,000 levels overflow the stack of
 the process, and 60 levels of pairs of one and the same tuple last until the end of the world.
 """
 
