@@ -124,6 +124,12 @@ def _next_number(claimed: epoch.Epoch, name: str) -> int:
     return number + 1
 
 
+def pass_over(claimed: epoch.Epoch, name: str) -> None:
+    """Count an attempt that this world does not begin: other worlds may have begun it, and the next one is the same
+    for all."""
+    _next_number(claimed, name)
+
+
 def check_room(output_dir: Path, name: str, needed_bytes: int) -> None:
     """Refuse a checkpoint that the file system cannot hold; `output_dir` need not exist yet.
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from . import disk, names
 from . import epoch as epochs
-from .attempt import Attempt, abandoned, abort_reason, begin, cast, check_replaced, check_room
+from .attempt import Attempt, abandoned, abort_reason, begin, cast, check_replaced, check_room, pass_over
 from .epoch import Epoch
 from .errors import ConfigError, Damaged, EpochLost, NotFound, SaveFailed, presentable
 from .lease import is_being_read, reading, removing
@@ -41,8 +41,8 @@ from .trash import empty_trash, retire_trash, trash
 
 __all__ = [
     "Attempt", "Epoch", "Outcome", "Recovery", "abandoned", "begin", "cast", "check_replaced", "check_room", "claim",
-    "clear", "committed", "empty_trash", "is_being_read", "newest_first", "read_manifest", "reading", "recover",
-    "removing", "settle", "trash", "write_latest",
+    "clear", "committed", "empty_trash", "is_being_read", "newest_first", "pass_over", "read_manifest", "reading",
+    "recover", "removing", "settle", "trash", "write_latest",
 ]  # fmt: skip
 
 log = logging.getLogger("roll_ckpt")
@@ -59,10 +59,14 @@ _REASONS_KEPT = 100
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an attempt ended. `reason` says why it was abandoned, or what a committed one left to wish for."""
+    """How an attempt ended. `reason` says why it was abandoned, or what a committed one left to wish for.
+
+    Not `durable`: this process saw an fsync of a directory fail, so it is there and may not survive a power failure.
+    """
 
     committed: bool
     reason: str = ""
+    durable: bool = True
 
 
 @dataclass(frozen=True)
@@ -162,6 +166,7 @@ def _settle(attempt: Attempt, lead: bool, timeout_s: float, refusal: str, clock:
     ballot = _Ballot(refusal=refusal)
     decision: Decision | None = None
     pause, vanished, refused = _FIRST_PAUSE_S, 0, 0.0
+    doubt: disk.NotDurable | None = None
     while True:
         over = clock() >= limit
         try:
@@ -172,13 +177,18 @@ def _settle(attempt: Attempt, lead: bool, timeout_s: float, refusal: str, clock:
                 decision = decision or _decide(attempt, ballot, attempt.epoch, over)
                 if decision is not None:
                     note = _carry_out(attempt, decision, attempt.epoch, save_latest=attempt.save_latest)
+                    if decision.commit and doubt is not None:
+                        return Outcome(True, f"fsync: {doubt.strerror} ({doubt.filename})", durable=False)
                     return Outcome(decision.commit, decision.reason or note)
+            refused = 0.0
         except FileNotFoundError:
             # Another process is carrying it out: look again. If nobody is, somebody deletes by hand.
             vanished += 1
             if vanished > 50:
                 raise
         except OSError as error:
+            if isinstance(error, disk.NotDurable):
+                doubt = error  # what is left to do is done all the same
             if not refused:
                 refused = clock()
                 log.warning("%s: %s (%s); it is tried again for %g s", attempt.label, error.strerror, error.filename,
@@ -249,6 +259,8 @@ def _decide(attempt: Attempt, ballot: _Ballot, epoch: int, over: bool) -> Decisi
     epochs.check(attempt.output_dir, epoch)
     try:
         disk.link_durable(attempt.unit / names.DECISION, ours.to_bytes(), scratch=attempt.directory)
+    except disk.NotDurable:
+        raise
     except OSError as error:
         if (won := _decided(attempt)) is not None:
             return won
@@ -494,7 +506,7 @@ def _abandon(attempt: Attempt, epoch: int) -> None:
     """Throw the attempt away; those who wait for it find the reason in `.epochs/`."""
     if attempt.epoch == epoch:
         record = names.aborted_file(attempt.name, attempt.epoch, attempt.attempt)
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # a reason is a courtesy: a full disk gets its room back without it
             disk.link(attempt.unit / names.DECISION, attempt.output_dir / names.EPOCHS / record)
             _forget_reasons(attempt.output_dir / names.EPOCHS)
     _throw_away(attempt, epoch)

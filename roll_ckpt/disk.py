@@ -36,6 +36,11 @@ OBJECT_BYTES = 4 << 30
 """A limit for `read_bytes` of what is no record of ours: pickles, and the state of a pipeline."""
 
 
+class NotDurable(OSError):
+    """A directory's fsync failed. Its entries are there to be seen, and may be lost all the same; asking again would
+    only hide that, since the file system tells it once."""
+
+
 def reach(point: str, **where: object) -> None:
     """Tell the listener, if there is one, that a save has come to a named point."""
     if listener is not None:
@@ -141,14 +146,17 @@ def fsync_file(path: Path) -> None:
 
 
 def fsync_dir(path: Path) -> bool:
-    """Make the entries of a directory durable. False where the file system cannot: a weaker guarantee."""
+    """Make the entries of a directory durable. False where the file system cannot: a weaker guarantee.
+
+    NotDurable if it fails.
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         _about("fsync_dir", path)
         os.fsync(descriptor)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
+            raise NotDurable(error.errno, error.strerror, str(path)) from error
         return False
     finally:
         os.close(descriptor)

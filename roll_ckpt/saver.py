@@ -397,6 +397,12 @@ class Save:
                 f"{self.attempt.label}: abandoned: {reason}. Older checkpoints are untouched; the next save "
                 "starts afresh"
             )
+        if not outcome.durable or refusal:
+            raise errors.SaveFailed(
+                f"{self.attempt.label}: it is committed and whole, but the disk did not say that it is durable: "
+                f"{'; '.join(filter(None, (refusal, outcome.reason)))}. It may not survive a power failure; older "
+                "checkpoints are kept until a later save is durable. Look after the file system"
+            )
         self.durable_s = now - self._started
         for ticket in self.tickets.values():
             ticket.timing.commit_s = now - began
@@ -465,8 +471,13 @@ def begin(
     }
 
     def begin_here(needed_bytes: int) -> commit.Attempt:
-        commit.check_room(request.output_dir, request.name, needed_bytes)
-        commit.check_replaced(request.output_dir, request.name)
+        try:
+            commit.check_room(request.output_dir, request.name, needed_bytes)
+            commit.check_replaced(request.output_dir, request.name)
+        except Exception:
+            if (claimed := _epochs.get(request.output_dir.resolve())) is not None:
+                commit.pass_over(claimed, request.name)
+            raise
         return commit.begin(
             claim(request.output_dir, settings, request.clusters, request.expected_clusters),
             request.name,

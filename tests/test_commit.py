@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -122,6 +123,64 @@ def test_files_that_are_not_as_the_votes_say_are_not_committed(
     outcome = commit.settle(attempt, lead=True, timeout_s=9)
     assert not outcome.committed and re.search(reason, outcome.reason), outcome
     assert entries(epoch.output_dir) == []
+
+
+@pytest.mark.parametrize("where", ["the decision's", "the checkpoint's"])
+def test_what_an_fsync_has_refused_is_not_called_durable(
+    epoch: commit.Epoch, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """The fsync of the directory fails once; when it is asked again it says yes, and that proves nothing."""
+    attempt = begin(epoch)
+    vote_all(attempt)
+    folder = attempt.unit if where == "the decision's" else attempt.output_dir
+    linked = False
+
+    def observe(operation: str, paths: tuple[str, ...]) -> None:
+        nonlocal linked
+        linked = linked or (operation == "link" and paths[-1].endswith(names.DECISION))
+        if linked and (operation, paths[0]) == ("fsync_dir", str(folder)):
+            monkeypatch.setattr(disk, "observer", None)
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(disk, "observer", observe)
+    outcome = commit.settle(attempt, lead=True, timeout_s=10)
+    assert (outcome.committed, outcome.durable) == (True, False) and str(folder) in outcome.reason
+    assert runs.assert_sound(epoch.output_dir) == {"checkpoint-1": "x"}
+    runs.assert_clean(epoch.output_dir, epoch)
+
+
+def test_two_hiccups_of_the_disk_far_apart_are_two(epoch: commit.Epoch, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempt = begin(epoch)
+    list_dir, looks = disk.list_dir, iter([True, False, False, True, False])
+    clock = iter(range(0, 10**6, 6))  # each look is six seconds after the one before
+    refused = 0
+
+    def flaky(path: Path) -> list[str]:
+        nonlocal refused
+        if path == attempt.output_dir and next(looks, False):
+            refused += 1
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return list_dir(path)
+
+    monkeypatch.setattr(disk, "list_dir", flaky)
+    outcome = commit.settle(attempt, lead=True, timeout_s=90, clock=lambda: float(next(clock)))
+    assert refused == 2 and not outcome.committed and "no vote came" in outcome.reason
+
+
+def test_a_reason_that_cannot_be_written_down_keeps_no_room(
+    epoch: commit.Epoch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempt = begin(epoch)
+    vote_all(attempt, but=1)
+
+    def observe(operation: str, paths: tuple[str, ...]) -> None:
+        if operation == "link" and "aborted" in paths[-1]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(disk, "observer", observe)
+    assert not commit.settle(attempt, lead=True, timeout_s=0).committed
+    assert not attempt.directory.exists()
+    runs.assert_clean(epoch.output_dir, epoch)
 
 
 def test_stock_code_s_files_beside_the_unit_are_moved_and_its_latest_is_not(epoch: commit.Epoch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import subprocess
@@ -216,6 +217,25 @@ def test_the_hook_runs_after_the_commit_and_its_failure_is_told(out: Path) -> No
     assert seen == [True] and verify.verify(out / "t1") == []
 
 
+def test_what_a_refused_fsync_leaves_open_is_told_and_nothing_is_pruned_for_it(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    followed: list[saver.Save] = []
+    save = begin(out, on_commit=followed.append)
+    stage(save, {"w": torch.ones(3)})
+
+    def observe(operation: str, paths: tuple[str, ...]) -> None:
+        if (operation, paths[0]) == ("fsync_dir", str(save.attempt.output_dir)):
+            monkeypatch.setattr(disk, "observer", None)
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(disk, "observer", observe)
+    seal(save)
+    with pytest.raises(errors.SaveFailed, match="committed and whole, but the disk did not say that it is durable"):
+        save.wait(30, uploaded=True)
+    assert verify.verify(out / "t1") == [] and not followed
+
+
 # ---- failures
 
 
@@ -400,18 +420,19 @@ def owned_image(nbytes: int) -> tuple[FileImage, weakref.ref[Owner]]:
 
 
 def test_sources_are_held_until_the_fence_and_no_longer(out: Path) -> None:
-    save = begin(out)
-    ticket = save.ticket("model", {})
-    image, owner = owned_image(300_000)
-    ticket.stage(save.attempt.unit / "f", image, overlap=True)
-    del image
-    gc.collect()
-    assert owner() is not None, "copies may still run, and their source is gone"
-    save.fence()
-    gc.collect()
-    assert owner() is None, "everything is copied, and the source is still held"
-    seal(save)
-    save.wait(20)
+    with late_copies(SETTINGS):
+        save = begin(out)
+        ticket = save.ticket("model", {})
+        image, owner = owned_image(300_000)
+        ticket.stage(save.attempt.unit / "f", image, overlap=True)
+        del image
+        gc.collect()
+        assert owner() is not None, "copies are still to be made, and their source is gone"
+        save.fence()
+        gc.collect()
+        assert owner() is None, "everything is copied, and the source is still held"
+        seal(save)
+        save.wait(20)
 
 
 def test_sources_of_a_stage_without_overlap_are_not_held(out: Path) -> None:
