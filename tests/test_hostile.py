@@ -159,6 +159,7 @@ PICKLES: dict[str, bytes] = {
     "a key that refers to itself": PROTO + b"})" + ROOTS + b"Ns.",
     "keys that refer to themselves": PROTO + b"}()" + ROOTS + b"Nu.",
     "pairs that do": PROTO + b"ccollections\nOrderedDict\n(](" + b")" + ROOTS + b"N\x86e\x85R.",
+    "attributes named by one": PROTO + b"ccollections\nOrderedDict\n)R](" + b")" + ROOTS + b"N\x86eb.",
     "a storage named by a bomb": PROTO + storage(b"K\x18", key=b")" + ROOTS) + b".",
     "a memo number beyond its end": PROTO + b"Nh\xff.",
     "a memo number of 2**31": PROTO + b"Nj\0\0\0\x80.",

@@ -6,6 +6,7 @@ import enum
 import io
 import os
 import pickle
+import pickletools
 import struct
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import zipfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from roll_ckpt import errors, native, saver
 from roll_ckpt.image import FileImage
 from roll_ckpt.layout import archive as archive_module
-from roll_ckpt.layout import torch_zip
+from roll_ckpt.layout import torch_zip, watched
 from roll_ckpt.layout.archive import Archive
 
 BLOCK = 64 << 10
@@ -592,6 +594,84 @@ def test_what_stock_wrote_is_read(tmp_path: Path, state: Callable[[], Any]) -> N
     made = state()
     torch.save(made, tmp_path / "s.pt")
     assert_same(parse(tmp_path / "s.pt"), torch.load(tmp_path / "s.pt", weights_only=False))
+
+
+def behind(keys: int, state: dict[str, Any]) -> dict[str, Any]:
+    """The state after so many other entries: what occurs often in it is then pickled as another number."""
+    return {**{f"k{n}": n for n in range(keys)}, **state}
+
+
+def test_no_argument_of_a_pickle_is_taken_for_an_opcode(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashing = {*watched.HASHING, pickle.BUILD}
+    checked: list[bytes] = []
+    monkeypatch.setattr(watched.Watch, "check", lambda self, opcode, stack: checked.append(opcode))
+    for n in range(256):
+        repeated = [((i, "label"), {"step": i}, torch.Size((i, 2)), n, n << 8, chr(n), -n << 99, n / 3) for i in (1, 2)]
+        data = pickle.dumps(behind(n, {"repeated": repeated, "set": {(n, n)}, "ordered": OrderedDict(a=n)}), 2)
+        file = watched.WatchedPickle(data)
+        file.unpickler = torch_zip.safe_pickle.Unpickler(file, encoding="utf-8")
+        file.unpickler.load()
+        opcodes = [op.code.encode("latin-1") for op, _, _ in pickletools.genops(data)]
+        assert checked == [opcode for opcode in opcodes if opcode in hashing], n
+        checked.clear()
+
+
+@pytest.mark.parametrize(
+    "keys", [n if n in range(134, 146) else pytest.param(n, marks=pytest.mark.long) for n in range(256)]
+)
+def test_shapes_by_name_load_behind_any_number_of_entries(mover: native.Mover, tmp_path: Path, keys: int) -> None:
+    state = behind(
+        keys, {"param_shapes": OrderedDict((f"layers.{i}.weight", torch.Size((i, 64))) for i in range(3000))}
+    )
+    write(mover, tmp_path / "s.pt", state)
+    torch.save(state, tmp_path / "stock.pt")
+    assert parse(tmp_path / "s.pt") == parse(tmp_path / "stock.pt") == state
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass
+class Settings:
+    names: list[int]
+
+
+@dataclass
+class Part:
+    """Made again by a call, with what all parts share."""
+
+    settings: Settings
+    number: int
+
+    def __reduce__(self) -> Any:
+        return Part, (self.settings, self.number)
+
+
+def nested(levels: int) -> Any:
+    return {"a": nested(levels - 1), "b": [(levels,)]} if levels else [levels]
+
+
+def large_states() -> dict[str, Any]:
+    key, shared = tuple(range(40)), Settings(list(range(2000)))
+    return {
+        **{f"numbers like {bytes([n])!r}": [(i, n) for i in range(5000)] for n in b"Rsub\x90\x91"},
+        "nested keys": {(i, (f"n{i}", i)): 0 for i in range(5000)},
+        "one key": [{key: i} for i in range(5000)],
+        "sets": [{(i, 1), (i, 2)} for i in range(2000)],
+        "nested": nested(200),
+        "records as keys": {Key(f"n{i}", (i,)): i for i in range(2000)},
+        "one record in many": [Part(shared, i) for i in range(1000)],
+    }
+
+
+@pytest.mark.parametrize("what", large_states())
+def test_a_large_state_is_no_bomb(tmp_path: Path, what: str) -> None:
+    state = large_states()[what]
+    torch.save(state, tmp_path / "s.pt")
+    assert parse(tmp_path / "s.pt", (Key, Settings, Part)) == state
 
 
 def test_the_device_is_the_one_asked_for(mover: native.Mover, tmp_path: Path) -> None:
