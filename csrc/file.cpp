@@ -32,6 +32,13 @@ File File::open_with(const std::string& path, int flags, bool direct) {
             direct = false;
             continue;
         }
+        struct stat info;
+        if (code == EWOULDBLOCK && (flags & O_NONBLOCK) && stat(path.c_str(), &info) == 0 &&
+            S_ISREG(info.st_mode)) {
+            // Another process has a lease on the file, and gives it up for an open that waits.
+            flags &= ~O_NONBLOCK;
+            continue;
+        }
         throw FileError(code, "open failed: " + text_of(code), path);
     }
 }
@@ -41,7 +48,7 @@ File File::create(const std::string& path, bool direct) {
 }
 
 File File::open(const std::string& path, bool direct) {
-    // Without O_NONBLOCK the open of a named pipe waits for ever; files know no difference.
+    // Without O_NONBLOCK the open of a named pipe waits for ever.
     return open_with(path, O_RDONLY | O_NONBLOCK, direct);
 }
 

@@ -278,7 +278,7 @@ def _leases(units: Sequence[Path]) -> Iterator[None]:
     """Keep a live run from pruning what is read. What is gone, or lacks its record, has no lease."""
     with ExitStack() as stack:
         for unit in units:
-            with suppress(NotFound, Damaged):
+            with suppress(Damaged, OSError):
                 stack.enter_context(commit.reading(unit))
         yield
 

@@ -16,13 +16,14 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from . import disk, names
 from . import epoch as epochs
 from .attempt import Attempt, abandoned, abort_reason, begin, cast, check_replaced, check_room, pass_over
 from .epoch import Epoch
-from .errors import ConfigError, Damaged, EpochLost, NotFound, SaveFailed, presentable
+from .errors import BY_HAND, ConfigError, Damaged, EpochLost, NotFound, SaveFailed, Unreadable, presentable
 from .lease import is_being_read, reading, removing
 from .manifest import (
     Decision,
@@ -644,49 +645,64 @@ def _sweep_epochs(folder: Path, epoch: int) -> None:
 # --- finding ------------------------------------------------------------------------------------------------
 
 
-def _warn(problem: Damaged) -> None:
+def _warn(problem: Damaged | Unreadable) -> None:
     log.warning("%s; this checkpoint is left out", problem)
 
 
-def committed(output_dir: Path, report: Callable[[Damaged], None] = _warn) -> list[Manifest]:
+def committed(output_dir: Path, report: Callable[[Damaged | Unreadable], None] = _warn) -> list[Manifest]:
     """The committed checkpoints, the oldest first (by step, epoch, attempt).
 
-    `report` is told of each directory whose manifest is gone or cannot be trusted. File contents are not read.
+    `report` is told of each directory whose manifest is gone or cannot be trusted, or cannot be read although it was
+    tried for two seconds. File contents are not read. OSError if `output_dir` cannot be listed.
     """
-    found = []
-    for entry in disk.list_dir(output_dir):
+    found, patience = [], disk.Patience()
+    for entry in patience.again(partial(disk.list_dir, output_dir)):
         unit = output_dir / entry
-        if entry.startswith(".") or not disk.is_dir(unit):
+        if entry.startswith(".") or entry == names.LOST_AND_FOUND:
             continue
         try:
-            manifest = read_manifest(unit)
-        except NotFound:
-            if disk.exists(unit / names.DECISION) or disk.exists(unit / names.EXPECTED):
-                report(Damaged(f"{unit}: its {names.MANIFEST} is missing, so nothing in it can be verified"))
-            continue
+            manifest = patience.again(partial(_committed_in, unit))
         except Damaged as error:
             report(error)
             continue
         except OSError as error:
-            report(Damaged(f"{unit / names.MANIFEST}: it cannot be read: {error.strerror}"))
+            problem = Unreadable(f"{unit / names.MANIFEST}: it cannot be read: {error.strerror}")
+            problem.unit = unit
+            report(problem)
             continue
-        real = disk.is_real_dir(unit)
-        if manifest.name == entry and real:
+        if manifest is not None:
             found.append(manifest)
-        elif manifest.name == entry:
-            report(Damaged(f"{unit}: a symbolic link; move the checkpoint itself there, or give its own path"))
-        elif real:
-            report(Damaged(f"{unit}: its {names.MANIFEST} is the one of {manifest.name}; is it a copy?"))
     return sorted(found, key=lambda manifest: manifest.age)
+
+
+def _committed_in(unit: Path) -> Manifest | None:
+    """The checkpoint in a directory, None if it is something else. Damaged if it cannot be trusted."""
+    if not disk.is_dir(unit):
+        return None
+    try:
+        manifest = read_manifest(unit)
+    except NotFound:
+        if disk.exists(unit / names.DECISION) or disk.exists(unit / names.EXPECTED):
+            raise Damaged(f"{unit}: its {names.MANIFEST} is missing, so nothing in it can be verified") from None
+        return None
+    real = disk.is_real_dir(unit)
+    if manifest.name == unit.name and not real:
+        raise Damaged(f"{unit}: a symbolic link; move the checkpoint itself there, or give its own path")
+    if manifest.name != unit.name and real:
+        raise Damaged(f"{unit}: its {names.MANIFEST} is the one of {manifest.name}; is it a copy?")
+    return manifest if real else None
 
 
 def newest_first(output_dir: Path) -> list[Manifest]:
     """The committed checkpoints, the newest first; a warning names those that are left out, as `committed` does.
 
-    Damaged if there are only such: whoever finds nothing would start anew beside them.
+    Damaged if there are only such: whoever finds nothing would start anew beside them. Unreadable if the disk does not
+    tell of one: it may be the newest.
     """
-    problems: list[Damaged] = []
+    problems: list[Damaged | Unreadable] = []
     found = committed(output_dir, problems.append)
+    if unread := [str(problem) for problem in problems if isinstance(problem, Unreadable)]:
+        raise Unreadable(f"{'; '.join(unread)}. {BY_HAND}")
     if problems and not found:
         raise Damaged(f"{output_dir}: none of its checkpoints is sound: {'; '.join(map(str, problems))}")
     for problem in problems:

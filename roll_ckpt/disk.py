@@ -18,9 +18,11 @@ import stat
 import struct
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from . import names
 from .errors import Damaged
@@ -32,6 +34,11 @@ _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 _REMOVALS = 20
 _RECORD_BYTES = 256 << 20
+_LASTING = (
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL),
+    *(errno.EACCES, errno.EPERM, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP),
+)
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 OBJECT_BYTES = 4 << 30
 """A limit for `read_bytes` of what is no record of ours: pickles, and the state of a pipeline."""
 
@@ -300,6 +307,27 @@ def _folders_left(path: Path) -> list[Path] | None:
 
 # --- looking ------------------------------------------------------------------------------------------------
 
+Found = TypeVar("Found")
+
+
+class Patience:
+    """About two seconds, in all, for which reads are tried again that a disk refuses and may soon grant."""
+
+    pauses_s = (0.05, 0.15, 0.3, 0.6, 0.9)
+
+    def __init__(self) -> None:
+        self._left = list(self.pauses_s)
+
+    def again(self, read: Callable[[], Found]) -> Found:
+        """What `read` returns; the OSError that it raises still when patience has ended."""
+        while True:
+            try:
+                return read()
+            except OSError as error:
+                if error.errno is None or error.errno in _LASTING or not self._left:
+                    raise
+            time.sleep(self._left.pop(0))
+
 
 def read_bytes(path: Path, limit: int = _RECORD_BYTES) -> bytes:
     """All bytes of a regular file; Damaged if it is a symbolic link or anything else, or longer than `limit`, which
@@ -380,9 +408,15 @@ def _reader(path: Path) -> Iterator[int]:
 
 
 def _open_regular(path: Path, access: int = os.O_RDONLY) -> int:
+    flags = access | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
         # Without O_NONBLOCK the open of a named pipe waits for ever.
-        descriptor = os.open(path, access | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        descriptor = os.open(path, flags | os.O_NONBLOCK)
+    except BlockingIOError:
+        # Another process has a lease on the file (fcntl(2), F_SETLEASE), and gives it up for an open that waits.
+        if not is_file(path):
+            raise
+        descriptor = os.open(path, flags)
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.ENXIO):
             raise
@@ -402,30 +436,38 @@ def list_dir(path: Path) -> list[str]:
 
 
 def exists(path: Path) -> bool:
-    """Whether the name exists, a dangling symbolic link included."""
-    return os.path.lexists(path)
+    """Whether the name exists, a dangling symbolic link included. OSError, here and below, if the disk does not tell:
+    what cannot be looked at is not taken for missing."""
+    return _mode(os.lstat, path) is not None
 
 
 def is_dir(path: Path) -> bool:
     """Whether it is a directory, or a link to one."""
-    return os.path.isdir(path)
+    return stat.S_ISDIR(_mode(os.stat, path) or 0)
 
 
 def is_real_dir(path: Path) -> bool:
     """Whether it is a directory and no symbolic link."""
-    return os.path.isdir(path) and not os.path.islink(path)
+    return stat.S_ISDIR(_mode(os.lstat, path) or 0)
 
 
 def is_link(path: Path) -> bool:
     """Whether it is a symbolic link."""
-    return os.path.islink(path)
+    return stat.S_ISLNK(_mode(os.lstat, path) or 0)
 
 
 def is_file(path: Path) -> bool:
     """Whether it is a regular file and no symbolic link."""
-    with suppress(FileNotFoundError, NotADirectoryError):
-        return stat.S_ISREG(os.lstat(path).st_mode)
-    return False
+    return stat.S_ISREG(_mode(os.lstat, path) or 0)
+
+
+def _mode(look: Callable[[Path], os.stat_result], path: Path) -> int | None:
+    try:
+        return look(path).st_mode
+    except OSError as error:
+        if error.errno not in _NOT_THERE:
+            raise
+        return None
 
 
 def file_bytes(path: Path) -> int:

@@ -11,6 +11,7 @@
     │   └── SourceChanged                 a tensor was changed before it was copied
     ├── NotFound (FileNotFoundError)      no complete checkpoint where one was asked for
     ├── Damaged (ValueError)              bytes on disk are not the bytes that were written
+    ├── Unreadable (OSError)              the disk does not give the bytes; they may be sound
     ├── HubRefused (OSError)              the Hub says no, and will again until somebody changes something
     ├── HubUnavailable (ConnectionError)  the Hub cannot be reached, or is busy; later it may be well
     └── ModelMismatch (ValueError)        a checkpoint of another model
@@ -21,6 +22,7 @@ Each also is the builtin that a caller would already catch.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 TOKEN = r"(?:hf|api_org)_[A-Za-z0-9]{30,}"
 """What a token of the Hub looks like."""
@@ -101,6 +103,20 @@ class NotFound(RollCkptError, FileNotFoundError):
 
 class Damaged(RollCkptError, ValueError):
     """Bytes on disk are not those that were written, or a record cannot be trusted."""
+
+
+class Unreadable(RollCkptError, OSError):
+    """The disk does not give the bytes of a checkpoint. They may be sound, so nothing older is taken in its place."""
+
+    unit: Path | None = None
+    """The checkpoint, where one of several was looked at."""
+
+
+BY_HAND = (
+    "It may be sound, so no older checkpoint is taken in its place. Start again when the disk answers, or choose "
+    "another one by hand: with resume_from_checkpoint, or the tag or path to load"
+)
+"""What to do about an Unreadable."""
 
 
 class HubRefused(RollCkptError, OSError):

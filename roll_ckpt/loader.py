@@ -6,9 +6,11 @@ import importlib
 import logging
 import pickle
 import struct
+import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,20 @@ from roll_ckpt.world import LONGEST_S, World
 log = logging.getLogger("roll_ckpt")
 
 _LEVELS_UP = 2  # checkpoint-N/actor_train/checkpoint-N
+_LOOK_AGAIN_S = (0.5, 1.0, 2.0, 4.0, 8.0)
 _NAMED = 10  # damaged files in one message
+
+
+@contextmanager
+def legible(where: Path) -> Iterator[None]:
+    """Inside the block, which only reads, a disk that refuses is told as Unreadable, naming the path or `where`."""
+    try:
+        yield
+    except errors.RollCkptError:
+        raise
+    except OSError as problem:
+        path, why = problem.filename or where, problem.strerror or problem
+        raise errors.Unreadable(f"{path}: it cannot be read: {why}. {errors.BY_HAND}") from problem
 
 
 @dataclass(frozen=True)
@@ -48,11 +63,15 @@ class Blocks:
 
 
 class Unit:
-    """A committed checkpoint opened for reading: its manifest and the digests of its files."""
+    """A committed checkpoint opened for reading: its manifest and the digests of its files.
+
+    NotFound, Damaged, Unreadable: its manifest.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.manifest = manifest.read(directory)
+        with legible(directory / names.MANIFEST):
+            self.manifest = disk.Patience().again(partial(manifest.read, directory))
         self._files = {receipt.path: receipt for receipt in self.manifest.files}
         self._digests: dict[str, dict[str, Any]] | None = None
 
@@ -60,11 +79,13 @@ class Unit:
     def around(cls, path: Path) -> Unit | None:
         """The checkpoint that `path` lies in, or None for files that no roll_ckpt has saved.
 
-        Damaged if its manifest is gone or cannot be read: then nothing tells what belongs there.
+        Damaged if its manifest is gone: then nothing tells what belongs there. Unreadable if the disk does not tell.
         """
-        records = (names.MANIFEST, names.DECISION, names.EXPECTED)
+        records, patience = (names.MANIFEST, names.DECISION, names.EXPECTED), disk.Patience()
         for folder, enough in [(path, 1), *((parent, 2) for parent in list(path.absolute().parents)[:_LEVELS_UP])]:
-            if sum(disk.exists(folder / record) for record in records) < enough:
+            with legible(folder):
+                there = sum(patience.again(partial(disk.exists, folder / record)) for record in records)
+            if there < enough:
                 continue
             try:
                 return cls(folder)
@@ -72,10 +93,6 @@ class Unit:
                 raise errors.Damaged(
                     f"{folder}: its {names.MANIFEST} is missing, so nothing in it can be verified. Load another "
                     f"checkpoint, or, to load this one all the same, remove its {names.DECISION} and {names.VOTES}"
-                ) from problem
-            except OSError as problem:
-                raise errors.Damaged(
-                    f"{folder / names.MANIFEST}: unreadable, so nothing there can be verified: {problem.strerror}"
                 ) from problem
         return None
 
@@ -171,12 +188,6 @@ class Reader:
         self._last: tuple[Path, native.Buffer] | None = None
         self.cached = False
         """Whether `check_bytes` has just read the checkpoint: then the disk need not be read once more."""
-        if self.unit is None:
-            log.warning(
-                "%s has no %s of ours: it is loaded, but what it holds cannot be verified",
-                directory,
-                names.MANIFEST,
-            )
 
     def read_bytes(self, path: Path) -> bytes:
         """The bytes of a small file of a checkpoint of ours. Damaged: see `Unit.read`."""
@@ -216,12 +227,87 @@ def _load_stock(path: Path, map_location: Any, allow: list[Any]) -> Any:
 @contextmanager
 def reading(directory: Path, settings: Settings, allow: Iterable[Any] = ()) -> Iterator[Reader]:
     """Open the checkpoint around `directory` for loading; nobody prunes it until the block is left."""
+    with ExitStack() as stack:
+        reader = _open(stack, directory, settings, allow)
+        _warn_unverified(directory, reader)
+        yield reader
+
+
+@contextmanager
+def reading_together(world: World, directory: Path, settings: Settings, allow: Iterable[Any] = ()) -> Iterator[Reader]:
+    """`reading` of one and the same checkpoint on every rank. Every rank calls; blocks.
+
+    A rank that does not see what another one sees looks again for a while: an NFS client believes for some seconds
+    that a name is missing, unless its directory is listed.
+
+    Raises, on every rank and with nothing read:
+        NotFound, Damaged, Unreadable: as a rank met it.
+        RanksDisagree: ranks see different manifests, or some see none.
+    """
+    opened: list[Reader] = []
+    mine = {"manifest": "", "error": "", "text": ""}
+
+    def look(stack: ExitStack, again: bool) -> None:
+        if mine["manifest"]:
+            return
+        opened.clear()
+        try:
+            with legible(directory):
+                for folder in (directory.parent, directory) if again else ():
+                    with suppress(OSError):
+                        disk.list_dir(folder)
+                reader = _open(stack, directory, settings, allow)
+                if reader.unit is not None:
+                    record = disk.Patience().again(partial(disk.read_bytes, reader.unit.directory / names.MANIFEST))
+                    mine["manifest"] = seal.sha256(record)
+            opened.append(reader)
+            mine["error"] = ""
+        except (errors.NotFound, errors.Damaged) as problem:
+            if not isinstance(problem, errors.NotFound) and not isinstance(problem.__cause__, errors.NotFound):
+                raise
+            mine.update(error=type(problem).__name__, text=str(problem))
+
+    with ExitStack() as stack:
+        for round, pause in enumerate([*_LOOK_AGAIN_S, 0]):
+            world.together(partial(look, stack, round > 0), settings.commit_timeout_s)
+            compare = partial(_compare_views, directory, not pause)
+            if not world.agree(mine, compare, settings.commit_timeout_s)["again"]:
+                break
+            time.sleep(pause)
+        _warn_unverified(directory, opened[0])
+        yield opened[0]
+
+
+def _compare_views(directory: Path, last: bool, posts: list[dict[str, str]]) -> dict[str, bool]:
+    """Whether to look again at a checkpoint that some ranks see and some do not."""
+    views = [post["manifest"] for post in posts]
+    if len({*views}) == 1:
+        for post in posts:
+            if post["error"]:
+                raise getattr(errors, post["error"])(post["text"])
+        return {"again": False}
+    if "" in views and not last:
+        return {"again": True}
+    others = [str(rank) for rank, view in enumerate(views) if view != views[0]]
+    shown = "; ".join(f"rank {rank}: {(view and f'SHA-256 {view}') or 'none'}" for rank, view in enumerate(views[:8]))
+    raise errors.RanksDisagree(
+        f"{directory}: rank {', '.join(others)} and rank 0 see different manifests, or none ({shown}); nothing was "
+        "loaded. Give every rank the same directory, on a file system that shows all of them the same"
+    )
+
+
+def _open(stack: ExitStack, directory: Path, settings: Settings, allow: Iterable[Any]) -> Reader:
     reader = Reader(directory, settings, allow)
+    if reader.unit is not None:
+        stack.enter_context(commit.reading(reader.unit.directory))
+    return reader
+
+
+def _warn_unverified(directory: Path, reader: Reader) -> None:
     if reader.unit is None:
-        yield reader
-        return
-    with commit.reading(reader.unit.directory):
-        yield reader
+        log.warning(
+            "%s has no %s of ours: it is loaded, but what it holds cannot be verified", directory, names.MANIFEST
+        )
 
 
 def check_bytes(world: World, unit: Path) -> None:
@@ -230,22 +316,28 @@ def check_bytes(world: World, unit: Path) -> None:
 
     Raises:
         Damaged: on every rank; names the first ten damaged files, whoever read them.
+        Unreadable: on every rank; no file is damaged as far as is known, and some could not be read.
     """
-    mine: list[str] = []
+    mine: dict[str, list[str]] = {"damaged": [], "unreadable": []}
 
     def check() -> None:
         problems = verify.verify(unit, part=world.rank, parts=world.size, cache=True)
-        mine.extend(f"{problem.path}: {problem.detail}" for problem in problems)
+        for problem in problems:
+            kind = "unreadable" if problem.kind == "unreadable" else "damaged"
+            mine[kind].append(f"{problem.path}: {problem.detail}")
 
     def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
-        told = sorted({problem for post in posts for problem in post["problems"]})
-        if told:
-            more = "; and more, see `roll-ckpt verify`" if told[_NAMED:] else ""
-            raise errors.Damaged(f"{unit}: damaged: {'; '.join(told[:_NAMED])}{more}")
+        told = {kind: sorted({problem for post in posts for problem in post[kind]}) for kind in mine}
+        every = told["damaged"] + told["unreadable"]
+        shown = "; ".join(every[:_NAMED]) + ("; and more, see `roll-ckpt verify`" if every[_NAMED:] else "")
+        if told["damaged"]:
+            raise errors.Damaged(f"{unit}: damaged: {shown}")
+        if told["unreadable"]:
+            raise errors.Unreadable(f"{unit}: it cannot be read: {shown}. {errors.BY_HAND}")
         return {}
 
     world.together(check, LONGEST_S)
-    world.agree({"problems": mine[: _NAMED + 1]}, decide, LONGEST_S)
+    world.agree({kind: problems[: _NAMED + 1] for kind, problems in mine.items()}, decide, LONGEST_S)
 
 
 def allowed(settings: Settings) -> list[Any]:

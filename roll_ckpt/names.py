@@ -27,6 +27,8 @@ HUB_RECORDS = ".hub/records"
 HUB_HASHES = ".hub/hashes"
 PULL_LOCK = "lock"
 PULLED = "-pulled"
+LOST_AND_FOUND = "lost+found"
+"""What mkfs puts at the top of a file system, and only root may read."""
 
 NAME_BYTES = 200
 PATH_CHARACTERS = 4096

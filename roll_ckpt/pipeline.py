@@ -7,7 +7,8 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -299,6 +300,8 @@ class BasePipeline:
             NotFound: the path holds no complete checkpoint, or not the registered clusters.
             HubRefused, HubUnavailable, NoRoom: it could not be pulled from the Hub.
             Damaged: the checkpoint that was asked for by path is damaged; its files are named.
+            Unreadable: the disk does not tell whether a checkpoint is sound; nothing older is taken in its place.
+            RanksDisagree: the ranks do not see one and the same checkpoint.
             UnsupportedError: another number of ranks saved it. On every rank, before anything changes.
             ModelMismatch: it holds another model. RunIsLive: another live run owns the output directory.
         """
@@ -307,22 +310,25 @@ class BasePipeline:
             self._after_commit.catch_up()
         return step
 
-    def _restore(self, committed: list[str], refused: list[str]) -> int | None:
-        """Resume as the configuration says; `refused` are checkpoints that cannot be taken, as far as is known."""
+    def _restore(self, committed: list[str], refused: list[str], unread: Mapping[str, str]) -> int | None:
+        """Resume as the configuration says; `refused` are checkpoints that cannot be taken, as far as is known, and
+        `unread` those that could not be looked at, with the reason."""
         wanted, output_dir = self.config.resume_from_checkpoint, self.config.output_dir
         if wanted is False:
             return None
         if isinstance(wanted, str):
             return self._resume_from(self._pulled(Remote.parse(wanted)), only=True)
         if wanted is not True:
-            return self._resume_from(_checked_path(wanted, output_dir), only=True)
+            return self._resume_from(self._agreed_path(wanted), only=True)
         for name in reversed(committed):
+            _refuse_to_pass(unread, names.step_of(name) or 0)
             step = self._resume_from(output_dir / name, only=False)
             if step is not None:
                 if refused:
                     log.warning("%s: resumed from %s; refused: %s", output_dir, name, ", ".join(refused))
                 return step
             refused = [*refused, name]
+        _refuse_to_pass(unread, 0)
         if refused:
             raise errors.Damaged(
                 f"{output_dir}: none of its checkpoints is sound ({', '.join(refused)}); see `roll-ckpt verify "
@@ -347,25 +353,46 @@ class BasePipeline:
 
         return Path(self._ranks.agree({}, decide, LONGEST_S)["unit"])
 
-    def _claim_and_list(self) -> tuple[list[str], list[str]]:
-        """The committed checkpoints, the oldest first, and what else bears the name of one; the same on every rank."""
+    def _agreed_path(self, wanted: Path) -> Path:
+        """The checkpoint that a path means to rank 0; on every rank."""
+
+        def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
+            with loader.legible(wanted):
+                return {"unit": os.path.abspath(_checked_path(wanted, self.config.output_dir))}
+
+        return Path(self._ranks.agree({}, decide, self.config.commit_timeout_s)["unit"])
+
+    def _claim_and_list(self) -> tuple[list[str], list[str], dict[str, str]]:
+        """The committed checkpoints, the oldest first, what else bears the name of one, and what of that could not be
+        read, with the reason; the same on every rank."""
 
         def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
             config = self.config
             saver.claim(config.output_dir, config, self._world_clusters, config.expected_clusters)
-            committed = [found.name for found in commit.committed(config.output_dir)]
-            others = [entry for entry in disk.list_dir(config.output_dir) if entry not in committed]
-            return {"committed": committed, "others": others}
+            unread = {}
+
+            def report(problem: errors.Damaged | errors.Unreadable) -> None:
+                log.warning("%s; this checkpoint is left out", problem)
+                if isinstance(problem, errors.Unreadable) and problem.unit is not None:
+                    unread[problem.unit.name] = str(problem)
+
+            with loader.legible(config.output_dir):
+                committed = [found.name for found in commit.committed(config.output_dir, report)]
+                others = [entry for entry in disk.list_dir(config.output_dir) if entry not in committed]
+            return {"committed": committed, "others": others, "unread": unread}
 
         found = self._ranks.agree({}, decide, self.config.commit_timeout_s)
         committed, others = (
             [name for name in found[kind] if names.step_of(name) is not None] for kind in ("committed", "others")
         )
-        return committed, others
+        return committed, others, found["unread"]
 
     def _resume_from(self, unit: Path, only: bool) -> int | None:
-        with commit.reading(unit):
+        with ExitStack() as stack:
             try:
+                reader = stack.enter_context(loader.reading_together(self._ranks, unit, self.config))
+                if reader.unit is None:
+                    raise errors.NotFound(f"{unit}: no checkpoint of roll_ckpt is there")
                 loader.check_bytes(self._ranks, unit)
             except errors.Damaged as problem:
                 if only:
@@ -375,9 +402,8 @@ class BasePipeline:
             for cluster in self._clusters.values():
                 self._ranks.together(partial(cluster.check, unit), self.config.commit_timeout_s)
             self._ranks.together(partial(self._check_state, unit), self.config.commit_timeout_s)
-            name = manifest.read(unit).name
             for cluster in self._clusters.values():
-                cluster.load(unit, name)
+                cluster.load(unit, reader.unit.manifest.name)
             self._restore_state(unit)
         if unit.parent.resolve() == self.config.output_dir.resolve():
             self._after_commit.resumed_from = unit.name
@@ -583,6 +609,13 @@ def _not_pushed(output_dir: Path, name: str, detail: str) -> str:
 def _uploads(clusters: Collection[str], expected: Collection[str] | None) -> bool:
     """Whether this world uploads and prunes for the run: the one whose cluster comes first does."""
     return expected is None or min(expected) in clusters
+
+
+def _refuse_to_pass(unread: Mapping[str, str], step: int) -> None:
+    """Raise if a checkpoint that could not be read is as new as `step`, or newer."""
+    newer = [why for name, why in unread.items() if (found := names.step_of(name)) is not None and found >= step]
+    if newer:
+        raise errors.Unreadable(f"{'; '.join(newer)}. {errors.BY_HAND}")
 
 
 def _checked_path(path: Path, output_dir: Path) -> Path:

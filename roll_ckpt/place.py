@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,7 +66,9 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _records(path: Path) -> int:
-    return sum(disk.exists(path / record) for record in (names.MANIFEST, names.EXPECTED, names.DECISION))
+    with suppress(PermissionError):  # of somebody else, as lost+found is
+        return sum(disk.exists(path / record) for record in (names.MANIFEST, names.EXPECTED, names.DECISION))
+    return 0
 
 
 def _holds_checkpoints(path: Path) -> bool:
@@ -82,4 +85,6 @@ def is_foreign(path: Path) -> bool:
     """Whether it is a DeepSpeed checkpoint that somebody else wrote."""
     if path.name.startswith(".") or not disk.is_dir(path) or _records(path):
         return False
-    return any(entry.endswith("_states.pt") for entry in disk.list_dir(path))
+    with suppress(PermissionError):
+        return any(entry.endswith("_states.pt") for entry in disk.list_dir(path))
+    return False

@@ -32,11 +32,12 @@ def verify(unit: Path, *, part: int = 0, parts: int = 1, cache: bool = False) ->
 
     Several processes share the reading: each of `parts` reads its `part` of the large files, and all records. With
     `cache` the bytes stay in the page cache, for whoever loads them next.
+    What the disk refuses is tried again for two seconds, in all.
     A process that holds `commit.reading(unit)` may call it.
     """
-    path = unit / names.MANIFEST
+    path, patience = unit / names.MANIFEST, disk.Patience()
     try:
-        record = disk.read_bytes(path)
+        record = patience.again(partial(disk.read_bytes, path))
         told = manifest.parse_manifest(record, path)
     except (FileNotFoundError, NotADirectoryError):
         return [Problem(names.MANIFEST, "missing", "there is no manifest, so nothing can be verified")]
@@ -44,25 +45,29 @@ def verify(unit: Path, *, part: int = 0, parts: int = 1, cache: bool = False) ->
         return [Problem(names.MANIFEST, "digest" if disk.is_file(path) else "link", str(error))]
     except OSError as error:
         return [_unreadable(names.MANIFEST, error)]
-    problems = _listing(unit, told)
+    problems = _listing(unit, told, patience)
     if names.is_another(unit.absolute().name, told.name):
         problems.append(Problem(names.MANIFEST, "name", f"it is the manifest of {told.name}"))
     bad = {problem.path for problem in problems}
     records = {names.EXPECTED, names.DECISION, *(f"{names.VOTES}/{file}" for file in told.votes)}
     if not bad & records:
-        problems += _records(unit, told, record)
+        problems += _records(unit, told, record, patience)
     for receipt in _share([r for r in told.files if r.path not in bad], part, parts):
-        problems += _contents(unit, receipt, direct=not cache)
+        problems += _contents(unit, receipt, patience, direct=not cache)
     return sorted(set(problems))
 
 
-def _listing(unit: Path, told: manifest.Manifest) -> list[Problem]:
-    listed = {receipt.path: receipt.nbytes for receipt in told.files}
-    ours = {names.MANIFEST, names.DECISION, *(f"{names.VOTES}/{file}" for file in told.votes)}
+def _listing(unit: Path, told: manifest.Manifest, patience: disk.Patience) -> list[Problem]:
     try:
-        found = dict(disk.walk_all(unit))
+        return patience.again(partial(_compare, unit, told))
     except OSError as error:
         return [_unreadable(Path(error.filename).relative_to(unit).as_posix(), error)]
+
+
+def _compare(unit: Path, told: manifest.Manifest) -> list[Problem]:
+    listed = {receipt.path: receipt.nbytes for receipt in told.files}
+    ours = {names.MANIFEST, names.DECISION, *(f"{names.VOTES}/{file}" for file in told.votes)}
+    found = dict(disk.walk_all(unit))
     problems = []
     for path, regular in found.items():
         if not regular:
@@ -79,13 +84,13 @@ def _listing(unit: Path, told: manifest.Manifest) -> list[Problem]:
     return problems
 
 
-def _records(unit: Path, told: manifest.Manifest, record: bytes) -> list[Problem]:
+def _records(unit: Path, told: manifest.Manifest, record: bytes, patience: disk.Patience) -> list[Problem]:
     """Votes, expected.json and decision, each against its own digest and against the manifest."""
     problems: list[Problem] = []
-    read = {file: _read(unit, f"{names.VOTES}/{file}", problems) for file in told.votes}
+    read = {file: _read(unit, f"{names.VOTES}/{file}", problems, patience) for file in told.votes}
     votes = {file: vote for file, vote in read.items() if vote is not None}
-    expected = _read(unit, names.EXPECTED, problems)
-    decision = _read(unit, names.DECISION, problems)
+    expected = _read(unit, names.EXPECTED, problems, patience)
+    decision = _read(unit, names.DECISION, problems, patience)
     foreign = [file for file, vote in votes.items() if sha256(vote) != told.votes[file]]
     for file in foreign:
         problems.append(Problem(f"{names.VOTES}/{file}", "digest", "it is not the vote that the manifest rests on"))
@@ -112,15 +117,15 @@ def _check_rebuilt(votes: dict[str, bytes], expected: bytes, record: bytes) -> N
         raise Damaged("it is not what the votes amount to")
 
 
-def _contents(unit: Path, receipt: manifest.Receipt, *, direct: bool) -> list[Problem]:
+def _contents(unit: Path, receipt: manifest.Receipt, patience: disk.Patience, *, direct: bool) -> list[Problem]:
     path = unit / receipt.path
     try:
         if receipt.nbytes <= _SMALL_BYTES or disk.is_held(path):
             # Under our own lock an open by anybody but disk.py would drop it.
-            data = disk.read_bytes(path)
+            data = patience.again(partial(disk.read_bytes, path))
             nbytes, crcs = len(data), manifest.digest_bytes(data, receipt.block_bytes)
         else:
-            digest = native.digest_file(str(path), receipt.block_bytes, direct=direct)
+            digest = patience.again(partial(native.digest_file, str(path), receipt.block_bytes, direct=direct))
             nbytes, crcs = digest.nbytes, list(digest.crcs)
     except Damaged as error:
         return [Problem(receipt.path, "size", str(error))]
@@ -154,7 +159,7 @@ def verify_run(output_dir: Path) -> list[Problem]:
     sound: dict[str, manifest.Manifest] = {}
     for entry in disk.list_dir(output_dir):
         unit = output_dir / entry
-        if entry.startswith(".") or not _looks_committed(unit):
+        if entry.startswith(".") or entry == names.LOST_AND_FOUND or not _looks_committed(unit):
             continue
         problems += [Problem(f"{entry}/{p.path}", p.kind, p.detail) for p in verify(unit)]
         try:
@@ -175,10 +180,13 @@ def verify_run(output_dir: Path) -> list[Problem]:
 
 
 def _looks_committed(unit: Path) -> bool:
-    if not disk.is_dir(unit):
-        return False
     ours = (names.MANIFEST, names.DECISION, names.EXPECTED)
-    return names.step_of(unit.name) is not None or any(disk.exists(unit / path) for path in ours)
+    try:
+        if not disk.is_dir(unit):
+            return False
+        return names.step_of(unit.name) is not None or any(disk.exists(unit / path) for path in ours)
+    except OSError:
+        return True  # so that verify says what cannot be read
 
 
 def _latest(output_dir: Path, sound: dict[str, manifest.Manifest]) -> list[Problem]:
@@ -234,9 +242,9 @@ def _damage(path: str, check: Callable[[], object]) -> list[Problem]:
     return []
 
 
-def _read(unit: Path, path: str, problems: list[Problem]) -> bytes | None:
+def _read(unit: Path, path: str, problems: list[Problem], patience: disk.Patience) -> bytes | None:
     try:
-        return disk.read_bytes(unit / path)
+        return patience.again(partial(disk.read_bytes, unit / path))
     except OSError as error:
         problems.append(_unreadable(path, error))
         return None

@@ -4,10 +4,14 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from megatron_worlds import Worlds
 from worlds import World
+
+if TYPE_CHECKING:
+    from pairs import Pair
 
 LEFT_OUT = {
     "matrix": "every Megatron layout against every other, for minutes",
@@ -34,6 +38,14 @@ def folder() -> Iterator[Path]:
     memory = "/dev/shm"
     with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as made:
         yield Path(made)
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Pair:
+    """See `pairs.pair_in`."""
+    from pairs import pair_in  # torch, which most tests do without
+
+    return pair_in(tmp_path)
 
 
 @pytest.fixture(scope="session")

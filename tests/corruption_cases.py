@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from megatron_cpu import Tiny, build
 from pipeline_cases import Config
 from tiny import engine, train
 
-from roll_ckpt import BasePipeline, Cluster, MegatronModel, PipelineConfig, errors, loader
+from roll_ckpt import BasePipeline, Cluster, MegatronModel, PipelineConfig, disk, errors, loader
 
 STAGING = {"check": "full"}  # as tests/megatron_cases.py has it: a process has one arena
 
@@ -165,6 +166,39 @@ def load_plain(folder: str) -> dict[str, tuple[str, str, bool]]:
             except errors.RollCkptError as problem:
                 said = f"{type(problem).__name__}: {problem}"
         found[name] = (said, "\n".join(told.lines), same(run.weights(), before))
+    return found
+
+
+def load_where_rank_1_differs(folder: str, why: str) -> dict[str, tuple[str, bool]]:
+    """What loads say of which rank 1 alone meets something else in the manifests of the newest steps: it is damaged,
+    or its disk refuses. And whether the models are untouched."""
+    run = Run(seed=9)
+    run.pipeline(Path(folder) / "unused")
+    newest = ("global_step2/manifest.json", "iter_2/manifest.json", "checkpoint-2/manifest.json")
+    read_bytes = disk.read_bytes
+
+    def read(path: Path, *limit: int) -> bytes:
+        if dist.get_rank() == 1 and str(path).endswith(newest):
+            if why == "refused":
+                raise OSError(errno.EIO, "Input/output error", str(path))
+            return read_bytes(path, *limit)[:-9]
+        return read_bytes(path, *limit)
+
+    loads: dict[str, Callable[[], object]] = {
+        "actor": lambda: run.actor.load_checkpoint(f"{folder}/actor")[0],
+        "critic": lambda: attach(run.critic).find(f"{folder}/critic"),
+        "critic by path": lambda: attach(run.critic).load(f"{folder}/critic/iter_2"),
+        "run": lambda: run.pipeline(Path(folder) / "run").resume(),
+    }
+    found = {}
+    with mock.patch.object(disk, "read_bytes", read), mock.patch.object(disk.Patience, "pauses_s", (0,)):
+        for name, load in loads.items():
+            before = run.weights()
+            try:
+                said = str(load())
+            except errors.RollCkptError as problem:
+                said = f"{type(problem).__name__}: {problem}"
+            found[name] = (said, same(run.weights(), before))
     return found
 
 

@@ -73,7 +73,7 @@ def what_a_load_says(unit: Path) -> str:
     try:
         with loader.reading(unit, Settings()):
             loader.check_bytes(World(0, 1, None), unit)
-    except errors.Damaged as problem:
+    except (errors.Damaged, errors.Unreadable) as problem:
         return str(problem)
     return ""
 
@@ -299,6 +299,28 @@ def test_plain_loads_refuse_damage_on_every_rank_and_fall_back_only_where_nothin
         said, log, untouched = told["newest critic"]
         assert "critic/iter_1'), 1)" in said and not untouched, said
         assert bits["critic"] in log and "found iter_1; refused: iter_2" in log
+
+
+def test_what_one_rank_alone_finds_damaged_all_pass_over_together(
+    megatron: Worlds, built: Path, tmp_path: Path
+) -> None:
+    for way in ("actor", "critic", "run"):
+        damaged(built, tmp_path / way, way)
+    for told in megatron.at("DP2").call(f"{CASES}:load_where_rank_1_differs", str(tmp_path), "damaged"):
+        said, untouched = told.pop("critic by path")
+        assert said.startswith("Damaged") and "iter_2/manifest.json" in said and untouched
+        assert "global_step1" in told["actor"][0] and told["critic"][0].endswith("iter_1"), told
+        assert told["run"] == ("1", False)
+
+
+def test_nothing_older_is_loaded_because_a_disk_refuses_one_rank(megatron: Worlds, built: Path, tmp_path: Path) -> None:
+    for way in ("actor", "critic", "run"):
+        damaged(built, tmp_path / way, way)
+    for told in megatron.at("DP2").call(f"{CASES}:load_where_rank_1_differs", str(tmp_path), "refused"):
+        assert len(told) == 4
+        for said, untouched in told.values():
+            assert said.startswith("Unreadable") and "2/manifest.json: it cannot be read: Input/output error" in said
+            assert "choose another one by hand" in said and untouched
 
 
 def test_bytes_that_change_after_the_check_are_refused_as_they_are_read(

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import signal
 import stat
 from pathlib import Path
 
 import pytest
 import runs
 
-from roll_ckpt import disk
+from roll_ckpt import disk, native
 from roll_ckpt.errors import Damaged
 
 
@@ -160,3 +162,68 @@ def test_a_tree_that_is_a_link_goes_and_what_it_leads_to_stays(tmp_path: Path) -
     (tmp_path / "link").symlink_to(tmp_path / "there")
     disk.remove_tree(tmp_path / "link")
     assert not (tmp_path / "link").is_symlink() and (tmp_path / "there" / "f").exists()
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO, errno.EACCES])
+def test_what_cannot_be_looked_at_is_not_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    looks = (disk.exists, disk.is_dir, disk.is_real_dir, disk.is_link, disk.is_file)
+    (tmp_path / "f").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    for path in ("none", "f/below", "x" * 300):
+        assert not any(look(tmp_path / path) for look in looks)
+    assert disk.is_link(tmp_path / "loop") and not disk.is_dir(tmp_path / "loop")
+
+    def refuse(path: Path, **how: object) -> os.stat_result:
+        raise OSError(code, os.strerror(code), str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "stat", refuse)
+        patched.setattr(os, "lstat", refuse)
+        for look in looks:
+            with pytest.raises(OSError, match=os.strerror(code)):
+                look(tmp_path / "f")
+
+
+def test_patience_ends_and_is_not_wasted_on_what_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk.Patience, "pauses_s", (0, 0, 0))
+    told: list[int] = []
+
+    def read(*codes: int) -> str:
+        told.append(codes[len(told)] if len(told) < len(codes) else 0)
+        if told[-1]:
+            raise OSError(told[-1], os.strerror(told[-1]))
+        return "read"
+
+    assert disk.Patience().again(lambda: read(errno.EIO, errno.ESTALE, errno.EMFILE)) == "read"
+    told.clear()
+    with pytest.raises(OSError, match="error"):
+        disk.Patience().again(lambda: read(*[errno.EIO] * 9))
+    assert told == [errno.EIO] * 4
+    told.clear()
+    with pytest.raises(PermissionError):
+        disk.Patience().again(lambda: read(errno.EACCES))
+    assert len(told) == 1
+
+
+def test_a_file_under_a_write_lease_is_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(b"data")
+    for read in (lambda: disk.read_bytes(path), lambda: native.digest_file(str(path), 4096).nbytes):
+        ready = os.pipe()
+
+        def hold(ready: tuple[int, int] = ready) -> None:
+            descriptor = os.open(path, os.O_RDWR)
+            try:
+                fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+                os.write(ready[1], b"1")
+            except OSError:
+                os.write(ready[1], b"0")
+            signal.pause()  # whoever opens the file ends this process, by SIGIO, and with it the lease
+
+        holder = runs.forked(hold)
+        if os.read(ready[0], 1) == b"0":
+            os.kill(holder, signal.SIGKILL)
+            os.waitpid(holder, 0)
+            pytest.skip("no leases on this file system")
+        assert read() in (b"data", 4)
+        os.waitpid(holder, 0)

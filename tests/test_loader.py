@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import shutil
+import time
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from corruption import plain_user
+from pairs import Pair
 
 # The fixtures and the one-process save of the saver's tests; a loader has nothing to load without one.
 from test_saver import SETTINGS, SMALL, begin, out, own_arena, save_now, seal, stage  # noqa: F401
 
-from roll_ckpt import commit, errors, loader, retention, saver
+from roll_ckpt import commit, disk, errors, loader, retention, saver
 from roll_ckpt import seal as sealed
 from roll_ckpt.config import Settings
+from roll_ckpt.world import World
 
 
 @pytest.fixture
@@ -137,9 +143,12 @@ def test_a_checkpoint_that_has_lost_its_manifest_is_refused_until_it_is_none_of_
     assert "cannot be verified" in caplog.text
 
 
-def test_a_checkpoint_whose_manifest_cannot_be_read_is_damaged(unit: Path) -> None:
+def test_a_checkpoint_whose_manifest_cannot_be_read_is_told_as_such(unit: Path) -> None:
     (unit / "manifest.json").chmod(0)
-    with plain_user(), pytest.raises(errors.Damaged, match=r"t1/manifest\.json: unreadable, .*: Permission denied"):
+    with (
+        plain_user(),
+        pytest.raises(errors.Unreadable, match=r"t1/manifest\.json: it cannot be read: Permission denied"),
+    ):
         read(unit / "x.pt")
 
 
@@ -165,6 +174,105 @@ def test_nobody_prunes_what_is_being_loaded(unit: Path, out: Path) -> None:  # n
         assert reader.load(unit / "x.pt", "cpu")["w"].shape == (1000,)
     assert retention.prune(out, saver.epoch_of(out), keep=1) == ["t1"]
     assert [told.name for told in commit.committed(out)] == ["t2"]
+
+
+# ---- ranks that see different things
+
+
+def views(unit: Path) -> list[Path]:
+    """Where rank 0 and rank 1 have the checkpoint."""
+    other = unit.parent / "other" / "t1"
+    shutil.copytree(unit, other)
+    return [unit, other]
+
+
+def opened(places: list[Path]) -> Callable[[World], str]:
+    def work(ranks: World) -> str:
+        with loader.reading_together(ranks, places[ranks.rank], SETTINGS) as reader:
+            return "nothing" if reader.unit is None else reader.unit.manifest.name
+
+    return work
+
+
+def test_what_one_rank_cannot_take_no_rank_takes(unit: Path, pair: Pair) -> None:
+    places = views(unit)
+    assert pair(opened(places)) == ["t1", "t1"]
+    path = places[1] / "manifest.json"
+    sound = path.read_bytes()
+    path.write_bytes(sound.replace(b'"step": 1', b'"step": 2'))
+    for told in pair(opened(places)):
+        assert told[0] == "Damaged" and str(path) in told[1]
+    path.unlink()
+    path.mkdir()
+    for told in pair(opened(places)):
+        assert told[0] == "Damaged" and str(path) in told[1]
+    path.rmdir()
+    path.write_bytes(sound)
+    disk.Patience.pauses_s, kept = (), disk.Patience.pauses_s
+    real = disk.read_bytes
+
+    def refuse(asked: Path, *more: int) -> bytes:
+        if asked == path:
+            raise OSError(5, "Input/output error", str(asked))
+        return real(asked, *more)
+
+    with mock.patch.object(disk, "read_bytes", refuse):
+        for told in pair(opened(places)):
+            assert told[0] == "Unreadable" and f"{path}: it cannot be read: Input/output error. It may be" in told[1]
+    disk.Patience.pauses_s = kept
+
+
+def test_ranks_that_see_two_checkpoints_of_one_name_load_none(
+    unit: Path,
+    pair: Pair,
+) -> None:
+    other = unit.parent / "elsewhere"
+    save_now(other, {"w": torch.ones(2)}, "t1")
+    for told in pair(opened([unit, other / "t1"])):
+        assert told[0] == "RanksDisagree" and "rank 1 and rank 0 see different manifests" in told[1]
+        assert all(sealed.sha256((at / "manifest.json").read_bytes()) in told[1] for at in (unit, other / "t1"))
+
+
+@pytest.mark.parametrize("missing", ["t1", "t1/manifest.json", "t1/votes/expected.json t1/manifest.json t1/decision"])
+def test_a_name_that_one_rank_does_not_see_yet_is_looked_for_again(
+    unit: Path,
+    pair: Pair,
+    monkeypatch: pytest.MonkeyPatch,
+    missing: str,
+) -> None:
+    places = views(unit)
+    home, away = places[1].parent, unit.parent / "away"
+
+    def move(source: Path, target: Path) -> None:
+        for name in missing.split():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).rename(target / name)
+
+    move(home, away)
+    monkeypatch.setattr(loader, "_LOOK_AGAIN_S", (0.01,))
+    for told in pair(opened(places)):
+        assert told[0] == "RanksDisagree" and "rank 1: none" in told[1]
+    sleep = time.sleep
+
+    def come(pause: float) -> None:
+        if (away / missing.split()[0]).exists():
+            with contextlib.suppress(FileNotFoundError):  # the other rank was faster
+                move(away, home)
+        sleep(pause)
+
+    monkeypatch.setattr(loader, "_LOOK_AGAIN_S", (0.2, 0.2))
+    monkeypatch.setattr(loader.time, "sleep", come)
+    assert pair(opened(places)) == ["t1", "t1"]
+
+
+def test_what_no_rank_sees_is_told_at_once(unit: Path, tmp_path: Path, pair: Pair) -> None:
+    for told in pair(opened([tmp_path / "none"] * 2)):
+        assert told == "nothing"
+    places = views(unit)
+    for place in places:
+        (place / "manifest.json").unlink()
+    for told in pair(opened(places)):
+        assert told[0] == "Damaged" and "its manifest.json is missing" in told[1]
 
 
 # ---- files without a manifest

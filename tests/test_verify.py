@@ -10,8 +10,8 @@ import pytest
 import runs
 from corruption import plain_user
 
-from roll_ckpt import commit, manifest, names, verify
-from roll_ckpt.errors import Damaged
+from roll_ckpt import cli, commit, disk, manifest, names, verify
+from roll_ckpt.errors import Damaged, Unreadable
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_a_checkpoint_that_is_a_link_is_none_of_the_run(run: Path, tmp_path: Pat
     unit = run / "checkpoint-33"
     unit.rename(tmp_path / "moved")
     unit.symlink_to(tmp_path / "moved")
-    told: list[Damaged] = []
+    told: list[Damaged | Unreadable] = []
     assert [found.step for found in commit.committed(run, told.append)] == [10]
     assert "checkpoint-33: a symbolic link" in str(told[0])
     assert [(p.path, p.kind) for p in verify.verify_run(run) if p.kind == "link"] == [("checkpoint-33", "link")]
@@ -125,13 +125,16 @@ def test_a_checkpoint_without_manifest_is_none_and_told_as_damaged(run: Path) ->
     path = run / "checkpoint-33" / names.MANIFEST
     record = path.read_bytes()
     path.unlink()
-    told: list[Damaged] = []
+    told: list[Damaged | Unreadable] = []
     assert [found.step for found in commit.committed(run, told.append)] == [10]
     assert "checkpoint-33: its manifest.json is missing" in str(told[0])
     path.write_bytes(record)
     path.chmod(0)
     with plain_user():
         assert [found.step for found in commit.committed(run, told.append)] == [10]
+        with pytest.raises(Unreadable, match=r"checkpoint-33/manifest\.json: .*It may be sound"):
+            commit.newest_first(run)
+    assert isinstance(told[1], Unreadable) and told[1].unit == run / "checkpoint-33"
     assert "checkpoint-33/manifest.json: it cannot be read: Permission denied" in str(told[1])
     path.chmod(0o644)
 
@@ -145,8 +148,44 @@ def test_a_directory_that_cannot_be_listed_is_told_like_its_files(run: Path, mon
         return real(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
+    monkeypatch.setattr(disk.Patience, "pauses_s", (0,))
     found = verify.verify(run / "checkpoint-10")
     assert [(problem.path, problem.kind) for problem in found] == [("actor", "unreadable")]
+
+
+@pytest.mark.parametrize("call", ["stat", "open"])
+def test_what_a_disk_refuses_once_is_there_and_what_it_refuses_still_is_not_left_out(
+    run: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    monkeypatch.setattr(disk.Patience, "pauses_s", (0, 0))
+    real, refusals = getattr(os, call), [0]
+
+    def refuse(path: Any, *more: Any, **how: Any) -> Any:
+        if "checkpoint-33" in str(path) and refusals[0]:
+            refusals[0] -= 1
+            raise OSError(116, "Stale file handle", str(path))
+        return real(path, *more, **how)
+
+    monkeypatch.setattr(os, call, refuse)
+    refusals[0] = 2
+    assert [found.step for found in commit.newest_first(run)] == [33, 10] and refusals == [0]
+    refusals[0] = 2
+    assert verify.verify(run / "checkpoint-33") == []
+    refusals[0] = 1000
+    told: list[Damaged | Unreadable] = []
+    assert [found.step for found in commit.committed(run, told.append)] == [10]
+    assert isinstance(told[0], Unreadable) and "Stale file handle" in str(told[0])
+    if call == "open":
+        assert ("checkpoint-33/manifest.json", "unreadable") in {(p.path, p.kind) for p in verify.verify_run(run)}
+
+
+def test_lost_and_found_is_no_checkpoint(run: Path) -> None:
+    (run / names.LOST_AND_FOUND).mkdir(mode=0)
+    with plain_user():
+        assert [found.step for found in commit.newest_first(run)] == [33, 10]
+        assert verify.verify_run(run) == []
+        assert len(cli.survey(run).checkpoints) == 2
+    (run / names.LOST_AND_FOUND).rmdir()
 
 
 def test_the_parts_together_read_every_file_once(run: Path) -> None:
@@ -167,9 +206,11 @@ def test_large_files_are_verified_by_the_native_reader(tmp_path: Path, direct: b
     data = bytes(range(256)) * 4096 * 3
     (tmp_path / "f").write_bytes(data)
     receipt = manifest.receipt_of_bytes("f", data, 1 << 20)
-    assert verify._contents(tmp_path, receipt, direct=direct) == []
+    assert verify._contents(tmp_path, receipt, disk.Patience(), direct=direct) == []
     (tmp_path / "f").write_bytes(data[:-1] + b"x")
-    assert [problem.kind for problem in verify._contents(tmp_path, receipt, direct=direct)] == ["digest"]
+    assert [problem.kind for problem in verify._contents(tmp_path, receipt, disk.Patience(), direct=direct)] == [
+        "digest"
+    ]
 
 
 def test_a_folder_of_copies_needs_no_records_of_a_run(run: Path, tmp_path: Path) -> None:

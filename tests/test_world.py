@@ -2,49 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed as dist
-from runs import ended, forked
+from pairs import Pair, outcome
 
 from roll_ckpt import errors, world
 from roll_ckpt.world import World
-
-Pair = Callable[[Callable[[World], Any]], list[Any]]
-
-
-@pytest.fixture
-def pair(tmp_path: Path) -> Iterator[Pair]:
-    """Runs a function on rank 0, this process, and on rank 1, a forked one; returns both results."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    port = store.port
-    told = tmp_path / "rank1.json"
-
-    def run(work: Callable[[World], Any]) -> list[Any]:
-        def other() -> None:
-            own = dist.TCPStore("127.0.0.1", port, is_master=False)
-            told.write_text(json.dumps(outcome(work, World(1, 2, own))))
-
-        pid = forked(other)
-        mine = outcome(work, World(0, 2, store))
-        assert ended(pid) == 0
-        return [mine, json.loads(told.read_text())]
-
-    yield run
-
-
-def outcome(work: Callable[[World], Any], ranks: World) -> Any:
-    """What `work` returns, or the class and text of our error."""
-    try:
-        return work(ranks)
-    except errors.RollCkptError as problem:
-        return [type(problem).__name__, str(problem)]
 
 
 def collect(posts: list[dict[str, Any]]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -233,7 +234,9 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
         the newest sound one, saying so.
 
         Raises:
-            Damaged: the tag that was asked for is damaged, or all are. On every rank, before anything is loaded.
+            Damaged: the tag that was asked for is damaged, or all are. Unreadable: the disk does not tell whether one
+                is; nothing older is taken in its place. RanksDisagree: the ranks do not see one and the same
+                checkpoint. On every rank, before anything is loaded.
         """
         self.fence()
         saver.wait_pending()
@@ -267,7 +270,8 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
 
     def _open_checked(self, stack: ExitStack, load_dir: Path, told: Mapping[str, Any]) -> loader.Reader:
         """A reader of the tag that `told` names, checked as far as it can be; open until `stack` is left."""
-        reader = stack.enter_context(loader.reading(load_dir / told["tag"], self.settings, ALLOWED_GLOBALS))
+        directory = load_dir / told["tag"]
+        reader = stack.enter_context(loader.reading_together(self.world, directory, self.settings, ALLOWED_GLOBALS))
         if reader.unit is not None:
             self._check_together(reader.unit, load_dir, told)
             reader.cached = True
@@ -282,8 +286,10 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
             if len(asked) > 1:
                 raise errors.RanksDisagree(f"{load_dir}: ranks ask to load different tags: {sorted(map(str, asked))}")
             saver.recover(load_dir, self.settings, {self.cluster: self.world.size})
-            tags = tags_to_load(load_dir) if tag is None else [tag]
-            return {"tags": [name for name in tags if disk.is_dir(load_dir / name)]}
+            with loader.legible(load_dir):
+                tags = tags_to_load(load_dir) if tag is None else [tag]
+                patience = disk.Patience()
+                return {"tags": [name for name in tags if patience.again(partial(disk.is_dir, load_dir / name))]}
 
         found: list[str] = self.world.agree({"tag": tag}, decide, self.settings.commit_timeout_s)["tags"]
         return found
@@ -562,17 +568,18 @@ def tags_to_load(load_dir: Path) -> list[str]:
 
     Raises:
         Damaged: there are checkpoints of ours, and none has a manifest that can be trusted.
+        Unreadable: `latest` names none, and the disk does not tell which is the newest.
     """
     latest = load_dir / names.LATEST
     try:
-        named = (disk.read_text_or_none(latest) or "").strip()
+        named = (disk.Patience().again(partial(disk.read_text_or_none, latest)) or "").strip()
     except errors.Damaged as problem:
         log.warning("%s; the newest checkpoint is loaded", problem)
         named = ""
     chosen = [named] if named and _is_tag(named) and disk.is_dir(load_dir / named) else []
     try:
         tags = [found.name for found in commit.newest_first(load_dir) if found.name not in chosen]
-    except errors.Damaged as problem:
+    except (errors.Damaged, errors.Unreadable) as problem:
         if not chosen:
             raise
         log.warning("%s", problem)

@@ -31,7 +31,6 @@ from roll_ckpt.backends.megatron.facts import (
 )
 from roll_ckpt.backends.megatron.fence import Fence, distributed_parts, gathers_late, stable_storages
 from roll_ckpt.backends.megatron.loading import (
-    agree_on_manifest,
     check_complete,
     check_content,
     load,
@@ -196,19 +195,21 @@ class Attached:
         byte, which `load` of what is returned does not do once more.
 
         Raises:
-            Damaged: there are checkpoints, and none is sound.
+            Damaged: there are checkpoints, and none is sound. Unreadable: the disk does not tell whether one is;
+                nothing older is taken in its place. RanksDisagree: the ranks do not see one and the same.
         """
         path, world = Path(output_dir).absolute(), World.current()
         saver.wait_pending()
 
         def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
             saver.recover(path, self.settings, {self.cluster: world.size})
-            return {"names": [found.name for found in commit.newest_first(path)]}
+            with loader.legible(path):
+                return {"names": [found.name for found in commit.newest_first(path)]}
 
         refused: list[str] = []
         for name in world.agree({}, decide, self.settings.commit_timeout_s)["names"]:
             try:
-                with commit.reading(path / name):
+                with loader.reading_together(world, path / name, self.settings):
                     loader.check_bytes(world, path / name)
             except errors.Damaged as problem:
                 log.error("%s. Falling back to the checkpoint before it.", problem)
@@ -243,8 +244,10 @@ class Attached:
     def restore(self, path: Path, *, verified: bool) -> dict[str, Any]:
         """Load `path`, which is complete, and return the state that it held; see `load`."""
         self._check_resumes(path)
-        agree_on_manifest(World.current(), path, self.settings)
-        saved = recorded(path, self.cluster)
+        with loader.reading_together(World.current(), path, self.settings) as reader:
+            return self._restore(path, recorded(reader.unit, self.cluster), verified)
+
+    def _restore(self, path: Path, saved: Mapping[str, Any], verified: bool) -> dict[str, Any]:
         self._check_layout(path, saved)
         told = dict(saved)
         if not saved:
@@ -288,7 +291,7 @@ class Attached:
         looks at its share of the pickled objects."""
         self._check_resumes(path)
         check_complete(path)
-        saved = recorded(path, self.cluster)
+        saved = recorded(loader.Unit.around(path), self.cluster)
         check_form(saved)
         self._check_layout(path, saved)
         told = content_metadata_of(self.form)

@@ -15,7 +15,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from roll_ckpt import disk, errors, loader, names, saver, seal
+from roll_ckpt import disk, errors, loader, saver, seal
 from roll_ckpt.backends.megatron.facts import COMMON, DCP_METADATA, MARKER, MARKER_BYTES
 from roll_ckpt.backends.megatron.reading import checked
 from roll_ckpt.config import Settings
@@ -47,8 +47,7 @@ def load(
     path, world = Path(directory).absolute(), World.current()
     saver.wait_pending()
     world.together(lambda: check_complete(path), settings.commit_timeout_s)
-    agree_on_manifest(world, path, settings)
-    with loader.reading(path, settings) as reader:
+    with loader.reading_together(world, path, settings) as reader:
         if reader.unit is not None and not verified:
             loader.check_bytes(world, reader.unit.directory)
         if reader.unit is None:
@@ -58,29 +57,6 @@ def load(
             common = None if reader.unit is None else stack.enter_context(checked(reader.unit))
             loaded: dict[str, Any] = dist_checkpointing.load(sharded_state_dict, str(path), strategy, common)
         return loaded
-
-
-def agree_on_manifest(world: World, path: Path, settings: Settings) -> None:
-    """Refuse on every rank a checkpoint whose ranks see different manifests: one would verify what others trust."""
-    mine: dict[str, Any] = {"manifest": None}
-
-    def look() -> None:
-        unit = loader.Unit.around(path)
-        if unit is not None:
-            mine["manifest"] = seal.sha256(disk.read_bytes(unit.directory / names.MANIFEST))
-
-    world.together(look, settings.commit_timeout_s)
-
-    def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
-        others = [str(rank) for rank, post in enumerate(posts) if post != posts[0]]
-        if others:
-            raise errors.RanksDisagree(
-                f"{path}: rank {', '.join(others)} and rank 0 see different manifests, or none; nothing was loaded. "
-                "Give every rank the same directory"
-            )
-        return {}
-
-    world.agree(mine, decide, settings.commit_timeout_s)
 
 
 def check_complete(path: Path) -> None:
@@ -136,9 +112,8 @@ def _tensors(sharded_state_dict: dict[str, Any]) -> Iterator[ShardedTensor]:
             yield value
 
 
-def recorded(path: Path, cluster: str) -> Mapping[str, Any]:
+def recorded(unit: loader.Unit | None, cluster: str) -> Mapping[str, Any]:
     """The facts that the manifest holds of a cluster; nothing for a checkpoint that stock wrote."""
-    unit = loader.Unit.around(path)
     if unit is None:
         return {}
     clusters = unit.manifest.clusters
