@@ -86,6 +86,8 @@ def look(place: Place) -> Survey:
         latest = commit.read_latest(place.output_dir)
     except (Damaged, NotFound) as error:
         damaged.append(str(error))
+    except OSError as error:
+        damaged.append(f"{error.filename}: it cannot be read: {error.strerror}")
     return Survey(checkpoints, damaged, [], [], latest)
 
 

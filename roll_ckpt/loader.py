@@ -56,7 +56,8 @@ class Blocks:
     def read(self, index: int, target: memoryview) -> None:
         """Read one block into `target`, which has its length. Damaged if the bytes are not those that were written."""
         start = index * self.block_bytes
-        if disk.read_into(self.path, start, target) != len(target) or native.crc32(target) != self.crcs[index]:
+        nbytes = disk.Patience().again(partial(disk.read_into, self.path, start, target))
+        if nbytes != len(target) or native.crc32(target) != self.crcs[index]:
             raise errors.Damaged(
                 f"{self.path}: block {index} (bytes {start} to {start + len(target)}) is not as it was written"
             )
@@ -104,13 +105,16 @@ class Unit:
             Damaged: the manifest does not list the file, or its bytes are not those that were written.
         """
         blocks = self.blocks(path)
-        return native.read_file(
-            str(path),
-            blocks.nbytes,
-            blocks.block_bytes,
-            blocks.crcs,
-            threads=max(4, settings.io.threads),
-            direct=settings.io.direct and not cached,
+        return disk.Patience().again(
+            partial(
+                native.read_file,
+                str(path),
+                blocks.nbytes,
+                blocks.block_bytes,
+                blocks.crcs,
+                threads=max(4, settings.io.threads),
+                direct=settings.io.direct and not cached,
+            )
         )
 
     def blocks(self, path: Path) -> Blocks:
@@ -158,7 +162,11 @@ class Unit:
 
     def _json(self, relative: str) -> dict[str, Any]:
         path = self.directory / relative
-        data = disk.read_bytes(path)
+        with legible(path):
+            try:
+                data = disk.Patience().again(partial(disk.read_bytes, path))
+            except FileNotFoundError as problem:
+                raise errors.Damaged(f"{path}: it was committed and is not there") from problem
         if manifest.receipt_of_bytes(relative, data) != self._files[relative]:
             raise errors.Damaged(f"{path}: its bytes are not those that were written")
         return seal.parse_json(data, path)

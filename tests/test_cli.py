@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import runs
+from corruption import plain_user
 
 from roll_ckpt import cli, epoch, names, uploads, verify
 
@@ -205,6 +206,15 @@ def test_a_checkpoint_that_lost_a_record_is_damaged_and_not_unknown(run: Path, r
     done = roll_ckpt("verify", run / "checkpoint-2")
     assert done.returncode == cli.DAMAGED
     assert record in done.stdout
+
+
+@pytest.mark.parametrize("place", ["", "checkpoint-2"])
+def test_verify_and_ls_name_what_cannot_be_read(run: Path, capsys: pytest.CaptureFixture[str], place: str) -> None:
+    (run / "checkpoint-2" / "manifest.json").chmod(0)
+    with plain_user():
+        told = answer(capsys, "verify", run / place, code=3)["problems"]
+        assert ("unreadable", "Permission denied") in {(problem["kind"], problem["detail"]) for problem in told}
+        assert any("manifest.json: " in text for text in answer(capsys, "ls", run / place, code=3)["damaged"])
 
 
 def test_verify_leaves_what_is_being_written_alone(live: Path) -> None:

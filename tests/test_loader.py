@@ -59,6 +59,29 @@ def test_names_and_shapes_of_the_model_are_kept(unit: Path) -> None:
     assert loader.Unit(unit).parameters("critic", 0) == {}
 
 
+def test_a_record_that_is_gone_is_damage(unit: Path) -> None:
+    opened = loader.Unit(unit)
+    (unit / "tensors" / "model.0.json").unlink()
+    with pytest.raises(errors.Damaged, match=r"tensors/model\.0\.json: it was committed and is not there"):
+        opened.parameters("model", 0)
+
+
+def test_what_a_disk_refuses_once_is_read_again(unit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, path = loader.Unit(unit), unit / "x.pt"
+    target = memoryview(bytearray(opened.blocks(path).length(0)))
+    refusals = [OSError(116, "Stale file handle", str(path))]
+    real = disk.read_into
+
+    def read_into(*asked: Any) -> int:
+        if refusals:
+            raise refusals.pop()
+        return real(*asked)
+
+    monkeypatch.setattr(disk, "read_into", read_into)
+    opened.blocks(path).read(0, target)
+    assert not refusals and any(target)
+
+
 def test_a_flipped_byte_anywhere_is_refused_by_the_name_of_its_file(unit: Path) -> None:
     path = unit / "x.pt"
     data = path.read_bytes()
