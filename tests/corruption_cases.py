@@ -169,16 +169,16 @@ def load_plain(folder: str) -> dict[str, tuple[str, str, bool]]:
     return found
 
 
-def load_where_rank_1_differs(folder: str, why: str) -> dict[str, tuple[str, bool]]:
-    """What loads say of which rank 1 alone meets something else in the manifests of the newest steps: it is damaged,
-    or its disk refuses. And whether the models are untouched."""
+def load_where_one_rank_differs(folder: str, why: str, rank: int = 1, step: int = 2) -> dict[str, tuple[str, bool]]:
+    """What loads say of which one rank alone meets something else in the manifests of one step: it is damaged, or its
+    disk refuses. And whether the models are untouched."""
     run = Run(seed=9)
     run.pipeline(Path(folder) / "unused")
-    newest = ("global_step2/manifest.json", "iter_2/manifest.json", "checkpoint-2/manifest.json")
+    hurt = tuple(f"{name}{step}/manifest.json" for name in ("global_step", "iter_", "checkpoint-"))
     read_bytes = disk.read_bytes
 
     def read(path: Path, *limit: int) -> bytes:
-        if dist.get_rank() == 1 and str(path).endswith(newest):
+        if dist.get_rank() == rank and str(path).endswith(hurt):
             if why == "refused":
                 raise OSError(errno.EIO, "Input/output error", str(path))
             return read_bytes(path, *limit)[:-9]

@@ -306,7 +306,7 @@ def test_what_one_rank_alone_finds_damaged_all_pass_over_together(
 ) -> None:
     for way in ("actor", "critic", "run"):
         damaged(built, tmp_path / way, way)
-    for told in megatron.at("DP2").call(f"{CASES}:load_where_rank_1_differs", str(tmp_path), "damaged"):
+    for told in megatron.at("DP2").call(f"{CASES}:load_where_one_rank_differs", str(tmp_path), "damaged"):
         said, untouched = told.pop("critic by path")
         assert said.startswith("Damaged") and "iter_2/manifest.json" in said and untouched
         assert "global_step1" in told["actor"][0] and told["critic"][0].endswith("iter_1"), told
@@ -316,11 +316,17 @@ def test_what_one_rank_alone_finds_damaged_all_pass_over_together(
 def test_nothing_older_is_loaded_because_a_disk_refuses_one_rank(megatron: Worlds, built: Path, tmp_path: Path) -> None:
     for way in ("actor", "critic", "run"):
         damaged(built, tmp_path / way, way)
-    for told in megatron.at("DP2").call(f"{CASES}:load_where_rank_1_differs", str(tmp_path), "refused"):
-        assert len(told) == 4
-        for said, untouched in told.values():
-            assert said.startswith("Unreadable") and "2/manifest.json: it cannot be read: Input/output error" in said
-            assert "choose another one by hand" in said and untouched
+    world = megatron.at("DP2")
+    for rank in (0, 1):
+        for told in world.call(f"{CASES}:load_where_one_rank_differs", str(tmp_path), "refused", rank):
+            assert len(told) == 4
+            for said, untouched in told.values():
+                assert said.startswith("Unreadable") and "2/manifest.json: it cannot be read: Input/output err" in said
+                assert "choose another one by hand" in said and untouched
+    for told in world.call(f"{CASES}:load_where_one_rank_differs", str(tmp_path), "refused", 0, 1):
+        # The names of a pipeline tell what is older; of others only their manifests do, but `latest` comes first.
+        assert told["run"][0] == "2" and "global_step2" in told["actor"][0]
+        assert told["critic"][0].startswith("Unreadable") and "iter_1/manifest.json" in told["critic"][0]
 
 
 def test_bytes_that_change_after_the_check_are_refused_as_they_are_read(
