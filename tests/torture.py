@@ -82,7 +82,7 @@ def shared_out(kills: int) -> dict[str, int]:
 def started(part: str, kills: int, seed: int) -> dict[str, Any]:
     """Run one part in a process of its own: what is preloaded or imported there stays there."""
     with tempfile.TemporaryDirectory() as folder:
-        environment = dict(os.environ)
+        environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
         if part == "nfs":
             environment["LD_PRELOAD"] = str(shims.build("nfs", Path(folder)))
         command = [sys.executable, __file__, "--part", part, "--kills", str(kills), "--seed", str(seed), "--inside"]
