@@ -433,5 +433,5 @@ PARSERS: dict[str, Parser] = {
     "data.pkl": Parser((records(saved(STATE))["data.pkl"],), read_pickle),
     "random numbers": Parser((saved(capture_rng()),), read_rng),
     "object": Parser((saved(OBJECT),), read_object),
-    "index": Parser((pickle.dumps(index(), 2), pickle.dumps(index())), read_index),
+    "index": Parser((pickle.dumps(index(), 2, fix_imports=False), pickle.dumps(index())), read_index),
 }

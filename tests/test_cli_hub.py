@@ -178,6 +178,7 @@ def test_private_is_what_a_push_is_unless_public_is_given(hub: LocalHub, shell: 
     assert "the repository is public" in err
 
 
+@pytest.mark.long
 def test_ctrl_c_ends_a_pull_which_then_goes_on(hub: LocalHub, shell: Shell, run: Path, tmp_path: Path) -> None:
     shell("push", run / "checkpoint-1", "dev/interrupted")
     hub.faults.add(Fault("download", call=4, times=0, stall_s=5.0))

@@ -112,7 +112,13 @@ FAULTS: dict[str, tuple[str, int, int, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("words", FAULTS)
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(words, marks=[pytest.mark.long] if words in ("writing", "Read-only file system") else [])
+        for words in FAULTS
+    ],
+)
 def test_a_fault_on_one_rank_ends_the_save_on_all_and_the_next_one_works(
     ranks: World, tmp_path: Path, words: str
 ) -> None:

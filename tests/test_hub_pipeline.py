@@ -30,6 +30,7 @@ def environment(hub: LocalHub, tmp_path: Path) -> dict[str, str]:
     return {**settings(hub.url, tmp_path / "home"), "HF_TOKEN": TOKEN, "ROLL_CKPT_HUB_TIMEOUT_S": "2"}
 
 
+@pytest.mark.long
 def test_a_killed_job_and_a_hub_that_is_down_cost_no_checkpoint(
     hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,6 +100,7 @@ def test_the_last_step_waits_for_the_hub(two_ranks: World, hub: LocalHub, tmp_pa
         assert_there_once(hub, REPO, tmp_path / "run" / name, tmp_path)
 
 
+@pytest.mark.long
 def test_the_last_step_does_not_wait_for_ever(two_ranks: World, hub: LocalHub, tmp_path: Path) -> None:
     hub.faults.add(Fault("commit", status=503, times=0))
     for told in two_ranks.call(

@@ -30,7 +30,7 @@ def survive(scenario: str, stride: int) -> int:
     ("scenario", "stride", "at_least"),
     [
         ("first", 2, 12),
-        ("save", 1, 50),
+        ("save", 2, 25),
         ("again", 3, 10),
         ("fallback", 3, 15),
         ("only", 5, 8),

@@ -30,7 +30,11 @@ def assert_flat(found: list[dict[str, Any]], scattered: int = 2 << 20) -> None:
     before, after = found[: int(len(found) * WARM)], found[int(len(found) * WARM) :]
     saves = after[-1]["saves"] - before[-1]["saves"]
     for key in ("descriptors", "threads"):
-        assert max(one[key] for one in after) <= max(one[key] for one in before), (key, [one[key] for one in found])
+        # A thread of a save may be on its way out in any sample; what leaks is in all of them.
+        assert min(one[key] for one in after[-5:]) <= max(one[key] for one in before), (
+            key,
+            [one[key] for one in found],
+        )
     assert max(len(one["left"]) for one in after) <= max(len(one["left"]) for one in before), after[-1]["left"]
     for key, size in after[-1]["tables"].items():
         assert size <= max(one["tables"].get(key, 0) for one in before), (key, size)

@@ -86,6 +86,7 @@ def test_a_component_that_was_not_saved_is_missed_before_anything_is_loaded(rank
         assert untouched
 
 
+@pytest.mark.long
 def test_another_number_of_ranks_is_refused_before_anything_is_loaded(megatron: Worlds, tmp_path: Path) -> None:
     megatron.at("DP2").call(f"{CASES}:save_critic_alone", str(tmp_path / "run"))
     place = str(tmp_path / "elsewhere"), str(tmp_path / "run" / "checkpoint-1")

@@ -133,6 +133,7 @@ KILLS = [
 ]
 
 
+@pytest.mark.long
 def test_killed_at_three_points_it_comes_back_on_the_same_losses(unbroken: Jobs, tmp_path: Path) -> None:
     jobs = Jobs(tmp_path)
     for point, ranks, _ in KILLS:
@@ -156,6 +157,7 @@ def test_without_its_rng_a_resumed_run_goes_another_way(unbroken: Jobs, tmp_path
     assert other["5"] != same["5"]
 
 
+@pytest.mark.long
 def test_resume_falls_back_past_a_damaged_checkpoint_and_saves_the_step_again(unbroken: Jobs, tmp_path: Path) -> None:
     jobs = Jobs(tmp_path)
     shutil.copytree(unbroken.out, jobs.out)
@@ -172,6 +174,7 @@ def test_resume_falls_back_past_a_damaged_checkpoint_and_saves_the_step_again(un
     assert verify.verify_run(jobs.out) == []
 
 
+@pytest.mark.long
 def test_a_run_resumes_from_the_hub_on_the_same_losses(
     unbroken: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,6 +201,7 @@ def test_a_run_resumes_from_the_hub_on_the_same_losses(
     assert verify.verify_run(jobs.out) == [] and leftovers(jobs.out) == []
 
 
+@pytest.mark.long
 def test_two_worlds_commit_each_step_together(tmp_path: Path) -> None:
     jobs = Jobs(tmp_path)
     options = ["--expect", "1", "--keep", "0"]
@@ -238,6 +242,7 @@ def test_what_a_safe_load_refuses_of_a_component_is_told_once_on_each_rank(two_r
     assert len(told) == 2 and all("'where'" in line and "load.allow" in line for line in told)
 
 
+@pytest.mark.long
 def test_a_second_live_run_is_refused_by_host_and_pid(two_ranks: World, tmp_path: Path) -> None:
     two_ranks.call(f"{CASES}:hold", str(tmp_path / "run"))
     before = sorted(str(p) for p in (tmp_path / "run").rglob("*"))

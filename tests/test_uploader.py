@@ -300,6 +300,7 @@ def test_it_waits_as_long_as_the_hub_asks_for(hub: LocalHub, run: Path, tmp_path
     assert_all_there(hub, run, tmp_path)
 
 
+@pytest.mark.long
 def test_what_fails_is_named_and_the_next_goes_on(hub: LocalHub, run: Path, tmp_path: Path) -> None:
     hub.faults.add(Fault("commit", status=403))
     told = upload(run)
@@ -326,6 +327,7 @@ def newest_there(hub: LocalHub) -> str:
     return hub.store.resolve(hub.store.repo(REPO), "main").title
 
 
+@pytest.mark.long
 def test_what_comes_late_goes_beside_a_newer_one_that_is_here_no_more(hub: LocalHub, run: Path, tmp_path: Path) -> None:
     push_queue.cancel(run, "checkpoint-1")
     upload(run)
@@ -340,6 +342,7 @@ def test_what_comes_late_goes_beside_a_newer_one_that_is_here_no_more(hub: Local
     assert newest_there(hub) == "checkpoint-1"
 
 
+@pytest.mark.long
 def test_one_that_the_hub_does_not_take_lets_the_others_go_first(hub: LocalHub, run: Path, tmp_path: Path) -> None:
     hub.faults.add(Fault("commit", status=409, times=3))
     told = upload(run)
@@ -470,6 +473,7 @@ def test_a_dead_uploader_is_started_again(
     assert_all_there(hub, run, tmp_path)
 
 
+@pytest.mark.long
 def test_waiting_sees_that_another_process_moves(hub: LocalHub, run: Path) -> None:
     (run / ".hub/uploader.lock").touch()
     lock = disk.try_lock(run / ".hub/uploader.lock", exclusive=True)
