@@ -89,6 +89,7 @@ def arena_full(folder: Path) -> None:
     waiting.start()
     assert t.wait_until(lambda: used.leased_bytes == used.capacity_bytes)
     assert waiting.is_alive() and not second.settled
+    assert t.wait_until(lambda: faults.struck() > 0, 30), "its disk does not hang yet"
     faults.clear()
     waiting.join(20)
     second.wait(20)

@@ -28,12 +28,17 @@ def rule(operations: str, path: object, code: int, *, skip: int = 0, times: int 
     ctypes.CDLL(None).faults_rule(operations.encode(), str(path).encode(), skip, times, code)
 
 
+def struck() -> int:
+    """How many calls the rules have struck."""
+    count: int = ctypes.CDLL(None).faults_struck()
+    return count
+
+
 def clear() -> int:
     """Forget all rules; how many calls they have struck."""
-    shim = ctypes.CDLL(None)
-    struck: int = shim.faults_struck()
-    shim.faults_clear()
-    return struck
+    count = struck()
+    ctypes.CDLL(None).faults_clear()
+    return count
 
 
 def log(path: object) -> None:
