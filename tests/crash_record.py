@@ -8,12 +8,11 @@ from __future__ import annotations
 import ctypes
 import re
 import struct
-import subprocess
 import sys
-import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import shims
 from crash_model import ROOT, Op, Trace, Tree, read_tree
 
 from roll_ckpt import disk
@@ -24,11 +23,7 @@ _HEAD = struct.Struct("=4I2qQ")
 
 def build(folder: Path) -> Path:
     """Compile the recorder."""
-    library = folder / "crash_record.so"
-    compiler = (sysconfig.get_config_var("CXX") or "g++").split()[0]
-    command = [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-o", library, HERE / "crash_record.cpp", "-ldl"]
-    subprocess.run(command, check=True, timeout=120)
-    return library
+    return shims.build("crash_record", folder)
 
 
 def note(text: str) -> None:

@@ -338,6 +338,18 @@ def test_nothing_is_touched_when_there_is_no_room(out: Path) -> None:
     assert not out.exists() and saver.pending() == []
 
 
+def test_a_save_that_is_not_begun_counts_so_that_worlds_keep_in_step(out: Path) -> None:
+    """Another world, with room enough for its part, has begun that attempt."""
+    save_now(out, {"w": torch.ones(3)})
+    refused = saver.begin(ALONE, saver.Request(out, "t2", 2, {"model": 1}), SETTINGS, nbytes=1 << 60)
+    assert not refused.begun and isinstance(refused.failure, errors.NoRoom)
+    save = begin(out, "t2")
+    assert save.attempt.attempt == 2
+    stage(save, {"w": torch.ones(3)})
+    seal(save)
+    save.wait(20)
+
+
 @pytest.mark.parametrize("key", ["output_dir", "name", "step", "clusters", "save_latest"])
 def test_ranks_that_ask_for_different_saves_are_told_what_differs(key: str) -> None:
     wish = {"output_dir": "a", "name": "n", "step": 1, "clusters": {"m": 2}, "save_latest": True}
