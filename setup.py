@@ -1,4 +1,4 @@
-"""Builds roll_ckpt._native. Everything else about the package stands in pyproject.toml.
+"""Builds roll_ckpt.native._native. Everything else about the package stands in pyproject.toml.
 
 ROLL_CKPT_CUDA=auto (default) compiles the CUDA part if nvcc is found, 1 demands it, 0 leaves it out.
 ROLL_CKPT_CXXFLAGS adds compiler and linker flags, such as -fsanitize=thread.
@@ -14,7 +14,7 @@ from glob import glob
 from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 # Real code from Turing to Hopper. Later devices compile PTX when it is first loaded; earlier ones do without.
@@ -100,9 +100,11 @@ class BuildNative(build_ext):
 
 
 setup(
+    packages=[*find_packages(include=["roll_ckpt*"]), "roll_ckpt_hub_dev"],
+    package_dir={"roll_ckpt_hub_dev": "tests/hub_dev"},
     ext_modules=[
         Pybind11Extension(
-            "roll_ckpt._native",
+            "roll_ckpt.native._native",
             sorted(glob("csrc/*.cpp")),
             depends=sorted(glob("csrc/*.h") + glob("csrc/*.cu")),
             cxx_std=20,

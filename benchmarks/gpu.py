@@ -57,9 +57,9 @@ def require_device() -> None:
             f"benchmarks.gpu measures saves of CUDA tensors, and torch {torch.__version__} finds no CUDA device here: "
             "run it where torch.cuda.is_available() is true; make bench measures tensors of the CPU"
         )
-    from roll_ckpt import native
+    from roll_ckpt.native import extension
 
-    if reason := native.cuda_status():
+    if reason := extension.cuda_status():
         raise SystemExit(f"torch finds a CUDA device, but roll_ckpt cannot use it: {reason}")
 
 
@@ -85,10 +85,10 @@ class Plain:
 
 def our_copies(ours: systems.Ours, state: State, path: Path) -> float:
     """Seconds from the start of a transfer that is laid out already until its last byte was copied."""
-    from roll_ckpt import arena, saver
-    from roll_ckpt.layout import torch_zip
+    from roll_ckpt.formats.torch_zip import layout
+    from roll_ckpt.save import arena, cluster_save
 
-    image = saver.native_image(torch_zip.lay_out(state, "copies", lambda storage: True))
+    image = cluster_save.native_image(layout.lay_out(state, "copies", lambda storage: True))
     torch.cuda.synchronize()
     transfer = arena.mover(ours._settings).save(path, image, overlap=True)
     transfer.wait_written()
@@ -216,7 +216,7 @@ def run(arguments: argparse.Namespace, root: Path) -> dict[str, Any]:
     nbytes = {name: measure.bytes_of(state) for name, state in states.items()}
     ours = systems.Ours(cap_bytes=int(1.25 * sum(nbytes.values())) + (256 << 20))
     systems.open_one(ours, states["mixed"])
-    from roll_ckpt import arena
+    from roll_ckpt.save import arena
 
     staging = arena.mover(ours._settings).arena
     staging.wait_warm()

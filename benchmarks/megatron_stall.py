@@ -69,7 +69,7 @@ class Stock:
         import torch.distributed as dist
         from megatron.core import dist_checkpointing
 
-        from roll_ckpt.backends import megatron as backend
+        from roll_ckpt.backends.megatron import facts
 
         if dist.get_rank() == 0:
             directory.mkdir(parents=True)
@@ -83,7 +83,7 @@ class Stock:
             self.strategy,
             validate_access_integrity=self.check,
             async_sharded_save=True,
-            content_metadata=backend.content_metadata_of(self.bare.form),
+            content_metadata=facts.content_metadata_of(self.bare.form),
         )
         planned = time.perf_counter()
         self.queue.schedule_async_request(request)
@@ -167,12 +167,12 @@ def rank_main(told: argparse.Namespace) -> None:
     import megatron_cpu
 
     tiny = megatron_cpu.build(hidden=told.hidden, layers=told.layers, bf16=told.bf16)
-    from roll_ckpt import arena
-    from roll_ckpt.backends import megatron as backend
+    from roll_ckpt.backends.megatron import handle
     from roll_ckpt.config import Settings
+    from roll_ckpt.save import arena
 
     settings = Settings(async_save=True)
-    attached = backend.attach(tiny.model, tiny.optimizer, tiny.scheduler, settings=settings)
+    attached = handle.attach(tiny.model, tiny.optimizer, tiny.scheduler, settings=settings)
     shared = [tempfile.mkdtemp(prefix="megatron_stall_", dir=told.directory) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(shared)
     root = Path(str(shared[0]))

@@ -44,7 +44,8 @@ def train(arguments: argparse.Namespace) -> None:
     import deepspeed
     import torch
 
-    from roll_ckpt import BasePipeline, Cluster, PipelineConfig, push_queue
+    from roll_ckpt import BasePipeline, Cluster, PipelineConfig
+    from roll_ckpt.upload.hub import push_queue
 
     layers = [torch.nn.Linear(arguments.width, arguments.width) for _ in range(arguments.layers)]
     model = torch.nn.Sequential(*layers)

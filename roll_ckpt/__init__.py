@@ -5,25 +5,25 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
-    from roll_ckpt.cluster import Cluster as Cluster
-    from roll_ckpt.cluster import MegatronModel as MegatronModel
+    from roll_ckpt.backends.megatron.model import MegatronModel as MegatronModel
     from roll_ckpt.config import PipelineConfig as PipelineConfig
-    from roll_ckpt.pipeline import BasePipeline as BasePipeline
-    from roll_ckpt.pipeline_state import WorkerState as WorkerState
-    from roll_ckpt.saver import fence as fence
-    from roll_ckpt.saver import wait_pending as wait_pending
+    from roll_ckpt.pipeline.base import BasePipeline as BasePipeline
+    from roll_ckpt.pipeline.cluster import Cluster as Cluster
+    from roll_ckpt.pipeline.worker_state import WorkerState as WorkerState
+    from roll_ckpt.save.pending import fence as fence
+    from roll_ckpt.save.pending import wait_pending as wait_pending
 
 _HOME = {
-    "BasePipeline": "roll_ckpt.pipeline",
-    "Cluster": "roll_ckpt.cluster",
-    "MegatronModel": "roll_ckpt.cluster",
+    "BasePipeline": "roll_ckpt.pipeline.base",
+    "Cluster": "roll_ckpt.pipeline.cluster",
+    "MegatronModel": "roll_ckpt.backends.megatron.model",
     "PipelineConfig": "roll_ckpt.config",
-    "WorkerState": "roll_ckpt.pipeline_state",
-    "fence": "roll_ckpt.saver",
-    "wait_pending": "roll_ckpt.saver",
+    "WorkerState": "roll_ckpt.pipeline.worker_state",
+    "fence": "roll_ckpt.save.pending",
+    "wait_pending": "roll_ckpt.save.pending",
 }
 
 __all__ = [*sorted(_HOME), "__version__"]
@@ -33,6 +33,6 @@ def __getattr__(name: str) -> Any:
     """Public names load what they need when they are first used, so that the command line loads no torch."""
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
-    if name in ("disk", "errors"):
-        return importlib.import_module(f"roll_ckpt.{name}")
+    if name == "errors":
+        return importlib.import_module("roll_ckpt.errors")
     raise AttributeError(f"module 'roll_ckpt' has no attribute {name!r}")

@@ -2,6 +2,6 @@
 
 import sys
 
-from roll_ckpt.cli import main
+from roll_ckpt.cli.main import main
 
 sys.exit(main())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from roll_ckpt.backends.deepspeed import attach, install
+from roll_ckpt.backends.deepspeed.install import attach, install
 
 __all__ = ["attach", "install"]
 

@@ -16,6 +16,7 @@ EXPECTED = "votes/expected.json"
 DIGESTS = "digests"
 TENSORS = "tensors"
 PIPELINE = "pipeline"
+WORKER_STATE = "worker_state_pipeline.json"
 LATEST = "latest"
 EPOCHS = ".epochs"
 TRASH = ".trash"
@@ -158,6 +159,16 @@ def parse_tensor_file(path: str) -> tuple[str, int] | None:
     """(cluster, rank) of a tensor index's path, None for any other path."""
     folder, _, entry = path.partition("/")
     return parse_vote_file(entry) if folder == TENSORS else None
+
+
+def rng_file(rank: int) -> str:
+    """The name, inside the pipeline's folder, of a rank's random states. Rank 0's stands for the pipeline's."""
+    return "rng_state_pipeline.pth" if rank == 0 else f"rng_state_rank_{rank}.pth"
+
+
+def stateful_file(name: str, rank: int) -> str:
+    """The name, inside the pipeline's folder, of a rank's part of a registered component."""
+    return f"stateful_{name}_rank_{rank}.pth"
 
 
 def epoch_file(number: int, cluster: str | None = None) -> str:

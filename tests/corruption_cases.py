@@ -17,7 +17,12 @@ from megatron_cpu import Tiny, build
 from pipeline_cases import Config
 from tiny import engine, train
 
-from roll_ckpt import BasePipeline, Cluster, MegatronModel, PipelineConfig, disk, errors, loader
+from roll_ckpt import BasePipeline, Cluster, MegatronModel, PipelineConfig
+from roll_ckpt.disk import reads
+from roll_ckpt.disk.retry import ReadRetries
+from roll_ckpt.errors import RollCkptError
+from roll_ckpt.load import together
+from roll_ckpt.load.together import check_bytes as check_bytes_
 
 STAGING = {"check": "full"}  # as tests/megatron_cases.py has it: a process has one arena
 
@@ -130,7 +135,7 @@ def fall_back(sound: str, damaged: list[str]) -> list[tuple[Any, str, bool]]:
         with Told() as told:
             try:
                 step: Any = run.pipeline(Path(out)).resume()
-            except errors.RollCkptError as problem:
+            except RollCkptError as problem:
                 step = f"{type(problem).__name__}: {problem}"
         found.append((step, "\n".join(told.lines), same(run.weights(), wanted if step == 1 else before)))
     return found
@@ -144,7 +149,7 @@ def load_plain(folder: str) -> dict[str, tuple[str, str, bool]]:
     def load_newest(out: str) -> tuple[Path | None, int]:
         ours = attach(run.critic)
         newest = ours.find(out)
-        with mock.patch.object(loader, "check_bytes"):  # find has done it
+        with mock.patch.object(together, "check_bytes"):  # find has done it
             return newest, ours.load(str(newest))
 
     loads: dict[str, Callable[[], object]] = {
@@ -163,7 +168,7 @@ def load_plain(folder: str) -> dict[str, tuple[str, str, bool]]:
         with Told() as told:
             try:
                 said = str(load())
-            except errors.RollCkptError as problem:
+            except RollCkptError as problem:
                 said = f"{type(problem).__name__}: {problem}"
         found[name] = (said, "\n".join(told.lines), same(run.weights(), before))
     return found
@@ -175,7 +180,7 @@ def load_where_one_rank_differs(folder: str, why: str, rank: int = 1, step: int 
     run = Run(seed=9)
     run.pipeline(Path(folder) / "unused")
     hurt = tuple(f"{name}{step}/manifest.json" for name in ("global_step", "iter_", "checkpoint-"))
-    read_bytes = disk.read_bytes
+    read_bytes = reads.read_bytes
 
     def read(path: Path, *limit: int) -> bytes:
         if dist.get_rank() == rank and str(path).endswith(hurt):
@@ -191,12 +196,12 @@ def load_where_one_rank_differs(folder: str, why: str, rank: int = 1, step: int 
         "run": lambda: run.pipeline(Path(folder) / "run").resume(),
     }
     found = {}
-    with mock.patch.object(disk, "read_bytes", read), mock.patch.object(disk.Patience, "pauses_s", (0,)):
+    with mock.patch.object(reads, "read_bytes", read), mock.patch.object(ReadRetries, "pauses_s", (0,)):
         for name, load in loads.items():
             before = run.weights()
             try:
                 said = str(load())
-            except errors.RollCkptError as problem:
+            except RollCkptError as problem:
                 said = f"{type(problem).__name__}: {problem}"
             found[name] = (said, same(run.weights(), before))
     return found
@@ -205,7 +210,7 @@ def load_where_one_rank_differs(folder: str, why: str, rank: int = 1, step: int 
 def change_after_the_check(folder: str, paths: dict[str, list[str]]) -> dict[str, str]:
     """What loads say whose files change between the check of all bytes and their own reading."""
     run = Run(seed=9)
-    check_bytes = loader.check_bytes
+    check_bytes = check_bytes_
     loads: dict[str, Callable[[str], object]] = {
         "reward": lambda out: run.reward.load_checkpoint(out, tag="global_step2"),
         "critic": lambda out: attach(run.critic).load(f"{out}/iter_2"),
@@ -225,6 +230,6 @@ def change_after_the_check(folder: str, paths: dict[str, list[str]]) -> dict[str
                     changed.write_bytes(data[:20] + bytes([data[20] ^ 1]) + data[21:])
                 dist.barrier()
 
-            with mock.patch.object(loader, "check_bytes", check_and_change):
+            with mock.patch.object(together, "check_bytes", check_and_change):
                 found[str(out / path)] = raised(lambda load=load, out=out: load(str(out)))
     return found

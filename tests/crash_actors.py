@@ -35,8 +35,16 @@ import runs
 from crash_model import fingerprint, read_tree
 from kill_points import no_exchange
 
-from roll_ckpt import commit, disk, epoch, manifest, names, verify
+from roll_ckpt import names
+from roll_ckpt.disk import failpoints, tree, writes
 from roll_ckpt.errors import EpochLost, SaveFailed
+from roll_ckpt.formats import records
+from roll_ckpt.formats.records import Decision, Vote
+from roll_ckpt.transaction import attempts, ballot, claims, publication, recovery, settlement, verification
+from roll_ckpt.transaction import epochs as epochs_module
+from roll_ckpt.transaction.attempts import Attempt
+from roll_ckpt.transaction.epochs import Epoch
+from roll_ckpt.transaction.settlement import Outcome
 
 runs.CLUSTERS = {"actor": 1, "critic": 1}
 runs.RANKS = [(cluster, 0) for cluster in runs.CLUSTERS]
@@ -210,24 +218,22 @@ def play(scenario: Scenario, template: Path, folder: Path, switches: tuple[Switc
     shutil.copytree(template, output_dir)
     runs.unique_names("ac70ac70")
     epochs = {
-        cluster: commit.claim(output_dir, run_id=runs.RUN, clusters={cluster: 1}, expected_clusters=runs.CLUSTERS)
+        cluster: claims.claim(output_dir, run_id=runs.RUN, clusters={cluster: 1}, expected_clusters=runs.CLUSTERS)
         for cluster in WORLDS
     }
-    claimed: list[commit.Epoch] = []
+    claimed: list[Epoch] = []
     name = names.checkpoint(scenario.step)
 
-    def world(cluster: str) -> commit.Outcome:
-        attempt = commit.begin(epochs[cluster], name, step=scenario.step, expected=runs.CLUSTERS)
+    def world(cluster: str) -> Outcome:
+        attempt = attempts.begin(epochs[cluster], name, step=scenario.step, expected=runs.CLUSTERS)
         second = cluster == WORLDS[-1]
         while second and scenario.late and not stage.clock:
             stage.sleep(0)
         runs.vote(attempt, "new", cluster, 0)
         if second and scenario.twice:
             with suppress(SaveFailed):
-                commit.cast(
-                    attempt, manifest.Vote(cluster, 0, attempt.epoch, attempt.attempt, (), error="no, after all")
-                )
-        return commit.settle(attempt, lead=True, timeout_s=PATIENCE_S / 2, clock=lambda: stage.clock)
+                ballot.cast(attempt, Vote(cluster, 0, attempt.epoch, attempt.attempt, (), error="no, after all"))
+        return settlement.settle(attempt, lead=True, timeout_s=PATIENCE_S / 2, clock=lambda: stage.clock)
 
     def newcomer() -> None:
         claimed.append(runs.claim(output_dir, take_over=True))
@@ -239,8 +245,11 @@ def play(scenario: Scenario, template: Path, folder: Path, switches: tuple[Switc
         {cluster: lambda c=cluster: world(c) for cluster in WORLDS} | {NEWCOMER: newcomer},  # type: ignore[misc]
         {switch.step: switch for switch in switches},
     )
-    commit.time = SimpleNamespace(sleep=stage.sleep, monotonic=lambda: stage.clock)  # type: ignore[assignment]
-    known = {name: getattr(disk, name) for name in (*LOOKS, "link", "rename")}
+    settlement.time = publication.time = recovery.time = SimpleNamespace(
+        sleep=stage.sleep, monotonic=lambda: stage.clock
+    )  # type: ignore[assignment]
+    known = {name: getattr(tree, name) for name in LOOKS}
+    known |= {name: getattr(writes, name) for name in ("link", "rename")}
 
     def watched(name: str) -> Callable[[Path], object]:
         def look(path: Path) -> object:
@@ -253,7 +262,7 @@ def play(scenario: Scenario, template: Path, folder: Path, switches: tuple[Switc
         def move(source: Path, target: Path) -> object:
             done = known[name](source, target)
             if target.name == names.DECISION and done is not False:
-                stage.decisions.append(manifest.parse_decision(target.read_bytes(), target).commit)
+                stage.decisions.append(records.parse_decision(target.read_bytes(), target).commit)
             return done
 
         return move
@@ -263,15 +272,15 @@ def play(scenario: Scenario, template: Path, folder: Path, switches: tuple[Switc
             stage.point(f"{operation} {' '.join(Path(path).name for path in paths)}")
 
     for one in LOOKS:
-        setattr(disk, one, watched(one))
-    disk.link, disk.rename = moved("link"), moved("rename")  # type: ignore[assignment]
-    disk.observer = observe
+        setattr(tree, one, watched(one))
+    writes.link, writes.rename = moved("link"), moved("rename")  # type: ignore[assignment]
+    failpoints.observer = observe
     try:
         stage.run()
     finally:
-        disk.observer = None
+        failpoints.observer = None
         for one, function in known.items():
-            setattr(disk, one, function)
+            setattr(tree if one in LOOKS else writes, one, function)
     try:
         judge(stage, output_dir, name, left)
     finally:
@@ -281,7 +290,7 @@ def play(scenario: Scenario, template: Path, folder: Path, switches: tuple[Switc
 
 
 def sound(output_dir: Path) -> dict[str, str]:
-    problems = [p for p in verify.verify_run(output_dir) if (p.path, p.kind) != (names.LATEST, "missing")]
+    problems = [p for p in verification.verify_run(output_dir) if (p.path, p.kind) != (names.LATEST, "missing")]
     assert not problems, problems
     return runs.salts(output_dir, whole=False)
 
@@ -292,7 +301,7 @@ def judge(stage: Play, output_dir: Path, name: str, left: dict[str, dict[str, st
         assert not isinstance(result, AssertionError), result
     found, again = after(output_dir)
     told = [stage.results[cluster] for cluster in WORLDS if cluster in stage.results]
-    answers = {result.committed for result in told if isinstance(result, commit.Outcome)}
+    answers = {result.committed for result in told if isinstance(result, Outcome)}
     assert len(answers) < 2, f"one world was told yes and the other no: {told}"
     assert again.items() >= {k: v for k, v in found.items() if k != name or v == "new"}.items(), (found, again)
     for moment, before in left.items():
@@ -368,63 +377,63 @@ def sweep(
 
 def overwritten(is_it: Callable[[str], bool]) -> None:
     """Where the first one wins, the last one does."""
-    link_durable = disk.link_durable
+    link_durable = writes.link_durable
 
     def rename_durable(path: Path, data: bytes, *, scratch: Path | None = None) -> bool:
         if not is_it(path.name):
             return link_durable(path, data, scratch=scratch)
-        disk.write_durable(path, data, scratch=scratch)
+        writes.write_durable(path, data, scratch=scratch)
         return True
 
-    disk.link_durable = rename_durable
+    writes.link_durable = rename_durable
 
 
 def own_decision() -> None:
     """Who comes second with a decision carries out its own."""
-    decide, link_durable = commit._decide, disk.link_durable
+    decide, link_durable = ballot.decide, writes.link_durable
     mine = threading.local()
 
     def link(path: Path, data: bytes, *, scratch: Path | None = None) -> bool:
         if path.name == names.DECISION:
-            mine.decision = manifest.parse_decision(data, path)
+            mine.decision = records.parse_decision(data, path)
         return link_durable(path, data, scratch=scratch)
 
-    def stubborn(*arguments: Any, **options: Any) -> manifest.Decision | None:
+    def stubborn(*arguments: Any, **options: Any) -> Decision | None:
         mine.decision = None
         won = decide(*arguments, **options)
         return won and (mine.decision or won)
 
-    disk.link_durable, commit._decide = link, stubborn
+    writes.link_durable, ballot.decide = link, stubborn
 
 
 def any_checkpoint() -> None:
     """What has the name is taken for what this attempt has written."""
 
-    def carries(unit: Path, attempt: commit.Attempt) -> bool:
-        return disk.exists(unit / names.MANIFEST)
+    def carries(unit: Path, attempt: Attempt) -> bool:
+        return tree.exists(unit / names.MANIFEST)
 
-    commit._carries = carries
+    attempts.carries = carries
 
 
 def old_epoch() -> None:
     """A world does not notice that its epoch is over."""
-    newest = epoch.newest_number
+    newest = epochs_module.newest_number
 
     def first_answer(output_dir: Path) -> int:
         return newest(output_dir) if threading.current_thread().name not in WORLDS else 2
 
-    epoch.newest_number = first_answer
+    epochs_module.newest_number = first_answer
 
 
 def shared_place() -> None:
     """Who replaces a checkpoint leaves the new one where the others find it, too."""
 
-    def take(attempt: commit.Attempt, *, patient: bool) -> Path:
-        if attempt.name not in disk.list_dir(attempt.directory):
+    def take(attempt: Attempt, *, patient: bool) -> Path:
+        if attempt.name not in tree.list_dir(attempt.directory):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(attempt.unit))
         return attempt.directory
 
-    commit._take = take
+    publication._take = take
 
 
 MUTANTS = {

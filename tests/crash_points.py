@@ -28,11 +28,19 @@ from crash_model import WHOLE, Trace, Tree, fingerprint, make_tree
 from crash_record import note, record
 from kill_points import no_exchange
 
-from roll_ckpt import commit, disk, manifest, names, saver, seal, verify
+from roll_ckpt import names
 from roll_ckpt.config import Settings
-from roll_ckpt.image import FileImage
+from roll_ckpt.disk import tree, writes
+from roll_ckpt.formats import manifests, sealed_json
+from roll_ckpt.formats.image import FileImage
+from roll_ckpt.save.cluster_save import ClusterSave
+from roll_ckpt.save.save import Save
+from roll_ckpt.transaction import attempts, ballot, publication, settlement, verification
+from roll_ckpt.transaction.attempts import Attempt
+from roll_ckpt.transaction.ballot import Ballot
+from roll_ckpt.transaction.epochs import Epoch
 
-commit._PATIENCE_S = 0.0  # nobody else lives here
+publication._PATIENCE_S = 0.0  # nobody else lives here
 SETTINGS = Settings(commit_timeout_s=20, io={"block_bytes": 65536}, staging={"arena_bytes": 1 << 20})
 RUN = "run"
 FEWER = 5  # one of so many recoveries is recorded, to see whether it is a way of recovering not yet cut
@@ -44,11 +52,11 @@ BEFORE, FIRST, SECOND, LATER = "beefbeef", "f1f1f1f1", "2ec02ec0", "1a7e1a7e"
 # --- what is recorded ---------------------------------------------------------------------------------------
 
 
-def save(epoch: commit.Epoch, step: int, salt: str) -> None:
+def save(epoch: Epoch, step: int, salt: str) -> None:
     """One checkpoint through the real corridor: each cluster writes, then each votes, then one settles."""
-    attempt = commit.begin(epoch, names.checkpoint(step), step=step, expected=runs.CLUSTERS)
+    attempt = attempts.begin(epoch, names.checkpoint(step), step=step, expected=runs.CLUSTERS)
     (attempt.directory / "helper.py").write_text(salt)
-    one = saver.Save(attempt, SETTINGS, 0, tuple(runs.CLUSTERS))
+    one = Save(attempt, SETTINGS, 0, tuple(runs.CLUSTERS))
     with one.staging():
         for cluster in runs.CLUSTERS:
             stage(one.ticket(cluster, {}), salt)
@@ -56,10 +64,10 @@ def save(epoch: commit.Epoch, step: int, salt: str) -> None:
     one.wait()
 
 
-def stage(ticket: saver.Ticket, salt: str) -> None:
+def stage(ticket: ClusterSave, salt: str) -> None:
     """One file of ours and one that stock code wrote, as the backends do."""
     folder = ticket.save.attempt.unit / ticket.cluster
-    disk.make_dirs(folder)
+    writes.make_dirs(folder)
     data = runs.contents(salt, ticket.cluster, ticket.rank)
     ticket.stage(folder / f"rank_{ticket.rank}.pt", FileImage.of_bytes(data), overlap=False)
     stock = folder / "stock" / f"rank_{ticket.rank}.json"
@@ -85,12 +93,12 @@ def saves(step: int, *, keep: int = 0) -> Callable[[Path], None]:
 
 def without_exchange(work: Callable[[Path], None]) -> Callable[[Path], None]:
     def without(output_dir: Path) -> None:
-        exchange = disk.exchange
+        exchange = writes.exchange
         no_exchange()
         try:
             work(output_dir)
         finally:
-            disk.exchange = exchange
+            writes.exchange = exchange
 
     return without
 
@@ -98,14 +106,14 @@ def without_exchange(work: Callable[[Path], None]) -> Callable[[Path], None]:
 def gives_up(output_dir: Path) -> None:
     """The last vote comes when the time is over: the attempt is abandoned, and stays so."""
     epoch = runs.claim(output_dir)
-    attempt = commit.begin(epoch, "checkpoint-3", step=3, expected=runs.CLUSTERS)
+    attempt = attempts.begin(epoch, "checkpoint-3", step=3, expected=runs.CLUSTERS)
     for cluster, rank in runs.RANKS[1:]:
         runs.vote(attempt, "new", cluster, rank)
     late = runs.write(attempt, "new", *runs.RANKS[0])
-    decision = commit._decide(attempt, commit._Ballot(), attempt.epoch, over=True)
+    decision = ballot.decide(attempt, Ballot(), attempt.epoch, over=True)
     assert decision is not None and not decision.commit
-    commit.cast(attempt, late)
-    assert not commit.settle(attempt, lead=True, timeout_s=0).committed
+    ballot.cast(attempt, late)
+    assert not settlement.settle(attempt, lead=True, timeout_s=0).committed
     epoch.release()
 
 
@@ -113,7 +121,7 @@ def stepped_aside(output_dir: Path) -> None:
     """A save without exchange was cut after the old checkpoint had stepped aside, and its decision is damaged."""
 
     def work() -> None:
-        rename = disk.rename
+        rename = writes.rename
 
         def cut(source: Path, target: Path) -> None:
             rename(source, target)
@@ -121,7 +129,7 @@ def stepped_aside(output_dir: Path) -> None:
                 (source.parent / ".checkpoint-2.2.1.tmp" / target.parts[-3] / "checkpoint-2/decision").write_text("{}")
                 os._exit(0)
 
-        disk.rename = cut
+        writes.rename = cut
         without_exchange(lambda _: runs.save(runs.claim(output_dir), 2, "new", alone=True))(output_dir)
 
     runs.history(output_dir, [1, 2])
@@ -179,9 +187,9 @@ class Found:
 def look(output_dir: Path) -> dict[str, str]:
     """The checkpoints, and what holds at every instant, under any crash, before anything is recovered."""
     found = runs.salts(output_dir, whole=False)
-    visible = {name for name in disk.list_dir(output_dir) if not name.startswith(".")}
+    visible = {name for name in tree.list_dir(output_dir) if not name.startswith(".")}
     assert visible <= {*found, names.LATEST, "helper.py"}, visible
-    problems = [p for p in verify.verify_run(output_dir) if (p.path, p.kind) != (names.LATEST, "missing")]
+    problems = [p for p in verification.verify_run(output_dir) if (p.path, p.kind) != (names.LATEST, "missing")]
     assert not problems, problems
     return found
 
@@ -373,22 +381,22 @@ def _unnumbered(site: str) -> str:
 
 def manifest_after_rename(folder: Path) -> bool:
     """Whether it is found out when the manifest is written only after the checkpoint has got its name."""
-    publish, prepared = commit._publish, {}
+    publish, prepared = publication._publish, {}
 
-    def write(attempt: commit.Attempt, votes: Mapping[str, bytes], expected: bytes) -> str:
-        prepared[attempt.name] = manifest.build(votes, expected)
-        return seal.sha256(prepared[attempt.name])
+    def write(attempt: Attempt, votes: Mapping[str, bytes], expected: bytes) -> str:
+        prepared[attempt.name] = manifests.build(votes, expected)
+        return sealed_json.sha256(prepared[attempt.name])
 
-    def late(attempt: commit.Attempt, number: int) -> None:
+    def late(attempt: Attempt, number: int) -> None:
         publish(attempt, number)
-        disk.write_durable(attempt.final / names.MANIFEST, prepared[attempt.name])
+        writes.write_durable(attempt.final / names.MANIFEST, prepared[attempt.name])
 
-    commit._write_manifest, keep = write, commit._write_manifest
-    commit._publish = late
+    ballot._write_manifest, keep = write, ballot._write_manifest
+    publication._publish = late
     try:
         trace = recorded("save", folder)
     finally:
-        commit._write_manifest, commit._publish = keep, publish
+        ballot._write_manifest, publication._publish = keep, publish
     return is_seen("save", Disk(folder / "disk", recovers), trace, None)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import shims
 from crash_model import ROOT, Op, Trace, Tree, read_tree
 
-from roll_ckpt import disk
+from roll_ckpt.disk import failpoints
 
 HERE = Path(__file__).parent
 _HEAD = struct.Struct("=4I2qQ")
@@ -37,11 +37,11 @@ def record(root: Path, work: Callable[[], object]) -> Trace:
     shim.crash_record_stop.restype = ctypes.c_void_p
     before = read_tree(root)
     shim.crash_record_start(str(root).encode())
-    disk.observer = lambda operation, paths: note(f"@{operation} {_caller()}")
+    failpoints.observer = lambda operation, paths: note(f"@{operation} {_caller()}")
     try:
         work()
     finally:
-        disk.observer = None
+        failpoints.observer = None
         nbytes = ctypes.c_size_t()
         address = shim.crash_record_stop(ctypes.byref(nbytes))
         records = ctypes.string_at(address, nbytes.value)

@@ -25,9 +25,18 @@ from deepspeed.utils import groups
 from late_copies import copied, late_copies
 from tiny import Net, config, engine, train
 
-from roll_ckpt import arena, disk, errors, native, saver
-from roll_ckpt.backends import deepspeed as backend
-from roll_ckpt.image import FileImage, Memory
+from roll_ckpt.backends.deepspeed import checkpoint_engine, install
+from roll_ckpt.backends.deepspeed.checkpoint_engine import RollCheckpointEngine
+from roll_ckpt.backends.deepspeed.cluster import DeepSpeedCluster
+from roll_ckpt.backends.deepspeed.tensors import estimate_bytes
+from roll_ckpt.config import DeepSpeedConfig
+from roll_ckpt.disk import tree, writes
+from roll_ckpt.errors import RollCkptError
+from roll_ckpt.formats.image import FileImage, Memory
+from roll_ckpt.native import extension
+from roll_ckpt.save import arena, cluster_save
+from roll_ckpt.save import pending as pending_module
+from roll_ckpt.save.cluster_save import ClusterSave
 
 BLOCK = 1 << 16
 SMALL_IO = {"block_bytes": BLOCK}
@@ -41,13 +50,13 @@ def settings(**more: Any) -> dict[str, Any]:
 @contextlib.contextmanager
 def new_arena():  # type: ignore[no-untyped-def]
     """Let the block make an arena of other sizes; a process has one, so the old is put back afterwards."""
-    saver.wait_pending()
+    pending_module.wait_pending()
     kept = arena._mover, arena._made_for
     arena._mover = None
     try:
         yield
     finally:
-        saver.wait_pending()
+        pending_module.wait_pending()
         arena._mover, arena._made_for = kept
 
 
@@ -57,7 +66,7 @@ def save_with_us_load_with_all(out: str, stage: int, precision: str, **more: Any
     train(ours, 3, seed=1)
     ours.save_checkpoint(out, tag="ours", client_state={"note": "kept", "tensor": torch.arange(5)})
     losses = {"unbroken": train(ours, 3, seed=2)}
-    saver.wait_pending()
+    pending_module.wait_pending()
     stock = engine(stage, precision, None, seed=7, **more)
     path, state = stock.load_checkpoint(out)
     assert path is not None and path.startswith(out) and state["note"] == "kept"
@@ -94,15 +103,15 @@ def stream_through_a_quarter(out: str, stage: int) -> dict[str, Any]:
     share = {"LOCAL_WORLD_SIZE": 2}["LOCAL_WORLD_SIZE"]
     made = engine(stage, "bf16", None, width=width)
     train(made, 2, seed=1)
-    state_bytes = max(gathered(backend.estimate_bytes(made)))
+    state_bytes = max(gathered(estimate_bytes(made)))
     cap = max(2 * BLOCK, state_bytes // 4 // BLOCK * BLOCK)
     ours = settings(staging={"arena_bytes": cap * share})
     with new_arena():
-        backend.attach(made, backend.DeepSpeedConfig.parse(ours, "test"), "model")
+        install.attach(made, DeepSpeedConfig.parse(ours, "test"), "model")
         made.save_checkpoint(out)
         losses = train(made, 2, seed=2)
-        saver.wait_pending()
-        used = arena.mover(backend.attached(made).settings).arena  # type: ignore[union-attr]
+        pending_module.wait_pending()
+        used = arena.mover(install.attached(made).settings).arena  # type: ignore[union-attr]
         peak, capacity = used.peak_bytes, used.capacity_bytes
     stock = engine(stage, "bf16", None, seed=3, width=width)
     stock.load_checkpoint(out)
@@ -127,7 +136,7 @@ def overlapping_saves(out: str) -> dict[str, Any]:
     for step in range(4):
         made.save_checkpoint(out, tag=f"t{step}", save_latest=step != 3)
         losses.append(train(made, 1, seed=step))
-    saver.wait_pending()
+    pending_module.wait_pending()
     again = [None] * 4
     loaded = engine(2, "bf16", settings(), seed=4)
     for step in range(4):
@@ -162,7 +171,7 @@ def write_16bit_model(out: str, stage: int) -> dict[str, Any]:
     train(made, 1, seed=1)
     assert made.save_16bit_model(out, "weights.bin") is True
     weights = torch.load(Path(out) / "weights.bin", weights_only=True)
-    stock = backend.stock("save_16bit_model")
+    stock = install.stock("save_16bit_model")
     before = made.checkpoint_engine
     made.checkpoint_engine = engine(0, "bf16", None).checkpoint_engine
     stock(made, out, "stock.bin")
@@ -186,7 +195,7 @@ def raised(action: Any) -> str:
     """Class and text of the error of ours that `action` raises."""
     try:
         action()
-    except errors.RollCkptError as problem:
+    except RollCkptError as problem:
         return f"{type(problem).__name__}: {problem}"
     return "nothing was raised"
 
@@ -198,13 +207,13 @@ def fail_on_one_rank(out: str, asynchronous: bool) -> dict[str, Any]:
     made.save_checkpoint(out, tag="good")
     state: dict[str, Any] = {"bad": (lambda: 0)} if dist.get_rank() == 1 else {}
     told = raised(lambda: made.save_checkpoint(out, tag="bad", client_state=state))
-    pending = saver.pending()
-    saver.wait_pending()
+    pending = pending_module.pending()
+    pending_module.wait_pending()
     failures = [str(save.failure) for save in pending if save.failure is not None]
     train(made, 1, seed=2)
     latest = (Path(out) / "latest").read_text()
     made.save_checkpoint(out, tag="next")
-    saver.wait_pending()
+    pending_module.wait_pending()
     entries = sorted(p.name for p in Path(out).iterdir() if not p.name.startswith(".epochs"))
     return {"told": told, "failures": failures, "latest": latest, "entries": entries}
 
@@ -213,7 +222,7 @@ def raise_at_the_fence(out: str) -> str:
     made = engine(3, "bf16", settings(fail_training=True))
     state: dict[str, Any] = {"bad": (lambda: 0)} if dist.get_rank() == 1 else {}
     made.save_checkpoint(out, tag="bad", client_state=state)
-    saver.wait_pending()
+    pending_module.wait_pending()
     return raised(lambda: train(made, 1, seed=1))
 
 
@@ -232,12 +241,12 @@ def bad_tag(out: str, tag: str) -> dict[str, Any]:
 def lack_of_room(out: str) -> dict[str, Any]:
     """The file system's answer is replaced: a full one is made for real in the fault tests."""
     made = engine(2, "bf16", settings())
-    real = disk.free_bytes
-    disk.free_bytes = lambda path: 1000  # type: ignore[assignment]
+    real = tree.free_bytes
+    tree.free_bytes = lambda path: 1000  # type: ignore[assignment]
     try:
         told = raised(lambda: made.save_checkpoint(out))
     finally:
-        disk.free_bytes = real
+        tree.free_bytes = real
     return {"told": told, "touched": Path(out).exists()}
 
 
@@ -290,8 +299,8 @@ def start_and_save(asked_for: dict[str, Any], folder: str) -> None:
         model = PipelineModule([torch.nn.Linear(4, 4)] * 2, num_stages=stages) if stages else Net()
         made = deepspeed.initialize(model=model, config=asked_for, mpu=mpu)[0]
         if cluster:
-            parsed = backend.DeepSpeedConfig.parse(section, "test")
-            backend.Engine(made, parsed, "actor", **cluster, exclude_frozen_parameters=False)
+            parsed = DeepSpeedConfig.parse(section, "test")
+            DeepSpeedCluster(made, parsed, "actor", **cluster, exclude_frozen_parameters=False)
         made.save_checkpoint(folder)
 
 
@@ -355,14 +364,14 @@ def collectives_of_one_save(out: str) -> dict[str, int]:
             return kept[_name](*a, **k)
 
         setattr(dist, name, count)
-    rendezvous = backend.attached(made).world._sequence  # type: ignore[union-attr]
+    rendezvous = install.attached(made).world._sequence  # type: ignore[union-attr]
     try:
         made.save_checkpoint(out, tag="warm")
     finally:
         for name in watched:
             setattr(dist, name, kept[name])
-    saver.wait_pending()
-    return {**counted, "ours": backend.attached(made).world._sequence - rendezvous}  # type: ignore[union-attr]
+    pending_module.wait_pending()
+    return {**counted, "ours": install.attached(made).world._sequence - rendezvous}  # type: ignore[union-attr]
 
 
 def changes_after_save_stay_out(out: str) -> dict[str, bool]:
@@ -372,17 +381,17 @@ def changes_after_save_stay_out(out: str) -> dict[str, bool]:
     calls = made.module.calls.clone()
     mine = torch.full((1000,), 7.0)
     images = []
-    stage = saver.Ticket.stage
+    stage = ClusterSave.stage
 
-    def watched(ticket: saver.Ticket, path: Path, image: Any, **how: bool) -> None:
+    def watched(ticket: ClusterSave, path: Path, image: Any, **how: bool) -> None:
         images.append(image)
         stage(ticket, path, image, **how)
 
-    saver.Ticket.stage = watched  # type: ignore[assignment]
+    ClusterSave.stage = watched  # type: ignore[assignment]
     try:
         made.save_checkpoint(out, tag="t", client_state={"mine": mine})
     finally:
-        saver.Ticket.stage = stage  # type: ignore[method-assign]
+        ClusterSave.stage = stage  # type: ignore[method-assign]
     # Small copies end before anybody could change their source: who may be late is read off the images.
     late = {
         extent.source.owner._cdata
@@ -394,10 +403,10 @@ def changes_after_save_stay_out(out: str) -> dict[str, bool]:
     made.module.calls.fill_(-1)
     made.module.frozen.weight.data.fill_(-1)
     mine.fill_(-1)
-    backend.attached(made).fence()  # type: ignore[union-attr]
+    install.attached(made).fence()  # type: ignore[union-attr]
     weight = made.module.norm.weight.detach().clone()
     made.module.norm.weight.data.fill_(-1)
-    saver.wait_pending()
+    pending_module.wait_pending()
     state = torch.load(Path(out) / "t" / "mp_rank_00_model_states.pt", weights_only=True)
     return {
         "buffer": torch.equal(state["module"]["calls"], calls),
@@ -416,19 +425,19 @@ def clean(path: str) -> None:
 
 
 def cuda_reason() -> str:
-    return native.cuda_status()
+    return extension.cuda_status()
 
 
 def fails_before_staging(out: str) -> dict[str, Any]:
     """Reading the engine fails on one rank, before stock code runs: nothing may be committed."""
     made = engine(2, "bf16", settings(async_save=False))
-    real = backend.stable_storages
+    real = checkpoint_engine.overlappable_storages
     if dist.get_rank() == 0:
-        backend.stable_storages = lambda engine: 1 / 0  # type: ignore[assignment,return-value]
+        checkpoint_engine.overlappable_storages = lambda engine: 1 / 0  # type: ignore[assignment,return-value]
     try:
         told = raised(lambda: made.save_checkpoint(out, tag="t"))
     finally:
-        backend.stable_storages = real
+        checkpoint_engine.overlappable_storages = real
     made.save_checkpoint(out, tag="next")
     return {"told": told, "entries": sorted(p.name for p in Path(out).iterdir())}
 
@@ -489,9 +498,9 @@ def change_before_the_copies(out: str, stage: int) -> dict[str, tuple[bool, bool
     for what, (stages, change) in CHANGES.items():
         if stage not in stages:
             continue
-        with late_copies(backend.attached(made).settings):  # type: ignore[union-attr]
+        with late_copies(install.attached(made).settings):  # type: ignore[union-attr]
             made.save_checkpoint(out, tag=what)
-            save = backend.attached(made)._saves[-1]  # type: ignore[union-attr]
+            save = install.attached(made)._saves[-1]  # type: ignore[union-attr]
             late = not copied(save)
             change(made, out)
             fenced = copied(save)
@@ -505,9 +514,9 @@ def step_without_the_fence(out: str, stage: int) -> list[str]:
     train(made, 1, seed=1)
     wrapped, told = type(made)._take_model_step, []
     for tag, step in (("torn", wrapped.__wrapped__), ("next", wrapped)):
-        with late_copies(backend.attached(made).settings):  # type: ignore[union-attr]
+        with late_copies(install.attached(made).settings):  # type: ignore[union-attr]
             made.save_checkpoint(out, tag=tag)
-            save = backend.attached(made)._saves[-1]  # type: ignore[union-attr]
+            save = install.attached(made)._saves[-1]  # type: ignore[union-attr]
             with mock.patch.object(type(made), "_take_model_step", step):
                 train(made, 1, seed=2)
         told.append(str(save.failure))
@@ -530,16 +539,16 @@ def foreign_files(out: str) -> str:
 def os_error_in_begin(out: str) -> str:
     """Rank 0 meets an error of the operating system before the attempt exists: both ranks hear of it."""
     made = engine(2, "bf16", settings())
-    real = disk.make_dir
+    real = writes.make_dir
 
     def refuse(path: Path) -> bool:
         raise OSError(28, "No space left on device", str(path))
 
-    disk.make_dir = refuse  # type: ignore[assignment]
+    writes.make_dir = refuse  # type: ignore[assignment]
     try:
         return raised(lambda: made.save_checkpoint(out))
     finally:
-        disk.make_dir = real
+        writes.make_dir = real
 
 
 # --- engines of every kind: what is copied late, and who goes on from it ---
@@ -560,7 +569,7 @@ def save_and_go_on(out: str, made: Made, steps: Steps) -> dict[str, Any]:
     """
     first = made(0, settings())
     steps(first, 1)
-    with late_copies(backend.attached(first).settings), watched_until_the_fence(first) as found:  # type: ignore[union-attr]
+    with late_copies(install.attached(first).settings), watched_until_the_fence(first) as found:  # type: ignore[union-attr]
         first.save_checkpoint(out)
         unbroken = steps(first, 2)
     whole = raised(lambda: first.save_16bit_model(out, "weights.bin"))
@@ -575,14 +584,14 @@ def save_and_go_on(out: str, made: Made, steps: Steps) -> dict[str, Any]:
 @contextlib.contextmanager
 def watched_until_the_fence(trained: Any) -> Iterator[dict[str, Any]]:
     """Compare what the block's save leaves for later with what it is at the next fence."""
-    ours = backend.attached(trained)
+    ours = install.attached(trained)
     assert ours is not None
     then: list[tuple[Memory, bytes]] = []
     found: dict[str, Any] = {"late": 0.0, "changed": 0}
     total = 0
-    stage = saver.Ticket.stage
+    stage = ClusterSave.stage
 
-    def watched(ticket: saver.Ticket, path: Path, image: FileImage, *, overlap: bool) -> None:
+    def watched(ticket: ClusterSave, path: Path, image: FileImage, *, overlap: bool) -> None:
         nonlocal total
         tensors = [extent for extent in image.extents if isinstance(extent.source, Memory)]
         total += sum(extent.nbytes for extent in tensors)
@@ -590,15 +599,15 @@ def watched_until_the_fence(trained: Any) -> Iterator[dict[str, Any]]:
         then.extend((memory, bytes_of(memory)) for memory in late)
         stage(ticket, path, image, overlap=overlap)
 
-    def fence(*changes: saver.Changes) -> None:
+    def fence(*changes: cluster_save.Changes) -> None:
         if then:
             found["late"] = sum(len(held) for _, held in then) / total
             found["changed"] = sum(bytes_of(memory) != held for memory, held in then)
             then.clear()
-        backend.RollCheckpointEngine.fence(ours, *changes)
+        RollCheckpointEngine.fence(ours, *changes)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(saver.Ticket, "stage", watched)
+        patch.setattr(ClusterSave, "stage", watched)
         patch.setattr(ours, "fence", fence)
         yield found
 

@@ -24,12 +24,19 @@ from pathlib import Path
 import faults
 import runs
 
-from roll_ckpt import arena, commit, disk, errors, names, retention, saver
+from roll_ckpt import names
 from roll_ckpt.config import Settings
-from roll_ckpt.image import FileImage
-from roll_ckpt.world import World
+from roll_ckpt.disk import tree, writes
+from roll_ckpt.errors import RollCkptError
+from roll_ckpt.formats.image import FileImage
+from roll_ckpt.ranks.group import RankGroup
+from roll_ckpt.save import arena, claims, cluster_save, pending
+from roll_ckpt.save.begin import Request
+from roll_ckpt.save.begin import begin as begin_
+from roll_ckpt.save.save import Save
+from roll_ckpt.transaction import listing, retention, settlement
 
-commit._STUBBORN_S, commit._LONGEST_PAUSE_S, saver._LOOK_S = 0.1, 0.005, 0.05
+settlement._STUBBORN_S, settlement._LONGEST_PAUSE_S, cluster_save._LOOK_S = 0.1, 0.005, 0.05
 SETTINGS = Settings(commit_timeout_s=0.5, io={"block_bytes": 65536, "threads": 2}, staging={"arena_bytes": 1 << 20})
 RANKS, KEPT = 2, 2
 CLUSTERS = {"actor": RANKS}
@@ -40,24 +47,24 @@ def data_of(salt: str, rank: int) -> bytes:
     return f"{salt} {rank} ".encode() * 20_000
 
 
-def begin(output_dir: Path, name: str) -> list[saver.Save]:
+def begin(output_dir: Path, name: str) -> list[Save]:
     """Both ranks' parts of one save: rank 0 begins, rank 1 learns of it."""
-    request = saver.Request(output_dir, name, None, CLUSTERS)
-    first = saver.begin(World(0, RANKS, None), request, SETTINGS, nbytes=1000, on_commit=prune)
+    request = Request(output_dir, name, None, CLUSTERS)
+    first = begin_(RankGroup(0, RANKS, None), request, SETTINGS, nbytes=1000, on_commit=prune)
     if not first.begun:
         return [first] * RANKS
-    second = saver.Save(replace(first.attempt), SETTINGS, 1, tuple(CLUSTERS))
-    saver._remember(second)
+    second = Save(replace(first.attempt), SETTINGS, 1, tuple(CLUSTERS))
+    pending.remember(second)
     second._after = None  # of another process, in truth
     return [second, first]
 
 
-def prune(save: saver.Save) -> None:
+def prune(save: Save) -> None:
     output_dir = save.attempt.output_dir
-    retention.prune(output_dir, saver.epoch_of(output_dir), keep=KEPT)
+    retention.prune(output_dir, claims.epoch_of(output_dir), keep=KEPT)
 
 
-def save(output_dir: Path, name: str, salt: str) -> list[errors.RollCkptError | None]:
+def save(output_dir: Path, name: str, salt: str) -> list[RollCkptError | None]:
     """Save on both ranks; what became of it on rank 1 and rank 0."""
     saves = begin(output_dir, name)
     if not saves[0].begun:
@@ -75,10 +82,10 @@ def save(output_dir: Path, name: str, salt: str) -> list[errors.RollCkptError | 
     return [one.failure for one in saves]
 
 
-def stage(one: saver.Save, salt: str) -> None:
+def stage(one: Save, salt: str) -> None:
     ticket = one.ticket("actor", {})
     folder = one.attempt.unit / "actor"
-    disk.make_dirs(folder)
+    writes.make_dirs(folder)
     path = folder / f"rank_{one.rank}.pt"
     ticket.stage(path, FileImage.of_bytes(data_of(salt, one.rank)), overlap=True)
     if not one.rank:
@@ -108,7 +115,7 @@ WORDS = {"once": "Input/output error", "full": "No space left on device", "reado
 
 def attempt(fault: str, output_dir: Path, skip: int, say: int) -> None:
     """One try, in a forked child."""
-    saver.claim(output_dir, SETTINGS, CLUSTERS)
+    claims.claim(output_dir, SETTINGS, CLUSTERS)
     before = contents(output_dir)
     faults.log(output_dir)
     strike(fault, output_dir, skip)
@@ -134,10 +141,10 @@ def attempt(fault: str, output_dir: Path, skip: int, say: int) -> None:
     until(lambda: arena.mover(SETTINGS).arena.leased_bytes == 0)
     # Then the disk is well again.
     assert save(output_dir, "checkpoint-4", "next") == [None, None], told
-    left = [name for name in disk.list_dir(output_dir) if names.parse_attempt_dir(name)]
+    left = [name for name in tree.list_dir(output_dir) if names.parse_attempt_dir(name)]
     assert not left, (told, left)
-    epoch = saver.epoch_of(output_dir)
-    assert disk.list_dir(output_dir / names.trash_dir(epoch.number)) == [], told
+    epoch = claims.epoch_of(output_dir)
+    assert tree.list_dir(output_dir / names.trash_dir(epoch.number)) == [], told
     found = contents(output_dir)
     assert len(found) == KEPT and "checkpoint-4" in found and "checkpoint-1" not in found, (told, found)
     assert (output_dir / names.LATEST).read_text() == "checkpoint-4", told
@@ -150,7 +157,7 @@ def attempt(fault: str, output_dir: Path, skip: int, say: int) -> None:
 def contents(output_dir: Path) -> dict[str, str]:
     """The salt of each committed checkpoint, whose every byte is right."""
     found = {}
-    for told in commit.committed(output_dir, report=runs._refuse):
+    for told in listing.committed(output_dir, report=runs._refuse):
         folder = output_dir / told.name / "actor"
         salt = (folder / "rank_0.pt").read_text().split()[0]
         for rank in range(RANKS):
@@ -173,7 +180,7 @@ def main(fault: str, folder: Path, stride: int) -> None:
     def history() -> None:
         for step in (1, 2):
             assert save(template, f"checkpoint-{step}", "old") == [None] * RANKS
-        saver.epoch_of(template).release()
+        claims.epoch_of(template).release()
 
     assert runs.ended(runs.forked(history)) == 0
     tried: Counter[str] = Counter()

@@ -16,20 +16,25 @@ from pathlib import Path
 import faults
 import runs
 
-from roll_ckpt import commit, disk, epoch, names
-from roll_ckpt.attempt import abort_reason
+from roll_ckpt import names
+from roll_ckpt.disk import locks as locks_module
+from roll_ckpt.disk import reads, tree
 from roll_ckpt.errors import RunIsLive, SaveFailed
+from roll_ckpt.load.reader import open_reader
+from roll_ckpt.save import arena, cluster_save, pending
+from roll_ckpt.transaction import attempts, epochs, reader_locks, settlement
+from roll_ckpt.transaction.attempts import abort_reason
 
 
 def clock(folder: Path) -> None:
     """The wall clock jumps by a day with every look, also under the heartbeat."""
-    epoch.HEARTBEAT_S, epoch.SILENCE_S = 0.02, 0.3
+    epochs.HEARTBEAT_S, epochs.SILENCE_S = 0.02, 0.3
     out = folder / "run"
 
     def claims(host: str) -> Callable[[], None]:
         def work() -> None:
             if host:
-                disk.boot_id = lambda: host
+                reads.boot_id = lambda: host
             runs.claim(out)
 
         return work
@@ -51,10 +56,10 @@ def clock(folder: Path) -> None:
         assert runs.save(mine, 1, "old", alone=True).committed
         for host in ("", "another"):
             assert runs.ended(runs.forked(is_refused(host))) == 0, host
-        attempt = commit.begin(mine, "checkpoint-2", step=2, expected=runs.CLUSTERS)
+        attempt = attempts.begin(mine, "checkpoint-2", step=2, expected=runs.CLUSTERS)
         runs.vote(attempt, "new", *runs.RANKS[0])
         began = time.monotonic()
-        outcome = commit.settle(attempt, lead=True, timeout_s=0.3)
+        outcome = settlement.settle(attempt, lead=True, timeout_s=0.3)
         assert not outcome.committed and "cluster 'actor' rank 1" in outcome.reason
         assert time.monotonic() - began >= 0.3
         mine.release()
@@ -69,7 +74,7 @@ def arena_full(folder: Path) -> None:
     import test_saver as t
     import torch
 
-    from roll_ckpt import arena
+    from roll_ckpt.errors import SaveFailed
 
     state = {"w": torch.arange(230_000.0)}
     first = t.begin(folder / "run", "t1")
@@ -111,8 +116,6 @@ def hanging_disk(folder: Path) -> None:
     import test_saver as t
     import torch
 
-    from roll_ckpt import saver
-
     said: list[str] = []
     told = threading.Event()
 
@@ -122,7 +125,7 @@ def hanging_disk(folder: Path) -> None:
             told.set()
 
     logging.getLogger("roll_ckpt").addHandler(Ear())
-    saver._LOOK_S = 0.02
+    cluster_save._LOOK_S = 0.02
     save = t.begin(folder / "run", "t1", t.Settings.parse({**t.SMALL, "commit_timeout_s": 0.1}, "the test"))
     faults.rule("write", "/t1/model.pt", faults.HANG, times=-1)
     with save.staging():
@@ -139,22 +142,20 @@ def forks(folder: Path) -> None:
     import test_saver as t
     import torch
 
-    from roll_ckpt import arena, lease, loader, saver
-
     out = folder / "run"
     state = {"w": torch.arange(100_000.0)}
     t.save_now(out, state, "t0")
 
     def look() -> None:
-        assert saver.pending() == []
-        saver.fence()
-        saver.wait_pending()
-        assert not commit.is_being_read(out / "none")
+        assert pending.pending() == []
+        pending.fence()
+        pending.wait_pending()
+        assert not reader_locks.is_being_read(out / "none")
 
     def children() -> None:
         """Exit handlers run in the second; the last two are data loaders' workers."""
         for leave in (os._exit, sys.exit):
-            with held_by_another_thread(saver._pending_lock, lease._guard):
+            with held_by_another_thread(pending._pending_lock, reader_locks._guard):
                 child = os.fork()
                 if not child:
                     look()
@@ -169,7 +170,7 @@ def forks(folder: Path) -> None:
 
     def is_locked(path: Path) -> bool:
         """As another process sees it."""
-        return runs.ended(runs.forked(lambda: sys.exit(0) if disk.is_locked(path) else os._exit(3))) != 3
+        return runs.ended(runs.forked(lambda: sys.exit(0) if locks_module.is_locked(path) else os._exit(3))) != 3
 
     record = out / names.EPOCHS / "1"
     save = t.begin(out, "t1")
@@ -177,15 +178,15 @@ def forks(folder: Path) -> None:
     with save.staging():
         t.stage(save, state, stable=True)
         children()
-    assert saver.pending() == [save] and is_locked(record)
+    assert pending.pending() == [save] and is_locked(record)
     faults.clear()
     save.wait(20)
     assert t.wait_until(lambda: arena.mover(t.SETTINGS).arena.leased_bytes == 0)
-    with loader.reading(out / "t1", t.SETTINGS) as reader:
+    with open_reader(out / "t1", t.SETTINGS) as reader:
         loaded = reader.load(out / "t1" / "model.pt", "cpu")
         children()
-        assert is_locked(out / "t1" / "votes" / "expected.json") and commit.is_being_read(out / "t1")
-    assert torch.equal(loaded["w"], state["w"]) and not commit.is_being_read(out / "t1")
+        assert is_locked(out / "t1" / "votes" / "expected.json") and reader_locks.is_being_read(out / "t1")
+    assert torch.equal(loaded["w"], state["w"]) and not reader_locks.is_being_read(out / "t1")
     t.save_now(out, state, "t2")
     assert is_locked(record)
 
@@ -233,7 +234,7 @@ def small_disk(folder: Path) -> None:
     out, state = folder / "run", {"w": torch.ones(200_000)}
     t.save_now(out, state, "good")
     for files in (["model.pt"], ["first.pt", "model.pt"]):
-        before = disk.free_bytes(out)
+        before = tree.free_bytes(out)
         save = t.begin(out, "bad")
         with save.staging():
             for file in files[:-1]:
@@ -251,7 +252,7 @@ def small_disk(folder: Path) -> None:
         assert sorted(p.name for p in out.iterdir() if not p.name.startswith(".")) == ["good", "latest"]
         assert not save.attempt.directory.exists()
         (folder / "filler").unlink()
-        assert before - disk.free_bytes(out) <= 16 << 10, "its room was not given back"
+        assert before - tree.free_bytes(out) <= 16 << 10, "its room was not given back"
     t.save_now(out, state, "next")
 
 
@@ -259,8 +260,6 @@ def without_direct_io(folder: Path) -> None:
     """ramfs answers EINVAL to O_DIRECT, and does not tell how much room it has."""
     import test_saver as t
     import torch
-
-    from roll_ckpt import loader
 
     mount("ramfs", folder)
     try:
@@ -273,7 +272,7 @@ def without_direct_io(folder: Path) -> None:
         ticket = t.stage(save, {"w": torch.ones(300_001)})
     save.wait(20)
     assert not ticket._staged[0].transfer.stats["direct"]
-    with loader.reading(folder / "run" / "t1", t.SETTINGS) as reader:
+    with open_reader(folder / "run" / "t1", t.SETTINGS) as reader:
         assert reader.load(folder / "run" / "t1" / "model.pt", "cpu")["w"].sum() == 300_001
 
 

@@ -31,16 +31,28 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from roll_ckpt import commit, epoch, loader, manifest, names, native, push_queue, seal
-from roll_ckpt.config import PipelineConfig
+from roll_ckpt import PipelineConfig, WorkerState, names
 from roll_ckpt.errors import RollCkptError
-from roll_ckpt.layout import dcp_index, torch_zip
-from roll_ckpt.native import Mover
-from roll_ckpt.pipeline_state import WorkerState, capture_rng, restore_rng
+from roll_ckpt.formats import manifests, sealed_json
+from roll_ckpt.formats import records as records_module
+from roll_ckpt.formats.dcp import index as dcp_index
+from roll_ckpt.formats.records import Decision, Expected, Receipt, Vote
+from roll_ckpt.formats.torch_zip import layout
+from roll_ckpt.formats.torch_zip.read import parse as parse_
+from roll_ckpt.load.checkpoint import OpenedCheckpoint
+from roll_ckpt.load.compare import compare_models
+from roll_ckpt.native.extension import Arena
+from roll_ckpt.native.image import NativeImage
+from roll_ckpt.native.mover import Mover
+from roll_ckpt.ranks.rng import capture, restore
+from roll_ckpt.transaction import epochs, listing
+from roll_ckpt.transaction.epochs import Member
+from roll_ckpt.upload.hub import push_queue
+from roll_ckpt.upload.hub.push_queue import Destination, Entry, Hashes, _records
 
 HERE = "some/place"
 NAME = "checkpoint-7"
-EXPECTED = manifest.Expected(NAME, 7, "run", 2, 1, {"actor": 2, "critic": 1}, True, manifest.SOFTWARE)
+EXPECTED = Expected(NAME, 7, "run", 2, 1, {"actor": 2, "critic": 1}, True, records_module.SOFTWARE)
 
 
 @dataclass(frozen=True)
@@ -159,7 +171,7 @@ def edited(parser: Parser, data: bytes, edits: Iterable[Edit]) -> bytes:
     for what, at, size, how in edits:
         if what % 3 == 0 and (found := _field_changed(data, at, how)) is not None:
             with suppress(ValueError, RecursionError):  # an infinity has come into it before
-                data = seal.seal(found) if parser.sealed else seal.canonical(found)
+                data = sealed_json.seal(found) if parser.sealed else sealed_json.canonical(found)
             continue
         at, size = at % (len(data) + 1), size % 64
         chunk = CHUNKS[how % len(CHUNKS)]
@@ -209,22 +221,22 @@ def _places(value: Any, depth: int = 20) -> Iterator[tuple[Any, Any]]:
 # --- sound bytes --------------------------------------------------------------------------------------------
 
 
-def vote(cluster: str, rank: int) -> manifest.Vote:
-    receipts = (manifest.receipt_of_bytes(f"{cluster}/{rank}.pt", b"x" * 9),)
-    return manifest.Vote(cluster, rank, 2, 1, receipts, facts={"framework": "none", "layout": {"tp": 2, "of": [1, 2]}})
+def vote(cluster: str, rank: int) -> Vote:
+    receipts = (records_module.receipt_of_bytes(f"{cluster}/{rank}.pt", b"x" * 9),)
+    return Vote(cluster, rank, 2, 1, receipts, facts={"framework": "none", "layout": {"tp": 2, "of": [1, 2]}})
 
 
 def built() -> bytes:
     cast = [vote("critic", 0), vote("actor", 1), vote("actor", 0)]
-    return manifest.build({f"{v.cluster}.{v.rank}.json": v.to_bytes() for v in cast}, EXPECTED.to_bytes())
+    return manifests.build({f"{v.cluster}.{v.rank}.json": v.to_bytes() for v in cast}, EXPECTED.to_bytes())
 
 
 def decision(made: bool) -> bytes:
-    return manifest.Decision(made, NAME, 2, 1, "0" * 64 if made else "", "" if made else "disk full").to_bytes()
+    return Decision(made, NAME, 2, 1, "0" * 64 if made else "", "" if made else "disk full").to_bytes()
 
 
 def member() -> bytes:
-    return epoch.Member(3, "run", {"actor": 2}, {"actor": 2, "critic": 1}, "host", "boot", 77, True).to_bytes()
+    return Member(3, "run", {"actor": 2}, {"actor": 2, "critic": 1}, "host", "boot", 77, True).to_bytes()
 
 
 def archive(records: Mapping[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
@@ -235,7 +247,7 @@ def archive(records: Mapping[str, bytes], compression: int = zipfile.ZIP_STORED)
     return file.getvalue()
 
 
-def records(data: bytes) -> dict[str, bytes]:
+def records_in(data: bytes) -> dict[str, bytes]:
     with zipfile.ZipFile(io.BytesIO(data)) as found:
         return {name.partition("/")[2]: found.read(name) for name in found.namelist()}
 
@@ -262,10 +274,10 @@ def saved(state: object) -> bytes:
 def ours() -> bytes:
     """As our own layout writes it."""
     path = folder("ours") / "state.pt"
-    mover = Mover(native.Arena(1 << 20, 64 << 10))
-    image = torch_zip.lay_out(STATE, "archive")
+    mover = Mover(Arena(1 << 20, 64 << 10))
+    image = layout.lay_out(STATE, "archive")
     extents, seals = image.extents, image.seals
-    made = native.NativeImage.of(
+    made = NativeImage.of(
         image.nbytes, extents.rows, extents.owners, seals.records, seals.crcs, seals.serials, extents.streams
     )
     mover.save(path, made).wait_written()
@@ -322,28 +334,28 @@ def read_object(data: bytes) -> object:
 
 
 def read_pickle(data: bytes) -> object:
-    return torch_zip.parse(bytearray(archive({**records(saved(STATE)), "data.pkl": data})), HERE)
+    return parse_(bytearray(archive({**records_in(saved(STATE)), "data.pkl": data})), HERE)
 
 
 def read_rng(data: bytes) -> object:
-    state = capture_rng()
+    state = capture()
     try:
-        restore_rng(torch_zip.parse(bytearray(data), HERE), HERE)
+        restore(parse_(bytearray(data), HERE), HERE)
     finally:
-        restore_rng(state, HERE)
+        restore(state, HERE)
     return state
 
 
-def unit_with(files: Mapping[str, bytes], listed: Mapping[str, manifest.Receipt] | None = None) -> loader.Unit:
+def unit_with(files: Mapping[str, bytes], listed: Mapping[str, Receipt] | None = None) -> OpenedCheckpoint:
     """A checkpoint that holds these files, or says so: its manifest is well made, as anybody can make one."""
     unit = folder("unit") / NAME
     for path, data in files.items():
         (unit / path).parent.mkdir(parents=True, exist_ok=True)
         (unit / path).write_bytes(data)
-    receipts = {path: manifest.receipt_of_bytes(path, data) for path, data in files.items()} | dict(listed or {})
-    told = manifest.parse_manifest(built(), HERE)
+    receipts = {path: records_module.receipt_of_bytes(path, data) for path, data in files.items()} | dict(listed or {})
+    told = manifests.parse(built(), HERE)
     (unit / names.MANIFEST).write_bytes(replace(told, files=tuple(sorted(receipts.values()))).to_bytes())
-    return loader.Unit(unit)
+    return OpenedCheckpoint(unit)
 
 
 SETTINGS = PipelineConfig.parse({"output_dir": "x", "save_steps": 1, "max_steps": 2}, where="the test")
@@ -359,16 +371,16 @@ def read_digests(data: bytes) -> object:
 def read_tensors(data: bytes) -> object:
     unit = unit_with({names.tensor_file("actor", 0): data})
     live = {"weight": {"shape": [4, 6], "dtype": "float32"}}
-    loader.compare_models(unit.parameters("actor", 0), live, HERE)
+    compare_models(unit.parameters("actor", 0), live, HERE)
     return unit
 
 
 def read_latest(data: bytes) -> object:
     (folder("run") / names.LATEST).write_bytes(data)
-    return commit.read_latest(folder("run"))
+    return listing.read_latest(folder("run"))
 
 
-TO = push_queue.Destination("me/demo", "main", True)
+TO = Destination("me/demo", "main", True)
 
 
 def hub_file(path: str, data: bytes) -> Path:
@@ -384,16 +396,16 @@ def read_destination(data: bytes) -> object:
 
 
 def read_record(data: bytes) -> object:
-    return push_queue._records(hub_file(names.hub_record(NAME), data), TO)
+    return _records(hub_file(names.hub_record(NAME), data), TO)
 
 
-ENTRY = push_queue.Entry(NAME, "failed", "the Hub said no", None, 2, 99, "0" * 64, (2, 7, 1))
-RECEIPT = manifest.receipt_of_bytes("actor/0.pt", b"x")
+ENTRY = Entry(NAME, "failed", "the Hub said no", None, 2, 99, "0" * 64, (2, 7, 1))
+RECEIPT = records_module.receipt_of_bytes("actor/0.pt", b"x")
 HASHES = {"manifest": "0" * 64, "files": {RECEIPT.path: {"root": RECEIPT.root, "mtime_ns": 5, "sha256": "1" * 64}}}
 
 
 def read_hashes(data: bytes) -> object:
-    return push_queue.Hashes(hub_file(names.hub_hashes(NAME), data), ENTRY).known(RECEIPT, 5)
+    return Hashes(hub_file(names.hub_hashes(NAME), data), ENTRY).known(RECEIPT, 5)
 
 
 def read_config(data: bytes) -> object:
@@ -406,21 +418,21 @@ CONFIG = b"output_dir: runs/x\nsave_steps: 5\nmax_steps: 10\nstaging: {arena_byt
 
 
 def sealed(values: Mapping[str, Any]) -> bytes:
-    return seal.seal({**values, "format": 1})
+    return sealed_json.seal({**values, "format": 1})
 
 
-DIGESTS = seal.canonical({"actor/0.pt": {"crcs": manifest.digest_bytes(CONTENTS)}})
-TENSORS = seal.canonical({"parameters": {"weight": {"dtype": "float32", "shape": [4, 6]}}, "files": {}})
+DIGESTS = sealed_json.canonical({"actor/0.pt": {"crcs": records_module.digest_bytes(CONTENTS)}})
+TENSORS = sealed_json.canonical({"parameters": {"weight": {"dtype": "float32", "shape": [4, 6]}}, "files": {}})
 WORKER = WorkerState(7, [{"loss": 0.5, "steps": [1, 2]}], {"seed": 1, "deep": {"a": [None, True]}}).to_json()
 
 PARSERS: dict[str, Parser] = {
-    "manifest": Parser((built(),), lambda data: manifest.parse_manifest(data, HERE), sealed=True),
-    "vote": Parser((vote("actor", 0).to_bytes(),), lambda data: manifest.parse_vote(data, HERE), sealed=True),
-    "expected": Parser((EXPECTED.to_bytes(),), lambda data: manifest.parse_expected(data, HERE), sealed=True),
+    "manifest": Parser((built(),), lambda data: manifests.parse(data, HERE), sealed=True),
+    "vote": Parser((vote("actor", 0).to_bytes(),), lambda data: records_module.parse_vote(data, HERE), sealed=True),
+    "expected": Parser((EXPECTED.to_bytes(),), lambda data: records_module.parse_expected(data, HERE), sealed=True),
     "decision": Parser(
-        (decision(True), decision(False)), lambda data: manifest.parse_decision(data, HERE), sealed=True
+        (decision(True), decision(False)), lambda data: records_module.parse_decision(data, HERE), sealed=True
     ),
-    "member": Parser((member(),), lambda data: epoch.parse_member(data, HERE), sealed=True),
+    "member": Parser((member(),), lambda data: epochs.parse_member(data, HERE), sealed=True),
     "destination": Parser((sealed(asdict(TO)),), read_destination, sealed=True),
     "hub record": Parser((sealed({**asdict(ENTRY), **asdict(TO)}),), read_record, sealed=True),
     "hashes": Parser((sealed(HASHES),), read_hashes, sealed=True),
@@ -429,9 +441,9 @@ PARSERS: dict[str, Parser] = {
     "tensors": Parser((TENSORS,), read_tensors),
     "worker state": Parser((WORKER,), lambda data: WorkerState.from_json(data, HERE)),
     "config": Parser((CONFIG,), read_config),
-    "torch_zip": Parser((saved(STATE), ours()), lambda data: torch_zip.parse(bytearray(data), HERE)),
-    "data.pkl": Parser((records(saved(STATE))["data.pkl"],), read_pickle),
-    "random numbers": Parser((saved(capture_rng()),), read_rng),
+    "torch_zip": Parser((saved(STATE), ours()), lambda data: parse_(bytearray(data), HERE)),
+    "data.pkl": Parser((records_in(saved(STATE))["data.pkl"],), read_pickle),
+    "random numbers": Parser((saved(capture()),), read_rng),
     "object": Parser((saved(OBJECT),), read_object),
     "index": Parser((pickle.dumps(index(), 2, fix_imports=False), pickle.dumps(index())), read_index),
 }

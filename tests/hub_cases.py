@@ -10,7 +10,8 @@ from deepspeed_cases import raised
 from pipeline_cases import pipeline
 from tiny import engine
 
-from roll_ckpt import BasePipeline, Cluster, saver
+from roll_ckpt import BasePipeline, Cluster
+from roll_ckpt.save import pending
 
 
 def made(out: str, environment: dict[str, str], repo: str, **more: Any) -> BasePipeline:
@@ -23,9 +24,9 @@ def made(out: str, environment: dict[str, str], repo: str, **more: Any) -> BaseP
 
 def settle() -> None:
     """Wait for what the interpreter's exit waits for."""
-    for save in saver.pending():
+    for save in pending.pending():
         save.wait(uploaded=True)
-    for thread, _ in list(saver._background):
+    for thread, _ in list(pending._background):
         thread.join()
     dist.barrier()
 

@@ -10,9 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import runs
+from roll_ckpt_hub_dev import LocalHub
 
-from roll_ckpt import commit, disk, manifest, names, seal, verify
-from roll_ckpt.hub_dev import LocalHub
+from roll_ckpt import names
+from roll_ckpt.disk import reads, tree, writes
+from roll_ckpt.formats import records, sealed_json
+from roll_ckpt.transaction import attempts, ballot, settlement, verification
 
 ROOT = str(Path(__file__).parent.parent)
 LARGE = random.Random(5).randbytes(3 << 20)
@@ -27,18 +30,18 @@ def history(output_dir: Path, steps: list[int], salt: str = "old", extra: Mappin
     def work() -> None:
         epoch = runs.claim(output_dir)
         for step in steps:
-            attempt = commit.begin(epoch, names.checkpoint(step), step=step, expected=runs.CLUSTERS)
+            attempt = attempts.begin(epoch, names.checkpoint(step), step=step, expected=runs.CLUSTERS)
             for cluster, rank in runs.RANKS:
                 vote = runs.write(attempt, salt, cluster, rank)
                 if (cluster, rank) == runs.RANKS[0]:
                     more = {"actor/large.bin": LARGE, **(extra or {})}
                     more |= {f"actor/{word}_{step}.txt": salt.encode() for word in ("only", "also")}
                     for path, data in more.items():
-                        disk.write_durable(attempt.unit / path, data)
-                    receipts = [manifest.receipt_of_bytes(path, data) for path, data in more.items()]
+                        writes.write_durable(attempt.unit / path, data)
+                    receipts = [records.receipt_of_bytes(path, data) for path, data in more.items()]
                     vote = replace(vote, receipts=(*vote.receipts, *receipts))
-                commit.cast(attempt, vote)
-            assert commit.settle(attempt, lead=True, timeout_s=10).committed
+                ballot.cast(attempt, vote)
+            assert settlement.settle(attempt, lead=True, timeout_s=10).committed
 
     assert runs.ended(runs.forked(work)) == 0
 
@@ -51,12 +54,12 @@ def wait_for(condition: Callable[[], object]) -> None:
 
 
 def mark(unit: Path) -> str:
-    return seal.sha256((unit / "manifest.json").read_bytes())
+    return sealed_json.sha256((unit / "manifest.json").read_bytes())
 
 
 def landed(hub: LocalHub, repo: str, unit: Path, revision: str | None = None) -> list[str]:
     """The commits that brought this very checkpoint: on a branch, or anywhere."""
-    if not disk.exists(hub.store.root / "repos" / repo / "repo.json"):
+    if not tree.exists(hub.store.root / "repos" / repo / "repo.json"):
         return []
     found = hub.store.repo(repo)
     places = [revision] if revision is not None else [*found.branches.values(), *found.tags.values()]
@@ -66,7 +69,7 @@ def landed(hub: LocalHub, repo: str, unit: Path, revision: str | None = None) ->
 
 def contents(hub: LocalHub, repo: str, revision: str = "main") -> dict[str, bytes]:
     commit = hub.store.resolve(hub.store.repo(repo), revision)
-    return {path: disk.read_bytes(hub.store.contents(file)) for path, file in commit.files.items()}
+    return {path: reads.read_bytes(hub.store.contents(file)) for path, file in commit.files.items()}
 
 
 def assert_there_once(hub: LocalHub, repo: str, unit: Path, tmp_path: Path) -> str:
@@ -78,6 +81,6 @@ def assert_there_once(hub: LocalHub, repo: str, unit: Path, tmp_path: Path) -> s
         if path not in PERSONS:
             (copy / path).parent.mkdir(parents=True, exist_ok=True)
             (copy / path).write_bytes(data)
-    assert verify.verify(copy) == []
+    assert verification.verify(copy) == []
     shutil.rmtree(copy.parent)
     return commit

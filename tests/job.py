@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 from tiny import engine
 
-from roll_ckpt import BasePipeline, Cluster, PipelineConfig, disk
+from roll_ckpt import BasePipeline, Cluster, PipelineConfig
+from roll_ckpt.disk import failpoints
 
 STEPS, SAVE_STEPS = 9, 2
 
@@ -81,7 +82,7 @@ def stop_at(spec: str, losses: str) -> None:
         Path(f"{losses}.stopped.{dist.get_rank()}").write_text(reached)
         time.sleep(600)
 
-    disk.listener = listener
+    failpoints.listener = listener
 
 
 def main() -> None:

@@ -22,8 +22,11 @@ from pathlib import Path
 
 import runs
 
-from roll_ckpt import commit, disk, names
+from roll_ckpt import names
+from roll_ckpt.disk import failpoints, tree, writes
 from roll_ckpt.errors import EpochLost
+from roll_ckpt.transaction import attempts, claims, publication, settlement
+from roll_ckpt.transaction.attempts import Attempt
 
 Job = Callable[[Path], object]
 
@@ -32,7 +35,7 @@ def no_exchange() -> None:
     def exchange(a: Path, b: Path) -> None:
         raise OSError(errno.EINVAL, "Invalid argument", str(a), None, str(b))
 
-    disk.exchange = exchange
+    writes.exchange = exchange
 
 
 def job_save(output_dir: Path, *, alone: bool = False) -> None:
@@ -45,7 +48,7 @@ def job_save(output_dir: Path, *, alone: bool = False) -> None:
 def job_first(output_dir: Path) -> None:
     """Saves step 3 as the first one of all; dies at its beginning only."""
     epoch = runs.claim(output_dir)
-    commit.begin(epoch, "checkpoint-3", step=3, expected=runs.CLUSTERS)
+    attempts.begin(epoch, "checkpoint-3", step=3, expected=runs.CLUSTERS)
 
 
 def job_again(output_dir: Path, *, alone: bool = False) -> None:
@@ -61,27 +64,27 @@ def job_again_without_exchange(output_dir: Path, *, alone: bool = False) -> None
 
 def job_claim(output_dir: Path) -> None:
     """Only recovers."""
-    commit.claim(output_dir, run_id=runs.RUN, clusters=runs.CLUSTERS)
+    claims.claim(output_dir, run_id=runs.RUN, clusters=runs.CLUSTERS)
 
 
 def job_rank(output_dir: Path) -> None:
     """One rank dies while it writes and votes; the lead notices by the time limit."""
     epoch = runs.claim(output_dir)
-    attempt = commit.begin(epoch, "checkpoint-3", step=3, expected=runs.CLUSTERS)
-    observer, disk.observer = disk.observer, None
-    listener, disk.listener = disk.listener, None
+    attempt = attempts.begin(epoch, "checkpoint-3", step=3, expected=runs.CLUSTERS)
+    observer, failpoints.observer = failpoints.observer, None
+    listener, failpoints.listener = failpoints.listener, None
 
     def rank() -> None:
-        disk.observer, disk.listener = observer, listener
+        failpoints.observer, failpoints.listener = observer, listener
         runs.vote(
-            commit.Attempt(output_dir, "checkpoint-3", 3, attempt.run_id, attempt.epoch, attempt.attempt,
+            Attempt(output_dir, "checkpoint-3", 3, attempt.run_id, attempt.epoch, attempt.attempt,
                            runs.CLUSTERS, True), "new", *runs.RANKS[3])  # fmt: skip
 
     died = runs.ended(runs.forked(rank))
     runs.other_ranks(attempt, "new", runs.RANKS[1:3])
     runs.vote(attempt, "new", *runs.RANKS[0])
-    outcome = commit.settle(attempt, lead=True, timeout_s=0.01)
-    voted = disk.list_dir(output_dir / "checkpoint-3/votes")
+    outcome = settlement.settle(attempt, lead=True, timeout_s=0.01)
+    voted = tree.list_dir(output_dir / "checkpoint-3/votes")
     assert outcome.committed == bool(voted), outcome
     assert outcome.committed or "cluster 'critic' rank 1" in outcome.reason or "no vote lists" in outcome.reason
     runs.assert_sound(output_dir)
@@ -118,12 +121,12 @@ def interrupted(
         if reached == point:
             strike()
         elif reached == after:
-            disk.observer = strike
+            failpoints.observer = strike
 
     def work() -> None:
         if point is None and not after:
-            disk.observer = strike
-        disk.listener = listen
+            failpoints.observer = strike
+        failpoints.listener = listen
         job(output_dir)
 
     return runs.forked(work)
@@ -265,7 +268,7 @@ def snapshot(output_dir: Path) -> dict[str, bytes]:
 
 if __name__ == "__main__":
     kind, where, every = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-    commit._PATIENCE_S = 0.05
+    publication._PATIENCE_S = 0.05
     if kind == "zombies":
         print(zombies(where, every))
     elif kind == "recovery":

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
 
-from roll_ckpt import arena, native, saver
 from roll_ckpt.config import Settings
+from roll_ckpt.native.mover import Mover
+from roll_ckpt.save import arena, pending
+from roll_ckpt.save.save import Save
 
 
 @contextmanager
@@ -15,15 +17,15 @@ def late_copies(settings: Settings) -> Iterator[None]:
     """Saves inside, in the arena that `settings` ask for, copy nothing by themselves that a fence waits for: the fence
     copies it. They have ended when the block ends."""
     staging = arena.mover(settings).arena
-    late = native.Mover(staging, copy_threads=0, io_threads=settings.io.threads, direct=settings.io.direct)
+    late = Mover(staging, copy_threads=0, io_threads=settings.io.threads, direct=settings.io.direct)
     with mock.patch.object(arena, "_mover", late):
         try:
             yield
         finally:
-            saver.fence()
-            saver.wait_pending()
+            pending.fence()
+            pending.wait_pending()
             late.shutdown(10)
 
 
-def copied(save: saver.Save) -> bool:
+def copied(save: Save) -> bool:
     return all(staged.transfer.copied for ticket in save.tickets.values() for staged in ticket._staged)

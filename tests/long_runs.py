@@ -26,12 +26,22 @@ from typing import Any
 
 import runs
 
-from roll_ckpt import attempt, commit, manifest, names, retention
+from roll_ckpt import names
+from roll_ckpt.config import Settings
 from roll_ckpt.errors import NotFound, SaveFailed
+from roll_ckpt.formats.image import FileImage
+from roll_ckpt.formats.records import Vote
+from roll_ckpt.formats.torch_zip.layout import Layouts
+from roll_ckpt.native.image import Lifetime
+from roll_ckpt.ranks.group import RankGroup
+from roll_ckpt.save import arena, claims, pending
+from roll_ckpt.save.begin import Request, begin
+from roll_ckpt.save.save import Save
+from roll_ckpt.transaction import attempts, ballot, publication, reader_locks, retention, settlement
 
 SAMPLES = 40
 KEEP = 2
-attempt._NAMES_KEPT = commit._REASONS_KEPT = 2  # so that the bounds are soon reached
+attempts._NAMES_KEPT = publication._REASONS_KEPT = 2  # so that the bounds are soon reached
 
 
 def sample(output_dir: Path, roots: Iterable[object], seconds: list[float], **more: int) -> dict[str, Any]:
@@ -105,13 +115,13 @@ def transaction(output_dir: Path, saves: int) -> Iterator[dict[str, Any]]:
     epoch = runs.claim(output_dir)
 
     def tried(step: int, last: str) -> bool:
-        made = commit.begin(epoch, names.checkpoint(step), step=step, expected=runs.CLUSTERS)
+        made = attempts.begin(epoch, names.checkpoint(step), step=step, expected=runs.CLUSTERS)
         runs.vote(made, "new", *runs.RANKS[0])
         if last == "no":
-            commit.cast(made, manifest.Vote("critic", 0, made.epoch, made.attempt, (), error="no"))
+            ballot.cast(made, Vote("critic", 0, made.epoch, made.attempt, (), error="no"))
         elif last == "yes":
             runs.vote(made, "new", *runs.RANKS[1])
-        return commit.settle(made, lead=True, timeout_s=0 if last == "missing" else 10).committed
+        return settlement.settle(made, lead=True, timeout_s=0 if last == "missing" else 10).committed
 
     def save(step: int) -> None:
         kind = {3: "no", 6: "missing", 9: "no"}.get(step % 10, "yes")
@@ -119,8 +129,8 @@ def transaction(output_dir: Path, saves: int) -> Iterator[dict[str, Any]]:
         if step % 10 == 9:
             assert tried(step, "yes")
         retention.prune(output_dir, epoch, KEEP)
-        with suppress(NotFound), commit.reading(output_dir / names.checkpoint(step)):
-            assert commit.is_being_read(output_dir / names.checkpoint(step))
+        with suppress(NotFound), reader_locks.reading(output_dir / names.checkpoint(step)):
+            assert reader_locks.is_being_read(output_dir / names.checkpoint(step))
 
     yield from measured(saves, save, lambda seconds: sample(output_dir, [epoch], seconds))
     epoch.release()
@@ -133,32 +143,29 @@ def corridor(output_dir: Path, saves: int) -> Iterator[dict[str, Any]]:
     """Of ten saves one cannot be begun, one is voted down, one raises, one meets a disk that takes no large file."""
     import torch
 
-    from roll_ckpt import arena, saver
-    from roll_ckpt.config import Settings
-    from roll_ckpt.image import FileImage, Until
-    from roll_ckpt.layout import torch_zip
-    from roll_ckpt.world import World
+    from roll_ckpt import names
+    from roll_ckpt.transaction import retention
 
     torch.set_num_threads(1)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     sizes = {"staging": {"arena_bytes": "1MiB"}, "io": {"block_bytes": "64KiB", "threads": 2}, "commit_timeout_s": 20}
     settings = Settings.parse(sizes, "the test")
-    world, layouts = World(0, 1, None), torch_zip.Layouts()
+    world, layouts = RankGroup(0, 1, None), Layouts()
     weights, moments = torch.randn(30_000), torch.zeros(20_000)
-    running: list[saver.Save] = []
+    running: list[Save] = []
 
-    def prune(save: saver.Save) -> None:
-        retention.prune(output_dir, saver.epoch_of(output_dir), KEEP)
+    def prune(save: Save) -> None:
+        retention.prune(output_dir, claims.epoch_of(output_dir), KEEP)
 
-    def begun(step: int, problem: str | None = None) -> saver.Save:
-        request = saver.Request(output_dir, names.checkpoint(step), step, {"model": 1})
-        return saver.begin(world, request, settings, nbytes=1 << 18, problem=problem, on_commit=prune)
+    def begun(step: int, problem: str | None = None) -> Save:
+        request = Request(output_dir, names.checkpoint(step), step, {"model": 1})
+        return begin(world, request, settings, nbytes=1 << 18, problem=problem, on_commit=prune)
 
-    def stage(save: saver.Save, step: int, kind: int) -> None:
+    def stage(save: Save, step: int, kind: int) -> None:
         ticket = save.ticket("model", {"framework": "none"})
         state = {"weights": weights, "moments": moments, "step": step}
-        image, _ = layouts.lay_out("model.pt", state, "model", lambda storage: Until.FENCE)
+        image, _ = layouts.lay_out("model.pt", state, "model", lambda storage: Lifetime.FENCE)
         ticket.stage(save.attempt.unit / "model.pt", image, overlap=True)
         ticket.stage(save.attempt.unit / "state.json", FileImage.of_bytes(b"%d" % step), overlap=False)
         if kind == 3:
@@ -166,7 +173,7 @@ def corridor(output_dir: Path, saves: int) -> Iterator[dict[str, Any]]:
         if kind == 6:
             raise KeyboardInterrupt
 
-    def ended(save: saver.Save, fine: bool) -> None:
+    def ended(save: Save, fine: bool) -> None:
         assert save._finished.wait(20)
         assert (save.failure is None) == fine, save.failure
 
@@ -176,14 +183,14 @@ def corridor(output_dir: Path, saves: int) -> Iterator[dict[str, Any]]:
             with suppress(SaveFailed):
                 begun(step, problem="the trainer has no state today")
         if kind == 9:
-            for one in saver.pending():
+            for one in pending.pending():
                 ended(one, True)
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, unlimited[1]))
         made = begun(step)
         with suppress(KeyboardInterrupt), made.staging():
             stage(made, step, kind)
         running.append(made)
-        saver.wait_copied(running)
+        pending.wait_copied(running)
         weights.add_(1)
         moments.mul_(0.5)
         if kind in (3, 6, 9):
@@ -191,11 +198,11 @@ def corridor(output_dir: Path, saves: int) -> Iterator[dict[str, Any]]:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
 
     def look(seconds: list[float]) -> dict[str, Any]:
-        for one in saver.pending():
+        for one in pending.pending():
             ended(one, True)
-        saver.wait_copied(running)
+        pending.wait_copied(running)
         staging = arena.mover(settings).arena
-        roots = [saver.epoch_of(output_dir), layouts]
+        roots = [claims.epoch_of(output_dir), layouts]
         return sample(output_dir, roots, seconds, leased=staging.leased_bytes, running=len(running))
 
     yield from measured(saves, save, look)

@@ -26,10 +26,13 @@ from megatron.core import dist_checkpointing, parallel_state, tensor_parallel  #
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue  # noqa: E402
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper  # noqa: E402
 
-from roll_ckpt import errors  # noqa: E402
-from roll_ckpt.backends import megatron as backend  # noqa: E402
-from roll_ckpt.config import Settings  # noqa: E402
-from roll_ckpt.layout import dcp  # noqa: E402
+from roll_ckpt.backends.megatron import facts, handle
+from roll_ckpt.backends.megatron.handle import MegatronHandle
+from roll_ckpt.backends.megatron.load import load as load_
+from roll_ckpt.backends.megatron.strategy import SaveStrategy
+from roll_ckpt.config import Settings
+from roll_ckpt.errors import RollCkptError
+from roll_ckpt.formats.dcp import items as dcp  # noqa: E402
 
 NEXT_STEPS = 2
 LAYERS = 4  # one for each virtual stage of PP2xVPP2
@@ -48,9 +51,9 @@ def trained(layout: str, **options: Any) -> Tiny:
     return tiny
 
 
-def attach(tiny: Tiny, form: str = "fully_reshardable", **settings: Any) -> backend.Attached:
+def attach(tiny: Tiny, form: str = "fully_reshardable", **settings: Any) -> MegatronHandle:
     told = Settings(**{"staging": {"check": "full"}, **settings})
-    return backend.attach(tiny.model, tiny.optimizer, tiny.scheduler, settings=told, form=form)
+    return handle.attach(tiny.model, tiny.optimizer, tiny.scheduler, settings=told, form=form)
 
 
 # --- who saves and who loads ---------------------------------------------------------------------------------
@@ -99,7 +102,7 @@ def stock_save(
     if dist.get_rank() == 0:
         directory.mkdir(parents=True)
     dist.barrier()
-    told = backend.content_metadata_of(form)
+    told = facts.content_metadata_of(form)
     request = dist_checkpointing.save(
         stock_state(tiny, form), str(directory), strategy, async_sharded_save=queue is not None, content_metadata=told
     )
@@ -109,13 +112,13 @@ def stock_save(
 
 
 def save_with_our_strategy(tiny: Tiny, directory: Path, form: str) -> Callable[[], None]:
-    return stock_save(tiny, directory, form, backend.SaveStrategy())
+    return stock_save(tiny, directory, form, SaveStrategy())
 
 
 def save_through_the_queue(tiny: Tiny, directory: Path, form: str) -> Callable[[], None]:
     """Our strategy, made fully parallel by Megatron, with cached plans and in its queue."""
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    strategy = FullyParallelSaveStrategyWrapper(backend.SaveStrategy(cached_metadata=True), group)
+    strategy = FullyParallelSaveStrategyWrapper(SaveStrategy(cached_metadata=True), group)
     queue = AsyncCallsQueue()
     stock_save(tiny, directory, form, strategy, queue)
 
@@ -217,7 +220,7 @@ def save_three_times(layout: str, directory: str) -> list[list[str]]:
 def error_of(action: Any) -> str:
     try:
         action()
-    except errors.RollCkptError as problem:
+    except RollCkptError as problem:
         return f"{type(problem).__name__}: {problem}"
     return "no error"
 
@@ -240,7 +243,7 @@ def load_without_optimizer(layout: str, directory: str) -> list[list[str]]:
     """What differs where no optimizer brings the weights back: saved and loaded by themselves, and in a load whose
     optimizer does nothing."""
     tiny = trained(layout)
-    alone = backend.attach(tiny.model, tiny.optimizer, save_only_model=True)
+    alone = handle.attach(tiny.model, tiny.optimizer, save_only_model=True)
     alone.save(Path(directory) / "alone", 2)
     attach(tiny).save(Path(directory) / "whole", 2)
     wanted = gathered(tiny, moments=False)
@@ -248,7 +251,7 @@ def load_without_optimizer(layout: str, directory: str) -> list[list[str]]:
 
     other = made(layout, seed=7)
     assert differences(gathered(other, moments=False), wanted)
-    loaded = backend.load(model_state(other, backend.content_metadata_of("dp_reshardable")), f"{directory}/alone")
+    loaded = load_(model_state(other, facts.content_metadata_of("dp_reshardable")), f"{directory}/alone")
     for index, chunk in enumerate(other.model):
         chunk.module.load_state_dict(loaded["model" if len(other.model) == 1 else f"model{index}"])
     told.append(differences(gathered(other, moments=False), wanted))
@@ -264,12 +267,13 @@ def load_without_optimizer(layout: str, directory: str) -> list[list[str]]:
 def refusal_of_import(layout: str, holder: str, name: str) -> str:
     """The error of importing our backend where Megatron has no `name` in `holder`."""
     owner = pkgutil.resolve_name(f"megatron.core.dist_checkpointing.{holder}")
-    ours = [module for module in sys.modules if f"{module}.".startswith(f"{backend.__name__}.")]
+    rooms = ("roll_ckpt.megatron.", "roll_ckpt.backends.megatron.")
+    ours = [module for module in sys.modules if f"{module}.".startswith(rooms)]
     kept = {module: sys.modules.pop(module) for module in ours}
     try:
         with mock.patch.object(owner, name):
             delattr(owner, name)
-            return error_of(lambda: importlib.import_module(backend.__name__))
+            return error_of(lambda: importlib.import_module("roll_ckpt.megatron"))
     finally:
         sys.modules.update(kept)
 

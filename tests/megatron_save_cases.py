@@ -25,19 +25,30 @@ from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor  # noqa: E402
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper  # noqa: E402
 
-from roll_ckpt import disk, errors, loader, saver  # noqa: E402
-from roll_ckpt.backends import megatron as backend  # noqa: E402
-from roll_ckpt.config import Settings  # noqa: E402
-from roll_ckpt.image import FileImage, Memory  # noqa: E402
-from roll_ckpt.layout import dcp  # noqa: E402
-from roll_ckpt.world import World  # noqa: E402
+from roll_ckpt.backends.megatron import handle
+from roll_ckpt.backends.megatron.fence import Fence
+from roll_ckpt.backends.megatron.handle import MegatronHandle
+from roll_ckpt.backends.megatron.save import save as save_
+from roll_ckpt.backends.megatron.save import stage as stage_
+from roll_ckpt.backends.megatron.strategy import SaveStrategy
+from roll_ckpt.config import Settings
+from roll_ckpt.disk import tree
+from roll_ckpt.errors import RollCkptError
+from roll_ckpt.formats.dcp import items as dcp
+from roll_ckpt.formats.image import FileImage, Memory
+from roll_ckpt.load.checkpoint import OpenedCheckpoint
+from roll_ckpt.ranks.group import RankGroup
+from roll_ckpt.save import pending
+from roll_ckpt.save.begin import Request, begin
+from roll_ckpt.save.cluster_save import ClusterSave
+from roll_ckpt.save.save import Save  # noqa: E402
 
 gc.freeze()  # Megatron collects garbage at each sharded_state_dict; what the imports made is none
 
 
-def attach(tiny: Tiny, form: str = "dp_reshardable", **settings: Any) -> backend.Attached:
+def attach(tiny: Tiny, form: str = "dp_reshardable", **settings: Any) -> MegatronHandle:
     told = Settings(**{"async_save": True, "staging": {"check": "full"}, **settings})
-    return backend.attach(tiny.model, tiny.optimizer, tiny.scheduler, settings=told, form=form)
+    return handle.attach(tiny.model, tiny.optimizer, tiny.scheduler, settings=told, form=form)
 
 
 def trained(**options: Any) -> Tiny:
@@ -69,7 +80,7 @@ def error_of(action: Callable[[], object]) -> str:
     logging.disable(logging.CRITICAL)
     try:
         action()
-    except errors.RollCkptError as problem:
+    except RollCkptError as problem:
         return f"{type(problem).__name__}: {problem}"
     finally:
         logging.disable(logging.NOTSET)
@@ -155,11 +166,11 @@ def step_without_the_fence(directory: str) -> list[str]:
     """A step that does not wait for the copies: how the save before it failed, and the one after it."""
     tiny = trained()
     ours, told = attach(tiny), []
-    wait = backend.Fence.wait
+    wait = Fence.wait
     for name, fence in (("torn", lambda fence: None), ("next", wait)):
         with late_copies(Settings()):
             save = ours.save(Path(directory) / name, tiny.steps)
-            with mock.patch.object(backend.Fence, "wait", fence):
+            with mock.patch.object(Fence, "wait", fence):
                 tiny.optimizer.step()
         told.append(str(save.failure))
     return told
@@ -187,13 +198,13 @@ def load_while_copying(directory: str) -> dict[str, Any]:
 @contextmanager
 def watched_images() -> Iterator[list[FileImage]]:
     images: list[FileImage] = []
-    stage = saver.Ticket.stage
+    stage = ClusterSave.stage
 
-    def watched(ticket: saver.Ticket, path: Path, image: FileImage, **how: bool) -> None:
+    def watched(ticket: ClusterSave, path: Path, image: FileImage, **how: bool) -> None:
         images.append(image)
         stage(ticket, path, image, **how)
 
-    with mock.patch.object(saver.Ticket, "stage", watched):
+    with mock.patch.object(ClusterSave, "stage", watched):
         yield images
 
 
@@ -229,18 +240,18 @@ def fail_in_the_background(directory: str, fail_training: bool) -> list[str]:
     tiny = trained()
     ours = attach(tiny, fail_training=fail_training)
     broken = dist.get_rank() == 1
-    finish = saver.Ticket.finish
+    finish = ClusterSave.finish
 
-    def failing(ticket: saver.Ticket) -> Any:
+    def failing(ticket: ClusterSave) -> Any:
         ticket.fail(OSError("the disk is gone"))
         return finish(ticket)
 
     logging.disable(logging.CRITICAL)
-    with mock.patch.object(saver.Ticket, "finish", failing if broken else finish):
+    with mock.patch.object(ClusterSave, "finish", failing if broken else finish):
         ours.save(Path(directory) / "bad", 2)
-        saver.wait_pending()
+        pending.wait_pending()
     told = [error_of(tiny.optimizer.step), error_of(tiny.optimizer.step)]
-    with mock.patch.object(disk, "free_bytes", lambda path: 10):  # a disk that is full before the save begins
+    with mock.patch.object(tree, "free_bytes", lambda path: 10):  # a disk that is full before the save begins
         begun = ours.save(Path(directory) / "worse", 3).begun
     told += [str(begun), error_of(tiny.optimizer.step)]
     ours.save(Path(directory) / "good", 4).wait(60)
@@ -269,7 +280,7 @@ def counted_rendezvous() -> Iterator[dict[str, int]]:
         *("all_gather", "all_gather_object", "all_gather_into_tensor", "all_reduce", "barrier", "broadcast"),
         *("broadcast_object_list", "gather", "gather_object", "reduce_scatter", "scatter", "scatter_object_list"),
     )
-    patches = [counting(dist, name) for name in names] + [counting(World, "agree")]
+    patches = [counting(dist, name) for name in names] + [counting(RankGroup, "agree")]
     for patch in patches:
         patch.start()
     try:
@@ -365,7 +376,7 @@ def turns() -> list[tuple[str, dict[str, Any]]]:
 
 
 def _strategy(wrapped: bool) -> Any:
-    inner = backend.SaveStrategy(Settings(async_save=True), cached_metadata=True)
+    inner = SaveStrategy(Settings(async_save=True), cached_metadata=True)
     if not wrapped:
         return inner
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -385,9 +396,7 @@ def change_structure(directory: str, wrapped: bool) -> dict[str, tuple[bool, boo
     strategy, told = _strategy(wrapped), {}
     for turn, (what, more) in enumerate(turns()):
         path = Path(directory) / f"turn_{turn}"
-        save = backend.save(
-            state_of(turn, **more), path, step=turn, settings=Settings(async_save=True), strategy=strategy
-        )
+        save = save_(state_of(turn, **more), path, step=turn, settings=Settings(async_save=True), strategy=strategy)
         save.wait(60)
         told[what] = ("model" in save.replays, _read_back(path, turn, more))
     return told
@@ -398,15 +407,15 @@ def stage_without_prepare(directory: str) -> dict[str, tuple[int, bool]]:
     build()
     strategy, told = _strategy(True), {}
     for turn, (what, more) in enumerate(turns()[:8]):
-        world = World.current()
-        request = saver.Request(Path(directory), f"turn_{turn}", turn, {"a": world.size, "b": world.size})
-        save = saver.begin(world, request, Settings(async_save=True), nbytes=0)
+        world = RankGroup.current()
+        request = Request(Path(directory), f"turn_{turn}", turn, {"a": world.size, "b": world.size})
+        save = begin(world, request, Settings(async_save=True), nbytes=0)
         others = _strategy(False)
         with save.staging():
             with counted_rendezvous() as counts:
-                backend.stage(save.ticket("a", {}), save.attempt.unit / "a", state_of(turn, **more), strategy)
+                stage_(save.ticket("a", {}), save.attempt.unit / "a", state_of(turn, **more), strategy)
             met = {**counts}
-            backend.stage(save.ticket("b", {}), save.attempt.unit / "b", state_of(turn), others, {"told": turn})
+            stage_(save.ticket("b", {}), save.attempt.unit / "b", state_of(turn), others, {"told": turn})
         save.wait(60)
         agreed = met.pop("agree")
         assert agreed == (2 if met else 1)
@@ -426,9 +435,9 @@ def fail_to_lay_out(directory: str) -> dict[str, Any]:
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise OSError("no such tensor")
 
-    def save(turn: int) -> saver.Save:
+    def save(turn: int) -> Save:
         path = Path(directory) / f"turn_{turn}"
-        made = backend.save(state_of(turn), path, step=turn, settings=Settings(async_save=True), strategy=strategy)
+        made = save_(state_of(turn), path, step=turn, settings=Settings(async_save=True), strategy=strategy)
         made._settled.wait(60)
         return made
 
@@ -443,7 +452,7 @@ def fail_to_lay_out(directory: str) -> dict[str, Any]:
 def invalid_sharding(directory: str) -> str:
     """Two ranks each have the whole of a tensor: stock code says so on rank 0 alone, before it plans."""
     build()
-    save = backend.save(state_of(0, extra=["twice"]), Path(directory) / "iter", settings=Settings(async_save=True))
+    save = save_(state_of(0, extra=["twice"]), Path(directory) / "iter", settings=Settings(async_save=True))
     return error_of(lambda: save.wait(60))
 
 
@@ -452,7 +461,7 @@ def thrown_away_while_planning(directory: str) -> list[str]:
     build()
     output_dir, aside = Path(directory), Path(f"{directory}.aside")
     found: list[str] = []
-    stock = backend.SaveStrategy.planned_by_stock
+    stock = SaveStrategy.planned_by_stock
 
     def planned(*args: Any) -> Any:
         if dist.get_rank() == 0:
@@ -468,8 +477,8 @@ def thrown_away_while_planning(directory: str) -> list[str]:
         dist.barrier()
         return told
 
-    with mock.patch.object(backend.SaveStrategy, "planned_by_stock", planned):
-        backend.save(state_of(0), output_dir / "iter", settings=Settings(async_save=True)).wait(60)
+    with mock.patch.object(SaveStrategy, "planned_by_stock", planned):
+        save_(state_of(0), output_dir / "iter", settings=Settings(async_save=True)).wait(60)
     return found
 
 
@@ -491,9 +500,11 @@ def load_what_one_rank_does_not_see(directory: str) -> str:
     tiny = trained()
     ours = attach(tiny)
     ours.save(Path(directory) / "iter", 2).wait(60)
-    stock = loader.Unit.around.__func__  # type: ignore[attr-defined]
+    stock = OpenedCheckpoint.around.__func__  # type: ignore[attr-defined]
     blind = dist.get_rank() == 1
-    with mock.patch.object(loader.Unit, "around", classmethod(lambda cls, path: None if blind else stock(cls, path))):
+    with mock.patch.object(
+        OpenedCheckpoint, "around", classmethod(lambda cls, path: None if blind else stock(cls, path))
+    ):
         return error_of(lambda: ours.load(Path(directory) / "iter"))
 
 

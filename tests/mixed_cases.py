@@ -17,8 +17,10 @@ from megatron_cpu import Tiny, build, gathered
 from pipeline_cases import Config, pipeline
 from tiny import engine, train
 
-from roll_ckpt import BasePipeline, Cluster, MegatronModel, disk, saver
+from roll_ckpt import BasePipeline, Cluster, MegatronModel
+from roll_ckpt.disk import writes
 from roll_ckpt.errors import SaveFailed
+from roll_ckpt.save import pending
 
 Both = tuple[Any, Tiny]
 
@@ -50,7 +52,7 @@ def resumed(out: str) -> list[list[Any]]:
     steps(pair, 0, 2)
     made.do_checkpoint(1)
     unbroken = steps(pair, 2, 2)
-    saver.wait_pending()
+    pending.wait_pending()
     dist.barrier()
     other = both(seed=5)
     again = registered(out, *other)
@@ -194,14 +196,14 @@ def resume_critic_alone(out: str, checkpoint: str) -> tuple[str, bool]:
 
 @contextmanager
 def no_directory_on_one_rank() -> Iterator[None]:
-    stock = disk.make_dirs
+    stock = writes.make_dirs
 
     def failing(path: Path, **how: bool) -> None:
         if path.name == "critic":
             raise OSError("no more directories")
         stock(path, **how)
 
-    with mock.patch.object(disk, "make_dirs", failing if dist.get_rank() == 1 else stock):
+    with mock.patch.object(writes, "make_dirs", failing if dist.get_rank() == 1 else stock):
         yield
 
 
@@ -278,7 +280,7 @@ def escaping(out: str, background: bool) -> tuple[str, list[str]]:
     except Exception as problem:
         told = str(problem)
     actor.stage = stage
-    saver.wait_pending()
+    pending.wait_pending()
     dist.barrier()
     made.do_checkpoint(2, is_last_step=True)
     return told, sorted(path.name for path in Path(out).glob("checkpoint-*"))
@@ -303,7 +305,7 @@ def failing_early(out: str, background: bool) -> list[str]:
     except Exception as problem:
         told = f"{type(problem).__name__}: {problem}"
     actor.do_checkpoint = do_checkpoint
-    saver.wait_pending()
+    pending.wait_pending()
     dist.barrier()
     made.do_checkpoint(2, is_last_step=True)
     return [told, *sorted(path.name for path in Path(out).glob("checkpoint-*"))]
@@ -319,7 +321,7 @@ def rendezvous(out: str) -> list[list[int]]:
         steps(pair, step, 1)
         metrics = made.do_checkpoint(step)
         counted.append([metrics[f"time/{name}/do_checkpoint/host_collectives"] for name in ("actor", "critic")])
-    saver.wait_pending()
+    pending.wait_pending()
     return counted
 
 
@@ -355,8 +357,8 @@ def many_saves(out: str, saves: int) -> list[dict[str, Any]]:
             pair[0].save_16bit_model(out + ".models", f"model-{step}.bin")
 
     def look(seconds: list[float]) -> dict[str, Any]:
-        saver.wait_pending()
-        for one in saver.pending():
+        pending.wait_pending()
+        for one in pending.pending():
             assert one._finished.wait(60)
         made._add_ended({})
         dist.barrier()

@@ -17,8 +17,10 @@ from deepspeed_cases import BLOCK, gathered, new_arena, settings
 from stuck_disk import stuck
 from tiny import engine, train
 
-from roll_ckpt import arena, native, saver
-from roll_ckpt.backends import deepspeed as backend
+from roll_ckpt.backends.deepspeed import install, tensors
+from roll_ckpt.config import DeepSpeedConfig
+from roll_ckpt.native.mover import Transfer
+from roll_ckpt.save import arena, pending
 
 WIDE = 512
 SMALL_ARENA = 32 * BLOCK
@@ -51,13 +53,13 @@ def reload_as_on_a_gpu(made: Any) -> None:
         torch.Tensor.to = real  # type: ignore[method-assign]
 
 
-def transfers() -> dict[str, native.Transfer]:
+def transfers() -> dict[str, Transfer]:
     """The files of this rank that are being saved, by name."""
-    staged = [s for save in saver.pending() for ticket in save.tickets.values() for s in ticket._staged]
+    staged = [s for save in pending.pending() for ticket in save.tickets.values() for s in ticket._staged]
     return {s.path.name: s.transfer for s in staged}
 
 
-def leasing() -> list[native.Transfer]:
+def leasing() -> list[Transfer]:
     found = [transfer for transfer in transfers().values() if transfer.stats["leased_bytes"]]
     assert found
     return found
@@ -69,7 +71,7 @@ def small_arena(made: Any, out: str) -> Iterator[contextlib.ExitStack]:
     yields is closed."""
     ours = settings(staging={"arena_bytes": 2 * SMALL_ARENA})
     with new_arena(), contextlib.ExitStack() as disk:
-        attached = backend.attach(made, backend.DeepSpeedConfig.parse(ours, "test"), "model")
+        attached = install.attach(made, DeepSpeedConfig.parse(ours, "test"), "model")
         folder = Path(out) / f"stuck{attached.world.rank}"
         folder.mkdir()
         disk.enter_context(stuck(arena.mover(attached.settings), folder, attached.settings.io.threads))
@@ -94,7 +96,7 @@ def save_offloaded(out: str, stage: int) -> dict[str, Any]:
     made.reload_states()
     made.save_checkpoint(f"{out}/copied", tag="t")
     assert not any(transfer.stats["leased_bytes"] for transfer in transfers().values())
-    saver.wait_pending()
+    pending.wait_pending()
     found: dict[str, Any] = {
         "stats": stats,
         "same": {name: (Path(out) / "leased/t" / name).read_bytes() for name in stats}
@@ -123,9 +125,9 @@ def train_on_what_is_leased(out: str, stage: int) -> dict[str, Any]:
         timer = after(0.5, disk)
         losses = train(made, 2, seed=2)
         timer.join()
-        saver.wait_pending()
-        used = arena.mover(backend.attached(made).settings).arena  # type: ignore[union-attr]
-        found = {"state": backend.estimate_bytes(made), "peak": used.peak_bytes}
+        pending.wait_pending()
+        used = arena.mover(install.attached(made).settings).arena  # type: ignore[union-attr]
+        found = {"state": tensors.estimate_bytes(made), "peak": used.peak_bytes}
     again = engine(stage, "bf16", None, seed=3, width=WIDE)
     again.load_checkpoint(out)
     return {
@@ -155,7 +157,7 @@ def train_beside_what_is_leased(out: str, stage: int, by: str) -> dict[str, Any]
         offload(made, by=by)
         found["released_after_offload"] = all(transfer.released for transfer in waiting)
         timer.join()
-        saver.wait_pending()
+        pending.wait_pending()
     again = engine(stage, "bf16", None, seed=3, width=WIDE)
     again.load_checkpoint(out)
     return {**found, "losses": losses, "again": train(again, 2, seed=2)}
@@ -167,14 +169,14 @@ def what_is_leased() -> list[int]:
     made = engine(2, "bf16", None)
     train(made, 1, seed=1)
     offload(made)
-    counted = [len(backend.offloaded_storages(made))]
+    counted = [len(tensors.offloaded_storages(made))]
     for owner in (made, made.optimizer):
         owner.offload_states = types.MethodType(lambda self, *args, **kwargs: None, owner)
-        counted.append(len(backend.offloaded_storages(made)))
+        counted.append(len(tensors.offloaded_storages(made)))
         del owner.offload_states
     os.environ["DS_PIN_MEMORY_BACKEND"] = "native"
     try:
-        return [*counted, len(backend.offloaded_storages(made))]
+        return [*counted, len(tensors.offloaded_storages(made))]
     finally:
         del os.environ["DS_PIN_MEMORY_BACKEND"]
 
@@ -191,8 +193,8 @@ def memory_beside_the_state(out: str) -> list[int]:
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     made.save_checkpoint(f"{out}/run", tag="t")
     leased = sum(int(transfer.stats["leased_bytes"]) for transfer in transfers().values())
-    saver.wait_pending()
-    return [backend.estimate_bytes(made), resident("VmHWM") - before, leased]
+    pending.wait_pending()
+    return [tensors.estimate_bytes(made), resident("VmHWM") - before, leased]
 
 
 def resident(what: str) -> int:

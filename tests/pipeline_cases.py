@@ -11,7 +11,9 @@ import torch.distributed as dist
 from deepspeed_cases import OURS, raised
 from tiny import engine, train
 
-from roll_ckpt import BasePipeline, Cluster, PipelineConfig, disk, saver
+from roll_ckpt import BasePipeline, Cluster, PipelineConfig
+from roll_ckpt.disk import tree
+from roll_ckpt.save import pending
 
 _held: list[BasePipeline] = []
 
@@ -29,10 +31,10 @@ def bad_input(out: str) -> dict[str, str]:
     told = {"twice": raised(lambda: pipeline(out, Cluster("actor", made), Cluster("actor", made)))}
     asked = pipeline(out, Cluster("actor", made))
     told["step"] = raised(lambda: asked.do_checkpoint(1 + dist.get_rank()))
-    real = disk.free_bytes
-    disk.free_bytes = lambda path: 10  # type: ignore[assignment]
+    real = tree.free_bytes
+    tree.free_bytes = lambda path: 10  # type: ignore[assignment]
     told["room"] = raised(lambda: asked.do_checkpoint(1))
-    disk.free_bytes = real
+    tree.free_bytes = real
     nowhere = pipeline(out + ".none", Cluster("actor", made), resume_from_checkpoint=out + "/checkpoint-7")
     told["path"] = raised(nowhere.resume)
     file = Path(out).with_name("file")
@@ -92,7 +94,7 @@ def interrupted(out: str) -> list[str]:
     try:
         made.do_checkpoint(1)
     except SystemExit:
-        saver.wait_pending()
+        pending.wait_pending()
     return sorted(p.name for p in Path(out).iterdir())
 
 
@@ -117,11 +119,11 @@ def resumed_by_path(out: str) -> list[str]:
     first.resume()
     for step in range(1, 4):
         first.do_checkpoint(step)
-    saver.wait_pending()
+    pending.wait_pending()
     dist.barrier()
     again = pipeline(out, cluster, resume_from_checkpoint=out + "/checkpoint-1", max_ckpt_to_keep=1)
     assert again.resume() == 1
-    for thread, _ in saver._background:
+    for thread, _ in pending._background:
         thread.join()
     dist.barrier()
     return sorted(p.name for p in Path(out).glob("checkpoint-*"))

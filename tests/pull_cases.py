@@ -9,29 +9,31 @@ from pathlib import Path
 
 from runs import ended, forked
 
-from roll_ckpt import disk, pull
-from roll_ckpt.hub import Remote
+from roll_ckpt.disk import failpoints, tree
+from roll_ckpt.upload.hub import download
+from roll_ckpt.upload.hub.address import Remote
+from roll_ckpt.upload.hub.pull import pull
 
-pull._FIRST_PAUSE_S = 0.01
+download._FIRST_PAUSE_S = 0.01
 
 
 def pulled(uri: str, to: str) -> str:
-    return str(pull.pull(Remote.parse(uri), Path(to)))
+    return str(pull(Remote.parse(uri), Path(to)))
 
 
 def told_of(uri: str, to: str) -> list[tuple[int, int]]:
     """What a progress bar would hear."""
     heard: list[tuple[int, int]] = []
-    pull.pull(Remote.parse(uri), Path(to), lambda here, of: heard.append((here, of)))
+    pull(Remote.parse(uri), Path(to), lambda here, of: heard.append((here, of)))
     return heard
 
 
 def with_little_room(uri: str, to: str) -> str:
-    real, disk.free_bytes = disk.free_bytes, lambda path: 1000
+    real, tree.free_bytes = tree.free_bytes, lambda path: 1000
     try:
         return pulled(uri, to)
     finally:
-        disk.free_bytes = real
+        tree.free_bytes = real
 
 
 def on_a_disk_that_fills_up(uri: str, to: str, nbytes: int) -> str:
@@ -58,7 +60,7 @@ def killed_at(operation: int, uri: str, to: str) -> bool:
             if not left:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        disk.observer = observe
+        failpoints.observer = observe
         pulled(uri, to)
 
     return in_child(work) == -signal.SIGKILL
@@ -76,7 +78,7 @@ def killed_at_block(block: int, uri: str, to: str) -> int:
             if not left:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        disk.observer = observe
+        failpoints.observer = observe
         pulled(uri, to)
 
     assert in_child(work) == -signal.SIGKILL

@@ -13,7 +13,16 @@ from typing import Any, NoReturn
 
 from crash_model import fingerprint, read_tree
 
-from roll_ckpt import commit, disk, epoch, manifest, names, retention, seal, verify
+from roll_ckpt import names
+from roll_ckpt.disk import failpoints, tree, writes
+from roll_ckpt.formats import manifests, records, sealed_json
+from roll_ckpt.formats.manifests import Manifest
+from roll_ckpt.formats.records import Vote
+from roll_ckpt.transaction import attempts, ballot, claims, listing, retention, settlement, verification
+from roll_ckpt.transaction.attempts import Attempt
+from roll_ckpt.transaction.epochs import Epoch
+from roll_ckpt.transaction.settlement import Outcome
+from roll_ckpt.transaction.verification import Problem
 
 CLUSTERS = {"actor": 2, "critic": 2}
 RANKS = [(cluster, rank) for cluster in CLUSTERS for rank in range(CLUSTERS[cluster])]
@@ -24,20 +33,20 @@ def contents(salt: str, cluster: str, rank: int) -> bytes:
     return f"{salt} {cluster} {rank}\n".encode() * (rank + 1)
 
 
-def write(attempt: commit.Attempt, salt: str, cluster: str, rank: int) -> manifest.Vote:
+def write(attempt: Attempt, salt: str, cluster: str, rank: int) -> Vote:
     """Write one rank's files durably; return its vote."""
-    disk.make_dirs(attempt.unit / cluster / "deep")
+    writes.make_dirs(attempt.unit / cluster / "deep")
     files = {f"{cluster}/rank_{rank}.pt": contents(salt, cluster, rank)}
     if not rank:
         files[f"{cluster}/deep/empty"] = b""
     for path, data in files.items():
-        disk.write_durable(attempt.unit / path, data)
-    receipts = tuple(manifest.receipt_of_bytes(path, data) for path, data in files.items())
-    return manifest.Vote(cluster, rank, attempt.epoch, attempt.attempt, receipts, facts={"framework": "none"})
+        writes.write_durable(attempt.unit / path, data)
+    receipts = tuple(records.receipt_of_bytes(path, data) for path, data in files.items())
+    return Vote(cluster, rank, attempt.epoch, attempt.attempt, receipts, facts={"framework": "none"})
 
 
-def vote(attempt: commit.Attempt, salt: str, cluster: str, rank: int) -> None:
-    commit.cast(attempt, write(attempt, salt, cluster, rank))
+def vote(attempt: Attempt, salt: str, cluster: str, rank: int) -> None:
+    ballot.cast(attempt, write(attempt, salt, cluster, rank))
 
 
 def forked(work: Callable[[], object]) -> int:
@@ -64,20 +73,20 @@ def ended(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def other_ranks(attempt: commit.Attempt, salt: str, ranks: list[tuple[str, int]]) -> None:
+def other_ranks(attempt: Attempt, salt: str, ranks: list[tuple[str, int]]) -> None:
     """Let other processes write and vote, and wait for them."""
 
     def work(cluster: str, rank: int) -> None:
-        disk.observer = disk.listener = None
+        failpoints.observer = failpoints.listener = None
         vote(replace(attempt, pid=os.getpid()), salt, cluster, rank)
 
     pids = [forked(lambda c=c, r=r: work(c, r)) for c, r in ranks]  # type: ignore[misc]
     assert [ended(pid) for pid in pids] == [0] * len(pids)
 
 
-def save(epoch: commit.Epoch, step: int, salt: str, *, alone: bool = False) -> commit.Outcome:
+def save(epoch: Epoch, step: int, salt: str, *, alone: bool = False) -> Outcome:
     """One whole checkpoint; this process is the first rank and the lead, and all other ranks if `alone`."""
-    attempt = commit.begin(epoch, names.checkpoint(step), step=step, expected=CLUSTERS)
+    attempt = attempts.begin(epoch, names.checkpoint(step), step=step, expected=CLUSTERS)
     (attempt.directory / "helper.py").write_text(salt)
     if alone:
         for cluster, rank in RANKS[1:]:
@@ -85,11 +94,11 @@ def save(epoch: commit.Epoch, step: int, salt: str, *, alone: bool = False) -> c
     else:
         other_ranks(attempt, salt, RANKS[1:])
     vote(attempt, salt, *RANKS[0])
-    return commit.settle(attempt, lead=True, timeout_s=10)
+    return settlement.settle(attempt, lead=True, timeout_s=10)
 
 
-def claim(output_dir: Path, **options: object) -> commit.Epoch:
-    return commit.claim(output_dir, run_id=RUN, clusters=CLUSTERS, **options)  # type: ignore[arg-type]
+def claim(output_dir: Path, **options: object) -> Epoch:
+    return claims.claim(output_dir, run_id=RUN, clusters=CLUSTERS, **options)  # type: ignore[arg-type]
 
 
 def history(output_dir: Path, steps: list[int], salt: str = "old") -> None:
@@ -106,9 +115,9 @@ def history(output_dir: Path, steps: list[int], salt: str = "old") -> None:
 def salts(output_dir: Path, *, whole: bool = True) -> dict[str, str]:
     """The salt of each committed checkpoint. Fails if one is not sound, or is a mixture of two saves."""
     found = {}
-    for told in commit.committed(output_dir, report=_refuse):
+    for told in listing.committed(output_dir, report=_refuse):
         unit = output_dir / told.name
-        assert not whole or verify.verify(unit) == []
+        assert not whole or verification.verify(unit) == []
         salt = (unit / "actor/rank_0.pt").read_text().split()[0]
         for cluster, rank in RANKS:
             assert (unit / cluster / f"rank_{rank}.pt").read_bytes() == contents(salt, cluster, rank), told.name
@@ -128,17 +137,17 @@ def assert_sound(output_dir: Path) -> dict[str, str]:
     return found
 
 
-def assert_clean(output_dir: Path, epoch: commit.Epoch) -> None:
+def assert_clean(output_dir: Path, epoch: Epoch) -> None:
     """What holds after recovery: no garbage at all."""
     hidden = sorted(path.name for path in output_dir.iterdir() if path.name.startswith("."))
     assert hidden == [names.EPOCHS, names.TRASH], hidden
-    assert disk.list_dir(output_dir / names.TRASH) == [str(epoch.number)]
-    assert disk.list_dir(output_dir / names.trash_dir(epoch.number)) == []
-    assert disk.list_dir(output_dir / names.EPOCHS) == [str(epoch.number)]
-    assert verify.verify_run(output_dir) == []
+    assert tree.list_dir(output_dir / names.TRASH) == [str(epoch.number)]
+    assert tree.list_dir(output_dir / names.trash_dir(epoch.number)) == []
+    assert tree.list_dir(output_dir / names.EPOCHS) == [str(epoch.number)]
+    assert verification.verify_run(output_dir) == []
 
 
-def prune(epoch: commit.Epoch, keep: int) -> list[str]:
+def prune(epoch: Epoch, keep: int) -> list[str]:
     return retention.prune(epoch.output_dir, epoch, keep)
 
 
@@ -151,7 +160,7 @@ def unique_names(who: str) -> None:
 def think_once() -> None:
     """Let each record be parsed once, and each checkpoint verified once, however many states hold it: these are pure
     functions of its bytes."""
-    unseal, parse, build, check = seal.unseal, manifest.parse_manifest, manifest.build, verify.verify
+    unseal, parse, build, check = sealed_json.unseal, manifests.parse, manifests.build, verification.verify
     unsealed, parsed, built, verified = {}, {}, {}, {}
 
     def unseal_once(data: bytes, where: object) -> dict[str, Any]:
@@ -159,7 +168,7 @@ def think_once() -> None:
             unsealed[data] = unseal(data, where)
         return copy.deepcopy(unsealed[data])
 
-    def parse_once(data: bytes, where: object) -> manifest.Manifest:
+    def parse_once(data: bytes, where: object) -> Manifest:
         if data not in parsed:
             parsed[data] = parse(data, where)
         return parsed[data]
@@ -170,13 +179,13 @@ def think_once() -> None:
             built[key] = build(votes, expected)
         return built[key]
 
-    def verify_once(unit: Path, *rest: Any) -> list[verify.Problem]:
+    def verify_once(unit: Path, *rest: Any) -> list[Problem]:
         key = (unit.name, rest, fingerprint(read_tree(unit)))
         if key not in verified:
             verified[key] = check(unit, *rest)
         return verified[key]
 
-    manifest.unseal = epoch.unseal = unseal_once
-    manifest.parse_manifest = parse_once
-    manifest.build = commit.build = build_once
-    verify.verify = verify_once
+    sealed_json.unseal = sealed_json.unseal = unseal_once
+    manifests.parse = parse_once
+    manifests.build = manifests.build = build_once
+    verification.verify = verify_once

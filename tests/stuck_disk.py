@@ -8,17 +8,19 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from roll_ckpt import native
+from hand_made import HandMadeImage
+
+from roll_ckpt.native.mover import Mover
 
 
 @contextlib.contextmanager
-def stuck(mover: native.Mover, folder: Path, threads: int) -> Iterator[None]:
+def stuck(mover: Mover, folder: Path, threads: int) -> Iterator[None]:
     """Opening a pipe to write to waits for a reader; each of these files keeps one I/O thread or two there."""
     pipes = Path(tempfile.mkdtemp(dir=folder))
     transfers = []
     for i in range(threads):
         os.mkfifo(pipes / str(i))
-        image = native.NativeImage(1)
+        image = HandMadeImage(1)
         image.add_bytes(0, b"x")
         transfers.append(mover.save(pipes / str(i), image))
     try:

@@ -13,7 +13,10 @@ import pytest
 import runs
 from corruption import plain_user
 
-from roll_ckpt import cli, epoch, names, uploads, verify
+from roll_ckpt import names
+from roll_ckpt.cli import main, printing
+from roll_ckpt.transaction import epochs, verification
+from roll_ckpt.upload import file_system
 
 HERE = Path(__file__).parent
 CRASHED = """
@@ -25,7 +28,7 @@ runs.other_ranks(attempt, "new", runs.RANKS[:{votes}])
 
 def python(script: str, *arguments: object) -> subprocess.Popen[str]:
     """A process of its own, without torch, so that it may fork."""
-    head = "import sys, runs; from pathlib import Path; from roll_ckpt import commit; out = Path(sys.argv[1])"
+    head = "import sys, runs; from pathlib import Path; out = Path(sys.argv[1])"
     return subprocess.Popen(
         [sys.executable, "-c", f"{head}\n{script}", *map(str, arguments)],
         cwd=HERE,
@@ -72,7 +75,7 @@ def roll_ckpt(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 def answer(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> dict[str, Any]:
     """What a command prints with --json, in this process."""
-    assert cli.main([*map(str, arguments), "--json"]) == code
+    assert main.main([*map(str, arguments), "--json"]) == code
     document: dict[str, Any] = json.loads(capsys.readouterr().out)
     return document
 
@@ -122,7 +125,7 @@ def test_ls_shows_apart_what_a_live_run_is_writing(live: Path, capsys: pytest.Ca
 def test_ls_tells_a_live_run_on_another_host_by_its_heartbeat(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("roll_ckpt.disk.boot_id", lambda: "another host")
+    monkeypatch.setattr("roll_ckpt.disk.reads.boot_id", lambda: "another host")
     record = run / names.EPOCHS / "1"
     os.utime(record)
     assert len(answer(capsys, "ls", run)["live"]) == 1
@@ -133,14 +136,14 @@ def test_ls_tells_a_live_run_on_another_host_by_its_heartbeat(
 def test_ls_names_a_checkpoint_whose_manifest_is_damaged(run: Path) -> None:
     flip(run / "checkpoint-1/manifest.json")
     done = roll_ckpt("ls", run)
-    assert done.returncode == cli.DAMAGED
+    assert done.returncode == printing.DAMAGED
     assert "checkpoint-1/manifest.json" in done.stderr
     assert "checkpoint-2" in done.stdout and "checkpoint-1 " not in done.stdout
-    assert roll_ckpt("ls", run / "checkpoint-1").returncode == cli.DAMAGED
-    assert roll_ckpt("show", run / "checkpoint-1").returncode == cli.DAMAGED
+    assert roll_ckpt("ls", run / "checkpoint-1").returncode == printing.DAMAGED
+    assert roll_ckpt("show", run / "checkpoint-1").returncode == printing.DAMAGED
     assert roll_ckpt("show", run).stdout.startswith(str(run / "checkpoint-2"))
     flip(run / "checkpoint-2/manifest.json")
-    assert roll_ckpt("show", run).returncode == cli.DAMAGED
+    assert roll_ckpt("show", run).returncode == printing.DAMAGED
 
 
 def test_show_describes_the_newest_checkpoint(run: Path) -> None:
@@ -179,7 +182,7 @@ def test_verify_names_every_file_in_which_a_bit_was_flipped(run: Path, capsys: p
         if data:
             flip(unit / path)
             for target, prefix in ((unit, ""), (run, "checkpoint-1/")):
-                told = answer(capsys, "verify", target, code=cli.DAMAGED)
+                told = answer(capsys, "verify", target, code=printing.DAMAGED)
                 assert f"{prefix}{path}" in [problem["path"] for problem in told["problems"]]
                 assert not told["sound"]
             (unit / path).write_bytes(data)
@@ -192,7 +195,7 @@ def test_verify_names_what_is_missing_too_long_or_strange(run: Path) -> None:
         file.write(b"x")
     (run / "checkpoint-2/critic/extra").touch()
     done = roll_ckpt("verify", run)
-    assert done.returncode == cli.DAMAGED
+    assert done.returncode == printing.DAMAGED
     assert [line.split()[:3] for line in done.stdout.splitlines()] == [
         ["damaged", "checkpoint-1/actor/rank_0.pt", "missing:"],
         ["damaged", "checkpoint-1/actor/rank_1.pt", "size:"],
@@ -204,7 +207,7 @@ def test_verify_names_what_is_missing_too_long_or_strange(run: Path) -> None:
 def test_a_checkpoint_that_lost_a_record_is_damaged_and_not_unknown(run: Path, record: str) -> None:
     (run / "checkpoint-2" / record).unlink()
     done = roll_ckpt("verify", run / "checkpoint-2")
-    assert done.returncode == cli.DAMAGED
+    assert done.returncode == printing.DAMAGED
     assert record in done.stdout
 
 
@@ -220,7 +223,7 @@ def test_verify_and_ls_name_what_cannot_be_read(run: Path, capsys: pytest.Captur
 def test_verify_leaves_what_is_being_written_alone(live: Path) -> None:
     assert roll_ckpt("verify", live).returncode == 0
     done = roll_ckpt("verify", live / names.attempt_dir("checkpoint-3", 2, 1) / "checkpoint-3")
-    assert done.returncode == cli.ERROR
+    assert done.returncode == printing.ERROR
     assert "is being written, or was left by a crash" in done.stderr
 
 
@@ -232,7 +235,7 @@ def test_prune_removes_the_oldest(run: Path, capsys: pytest.CaptureFixture[str])
     did = answer(capsys, "prune", run, "--keep", 1)
     assert (did["removed"], did["kept"], did["dry_run"]) == (["checkpoint-1"], ["checkpoint-2"], False)
     assert list(runs.assert_sound(run)) == ["checkpoint-2"]
-    assert verify.verify_run(run) == []
+    assert verification.verify_run(run) == []
 
 
 def test_prune_keeps_what_latest_names_and_what_has_no_complete_copy(
@@ -249,7 +252,7 @@ def test_prune_keeps_what_it_has_just_recovered_and_has_no_complete_copy(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("checkpoint-1", "checkpoint-2"):
-        uploads.upload(run / name, tmp_path / "uploads")
+        file_system.upload(run / name, tmp_path / "uploads")
 
     again = CRASHED.partition("attempt =")[2].replace("checkpoint-3", "checkpoint-4").replace("step=3", "step=4")
     finish(python((CRASHED + "attempt =" + again).format(votes=4), run))
@@ -262,7 +265,7 @@ def test_prune_and_recover_refuse_a_live_run(live: Path) -> None:
     before = files(live)
     for command in (["prune", live, "--keep", 1], ["recover", live], ["recover", live, "--dry-run"]):
         done = roll_ckpt(*command)
-        assert done.returncode == cli.ERROR
+        assert done.returncode == printing.ERROR
         assert "is running and saves there" in done.stderr
     assert files(live) == before
 
@@ -324,7 +327,7 @@ def test_a_pipe_in_the_place_of_a_record_is_damage_and_holds_nobody_up(run: Path
             cwd=HERE.parent,
             timeout=60,
         )
-        assert done.returncode == cli.DAMAGED and f"checkpoint-2/{record}" in done.stdout
+        assert done.returncode == printing.DAMAGED and f"checkpoint-2/{record}" in done.stdout
         path.unlink()
         path.write_bytes(kept)
 
@@ -334,13 +337,13 @@ def test_a_run_whose_manifests_are_all_gone_is_damaged_and_not_empty(run: Path) 
         (run / f"checkpoint-{step}" / names.MANIFEST).unlink()
     for command in ("ls", "show", "verify"):
         done = roll_ckpt(command, run)
-        assert done.returncode == cli.DAMAGED and "checkpoint-2" in done.stdout + done.stderr
+        assert done.returncode == printing.DAMAGED and "checkpoint-2" in done.stdout + done.stderr
 
 
 def test_a_run_starts_at_once_after_the_command_line_has_owned_its_directory(run: Path) -> None:
     assert roll_ckpt("recover", run).returncode == 0
     claim = runs.claim(run)
-    assert claim.number == epoch.newest_number(run) == 3
+    assert claim.number == epochs.newest_number(run) == 3
     claim.release()
 
 
@@ -355,7 +358,7 @@ def test_deepspeed_checkpoints_of_other_writers_are_shown_and_not_verified(run: 
 def test_a_foreign_manifest_makes_no_checkpoint(run: Path) -> None:
     (run.parent / names.MANIFEST).write_text("{}")
     assert roll_ckpt("ls", run).returncode == 0
-    assert roll_ckpt("ls", run.parent).returncode == cli.ERROR
+    assert roll_ckpt("ls", run.parent).returncode == printing.ERROR
 
 
 @pytest.mark.parametrize("command", [["ls"], ["show"], ["verify"], ["prune", "--keep", "1"], ["recover"]])
@@ -367,7 +370,7 @@ def test_a_path_without_checkpoints_is_an_error_that_says_so(tmp_path: Path, com
         ("file", "no checkpoint"),
     ):
         done = roll_ckpt(command[0], tmp_path / path, *command[1:])
-        assert (done.returncode, done.stdout) == (cli.ERROR, "")
+        assert (done.returncode, done.stdout) == (printing.ERROR, "")
         assert str(tmp_path / path) in done.stderr and text in done.stderr
     assert list(files(tmp_path)) == ["file"]
 
@@ -375,7 +378,7 @@ def test_a_path_without_checkpoints_is_an_error_that_says_so(tmp_path: Path, com
 def test_prune_and_recover_want_the_whole_directory(run: Path) -> None:
     for command in (["prune", run / "checkpoint-1", "--keep", 1], ["recover", run / "checkpoint-1"]):
         done = roll_ckpt(*command)
-        assert done.returncode == cli.ERROR and f"works on a whole directory: {run}" in done.stderr
+        assert done.returncode == printing.ERROR and f"works on a whole directory: {run}" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -396,7 +399,7 @@ def test_help_explains_and_gives_an_example(command: str) -> None:
 
 def test_ls_loads_nothing_heavy(run: Path) -> None:
     script = (
-        "import sys; from roll_ckpt import cli; cli.main(['ls', sys.argv[1]]);"
+        "import sys; from roll_ckpt.cli import main; main.main(['ls', sys.argv[1]]);"
         "heavy = {'torch', 'deepspeed', 'numpy', 'pydantic', 'rich', 'yaml', 'huggingface_hub'} & set(sys.modules);"
         "assert not heavy, heavy"
     )

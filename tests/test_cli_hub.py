@@ -14,9 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from roll_ckpt_hub_dev import Fault, LocalHub
 
-from roll_ckpt import cli, names, printing, push_queue, verify
-from roll_ckpt.hub_dev import Fault, LocalHub
+from roll_ckpt import names
+from roll_ckpt.cli import main, printing
+from roll_ckpt.transaction import verification
+from roll_ckpt.upload.hub import push_queue
+from roll_ckpt.upload.hub.push_queue import Destination
 
 pytest.importorskip("huggingface_hub")
 
@@ -120,7 +124,7 @@ def test_a_runs_queue_from_owed_to_done(hub: LocalHub, shell: Shell, run: Path) 
     assert shell("queue", "retry", run)[0] == "nothing to retry\n"
     assert "pushed checkpoint-2, commit" in shell("push", run)[0]
     assert [entry["state"] for entry in shell.json("queue", "ls", run)["entries"]] == ["done", "done"]
-    assert verify.verify_run(run) == []
+    assert verification.verify_run(run) == []
 
 
 def test_offline_everything_stays_owed_and_the_exit_code_says_so(shell: Shell, run: Path) -> None:
@@ -133,7 +137,7 @@ def test_offline_everything_stays_owed_and_the_exit_code_says_so(shell: Shell, r
 
 
 def test_one_push_of_a_run_that_pushes_there_is_recorded(shell: Shell, run: Path) -> None:
-    push_queue.set_destination(run, push_queue.Destination("dev/recorded"))
+    push_queue.set_destination(run, Destination("dev/recorded"))
     pushed = shell.json("push", run / "checkpoint-2")
     assert pushed["uri"] == "hf://dev/recorded@checkpoint-2"
     [owed, done] = shell.json("queue", "ls", run, code=printing.OWED)["entries"]
@@ -144,7 +148,7 @@ def test_an_older_one_leaves_the_newest_on_the_branch_and_waits_for_the_uploader
     hub: LocalHub, shell: Shell, run: Path
 ) -> None:
     repo = "dev/late"
-    push_queue.set_destination(run, push_queue.Destination(repo))
+    push_queue.set_destination(run, Destination(repo))
     push_queue.cancel(run, "checkpoint-1")
     hub.faults.add(Fault("commit", stall_s=5.0))
     running = shell.start("push", run)
@@ -194,7 +198,7 @@ def test_ctrl_c_ends_a_pull_which_then_goes_on(hub: LocalHub, shell: Shell, run:
     asked = [line["path"] for line in hub.requests()[since:] if line["route"] == "download"]
     assert len(asked) == len(set(asked)), "none was tried again after the interrupt"
     shell("pull", "hf://dev/interrupted", tmp_path / "to")
-    assert verify.verify(tmp_path / "to/checkpoint-1") == [] and os.listdir(tmp_path / "to") == ["checkpoint-1"]
+    assert verification.verify(tmp_path / "to/checkpoint-1") == [] and os.listdir(tmp_path / "to") == ["checkpoint-1"]
 
 
 def test_a_checkpoint_that_is_damaged_there_or_here_ends_with_3(shell: Shell, run: Path, tmp_path: Path) -> None:
@@ -220,7 +224,7 @@ def test_a_repository_that_is_not_there_is_told(shell: Shell, tmp_path: Path) ->
 def here(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
     """A command that does not come to speak with the Hub, in this process: its exit code and what it prints."""
     try:
-        code = cli.main([str(argument) for argument in arguments])
+        code = main.main([str(argument) for argument in arguments])
     except SystemExit as ended:
         code = int(ended.code or 0)
     return (code, *capsys.readouterr())
@@ -251,7 +255,7 @@ def test_what_cannot_be_meant_is_told(
 
 
 def test_a_run_that_pushes_elsewhere_is_not_turned_around(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    push_queue.set_destination(run, push_queue.Destination("dev/there"))
+    push_queue.set_destination(run, Destination("dev/there"))
     before = files(run)
     for more in (["dev/here"], ["dev/there", "--public"], ["dev/there", "--revision", "other"]):
         code, _, err = here(capsys, "push", run, *more)
@@ -260,7 +264,7 @@ def test_a_run_that_pushes_elsewhere_is_not_turned_around(run: Path, capsys: pyt
 
 
 def test_what_is_owed_is_not_pruned_until_it_is_given_up(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    push_queue.set_destination(run, push_queue.Destination("dev/none"))
+    push_queue.set_destination(run, Destination("dev/none"))
     prune = ["prune", run, "--keep", 1, "--json"]
     assert json.loads(here(capsys, *prune)[1])["removed"] == []
     assert here(capsys, "queue", "cancel", run, "checkpoint-1") == (0, "checkpoint-1: cancelled\n", "")

@@ -14,22 +14,38 @@ from pathlib import Path
 import pytest
 import runs
 
-from roll_ckpt import attempt as attempts
-from roll_ckpt import commit, disk, manifest, names, verify
-from roll_ckpt import epoch as epochs
+from roll_ckpt import names
+from roll_ckpt.disk import failpoints, locks, reads, tree, writes
 from roll_ckpt.errors import ConfigError, EpochLost, NoRoom, RanksDisagree, RunIsLive, SaveFailed
+from roll_ckpt.formats import records
+from roll_ckpt.formats.records import Vote
+from roll_ckpt.transaction import (
+    attempts,
+    ballot,
+    claims,
+    epochs,
+    listing,
+    publication,
+    recovery,
+    settlement,
+    verification,
+)
+from roll_ckpt.transaction.attempts import Attempt
+from roll_ckpt.transaction.epochs import Epoch
+from roll_ckpt.transaction.recovery import Recovery
+from roll_ckpt.transaction.settlement import Outcome
 
 
 @pytest.fixture
-def epoch(tmp_path: Path) -> commit.Epoch:
+def epoch(tmp_path: Path) -> Epoch:
     return runs.claim(tmp_path / "run")
 
 
-def begin(epoch: commit.Epoch, step: int = 1) -> commit.Attempt:
-    return commit.begin(epoch, names.checkpoint(step), step=step, expected=runs.CLUSTERS)
+def begin(epoch: Epoch, step: int = 1) -> Attempt:
+    return attempts.begin(epoch, names.checkpoint(step), step=step, expected=runs.CLUSTERS)
 
 
-def vote_all(attempt: commit.Attempt, salt: str = "x", but: int = 0) -> None:
+def vote_all(attempt: Attempt, salt: str = "x", but: int = 0) -> None:
     for cluster, rank in runs.RANKS[: len(runs.RANKS) - but]:
         runs.vote(attempt, salt, cluster, rank)
 
@@ -38,70 +54,70 @@ def entries(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
 
 
-def test_a_commit_is_invisible_until_every_rank_of_every_cluster_has_voted(epoch: commit.Epoch) -> None:
+def test_a_commit_is_invisible_until_every_rank_of_every_cluster_has_voted(epoch: Epoch) -> None:
     attempt = begin(epoch)
     vote_all(attempt, but=1)
-    settled: list[commit.Outcome] = []
-    lead = threading.Thread(target=lambda: settled.append(commit.settle(attempt, lead=True, timeout_s=30)))
+    settled: list[Outcome] = []
+    lead = threading.Thread(target=lambda: settled.append(settlement.settle(attempt, lead=True, timeout_s=30)))
     lead.start()
     time.sleep(0.3)
     assert entries(epoch.output_dir) == [] and not settled
     runs.vote(attempt, "x", *runs.RANKS[-1])
     lead.join()
-    assert settled == [commit.Outcome(True)]
+    assert settled == [Outcome(True)]
     assert runs.assert_sound(epoch.output_dir) == {"checkpoint-1": "x"}
     runs.assert_clean(epoch.output_dir, epoch)
 
 
-def test_a_rank_that_waits_learns_the_outcome_and_the_reason(epoch: commit.Epoch) -> None:
-    def wait(attempt: commit.Attempt, outcomes: list[commit.Outcome]) -> None:
-        outcomes.append(commit.settle(attempt, lead=False, timeout_s=9))
+def test_a_rank_that_waits_learns_the_outcome_and_the_reason(epoch: Epoch) -> None:
+    def wait(attempt: Attempt, outcomes: list[Outcome]) -> None:
+        outcomes.append(settlement.settle(attempt, lead=False, timeout_s=9))
 
     for but in (0, 1):
         attempt = begin(epoch)
         vote_all(attempt, but=but)
-        waiter: list[commit.Outcome] = []
+        waiter: list[Outcome] = []
         thread = threading.Thread(target=wait, args=(attempt, waiter))
         thread.start()
-        outcome = commit.settle(attempt, lead=True, timeout_s=0.2)
+        outcome = settlement.settle(attempt, lead=True, timeout_s=0.2)
         thread.join()
         assert waiter == [outcome] and outcome.committed == (not but)
     assert "cluster 'critic' rank 1" in waiter[0].reason
 
 
-def test_a_no_vote_abandons_the_attempt_at_once_and_says_why(epoch: commit.Epoch) -> None:
+def test_a_no_vote_abandons_the_attempt_at_once_and_says_why(epoch: Epoch) -> None:
     attempt = begin(epoch)
     vote_all(attempt, but=2)
-    commit.cast(attempt, manifest.Vote("critic", 1, epoch.number, 1, (), error="write of x.pt: disk full"))
+    ballot.cast(attempt, Vote("critic", 1, epoch.number, 1, (), error="write of x.pt: disk full"))
     began = time.monotonic()
-    outcome = commit.settle(attempt, lead=True, timeout_s=60)
+    outcome = settlement.settle(attempt, lead=True, timeout_s=60)
     assert time.monotonic() - began < 5
-    assert outcome == commit.Outcome(False, "cluster 'critic' rank 1 failed: write of x.pt: disk full")
+    assert outcome == Outcome(False, "cluster 'critic' rank 1 failed: write of x.pt: disk full")
     runs_left = [path.name for path in epoch.output_dir.iterdir()]
     assert sorted(runs_left) == [names.EPOCHS, names.TRASH]
     with pytest.raises(SaveFailed, match="abandoned: cluster 'critic' rank 1 failed"):
-        runs.vote(attempt, "x", "critic", 0) if attempt.unit.exists() else commit.cast(
-            attempt, manifest.Vote("critic", 0, epoch.number, 1, ())
+        runs.vote(attempt, "x", "critic", 0) if attempt.unit.exists() else ballot.cast(
+            attempt, Vote("critic", 0, epoch.number, 1, ())
         )
     assert runs.save(epoch, 1, "y", alone=True).committed
 
 
-def test_missing_votes_are_named_after_the_time_limit(epoch: commit.Epoch) -> None:
-    outcome = commit.settle(begin(epoch), lead=False, timeout_s=0.05)
+def test_missing_votes_are_named_after_the_time_limit(epoch: Epoch) -> None:
+    outcome = settlement.settle(begin(epoch), lead=False, timeout_s=0.05)
     assert not outcome.committed
     assert "cluster 'actor' rank 0, 1, cluster 'critic' rank 0, 1" in outcome.reason
 
 
-def test_a_vote_never_changes(epoch: commit.Epoch) -> None:
+def test_a_vote_never_changes(epoch: Epoch) -> None:
     attempt = begin(epoch)
     vote = runs.write(attempt, "x", "actor", 0)
-    commit.cast(attempt, vote)
-    commit.cast(attempt, vote)
+    ballot.cast(attempt, vote)
+    ballot.cast(attempt, vote)
     with pytest.raises(SaveFailed, match="'actor' rank 0 has voted already"):
-        commit.cast(attempt, replace(vote, error="no"))
+        ballot.cast(attempt, replace(vote, error="no"))
     for wrong in (replace(vote, epoch=9), replace(vote, rank=2), replace(vote, cluster="other")):
         with pytest.raises(ConfigError):
-            commit.cast(attempt, wrong)
+            ballot.cast(attempt, wrong)
 
 
 @pytest.mark.parametrize(
@@ -115,19 +131,19 @@ def test_a_vote_never_changes(epoch: commit.Epoch) -> None:
     ],
 )
 def test_files_that_are_not_as_the_votes_say_are_not_committed(
-    epoch: commit.Epoch, damage: Callable[[Path], object], reason: str
+    epoch: Epoch, damage: Callable[[Path], object], reason: str
 ) -> None:
     attempt = begin(epoch)
     vote_all(attempt)
     damage(attempt.unit)
-    outcome = commit.settle(attempt, lead=True, timeout_s=9)
+    outcome = settlement.settle(attempt, lead=True, timeout_s=9)
     assert not outcome.committed and re.search(reason, outcome.reason), outcome
     assert entries(epoch.output_dir) == []
 
 
 @pytest.mark.parametrize("where", ["the decision's", "the checkpoint's"])
 def test_what_an_fsync_has_refused_is_not_called_durable(
-    epoch: commit.Epoch, monkeypatch: pytest.MonkeyPatch, where: str
+    epoch: Epoch, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     """The fsync of the directory fails once; when it is asked again it says yes, and that proves nothing."""
     attempt = begin(epoch)
@@ -139,19 +155,19 @@ def test_what_an_fsync_has_refused_is_not_called_durable(
         nonlocal linked
         linked = linked or (operation == "link" and paths[-1].endswith(names.DECISION))
         if linked and (operation, paths[0]) == ("fsync_dir", str(folder)):
-            monkeypatch.setattr(disk, "observer", None)
+            monkeypatch.setattr(failpoints, "observer", None)
             raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(disk, "observer", observe)
-    outcome = commit.settle(attempt, lead=True, timeout_s=10)
+    monkeypatch.setattr(failpoints, "observer", observe)
+    outcome = settlement.settle(attempt, lead=True, timeout_s=10)
     assert (outcome.committed, outcome.durable) == (True, False) and str(folder) in outcome.reason
     assert runs.assert_sound(epoch.output_dir) == {"checkpoint-1": "x"}
     runs.assert_clean(epoch.output_dir, epoch)
 
 
-def test_two_hiccups_of_the_disk_far_apart_are_two(epoch: commit.Epoch, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_hiccups_of_the_disk_far_apart_are_two(epoch: Epoch, monkeypatch: pytest.MonkeyPatch) -> None:
     attempt = begin(epoch)
-    list_dir, looks = disk.list_dir, iter([True, False, False, True, False])
+    list_dir, looks = tree.list_dir, iter([True, False, False, True, False])
     clock = iter(range(0, 10**6, 6))  # each look is six seconds after the one before
     refused = 0
 
@@ -162,14 +178,12 @@ def test_two_hiccups_of_the_disk_far_apart_are_two(epoch: commit.Epoch, monkeypa
             raise OSError(errno.EIO, "Input/output error", str(path))
         return list_dir(path)
 
-    monkeypatch.setattr(disk, "list_dir", flaky)
-    outcome = commit.settle(attempt, lead=True, timeout_s=90, clock=lambda: float(next(clock)))
+    monkeypatch.setattr(tree, "list_dir", flaky)
+    outcome = settlement.settle(attempt, lead=True, timeout_s=90, clock=lambda: float(next(clock)))
     assert refused == 2 and not outcome.committed and "no vote came" in outcome.reason
 
 
-def test_a_reason_that_cannot_be_written_down_keeps_no_room(
-    epoch: commit.Epoch, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_reason_that_cannot_be_written_down_keeps_no_room(epoch: Epoch, monkeypatch: pytest.MonkeyPatch) -> None:
     attempt = begin(epoch)
     vote_all(attempt, but=1)
 
@@ -177,23 +191,23 @@ def test_a_reason_that_cannot_be_written_down_keeps_no_room(
         if operation == "link" and "aborted" in paths[-1]:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(disk, "observer", observe)
-    assert not commit.settle(attempt, lead=True, timeout_s=0).committed
+    monkeypatch.setattr(failpoints, "observer", observe)
+    assert not settlement.settle(attempt, lead=True, timeout_s=0).committed
     assert not attempt.directory.exists()
     runs.assert_clean(epoch.output_dir, epoch)
 
 
-def test_stock_code_s_files_beside_the_unit_are_moved_and_its_latest_is_not(epoch: commit.Epoch) -> None:
-    attempt = commit.begin(epoch, "tag", step=None, expected=runs.CLUSTERS, save_latest=False)
+def test_stock_code_s_files_beside_the_unit_are_moved_and_its_latest_is_not(epoch: Epoch) -> None:
+    attempt = attempts.begin(epoch, "tag", step=None, expected=runs.CLUSTERS, save_latest=False)
     (attempt.directory / "zero_to_fp32.py").write_text("script")
     (attempt.directory / "latest").write_text("tag")
     vote_all(attempt)
-    assert commit.settle(attempt, lead=True, timeout_s=9) == commit.Outcome(True)
+    assert settlement.settle(attempt, lead=True, timeout_s=9) == Outcome(True)
     assert entries(epoch.output_dir) == ["tag", "zero_to_fp32.py"]
 
 
 def test_everything_is_synced_before_the_decision_that_refers_to_it(
-    epoch: commit.Epoch, monkeypatch: pytest.MonkeyPatch
+    epoch: Epoch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attempt = begin(epoch)
     unit = str(attempt.unit)
@@ -217,32 +231,32 @@ def test_everything_is_synced_before_the_decision_that_refers_to_it(
             if operation == "mkdir":
                 dirty.add(paths[0])
 
-    monkeypatch.setattr(disk, "observer", watch)
+    monkeypatch.setattr(failpoints, "observer", watch)
     vote_all(attempt, but=1)
     cluster, rank = runs.RANKS[-1]
     for folder in (attempt.unit / cluster / "made", attempt.unit / cluster / "made/late"):
-        disk.make_dir(folder)  # by stock code, which syncs no directory
-    descriptor = disk.create(folder / "f")
-    disk.write_all(descriptor, b"x", folder / "f")
-    disk.fsync(descriptor, folder / "f")
+        writes.make_dir(folder)  # by stock code, which syncs no directory
+    descriptor = writes.create(folder / "f")
+    writes.write_all(descriptor, b"x", folder / "f")
+    writes.fsync(descriptor, folder / "f")
     os.close(descriptor)
-    receipt = manifest.receipt_of_bytes(f"{cluster}/made/late/f", b"x")
+    receipt = records.receipt_of_bytes(f"{cluster}/made/late/f", b"x")
     vote = runs.write(attempt, "x", cluster, rank)
-    commit.cast(attempt, replace(vote, receipts=(*vote.receipts, receipt)))
-    assert commit.settle(attempt, lead=True, timeout_s=9).committed and decided
+    ballot.cast(attempt, replace(vote, receipts=(*vote.receipts, receipt)))
+    assert settlement.settle(attempt, lead=True, timeout_s=9).committed and decided
 
 
-def test_begin_refuses_what_cannot_be_before_it_touches_anything(epoch: commit.Epoch) -> None:
+def test_begin_refuses_what_cannot_be_before_it_touches_anything(epoch: Epoch) -> None:
     before = sorted(epoch.output_dir.rglob("*"))
     with pytest.raises(NoRoom, match=r"needs 9,000,000,000,000,000,000 bytes and .* has [\d,]+"):
-        commit.begin(epoch, "c", step=1, expected=runs.CLUSTERS, needed_bytes=9 * 10**18)
+        attempts.begin(epoch, "c", step=1, expected=runs.CLUSTERS, needed_bytes=9 * 10**18)
     for name in ("latest", "../up", ".x"):
         with pytest.raises(ConfigError):
-            commit.begin(epoch, name, step=1, expected=runs.CLUSTERS)
+            attempts.begin(epoch, name, step=1, expected=runs.CLUSTERS)
     assert sorted(epoch.output_dir.rglob("*")) == before
 
 
-def test_a_forked_child_neither_votes_nor_commits(epoch: commit.Epoch) -> None:
+def test_a_forked_child_neither_votes_nor_commits(epoch: Epoch) -> None:
     attempt = begin(epoch)
 
     def child() -> None:
@@ -250,12 +264,12 @@ def test_a_forked_child_neither_votes_nor_commits(epoch: commit.Epoch) -> None:
             with pytest.raises(RuntimeError, match="forked"):
                 work()
         with pytest.raises(RuntimeError, match="forked"):
-            commit.settle(attempt, lead=True, timeout_s=0)
+            settlement.settle(attempt, lead=True, timeout_s=0)
         epoch.release()
 
     assert runs.ended(runs.forked(child)) == 0
     epoch.check()
-    assert disk.is_locked(epoch.output_dir / names.EPOCHS / "1")
+    assert locks.is_locked(epoch.output_dir / names.EPOCHS / "1")
 
 
 # --- worlds -------------------------------------------------------------------------------------------------
@@ -282,22 +296,22 @@ class Other:
         runs.ended(self.pid)
 
 
-def world(output_dir: Path, cluster: str) -> commit.Epoch:
-    return commit.claim(output_dir, run_id="shared", clusters={cluster: 2}, expected_clusters=runs.CLUSTERS)
+def world(output_dir: Path, cluster: str) -> Epoch:
+    return claims.claim(output_dir, run_id="shared", clusters={cluster: 2}, expected_clusters=runs.CLUSTERS)
 
 
-def world_saves(epoch: commit.Epoch, cluster: str, step: int, timeout_s: float = 20) -> commit.Outcome:
+def world_saves(epoch: Epoch, cluster: str, step: int, timeout_s: float = 20) -> Outcome:
     attempt = begin(epoch, step)
     for rank in range(2):
         runs.vote(attempt, "x", cluster, rank)
-    return commit.settle(attempt, lead=True, timeout_s=timeout_s)
+    return settlement.settle(attempt, lead=True, timeout_s=timeout_s)
 
 
 def test_a_second_run_is_refused_by_name_and_touches_nothing(tmp_path: Path) -> None:
     first = Other(lambda: runs.claim(tmp_path / "run"))
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     with pytest.raises(RunIsLive, match=f"process {first.pid} on host .*run-1"):
-        commit.claim(tmp_path / "run", run_id="run-2", clusters={"actor": 2})
+        claims.claim(tmp_path / "run", run_id="run-2", clusters={"actor": 2})
     with pytest.raises(RunIsLive, match=f"process {first.pid} "):
         runs.claim(tmp_path / "run")
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
@@ -322,7 +336,7 @@ def test_a_run_that_is_taken_over_fails_by_name(tmp_path: Path) -> None:
     for work in (
         epoch.check,
         lambda: begin(epoch, 2),
-        lambda: commit.settle(attempt, lead=True, timeout_s=1),
+        lambda: settlement.settle(attempt, lead=True, timeout_s=1),
     ):
         with pytest.raises(EpochLost, match=f"epoch 1 was taken over by epoch 2, process {other.pid} on host"):
             work()
@@ -342,7 +356,7 @@ def test_two_worlds_commit_one_checkpoint_together(tmp_path: Path) -> None:
     for step in range(1, 9):
         assert world_saves(epoch, "actor", step).committed
     assert runs.ended(other) == 0
-    assert len(runs.salts(tmp_path)) == 8 and verify.verify_run(tmp_path) == []
+    assert len(runs.salts(tmp_path)) == 8 and verification.verify_run(tmp_path) == []
     assert epoch.number == 1
 
 
@@ -357,7 +371,7 @@ def test_a_world_that_is_missing_aborts_the_attempt(tmp_path: Path) -> None:
 def test_worlds_that_disagree_about_a_save_are_told(tmp_path: Path) -> None:
     begin(world(tmp_path, "actor"))
     with pytest.raises(RanksDisagree, match="another world has begun it"):
-        commit.begin(world(tmp_path, "critic"), "checkpoint-1", step=2, expected=runs.CLUSTERS)
+        attempts.begin(world(tmp_path, "critic"), "checkpoint-1", step=2, expected=runs.CLUSTERS)
 
 
 def test_worlds_must_tell_the_same_run_and_clusters(tmp_path: Path) -> None:
@@ -366,9 +380,9 @@ def test_worlds_must_tell_the_same_run_and_clusters(tmp_path: Path) -> None:
         world(tmp_path, "actor")
     for run_id, expected in (("other", runs.CLUSTERS), ("shared", {"critic": 2}), ("shared", None)):
         with pytest.raises(RunIsLive, match="need the same run_id"):
-            commit.claim(tmp_path, run_id=run_id, clusters={"critic": 2}, expected_clusters=expected)
+            claims.claim(tmp_path, run_id=run_id, clusters={"critic": 2}, expected_clusters=expected)
     with pytest.raises(ConfigError, match="not among expected_clusters"):
-        commit.claim(tmp_path, run_id="shared", clusters={"critic": 3}, expected_clusters=runs.CLUSTERS)
+        claims.claim(tmp_path, run_id="shared", clusters={"critic": 3}, expected_clusters=runs.CLUSTERS)
 
 
 def test_a_world_that_restarts_claims_a_new_epoch_and_the_survivor_is_told(tmp_path: Path) -> None:
@@ -387,8 +401,8 @@ def test_a_world_that_restarts_claims_a_new_epoch_and_the_survivor_is_told(tmp_p
 def test_all_worlds_of_a_run_are_told_to_take_over(tmp_path: Path) -> None:
     """The first takes over from whoever seems alive, the second joins it instead of taking over from it."""
 
-    def forced(cluster: str) -> commit.Epoch:
-        return commit.claim(
+    def forced(cluster: str) -> Epoch:
+        return claims.claim(
             tmp_path, run_id="shared", clusters={cluster: 2}, expected_clusters=runs.CLUSTERS, take_over=True
         )
 
@@ -406,7 +420,7 @@ def test_a_run_on_another_host_is_known_by_its_heartbeat(tmp_path: Path, monkeyp
     monkeypatch.setattr(epochs, "SILENCE_S", 0.6)
 
     def elsewhere() -> None:
-        disk.boot_id = lambda: "another boot"
+        reads.boot_id = lambda: "another boot"
         runs.claim(tmp_path)
 
     other = Other(elsewhere)
@@ -420,7 +434,7 @@ def test_a_run_on_another_host_is_known_by_its_heartbeat(tmp_path: Path, monkeyp
 
 def test_a_run_on_another_host_that_has_said_goodbye_is_not_waited_for(tmp_path: Path) -> None:
     def elsewhere() -> None:
-        disk.boot_id = lambda: "another boot"
+        reads.boot_id = lambda: "another boot"
         runs.claim(tmp_path).release()
 
     assert runs.ended(runs.forked(elsewhere)) == 0
@@ -438,19 +452,19 @@ def test_a_directory_that_cannot_be_made_is_a_configuration_error(tmp_path: Path
 # --- recovering ---------------------------------------------------------------------------------------------
 
 
-def left_behind(output_dir: Path, but: int) -> list[commit.Recovery]:
+def left_behind(output_dir: Path, but: int) -> list[Recovery]:
     """What recovery says of a save whose process died with all votes cast `but` so many."""
     other = Other(lambda: vote_all(begin(runs.claim(output_dir)), but=but))
     other.kill()
     epoch = epochs.claim_number(output_dir, runs.RUN, runs.CLUSTERS, None, False)
-    found = commit.recover(output_dir, epoch=epoch)
+    found = recovery.recover(output_dir, epoch=epoch)
     runs.assert_clean(output_dir, epoch)
-    assert commit.recover(output_dir, epoch=epoch) == []
+    assert recovery.recover(output_dir, epoch=epoch) == []
     return found
 
 
 def test_a_save_with_all_votes_is_finished_by_the_next_start(tmp_path: Path) -> None:
-    assert left_behind(tmp_path, 0) == [commit.Recovery("checkpoint-1", 1, 1, "finished", "all votes were there")]
+    assert left_behind(tmp_path, 0) == [Recovery("checkpoint-1", 1, 1, "finished", "all votes were there")]
     assert runs.assert_sound(tmp_path) == {"checkpoint-1": "x"}
     assert (tmp_path / names.LATEST).read_text() == "checkpoint-1"
 
@@ -466,7 +480,7 @@ def test_a_world_that_recovers_late_does_not_keep_latest_from_being_written(tmp_
     Other(lambda: vote_all(begin(runs.claim(tmp_path)))).kill()
     epoch = epochs.claim_number(tmp_path, runs.RUN, runs.CLUSTERS, None, False)
     published, late_one_is_done = threading.Event(), threading.Event()
-    faster = threading.Thread(target=lambda: commit.recover(tmp_path, epoch=epoch), name="faster")
+    faster = threading.Thread(target=lambda: recovery.recover(tmp_path, epoch=epoch), name="faster")
 
     def listen(point: str, where: dict[str, object]) -> None:
         if threading.current_thread() is faster:
@@ -477,30 +491,30 @@ def test_a_world_that_recovers_late_does_not_keep_latest_from_being_written(tmp_
             faster.start()
             assert published.wait(30)
 
-    disk.listener = listen
+    failpoints.listener = listen
     try:
-        commit.recover(tmp_path, epoch=epoch)
+        recovery.recover(tmp_path, epoch=epoch)
     finally:
         late_one_is_done.set()
         faster.join()
-        disk.listener = None
+        failpoints.listener = None
     assert runs.assert_sound(tmp_path) == {"checkpoint-1": "x"}
-    assert commit.read_latest(tmp_path) == "checkpoint-1"
+    assert listing.read_latest(tmp_path) == "checkpoint-1"
     runs.assert_clean(tmp_path, epoch)
 
 
 # --- finding ------------------------------------------------------------------------------------------------
 
 
-def test_a_damaged_manifest_is_reported_and_left_out(epoch: commit.Epoch) -> None:
+def test_a_damaged_manifest_is_reported_and_left_out(epoch: Epoch) -> None:
     for step in (1, 2):
         assert runs.save(epoch, step, "x", alone=True).committed
     path = epoch.output_dir / "checkpoint-2" / names.MANIFEST
     path.write_bytes(path.read_bytes().replace(b'"step": 2', b'"step": 3'))
     reported: list[Exception] = []
-    assert [told.step for told in commit.committed(epoch.output_dir, reported.append)] == [1]
+    assert [told.step for told in listing.committed(epoch.output_dir, reported.append)] == [1]
     assert "checkpoint-2" in str(reported[0])
-    newest = commit.newest_first(epoch.output_dir)[0]
+    newest = listing.newest_first(epoch.output_dir)[0]
     assert newest is not None and newest.name == "checkpoint-1"
     assert runs.save(epoch, 2, "again", alone=True).committed  # in place of the damaged one
     assert runs.salts(epoch.output_dir) == {"checkpoint-1": "x", "checkpoint-2": "again"}
@@ -532,27 +546,27 @@ def a_pipe(path: Path, elsewhere: Path) -> None:
     ],
 )
 def test_a_damaged_checkpoint_is_replaced_when_its_step_is_saved_again(
-    epoch: commit.Epoch, tmp_path: Path, harm: Callable[[Path, Path], None], path: str
+    epoch: Epoch, tmp_path: Path, harm: Callable[[Path, Path], None], path: str
 ) -> None:
     for step in (1, 2):
         assert runs.save(epoch, step, "x", alone=True).committed
     elsewhere = tmp_path / "elsewhere"
     harm(epoch.output_dir / "checkpoint-2" / path, elsewhere)
-    commit.check_replaced(epoch.output_dir, "checkpoint-2")
+    attempts.check_replaced(epoch.output_dir, "checkpoint-2")
     assert runs.save(epoch, 2, "again", alone=True).committed
     assert runs.salts(epoch.output_dir) == {"checkpoint-1": "x", "checkpoint-2": "again"}
     runs.assert_clean(epoch.output_dir, epoch)
-    assert not elsewhere.is_dir() or verify.verify(elsewhere) == []  # what a link leads to is not ours to delete
+    assert not elsewhere.is_dir() or verification.verify(elsewhere) == []  # what a link leads to is not ours to delete
 
 
-def test_many_leads_at_once_replace_a_checkpoint_once(epoch: commit.Epoch) -> None:
+def test_many_leads_at_once_replace_a_checkpoint_once(epoch: Epoch) -> None:
     for salt in ("a", "b", "c"):
         attempt = begin(epoch)
         vote_all(attempt, salt)
 
-        def lead(attempt: commit.Attempt = attempt) -> None:
+        def lead(attempt: Attempt = attempt) -> None:
             mine = replace(attempt, pid=os.getpid())
-            assert commit.settle(mine, lead=True, timeout_s=9).committed
+            assert settlement.settle(mine, lead=True, timeout_s=9).committed
 
         leads = [runs.forked(lead) for _ in range(6)]
         assert [runs.ended(pid) for pid in leads] == [0] * 6
@@ -560,13 +574,13 @@ def test_many_leads_at_once_replace_a_checkpoint_once(epoch: commit.Epoch) -> No
         runs.assert_clean(epoch.output_dir, epoch)
 
 
-def test_attempts_of_one_name_are_counted(epoch: commit.Epoch) -> None:
+def test_attempts_of_one_name_are_counted(epoch: Epoch) -> None:
     assert [begin(epoch).attempt, begin(epoch).attempt, begin(epoch, 2).attempt] == [1, 2, 1]
     assert attempts.abort_reason(begin(epoch)) is None
 
 
 def test_a_name_of_long_ago_gets_another_number_than_its_checkpoint(
-    epoch: commit.Epoch, monkeypatch: pytest.MonkeyPatch
+    epoch: Epoch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attempts, "_NAMES_KEPT", 2)
     for step, salt in ((1, "a"), (2, "a"), (3, "a"), (1, "b")):
@@ -576,14 +590,14 @@ def test_a_name_of_long_ago_gets_another_number_than_its_checkpoint(
 
 
 def test_who_asks_after_the_reason_is_forgotten_still_learns_that_it_was_abandoned(
-    epoch: commit.Epoch, monkeypatch: pytest.MonkeyPatch
+    epoch: Epoch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commit, "_REASONS_KEPT", 1)
+    monkeypatch.setattr(publication, "_REASONS_KEPT", 1)
     first, second = begin(epoch, 1), begin(epoch, 2)
     for attempt in (first, second):
-        assert not commit.settle(attempt, lead=True, timeout_s=0).committed
-    assert "no vote came" in commit.settle(second, lead=False, timeout_s=0).reason
-    outcome = commit.settle(first, lead=False, timeout_s=0)
+        assert not settlement.settle(attempt, lead=True, timeout_s=0).committed
+    assert "no vote came" in settlement.settle(second, lead=False, timeout_s=0).reason
+    outcome = settlement.settle(first, lead=False, timeout_s=0)
     assert not outcome.committed and "no reason is recorded" in outcome.reason
 
 
@@ -593,7 +607,7 @@ def test_a_run_is_newer_than_what_was_copied_into_its_directory(tmp_path: Path) 
     (tmp_path / "new").mkdir()
     shutil.copytree(tmp_path / "old" / "checkpoint-20", tmp_path / "new" / "checkpoint-20")
     runs.history(tmp_path / "new", [15, 25])
-    assert [told.name for told in commit.committed(tmp_path / "new")] == [
+    assert [told.name for told in listing.committed(tmp_path / "new")] == [
         *("checkpoint-20", "checkpoint-15", "checkpoint-25"),
     ]
-    assert verify.verify_run(tmp_path / "new") == []
+    assert verification.verify_run(tmp_path / "new") == []

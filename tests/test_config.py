@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 
-from roll_ckpt import arena, errors
 from roll_ckpt.config import DeepSpeedConfig, HubUpload, PipelineConfig, Section, Settings
+from roll_ckpt.errors import ConfigError
+from roll_ckpt.save import arena
 
 RUN: dict[str, Any] = {"output_dir": "run", "save_steps": 2, "max_steps": 10}
 
 
 def refused(section: type[Section], values: Any) -> str:
-    with pytest.raises(errors.ConfigError) as caught:
+    with pytest.raises(ConfigError) as caught:
         section.parse(values, where="the file")
     assert str(caught.value).startswith("the file: ")
     assert isinstance(caught.value, ValueError)
@@ -152,7 +153,7 @@ def test_the_arena_is_shared_by_the_ranks_of_a_host(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert arena.arena_bytes(made) == 8 << 20
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    with pytest.raises(errors.ConfigError, match=r"staging\.arena_bytes gives each of 4 local ranks 4194304"):
+    with pytest.raises(ConfigError, match=r"staging\.arena_bytes gives each of 4 local ranks 4194304"):
         arena.arena_bytes(made)
 
 
@@ -266,20 +267,20 @@ def test_a_check_may_be_off_without_quotes(tmp_path: Path, text: str) -> None:
 
 def test_an_override_is_checked_like_the_file_and_named_with_it(tmp_path: Path) -> None:
     path = write(tmp_path, "output_dir: run\nsave_steps: 2\nmax_steps: 10\n")
-    with pytest.raises(errors.ConfigError, match="save_stepz: unknown key; did you mean 'save_steps'") as caught:
+    with pytest.raises(ConfigError, match="save_stepz: unknown key; did you mean 'save_steps'") as caught:
         PipelineConfig.from_yaml(path, save_stepz=1)
     assert str(caught.value).startswith(str(path))
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(errors.ConfigError, match=r"cannot read the configuration .*none\.yaml: No such file"):
+    with pytest.raises(ConfigError, match=r"cannot read the configuration .*none\.yaml: No such file"):
         PipelineConfig.from_yaml(tmp_path / "none.yaml")
 
 
 @pytest.mark.parametrize("text", ["a: [1, 2", "\t- x", "a: b: c", "!!python/object/apply:os.getcwd []"])
 def test_what_is_no_yaml_is_refused_by_name(tmp_path: Path, text: str) -> None:
     path = write(tmp_path, text)
-    with pytest.raises(errors.ConfigError) as caught:
+    with pytest.raises(ConfigError) as caught:
         PipelineConfig.from_yaml(path)
     assert f"{path} is not YAML: " in str(caught.value)
 
@@ -287,18 +288,18 @@ def test_what_is_no_yaml_is_refused_by_name(tmp_path: Path, text: str) -> None:
 def test_a_file_that_is_not_text_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_bytes(b"output_dir: \xff\xfe\n")
-    with pytest.raises(errors.ConfigError) as caught:
+    with pytest.raises(ConfigError) as caught:
         PipelineConfig.from_yaml(path)
     assert str(path) in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "just text"])
 def test_yaml_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
-    with pytest.raises(errors.ConfigError, match="expected a mapping of settings at the top level"):
+    with pytest.raises(ConfigError, match="expected a mapping of settings at the top level"):
         PipelineConfig.from_yaml(write(tmp_path, text))
 
 
 def test_an_empty_file_misses_what_a_pipeline_needs(tmp_path: Path) -> None:
-    with pytest.raises(errors.ConfigError, match="output_dir: Field required"):
+    with pytest.raises(ConfigError, match="output_dir: Field required"):
         PipelineConfig.from_yaml(write(tmp_path, ""))
     assert PipelineConfig.from_yaml(tmp_path / "run.yaml", **RUN).save_steps == 2

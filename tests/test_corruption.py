@@ -19,9 +19,14 @@ import pytest
 from corruption import FILE_KINDS, KINDS, WHOLE, Named, Patient, file_kind, plain_user
 from megatron_worlds import MISSING, Worlds
 
-from roll_ckpt import cli, errors, loader, verify
+from roll_ckpt.cli import main, printing
 from roll_ckpt.config import Settings
-from roll_ckpt.world import World
+from roll_ckpt.errors import Damaged, NotFound, Unreadable
+from roll_ckpt.load.checkpoint import OpenedCheckpoint
+from roll_ckpt.load.reader import open_reader
+from roll_ckpt.load.together import check_bytes
+from roll_ckpt.ranks.group import RankGroup
+from roll_ckpt.transaction import verification
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
@@ -54,7 +59,7 @@ def patients(built: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     for way, (name, older) in UNITS.items():
         ours = built / "ours" / way
         made[way] = Patient.of(folder / way, ours / name, ours / older, built / "another" / way / name)
-        assert verify.verify(made[way].unit) == []
+        assert verification.verify(made[way].unit) == []
     return made
 
 
@@ -71,9 +76,9 @@ def seconds(limit: int) -> Iterator[None]:
 def what_a_load_says(unit: Path) -> str:
     """What the checks before any load say; "" if the checkpoint would be loaded."""
     try:
-        with loader.reading(unit, Settings()):
-            loader.check_bytes(World(0, 1, None), unit)
-    except (errors.Damaged, errors.Unreadable) as problem:
+        with open_reader(unit, Settings()):
+            check_bytes(RankGroup(0, 1, None), unit)
+    except (Damaged, Unreadable) as problem:
         return str(problem)
     return ""
 
@@ -81,9 +86,9 @@ def what_a_load_says(unit: Path) -> str:
 def reads_bytes_that_changed(unit: Path, path: str) -> bool:
     """Whether the bytes of a file are read although they are not as they were written: without the check before."""
     try:
-        opened = loader.Unit(unit)
+        opened = OpenedCheckpoint(unit)
         opened.read(unit / path, Settings())
-    except (errors.Damaged, errors.NotFound, OSError):
+    except (Damaged, NotFound, OSError):
         return False
     return True
 
@@ -91,7 +96,7 @@ def reads_bytes_that_changed(unit: Path, path: str) -> bool:
 def missed(patient: Patient, named: Named, *, by_bytes: bool = True) -> str:
     """What is wrong about how this damage is caught, "" if nothing is."""
     found: Named = {}
-    for problem in verify.verify(patient.unit):
+    for problem in verification.verify(patient.unit):
         found.setdefault(problem.path, set()).add(problem.kind)
     said = what_a_load_says(patient.unit)
     for path, kinds in named.items():
@@ -125,10 +130,10 @@ def harmed(patients: dict[str, Patient], cell: Cell) -> Named | None:
 
 def command_line_tells(unit: Path, capsys: pytest.CaptureFixture[str]) -> bool:
     """Whether `roll-ckpt verify` prints what `verify.verify` finds, and ends with 3."""
-    found = [asdict(problem) for problem in verify.verify(unit)]
+    found = [asdict(problem) for problem in verification.verify(unit)]
     capsys.readouterr()
-    code = cli.main(["verify", str(unit), "--json"])
-    return code == cli.DAMAGED and json.loads(capsys.readouterr().out)["problems"] == found
+    code = main.main(["verify", str(unit), "--json"])
+    return code == printing.DAMAGED and json.loads(capsys.readouterr().out)["problems"] == found
 
 
 def run_matrix(

@@ -16,8 +16,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, MetadataIndex
 
-from roll_ckpt import errors
-from roll_ckpt.layout import dcp_index
+from roll_ckpt.errors import Damaged, NotFound
+from roll_ckpt.formats.dcp import index as dcp_index
 
 
 class Evil:
@@ -68,7 +68,7 @@ def test_what_stock_wrote_is_read_whole(saved: Path) -> None:
 def test_code_in_the_index_is_refused_and_not_run(saved: Path, tmp_path: Path) -> None:
     mark = tmp_path / "ran"
     rewrite(saved, lambda index: setattr(index, "planner_data", Evil(mark)))
-    with pytest.raises(errors.Damaged, match=r"posix\.mkdir.*load\.allow"):
+    with pytest.raises(Damaged, match=r"posix\.mkdir.*load\.allow"):
         dcp_index.read(saved)
     assert not mark.exists()
     pickle.loads((saved / ".metadata").read_bytes())
@@ -91,14 +91,14 @@ def test_an_index_cannot_rewrite_classes_and_functions(saved: Path, name: str, s
     state = {mark: "changed"}
     told = pickle.dumps((None, state) if slots else state, protocol=2)[2:-1]
     (saved / ".metadata").write_bytes(b"\x80\x02c" + name.encode() + b"\n" + told + b"b.")
-    with pytest.raises(errors.Damaged, match="it sets attributes"):
+    with pytest.raises(Damaged, match="it sets attributes"):
         dcp_index.read(saved)
     assert getattr(BUILDS[name], mark) == before
 
 
 def test_an_index_whose_tables_are_none_is_damaged(saved: Path) -> None:
     rewrite(saved, lambda index: setattr(index, "state_dict_metadata", [1]))
-    with pytest.raises(errors.Damaged, match="no index"):
+    with pytest.raises(Damaged, match="no index"):
         dcp_index.read(saved)
 
 
@@ -108,7 +108,7 @@ def test_torchs_environment_does_not_loosen_the_check(
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     mark = tmp_path / "ran"
     torch.save({"common": Evil(mark)}, saved / "common.pt")
-    with pytest.raises(errors.Damaged, match=r"common\.pt.*load\.allow"):
+    with pytest.raises(Damaged, match=r"common\.pt.*load\.allow"):
         dcp_index.check_file(saved / "common.pt")
     assert not mark.exists()
     torch.load(saved / "common.pt")
@@ -121,7 +121,7 @@ def test_code_in_an_object_is_refused_and_not_run(saved: Path, tmp_path: Path) -
     torch.save(Evil(mark), stream)
     put_object(saved, stream.getvalue())
     index = dcp_index.read(saved)
-    with pytest.raises(errors.Damaged, match=r"step\.at.*load\.allow"):
+    with pytest.raises(Damaged, match=r"step\.at.*load\.allow"):
         dcp_index.check_objects(saved, index)
     assert not mark.exists()
     dcp.load({"weight": torch.zeros(3, 4), "step": {"at": 0, "rate": 0.0}}, checkpoint_id=str(saved), no_dist=True)
@@ -135,14 +135,14 @@ def test_each_object_is_checked_by_one_of_the_ranks(saved: Path, tmp_path: Path)
     for part in range(2):
         try:
             dcp_index.check_objects(saved, index, part=part, parts=2)
-        except errors.Damaged:
+        except Damaged:
             refused.append(part)
     assert len(refused) == 1
 
 
 def test_a_class_that_the_user_allows_may_be_in_the_index(saved: Path) -> None:
     rewrite(saved, lambda index: setattr(index, "planner_data", collections.Counter("aab")))
-    with pytest.raises(errors.Damaged, match="Counter"):
+    with pytest.raises(Damaged, match="Counter"):
         dcp_index.read(saved)
     assert dcp_index.read(saved, [collections.Counter]).planner_data == {"a": 2, "b": 1}
 
@@ -155,7 +155,7 @@ def test_places_outside_of_the_directory_are_refused(saved: Path, name: Any) -> 
         index.storage_data[MetadataIndex("step.at")] = _StorageInfo(name, 0, 1)
 
     rewrite(saved, change)
-    with pytest.raises(errors.Damaged, match=r"\.metadata: step\.at"):
+    with pytest.raises(Damaged, match=r"\.metadata: step\.at"):
         dcp_index.read(saved)
 
 
@@ -166,7 +166,7 @@ def test_places_beyond_the_end_of_a_file_are_refused(saved: Path, offset: int, l
         index.storage_data[key] = _StorageInfo(index.storage_data[key].relative_path, offset, length)
 
     rewrite(saved, change)
-    with pytest.raises(errors.Damaged, match="cut off"):
+    with pytest.raises(Damaged, match="cut off"):
         dcp_index.read(saved)
 
 
@@ -174,7 +174,7 @@ def test_a_link_in_place_of_a_file_is_refused(saved: Path) -> None:
     file = next(saved.glob("*.distcp"))
     file.rename(saved.parent / "elsewhere")
     file.symlink_to(saved.parent / "elsewhere")
-    with pytest.raises(errors.Damaged, match="no regular file"):
+    with pytest.raises(Damaged, match="no regular file"):
         dcp_index.read(saved)
 
 
@@ -182,13 +182,13 @@ def test_a_truncated_index_and_what_is_none_are_damaged(saved: Path) -> None:
     data = (saved / ".metadata").read_bytes()
     for cut in range(0, len(data), 37):
         (saved / ".metadata").write_bytes(data[:cut])
-        with pytest.raises(errors.Damaged, match=r"\.metadata"):
+        with pytest.raises(Damaged, match=r"\.metadata"):
             dcp_index.read(saved)
     (saved / ".metadata").write_bytes(pickle.dumps([1, 2]))
-    with pytest.raises(errors.Damaged, match="list"):
+    with pytest.raises(Damaged, match="list"):
         dcp_index.read(saved)
     (saved / ".metadata").unlink()
-    with pytest.raises(errors.NotFound, match=r"\.metadata"):
+    with pytest.raises(NotFound, match=r"\.metadata"):
         dcp_index.read(saved)
 
 
@@ -200,7 +200,7 @@ def test_any_flipped_byte_of_the_index_is_read_or_damaged_but_runs_nothing(saved
         (saved / ".metadata").write_bytes(broken)
         try:
             dcp_index.read(saved)
-        except errors.Damaged:
+        except Damaged:
             continue
 
 
@@ -219,7 +219,7 @@ def test_getattr_finds_members_of_enumerations_and_nothing_else(saved: Path) -> 
     assert dcp_index.read(saved).planner_data is _MEM_FORMAT_ENCODING.TORCH_CHANNELS_LAST
     for kind, name in ((Metadata, "__init__"), (_MEM_FORMAT_ENCODING, "__class__"), (_MEM_FORMAT_ENCODING, "mro")):
         rewrite_raw(saved, ByName(kind, name))
-        with pytest.raises(errors.Damaged, match=r"\.metadata"):
+        with pytest.raises(Damaged, match=r"\.metadata"):
             dcp_index.read(saved)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from worlds import ROOT, World, environment
 
-from roll_ckpt import verify
+from roll_ckpt.transaction import verification
 
 CASES = "deepspeed_cases"
 
@@ -188,7 +188,7 @@ def test_a_step_that_does_not_wait_fails_the_save_by_name(two_ranks: World, tmp_
     for torn, after in two_ranks.call(f"{CASES}:step_without_the_fence", str(tmp_path), stage):
         assert "torn" in torn and "optim_states.pt: 'optimizer_state_dict." in torn and "roll_ckpt.fence()" in torn
         assert after == "None"
-    assert not (tmp_path / "torn").exists() and verify.verify(tmp_path / "next") == []
+    assert not (tmp_path / "torn").exists() and verification.verify(tmp_path / "next") == []
 
 
 def test_files_of_others_in_a_tag_are_not_deleted(two_ranks: World, tmp_path: Path) -> None:

@@ -10,16 +10,18 @@ from pathlib import Path
 import pytest
 import runs
 
-from roll_ckpt import disk, native
+from roll_ckpt.disk import failpoints, locks, reads, tree, writes
+from roll_ckpt.disk.retry import ReadRetries
 from roll_ckpt.errors import Damaged
+from roll_ckpt.native import files
 
 
 def test_a_durable_write_is_synced_before_its_name_and_its_name_before_it_returns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     operations: list[str] = []
-    monkeypatch.setattr(disk, "observer", lambda operation, paths: operations.append(operation))
-    disk.write_durable(tmp_path / "f", b"data")
+    monkeypatch.setattr(failpoints, "observer", lambda operation, paths: operations.append(operation))
+    writes.write_durable(tmp_path / "f", b"data")
     assert operations == ["create", "write", "fsync", "rename", "fsync_dir"]
     assert (tmp_path / "f").read_bytes() == b"data" and len(os.listdir(tmp_path)) == 1
 
@@ -34,15 +36,15 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_temporary(
         if operation == failing:
             raise OSError(errno.ENOSPC, "No space left on device", paths[0])
 
-    monkeypatch.setattr(disk, "observer", fail)
+    monkeypatch.setattr(failpoints, "observer", fail)
     with pytest.raises(OSError, match="No space left"):
-        disk.write_durable(tmp_path / "f", b"new")
+        writes.write_durable(tmp_path / "f", b"new")
     assert os.listdir(tmp_path) == ["f"] and (tmp_path / "f").read_bytes() == b"old"
 
 
 def test_the_first_link_wins(tmp_path: Path) -> None:
-    assert disk.link_durable(tmp_path / "f", b"first")
-    assert not disk.link_durable(tmp_path / "f", b"second")
+    assert writes.link_durable(tmp_path / "f", b"first")
+    assert not writes.link_durable(tmp_path / "f", b"second")
     assert (tmp_path / "f").read_bytes() == b"first" and os.listdir(tmp_path) == ["f"]
 
 
@@ -50,15 +52,15 @@ def test_exchange_swaps_two_directories(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()
-    disk.exchange(tmp_path / "a", tmp_path / "b")
+    writes.exchange(tmp_path / "a", tmp_path / "b")
     assert os.listdir(tmp_path / "a") == ["b"] and os.listdir(tmp_path / "b") == ["a"]
     with pytest.raises(FileNotFoundError):
-        disk.exchange(tmp_path / "a", tmp_path / "c")
+        writes.exchange(tmp_path / "a", tmp_path / "c")
 
 
 def test_a_late_writer_does_not_bring_an_abandoned_attempt_back(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="abandoned"):
-        disk.make_dirs(tmp_path / ".checkpoint-1.1.1.tmp" / "checkpoint-1" / "actor")
+        writes.make_dirs(tmp_path / ".checkpoint-1.1.1.tmp" / "checkpoint-1" / "actor")
     assert os.listdir(tmp_path) == []
 
 
@@ -70,7 +72,7 @@ def test_a_rename_that_was_sent_twice_has_succeeded(tmp_path: Path, monkeypatch:
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", twice)
-    disk.write_durable(tmp_path / "f", b"new")
+    writes.write_durable(tmp_path / "f", b"new")
     assert (tmp_path / "f").read_bytes() == b"new" and os.listdir(tmp_path) == ["f"]
 
     def lost(source: Path, target: Path) -> None:
@@ -79,7 +81,7 @@ def test_a_rename_that_was_sent_twice_has_succeeded(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(os, "rename", lost)
     with pytest.raises(FileNotFoundError):
-        disk.write_durable(tmp_path / "f", b"newer")
+        writes.write_durable(tmp_path / "f", b"newer")
     assert (tmp_path / "f").read_bytes() == b"new"
 
 
@@ -87,12 +89,12 @@ def test_links_and_special_files_are_no_files(tmp_path: Path) -> None:
     (tmp_path / "f").touch()
     (tmp_path / "link").symlink_to("f")
     os.mkfifo(tmp_path / "pipe")
-    assert dict(disk.walk_all(tmp_path)) == {"f": True, "link": False, "pipe": False}
+    assert dict(tree.walk_all(tmp_path)) == {"f": True, "link": False, "pipe": False}
     for name in ("link", "pipe"):
         with pytest.raises(Damaged, match=name):
-            disk.read_bytes(tmp_path / name)
+            reads.read_bytes(tmp_path / name)
     with pytest.raises(Damaged, match="link"):
-        list(disk.walk(tmp_path))
+        list(tree.walk(tmp_path))
 
 
 def test_a_lock_is_seen_by_others_survives_reading_and_ends_with_its_process(tmp_path: Path) -> None:
@@ -100,27 +102,27 @@ def test_a_lock_is_seen_by_others_survives_reading_and_ends_with_its_process(tmp
     ready, go = os.pipe(), os.pipe()
 
     def hold() -> None:
-        lock = disk.lock_new(path, lambda locked: b"locked" if locked else b"")
-        assert disk.read_bytes(path) == b"locked" and disk.mtime_ns(path) and disk.is_locked(path)
-        assert disk.try_lock(path, exclusive=True) is None
+        lock = locks.lock_new(path, lambda locked: b"locked" if locked else b"")
+        assert reads.read_bytes(path) == b"locked" and reads.mtime_ns(path) and locks.is_locked(path)
+        assert locks.try_lock(path, exclusive=True) is None
         assert lock.exclusive
         os.write(ready[1], b"1")
         os.read(go[0], 1)
 
     holder = runs.forked(hold)
     os.read(ready[0], 1)
-    assert disk.is_locked(path) and disk.try_lock(path, exclusive=False) is None
+    assert locks.is_locked(path) and locks.try_lock(path, exclusive=False) is None
     os.write(go[1], b"1")
     assert runs.ended(holder) == 0
-    assert not disk.is_locked(path)
-    lock = disk.try_lock(path, exclusive=False)
-    assert lock is not None and disk.try_lock(path, exclusive=False) is lock
-    child = runs.forked(lambda: (disk.read_bytes(path), lock.release()))  # a child's close is not ours
+    assert not locks.is_locked(path)
+    lock = locks.try_lock(path, exclusive=False)
+    assert lock is not None and locks.try_lock(path, exclusive=False) is lock
+    child = runs.forked(lambda: (reads.read_bytes(path), lock.release()))  # a child's close is not ours
     assert runs.ended(child) == 0
-    assert runs.ended(runs.forked(lambda: _expect(disk.is_locked(path)))) == 0
+    assert runs.ended(runs.forked(lambda: _expect(locks.is_locked(path)))) == 0
     lock.release()
     lock.release()
-    assert runs.ended(runs.forked(lambda: _expect(not disk.is_locked(path)))) == 0
+    assert runs.ended(runs.forked(lambda: _expect(not locks.is_locked(path)))) == 0
 
 
 def _expect(true: bool) -> None:
@@ -129,8 +131,8 @@ def _expect(true: bool) -> None:
 
 def test_new_directories_are_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[str, str]] = []
-    monkeypatch.setattr(disk, "observer", lambda operation, paths: seen.append((operation, Path(paths[0]).name)))
-    disk.make_dirs(tmp_path / "a" / "b")
+    monkeypatch.setattr(failpoints, "observer", lambda operation, paths: seen.append((operation, Path(paths[0]).name)))
+    writes.make_dirs(tmp_path / "a" / "b")
     assert seen == [("mkdir", "a"), ("fsync_dir", tmp_path.name), ("mkdir", "b"), ("fsync_dir", "a")]
     assert stat.S_ISDIR((tmp_path / "a/b").stat().st_mode)
 
@@ -140,7 +142,7 @@ def test_a_file_system_that_cannot_sync_directories_is_told(tmp_path: Path, monk
         raise OSError(errno.EINVAL, "Invalid argument")
 
     monkeypatch.setattr(os, "fsync", refuse)
-    assert disk.fsync_dir(tmp_path) is False
+    assert writes.fsync_dir(tmp_path) is False
 
 
 def test_a_tree_goes_although_somebody_still_puts_files_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,8 +153,8 @@ def test_a_tree_goes_although_somebody_still_puts_files_there(tmp_path: Path, mo
         if operation == "rmdir" and (name := next(late, None)):
             Path(paths[0], name).touch()
 
-    monkeypatch.setattr(disk, "observer", arrive)
-    disk.remove_tree(tmp_path / "tree")
+    monkeypatch.setattr(failpoints, "observer", arrive)
+    writes.remove_tree(tmp_path / "tree")
     assert not (tmp_path / "tree").exists()
 
 
@@ -160,18 +162,18 @@ def test_a_tree_that_is_a_link_goes_and_what_it_leads_to_stays(tmp_path: Path) -
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "f").touch()
     (tmp_path / "link").symlink_to(tmp_path / "there")
-    disk.remove_tree(tmp_path / "link")
+    writes.remove_tree(tmp_path / "link")
     assert not (tmp_path / "link").is_symlink() and (tmp_path / "there" / "f").exists()
 
 
 @pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO, errno.EACCES])
 def test_what_cannot_be_looked_at_is_not_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    looks = (disk.exists, disk.is_dir, disk.is_real_dir, disk.is_link, disk.is_file)
+    looks = (tree.exists, tree.is_dir, tree.is_real_dir, tree.is_link, tree.is_file)
     (tmp_path / "f").touch()
     (tmp_path / "loop").symlink_to("loop")
     for path in ("none", "f/below", "x" * 300):
         assert not any(look(tmp_path / path) for look in looks)
-    assert disk.is_link(tmp_path / "loop") and not disk.is_dir(tmp_path / "loop")
+    assert tree.is_link(tmp_path / "loop") and not tree.is_dir(tmp_path / "loop")
 
     def refuse(path: Path, **how: object) -> os.stat_result:
         raise OSError(code, os.strerror(code), str(path))
@@ -185,7 +187,7 @@ def test_what_cannot_be_looked_at_is_not_missing(tmp_path: Path, monkeypatch: py
 
 
 def test_patience_ends_and_is_not_wasted_on_what_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(disk.Patience, "pauses_s", (0, 0, 0))
+    monkeypatch.setattr(ReadRetries, "pauses_s", (0, 0, 0))
     told: list[int] = []
 
     def read(*codes: int) -> str:
@@ -194,21 +196,21 @@ def test_patience_ends_and_is_not_wasted_on_what_lasts(monkeypatch: pytest.Monke
             raise OSError(told[-1], os.strerror(told[-1]))
         return "read"
 
-    assert disk.Patience().again(lambda: read(errno.EIO, errno.ESTALE, errno.EMFILE)) == "read"
+    assert ReadRetries().again(lambda: read(errno.EIO, errno.ESTALE, errno.EMFILE)) == "read"
     told.clear()
     with pytest.raises(OSError, match="error"):
-        disk.Patience().again(lambda: read(*[errno.EIO] * 9))
+        ReadRetries().again(lambda: read(*[errno.EIO] * 9))
     assert told == [errno.EIO] * 4
     told.clear()
     with pytest.raises(PermissionError):
-        disk.Patience().again(lambda: read(errno.EACCES))
+        ReadRetries().again(lambda: read(errno.EACCES))
     assert len(told) == 1
 
 
 def test_a_file_under_a_write_lease_is_waited_for(tmp_path: Path) -> None:
     path = tmp_path / "f"
     path.write_bytes(b"data")
-    for read in (lambda: disk.read_bytes(path), lambda: native.digest_file(str(path), 4096).nbytes):
+    for read in (lambda: reads.read_bytes(path), lambda: files.digest_file(str(path), 4096).nbytes):
         ready = os.pipe()
 
         def hold(ready: tuple[int, int] = ready) -> None:

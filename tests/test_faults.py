@@ -17,7 +17,7 @@ import pytest
 import shims
 from worlds import World
 
-from roll_ckpt import verify
+from roll_ckpt.transaction import verification
 
 HERE = Path(__file__).parent
 CASES = "fault_cases"
@@ -163,7 +163,7 @@ def test_short_writes_and_no_direct_io_cost_nothing_but_time(
     for found in ranks.call(f"{CASES}:meet_a_fault", str(tmp_path / "run"), operations, code, -1, {}):
         assert found["told"] == ""
         assert_given_back(found, "bad")
-    assert found["struck"] and verify.verify(tmp_path / "run" / "bad") == []
+    assert found["struck"] and verification.verify(tmp_path / "run" / "bad") == []
 
 
 def test_a_rank_that_hangs_in_its_write_is_given_up_after_the_time_limit(ranks: World, tmp_path: Path) -> None:
@@ -201,4 +201,4 @@ def test_another_rank_takes_over_when_the_committer_is_killed(shim: str, tmp_pat
     told, then = found["told"]
     assert told == "nothing was raised" and found["latest"] == "second"
     assert then.startswith("RanksDisagree: rank 1: no answer from rank 0")
-    assert verify.verify(out / "second") == [] and ".second.1.1.tmp" not in found["entries"]
+    assert verification.verify(out / "second") == [] and ".second.1.1.tmp" not in found["entries"]

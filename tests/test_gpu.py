@@ -13,9 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from hand_made import HandMadeImage
 
-from roll_ckpt import native, saver
-from roll_ckpt.layout import torch_zip
+from roll_ckpt.formats.torch_zip import layout
+from roll_ckpt.formats.torch_zip.read import parse
+from roll_ckpt.native import extension
+from roll_ckpt.native.extension import Arena
+from roll_ckpt.native.mover import Mover, Transfer
+from roll_ckpt.save import cluster_save
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,19 +36,19 @@ DTYPES = [
 
 
 @pytest.fixture(scope="module")
-def mover() -> Iterator[native.Mover]:
-    mover = native.Mover(native.Arena(64 << 20, BLOCK), copy_threads=2, io_threads=2)
+def mover() -> Iterator[Mover]:
+    mover = Mover(Arena(64 << 20, BLOCK), copy_threads=2, io_threads=2)
     yield mover
     mover.shutdown(10)
 
 
-def start(mover: native.Mover, path: Path, state: object, *, stable: bool) -> tuple[native.Transfer, Any]:
+def start(mover: Mover, path: Path, state: object, *, stable: bool) -> tuple[Transfer, Any]:
     """A transfer, and the image that keeps its sources alive."""
-    image = torch_zip.lay_out(state, path.stem, lambda storage: stable)
-    return mover.save(path, saver.native_image(image), overlap=stable), image
+    image = layout.lay_out(state, path.stem, lambda storage: stable)
+    return mover.save(path, cluster_save.native_image(image), overlap=stable), image
 
 
-def write(mover: native.Mover, path: Path, state: object, *, stable: bool = False) -> None:
+def write(mover: Mover, path: Path, state: object, *, stable: bool = False) -> None:
     transfer, image = start(mover, path, state, stable=stable)
     assert transfer.wait_copied(60)
     transfer.wait_written(60)
@@ -61,13 +66,13 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def test_the_extension_can_use_the_device() -> None:
-    assert native.cuda_compiled and native.cuda_status() == ""
+    assert extension.cuda_compiled and extension.cuda_status() == ""
 
 
 @pytest.mark.parametrize("stable", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_dtype_loads_as_stock_loads_its_own_file(
-    mover: native.Mover, tmp_path: Path, dtype: torch.dtype, stable: bool
+    mover: Mover, tmp_path: Path, dtype: torch.dtype, stable: bool
 ) -> None:
     tensor = random_tensor(dtype, 50_000)
     state = {"whole": tensor, "part": tensor[100:200], "odd": tensor[1::3], "host": tensor[:7].cpu()}
@@ -88,7 +93,7 @@ def test_every_dtype_loads_as_stock_loads_its_own_file(
 def test_many_small_tensors_of_every_dtype_arrive_each_in_its_place(
     tmp_path: Path, dtype: torch.dtype, stable: bool
 ) -> None:
-    own = native.Mover(native.Arena(64 << 20, 1 << 20), copy_threads=2, io_threads=2)
+    own = Mover(Arena(64 << 20, 1 << 20), copy_threads=2, io_threads=2)
     pool = random_tensor(dtype, 400_000)
     generator = random.Random(str(dtype))
     sizes = [generator.choice([1, 2, 3, 7, 16, 100, 1000, 5000]) for _ in range(1000)]
@@ -105,7 +110,7 @@ def test_many_small_tensors_of_every_dtype_arrive_each_in_its_place(
     assert own.shutdown(10)
 
 
-def test_extents_that_lie_anywhere_arrive_and_their_neighbours_stay(mover: native.Mover, tmp_path: Path) -> None:
+def test_extents_that_lie_anywhere_arrive_and_their_neighbours_stay(mover: Mover, tmp_path: Path) -> None:
     """As a layout with another alignment would have them: gaps, host bytes between, pieces cut by blocks."""
     generator = random.Random(0)
     device = torch.randint(0, 256, (8 << 20,), dtype=torch.uint8, device="cuda")
@@ -118,25 +123,25 @@ def test_extents_that_lie_anywhere_arrive_and_their_neighbours_stay(mover: nativ
         rows.append((at + gap, source.data_ptr() + start, nbytes, generator.random() < 0.5, number))
         wanted += bytes(gap) + bytes(host[start : start + nbytes].numpy())
         at += gap + nbytes
-    image = native.NativeImage(at)
+    image = HandMadeImage(at)
     image.add_many(rows)
     image.stream(0, torch.cuda.current_stream().cuda_stream)
     mover.save(tmp_path / "f", image).wait_written(60)
     assert (tmp_path / "f").read_bytes() == wanted
 
 
-def test_we_read_it_back_to_the_device_and_to_the_host(mover: native.Mover, tmp_path: Path) -> None:
+def test_we_read_it_back_to_the_device_and_to_the_host(mover: Mover, tmp_path: Path) -> None:
     state = {"w": torch.nn.Parameter(torch.rand(300_000, device="cuda")), "n": 3}
     write(mover, tmp_path / "s.pt", state)
     for location, device in (("cpu", "cpu"), ("cuda", "cuda"), (None, "cuda")):
-        found = torch_zip.parse(bytearray((tmp_path / "s.pt").read_bytes()), "s.pt", location)
+        found = parse(bytearray((tmp_path / "s.pt").read_bytes()), "s.pt", location)
         assert found["w"].device.type == device and torch.equal(bits(found["w"]), bits(state["w"]))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("stable", [False, True])
 @pytest.mark.parametrize("side", [False, True], ids=["default stream", "side stream"])
 def test_a_copy_comes_after_what_the_current_stream_was_given_before(
-    mover: native.Mover, tmp_path: Path, stable: bool, side: bool
+    mover: Mover, tmp_path: Path, stable: bool, side: bool
 ) -> None:
     tensor = torch.zeros(4 << 20, device="cuda")
     stream = torch.cuda.Stream() if side else torch.cuda.default_stream()
@@ -152,7 +157,7 @@ def test_a_copy_comes_after_what_the_current_stream_was_given_before(
     assert bool((torch.load(tmp_path / "s.pt", "cpu")["w"] == 1).all())
 
 
-def test_a_copy_that_overlaps_is_done_when_the_fence_says_so(mover: native.Mover, tmp_path: Path) -> None:
+def test_a_copy_that_overlaps_is_done_when_the_fence_says_so(mover: Mover, tmp_path: Path) -> None:
     tensor = torch.ones(8 << 20, dtype=torch.bfloat16, device="cuda")
     transfer, image = start(mover, tmp_path / "s.pt", {"w": tensor}, stable=True)
     assert transfer.overlapped
@@ -164,7 +169,7 @@ def test_a_copy_that_overlaps_is_done_when_the_fence_says_so(mover: native.Mover
     assert bool((torch.load(tmp_path / "s.pt", "cpu")["w"] == 1).all())
 
 
-def test_what_changes_after_an_eager_save_does_not_reach_the_file(mover: native.Mover, tmp_path: Path) -> None:
+def test_what_changes_after_an_eager_save_does_not_reach_the_file(mover: Mover, tmp_path: Path) -> None:
     tensor = torch.ones(8 << 20, dtype=torch.bfloat16, device="cuda")
     transfer, image = start(mover, tmp_path / "s.pt", {"w": tensor}, stable=False)
     tensor.zero_()
@@ -174,14 +179,14 @@ def test_what_changes_after_an_eager_save_does_not_reach_the_file(mover: native.
 
 
 def test_a_state_larger_than_the_arena_streams_through_it(tmp_path: Path) -> None:
-    small = native.Mover(native.Arena(4 * BLOCK, BLOCK), copy_threads=2, io_threads=2)
+    small = Mover(Arena(4 * BLOCK, BLOCK), copy_threads=2, io_threads=2)
     tensor = torch.rand(1 << 20, device="cuda")
     write(small, tmp_path / "s.pt", {"w": tensor}, stable=True)
     assert torch.equal(torch.load(tmp_path / "s.pt", "cpu")["w"], tensor.cpu())
     assert small.arena.peak_bytes <= 4 * BLOCK and small.shutdown(10)
 
 
-def test_a_save_during_a_capture_is_refused_and_leaves_the_graph_alone(mover: native.Mover, tmp_path: Path) -> None:
+def test_a_save_during_a_capture_is_refused_and_leaves_the_graph_alone(mover: Mover, tmp_path: Path) -> None:
     tensor, graph = torch.zeros(1000, device="cuda"), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         tensor.add_(1)
@@ -194,7 +199,7 @@ def test_a_save_during_a_capture_is_refused_and_leaves_the_graph_alone(mover: na
 
 def test_a_graph_can_be_captured_while_a_save_is_copied(tmp_path: Path) -> None:
     """The first copies pin memory, load the kernel and open streams: calls that a capture forbids other threads."""
-    own = native.Mover(native.Arena(300 << 20, BLOCK), copy_threads=2, io_threads=2)
+    own = Mover(Arena(300 << 20, BLOCK), copy_threads=2, io_threads=2)
     tensor, other, graph = torch.rand(64 << 20, device="cuda"), torch.zeros(1000, device="cuda"), torch.cuda.CUDAGraph()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -214,7 +219,7 @@ def test_a_graph_can_be_captured_while_a_save_is_copied(tmp_path: Path) -> None:
     assert torch.equal(torch.load(tmp_path / "s.pt", "cpu")["w"], tensor.cpu())
 
 
-def test_a_thread_of_its_own_can_save(mover: native.Mover, tmp_path: Path) -> None:
+def test_a_thread_of_its_own_can_save(mover: Mover, tmp_path: Path) -> None:
     tensor = torch.rand(1 << 20, device="cuda")
     thread = threading.Thread(target=write, args=(mover, tmp_path / "s.pt", {"w": tensor}), kwargs={"stable": True})
     thread.start()
@@ -248,7 +253,7 @@ def test_tensors_of_another_device_are_saved_without_a_context_on_the_current_on
 
 def test_memory_is_pinned_as_it_is_needed(tmp_path: Path) -> None:
     """And in several registrations, across whose borders no copy may go."""
-    own = native.Mover(native.Arena(1 << 36, 3 << 20), copy_threads=2, io_threads=2)
+    own = Mover(Arena(1 << 36, 3 << 20), copy_threads=2, io_threads=2)
     tensor = torch.rand(60 << 20, device="cuda")
     write(own, tmp_path / "s.pt", {"w": tensor}, stable=True)
     assert own.arena.pinned, own.arena.pinned_reason
@@ -256,12 +261,12 @@ def test_memory_is_pinned_as_it_is_needed(tmp_path: Path) -> None:
 
 
 def test_the_arena_is_pinned_once_it_was_warmed_for_a_device(tmp_path: Path) -> None:
-    arena = native.Arena(64 * BLOCK, BLOCK)
+    arena = Arena(64 * BLOCK, BLOCK)
     assert not arena.pinned
     arena.warm(64 * BLOCK, device=0)
     arena.wait_warm()
     assert arena.pinned and arena.pinned_reason == ""
-    own = native.Mover(arena, copy_threads=1, io_threads=1)
+    own = Mover(arena, copy_threads=1, io_threads=1)
     tensor = torch.rand(500_000, device="cuda")
     write(own, tmp_path / "s.pt", {"w": tensor})
     assert torch.equal(torch.load(tmp_path / "s.pt", "cpu")["w"], tensor.cpu())

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from worlds import environment
 
-from roll_ckpt import verify
+from roll_ckpt.transaction import verification
 
 SCRIPT = """
 import json, sys
@@ -86,7 +86,7 @@ def checkpoints(folder: Path) -> list[str]:
 
 def assert_sound(folder: Path, step: int) -> None:
     made = folder / f"checkpoint-{step}"
-    assert verify.verify(made / f"global_step{step}") == []
+    assert verification.verify(made / f"global_step{step}") == []
     assert (made / "latest").read_text() == f"global_step{step}"
     assert not list(made.glob(".*.tmp"))
 

@@ -18,15 +18,21 @@ from typing import Any
 import hostile
 import pytest
 import torch
-from hostile import HERE, PARSERS, archive, edited, outcome, records, saved
+from hostile import HERE, PARSERS, archive, edited, outcome, records_in, saved
 from hub_client import Client, Refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_cli import template  # noqa: F401
 
-from roll_ckpt import cli, commit, disk, manifest, names, push_queue, seal
+from roll_ckpt import names
+from roll_ckpt.cli import main
+from roll_ckpt.disk import tree, writes
 from roll_ckpt.errors import ConfigError, Damaged
-from roll_ckpt.layout import torch_zip
+from roll_ckpt.formats import manifests, records, sealed_json
+from roll_ckpt.formats.records import Decision, Vote
+from roll_ckpt.formats.torch_zip.read import parse
+from roll_ckpt.transaction import claims as claims_module
+from roll_ckpt.upload.hub import push_queue
 
 MEMORY_BYTES = 256 << 20
 
@@ -50,10 +56,10 @@ def test_sound_bytes_are_taken_so_that_the_refusals_below_mean_something(name: s
 @pytest.mark.parametrize("name", [name for name in PARSERS if PARSERS[name].sealed])
 def test_a_field_of_another_kind_is_refused_or_harmless(name: str) -> None:
     parser, refused = PARSERS[name], 0
-    record = seal.unseal(parser.seeds[0], HERE)
+    record = sealed_json.unseal(parser.seeds[0], HERE)
     for key in [*record, "another"]:
         for value in hostile.VALUES:
-            problem = outcome(parser, seal.seal({**record, key: value}))
+            problem = outcome(parser, sealed_json.seal({**record, key: value}))
             refused += problem is not None
             assert problem is None or isinstance(problem, Damaged | ConfigError)
     assert refused > len(record) * len(hostile.VALUES) // 2 or name in ("hub record", "hashes")
@@ -85,13 +91,13 @@ def test_what_is_no_record_is_refused_by_its_file(name: str, what: str) -> None:
 
 
 def listed(path: str, nbytes: int = 3, block_bytes: int = 4 << 20) -> bytes:
-    record = seal.unseal(hostile.built(), HERE)
+    record = sealed_json.unseal(hostile.built(), HERE)
     record["files"][path] = {"nbytes": nbytes, "block_bytes": block_bytes, "root": "0" * 64}
-    return seal.seal(record)
+    return sealed_json.seal(record)
 
 
 def changed(data: bytes, **fields: object) -> bytes:
-    return seal.seal({**seal.unseal(data, HERE), **fields})
+    return sealed_json.seal({**sealed_json.unseal(data, HERE), **fields})
 
 
 RECORDS: dict[str, tuple[str, bytes]] = {
@@ -194,7 +200,7 @@ PICKLES: dict[str, bytes] = {
 @pytest.mark.parametrize("what", PICKLES)
 def test_a_hostile_pickle_is_refused_by_name(what: str) -> None:
     assert HERE in str(outcome(PARSERS["data.pkl"], PICKLES[what]))
-    assert "common.pt" in str(outcome(PARSERS["object"], archive({**records(saved([1])), "data.pkl": PICKLES[what]})))
+    assert "common.pt" in str(outcome(PARSERS["object"], archive({**records_in(saved([1])), "data.pkl": PICKLES[what]})))
     assert ".metadata" in str(outcome(PARSERS["index"], PICKLES[what]))
 
 
@@ -205,7 +211,7 @@ def test_nested_lists_are_no_bombs() -> None:
 
 def test_a_sparse_tensor_whose_indices_lead_out_of_memory_is_refused() -> None:
     good = torch.sparse_coo_tensor(torch.tensor([[1]]), torch.tensor([2.0]), (3,), check_invariants=False)
-    assert torch.equal(torch_zip.parse(bytearray(saved(good)), HERE).to_dense(), good.to_dense())
+    assert torch.equal(parse(bytearray(saved(good)), HERE).to_dense(), good.to_dense())
     bad = torch.sparse_coo_tensor(torch.tensor([[1 << 40]]), torch.tensor([2.0]), (3,), check_invariants=False)
     assert "refused" in str(outcome(PARSERS["torch_zip"], saved(bad)))
     assert "common.pt" in str(outcome(PARSERS["object"], saved(bad)))
@@ -249,7 +255,7 @@ def bomb() -> bytes:
 ARCHIVES: dict[str, Callable[[], bytes]] = {
     "compressed": bomb,
     "a name twice": lambda: renamed(b"data/1", b"data/0"),
-    "a name twice, in capitals": lambda: archive({**records(saved(hostile.STATE)), "DATA.PKL": b"N."}),
+    "a name twice, in capitals": lambda: archive({**records_in(saved(hostile.STATE)), "DATA.PKL": b"N."}),
     "a record over another one": lambda: directory(
         lambda data, at: elsewhere(data.index(b"PK\3\4"))(data, at), b"data/1"
     ),
@@ -291,7 +297,7 @@ def outside(tmp_path: Path) -> Path:
     return tmp_path / "outside"
 
 
-def tree(folder: Path) -> dict[str, object]:
+def tree_of(folder: Path) -> dict[str, object]:
     return {str(path): path.read_bytes() if path.is_file() else path.is_dir() for path in folder.rglob("*")}
 
 
@@ -358,10 +364,10 @@ def test_what_lies_in_a_strangers_run_leads_no_command_out_of_it(
     what: str,
 ) -> None:
     PLANTED[what](theirs, outside)
-    before = tree(outside)
+    before = tree_of(outside)
     for arguments in (["ls"], ["verify"], ["recover", "--dry-run"], ["recover"], ["prune", "--keep", "1"], ["ls"]):
-        assert cli.main([arguments[0], str(theirs), *arguments[1:]]) in (0, 1, 3)
-    assert tree(outside) == before
+        assert main.main([arguments[0], str(theirs), *arguments[1:]]) in (0, 1, 3)
+    assert tree_of(outside) == before
     assert (theirs / "checkpoint-2/manifest.json").is_file()
     assert sorted(os.listdir(theirs.parent)) == ["outside", "theirs"]
     told = capsys.readouterr()
@@ -372,37 +378,37 @@ def test_what_lies_in_a_strangers_run_leads_no_command_out_of_it(
 def test_a_folder_of_ours_that_is_a_link_is_refused(theirs: Path, outside: Path, folder: str) -> None:
     shutil.rmtree(theirs / folder, ignore_errors=True)
     (theirs / folder).symlink_to(outside)
-    before = tree(outside)
+    before = tree_of(outside)
     with pytest.raises(Damaged, match=rf"{folder}: a symbolic link"):
         if folder == ".hub":
             push_queue.set_destination(theirs, hostile.TO)
         else:
-            commit.claim(theirs, run_id="r", clusters={"actor": 1})
-    assert tree(outside) == before
+            claims_module.claim(theirs, run_id="r", clusters={"actor": 1})
+    assert tree_of(outside) == before
 
 
 @pytest.mark.parametrize("number", [10**18 - 1, 10**17])
 def test_an_epoch_beyond_all_numbers_ends_in_an_error_and_not_in_a_search(theirs: Path, number: int) -> None:
     put(theirs / f".epochs/{number}")
     if number < 10**18 - 1:
-        commit.claim(theirs, run_id="r", clusters={"actor": 1}).release()
+        claims_module.claim(theirs, run_id="r", clusters={"actor": 1}).release()
     else:
         with pytest.raises(Damaged, match=r"\.epochs: 9+ is no epoch"):
-            commit.claim(theirs, run_id="r", clusters={"actor": 1})
+            claims_module.claim(theirs, run_id="r", clusters={"actor": 1})
 
 
 def test_removing_a_link_removes_nothing_of_where_it_leads(outside: Path, tmp_path: Path) -> None:
-    before = tree(outside)
+    before = tree_of(outside)
     (tmp_path / "link").symlink_to(outside)
-    disk.remove_tree(tmp_path / "link")
-    assert tree(outside) == before and not disk.exists(tmp_path / "link")
+    writes.remove_tree(tmp_path / "link")
+    assert tree_of(outside) == before and not tree.exists(tmp_path / "link")
 
 
 def test_what_a_stranger_wrote_does_not_reach_the_terminal(
     theirs: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    told = manifest.read(theirs / "checkpoint-1")
+    told = manifests.read(theirs / "checkpoint-1")
     facts = {"world_size": 2, f"a{EVIL}": f"b{EVIL}\nroll-ckpt: sound", "\ud800": "\udfff"}
     hostile_one = replace(
         told, software=f"c{EVIL}\ud800", run_id=f"d{EVIL}", clusters={"actor": facts, "critic": facts}
@@ -416,14 +422,14 @@ def test_what_a_stranger_wrote_does_not_reach_the_terminal(
     put(theirs / "latest", EVIL.encode())
     attempt = theirs / ".checkpoint-9.1.1.tmp/checkpoint-9"
     put(attempt / names.EXPECTED, replace(hostile.EXPECTED, name="checkpoint-9", epoch=1).to_bytes())
-    put(attempt / "decision", manifest.Decision(False, "checkpoint-9", 1, 1, "", f"e{EVIL}\nforged").to_bytes())
+    put(attempt / "decision", Decision(False, "checkpoint-9", 1, 1, "", f"e{EVIL}\nforged").to_bytes())
     place = str(theirs)
     for arguments in (
         *(["ls", place], ["ls", place, "--json"], ["show", f"{place}/checkpoint-1"], ["verify", place]),
         *(["show", f"{place}/checkpoint-{EVIL}"], ["show", EVIL], ["queue", "ls", place], ["push", place, EVIL]),
         *(["pull", f"hf://{EVIL}", place], ["recover", place, "--dry-run"], ["recover", place]),
     ):
-        assert cli.main(arguments) in (0, 1, 3)
+        assert main.main(arguments) in (0, 1, 3)
         shown = "".join(capsys.readouterr())
         assert not [c for c in shown if not c.isprintable() and c != "\n"], shown
         assert not any(line.startswith(("forged", "roll-ckpt: sound")) for line in shown.splitlines())
@@ -434,10 +440,10 @@ def test_files_whose_names_differ_in_case_or_in_spelling_are_files_of_their_own(
     files = {path: path.encode() for path in paths}
     for path, data in files.items():
         put(tmp_path / path, data)
-    assert sorted(disk.walk(tmp_path)) == sorted(paths)
-    receipts = tuple(manifest.receipt_of_bytes(path, data) for path, data in files.items())
-    vote = manifest.Vote("actor", 0, 2, 1, receipts)
-    assert set(manifest.parse_vote(vote.to_bytes(), HERE).receipts) == set(receipts)
+    assert sorted(tree.walk(tmp_path)) == sorted(paths)
+    receipts = tuple(records.receipt_of_bytes(path, data) for path, data in files.items())
+    vote = Vote("actor", 0, 2, 1, receipts)
+    assert set(records.parse_vote(vote.to_bytes(), HERE).receipts) == set(receipts)
 
 
 ANSWERS = (b"{}", b"[]", b"null", b"<html>", b"\xff\xfe", b"[" * 100_000, b'{"sha": [], "private": {}, "siblings": 5}')

@@ -19,11 +19,11 @@ from typing import Any
 
 import pytest
 from hub_client import Client, Refused
+from roll_ckpt_hub_dev import Fault, LocalHub, routes, server
+from roll_ckpt_hub_dev.store import Edit, Refusal, Store
 
-from roll_ckpt import disk
+from roll_ckpt.disk import failpoints, reads, tree
 from roll_ckpt.errors import ConfigError
-from roll_ckpt.hub_dev import Fault, LocalHub, routes, server
-from roll_ckpt.hub_dev.store import Edit, Refusal, Store
 
 pytest.importorskip("huggingface_hub")
 
@@ -545,7 +545,7 @@ def test_a_commit_that_dies_anywhere_leaves_the_old_head_or_the_new_one(tmp_path
             if not left:
                 raise Died(operation)
 
-        disk.observer = observe
+        failpoints.observer = observe
         try:
             store.put_lfs(hashlib.sha256(b"new").hexdigest(), [b"new"])
             file = store.lfs_file(hashlib.sha256(b"new").hexdigest(), 3)
@@ -554,12 +554,12 @@ def test_a_commit_that_dies_anywhere_leaves_the_old_head_or_the_new_one(tmp_path
         except Died:
             finished = False
         finally:
-            disk.observer = None
+            failpoints.observer = None
             store.close()
         again = Store(root)
         newest = again.resolve(again.repo("dev/r"), "main")
-        assert newest.id == repo.branches["main"] or disk.read_bytes(again.contents(newest.files["x.bin"])) == b"new"
-        assert disk.list_dir(root / "scratch") == []
+        assert newest.id == repo.branches["main"] or reads.read_bytes(again.contents(newest.files["x.bin"])) == b"new"
+        assert tree.list_dir(root / "scratch") == []
         assert len(list(again.history(again.repo("dev/r"), "main"))) == 1 + (newest.title == "new")
         again.close()
         return finished

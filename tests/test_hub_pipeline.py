@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from hub_client import settings
 from hub_runs import TOKEN, assert_there_once, contents
+from roll_ckpt_hub_dev import Fault, LocalHub
 from test_pipeline import Jobs
 from worlds import World
 
-from roll_ckpt import push_queue, verify
-from roll_ckpt.hub_dev import Fault, LocalHub
+from roll_ckpt.transaction import verification
+from roll_ckpt.upload.hub import push_queue
 
 pytest.importorskip("huggingface_hub")
 
@@ -54,7 +55,7 @@ def test_a_killed_job_and_a_hub_that_is_down_cost_no_checkpoint(
     for name, commit in hub.store.repo(REPO).tags.items():
         assert hub.store.resolve(hub.store.repo(REPO), commit).title == name
     assert "checkpoint-8" in contents(hub, REPO)["README.md"].decode()
-    assert verify.verify_run(jobs.out) == []
+    assert verification.verify_run(jobs.out) == []
     for path in [*tmp_path.glob("losses*"), *jobs.out.rglob("*"), hub.log_path]:
         assert not path.is_file() or TOKEN.encode() not in path.read_bytes()
 

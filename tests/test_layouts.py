@@ -14,21 +14,24 @@ import torch
 from hypothesis import given, settings
 from test_torch_zip import STATES, assert_same, grow, mover, parse, random_tensor, trees
 
-from roll_ckpt import errors, native, saver
-from roll_ckpt.image import FileImage
-from roll_ckpt.layout import torch_zip
+from roll_ckpt.errors import SaveFailed
+from roll_ckpt.formats.image import FileImage
+from roll_ckpt.formats.torch_zip import layout
+from roll_ckpt.formats.torch_zip.layout import Layouts
+from roll_ckpt.native.mover import Mover
+from roll_ckpt.save import cluster_save
 
 __all__ = ["mover"]
 
 
-def lay_out(layouts: torch_zip.Layouts, state: object) -> FileImage:
+def lay_out(layouts: Layouts, state: object) -> FileImage:
     return layouts.lay_out("s.pt", state, "s", lambda storage: True)[0]
 
 
-def write_again(layouts: torch_zip.Layouts, mover: native.Mover, path: Path, state: object) -> FileImage:
+def write_again(layouts: Layouts, mover: Mover, path: Path, state: object) -> FileImage:
     """Write `state` as the next save of the file; stock torch and we find what stock makes of it."""
     image = lay_out(layouts, state)
-    mover.save(path, saver.native_image(image)).wait_written()
+    mover.save(path, cluster_save.native_image(image)).wait_written()
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
@@ -41,16 +44,16 @@ def write_again(layouts: torch_zip.Layouts, mover: native.Mover, path: Path, sta
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
 @pytest.mark.parametrize("state", STATES, ids=lambda f: f.__name__)
 def test_the_same_structure_keeps_its_offsets_and_gets_its_new_bytes(
-    mover: native.Mover, tmp_path: Path, state: Callable[[], Any]
+    mover: Mover, tmp_path: Path, state: Callable[[], Any]
 ) -> None:
-    layouts = torch_zip.Layouts()
+    layouts = Layouts()
     first = write_again(layouts, mover, tmp_path / "s.pt", state())
     second = write_again(layouts, mover, tmp_path / "s.pt", state())
     assert second.pieces is first.pieces and second.seals is first.seals
 
 
-def test_the_pickle_may_change_and_grow(mover: native.Mover, tmp_path: Path) -> None:
-    layouts = torch_zip.Layouts()
+def test_the_pickle_may_change_and_grow(mover: Mover, tmp_path: Path) -> None:
+    layouts = Layouts()
     tensor = random_tensor(torch.float32, 200, 100)
     seals = []
     for step in (1, 255, 256, 2**40, "x" * 500, "x" * 100_000, 3):
@@ -82,14 +85,14 @@ def test_the_pickle_may_change_and_grow(mover: native.Mover, tmp_path: Path) -> 
     ],
 )
 def test_another_structure_is_laid_out_anew(
-    mover: native.Mover, tmp_path: Path, change: Callable[[dict[str, Any]], object]
+    mover: Mover, tmp_path: Path, change: Callable[[dict[str, Any]], object]
 ) -> None:
-    layouts = torch_zip.Layouts()
+    layouts = Layouts()
     state = {"w": random_tensor(torch.float32, 6, 6), "b": random_tensor(torch.float32, 6), "step": 1}
     write_again(layouts, mover, tmp_path / "s.pt", state)
     change(state)
     found = write_again(layouts, mover, tmp_path / "s.pt", state)
-    assert [piece.name for piece in found.pieces] == [piece.name for piece in torch_zip.lay_out(state, "s").pieces]
+    assert [piece.name for piece in found.pieces] == [piece.name for piece in layout.lay_out(state, "s").pieces]
     data = (tmp_path / "s.pt").read_bytes()
     for piece in found.pieces:
         tensor = {**state, "b.0": state["b"][0] if isinstance(state.get("b"), list) else None}[piece.name]
@@ -102,15 +105,15 @@ def test_another_structure_is_laid_out_anew(
 @settings(max_examples=15, deadline=None)
 @given(one=trees, other=trees)
 def test_random_states_one_after_the_other(
-    mover: native.Mover, tmp_path_factory: pytest.TempPathFactory, one: Any, other: Any
+    mover: Mover, tmp_path_factory: pytest.TempPathFactory, one: Any, other: Any
 ) -> None:
-    layouts, path = torch_zip.Layouts(), tmp_path_factory.mktemp("random") / "s.pt"
+    layouts, path = Layouts(), tmp_path_factory.mktemp("random") / "s.pt"
     for tree in (one, one, other, one):
         write_again(layouts, mover, path, grow(tree, torch.arange(60, dtype=torch.float32)))
 
 
-def test_the_index_follows_objects_that_change_places(mover: native.Mover, tmp_path: Path) -> None:
-    layouts = torch_zip.Layouts()
+def test_the_index_follows_objects_that_change_places(mover: Mover, tmp_path: Path) -> None:
+    layouts = Layouts()
     one, other = torch.nn.Parameter(torch.zeros(4)), torch.nn.Parameter(torch.ones(4))
     for middle in (one, other):
         image = write_again(layouts, mover, tmp_path / "s.pt", {"a": one, "b": middle, "c": other})
@@ -119,8 +122,8 @@ def test_the_index_follows_objects_that_change_places(mover: native.Mover, tmp_p
         assert found["b"] == middle.detach().numpy().tobytes()
 
 
-def test_many_objects_that_stand_twice_are_one_object_again(mover: native.Mover, tmp_path: Path) -> None:
-    layouts = torch_zip.Layouts()
+def test_many_objects_that_stand_twice_are_one_object_again(mover: Mover, tmp_path: Path) -> None:
+    layouts = Layouts()
     tensors = [torch.rand(3) for _ in range(300)]
     for _ in range(2):
         write_again(layouts, mover, tmp_path / "s.pt", {"a": tensors, "b": list(tensors), "c": tensors[7]})
@@ -129,16 +132,16 @@ def test_many_objects_that_stand_twice_are_one_object_again(mover: native.Mover,
 
 
 def test_memory_that_was_freed_is_refused_at_a_later_save_too() -> None:
-    layouts = torch_zip.Layouts()
+    layouts = Layouts()
     tensor = torch.rand(50)
     lay_out(layouts, [tensor])
     tensor.untyped_storage().resize_(0)
-    with pytest.raises(errors.SaveFailed, match="memory was freed"):
+    with pytest.raises(SaveFailed, match="memory was freed"):
         lay_out(layouts, [tensor])
 
 
 def test_no_tensor_is_kept() -> None:
-    layouts = torch_zip.Layouts()
+    layouts = Layouts()
     arrays = [torch.rand(50).numpy(), torch.rand(9).numpy()]
     gone = [weakref.ref(array) for array in arrays]
     state = [torch.from_numpy(arrays[0]), torch.nn.Parameter(torch.from_numpy(arrays[1]))]
@@ -150,7 +153,7 @@ def test_no_tensor_is_kept() -> None:
 
 
 def test_what_a_safe_load_refuses_is_told_when_it_is_new() -> None:
-    layouts = torch_zip.Layouts()
+    layouts = Layouts()
 
     def unsafe(state: object) -> dict[str, list[str]]:
         return layouts.lay_out("s.pt", state, "s", lambda storage: True)[1]
@@ -160,13 +163,13 @@ def test_what_a_safe_load_refuses_is_told_when_it_is_new() -> None:
     assert unsafe({"step": 3, "path": Path("b")}) == {}
 
 
-def test_files_of_different_names_do_not_disturb_each_other(mover: native.Mover, tmp_path: Path) -> None:
-    layouts = torch_zip.Layouts()
+def test_files_of_different_names_do_not_disturb_each_other(mover: Mover, tmp_path: Path) -> None:
+    layouts = Layouts()
     kept = []
     for turn in range(2):
         for name, state in (("a", [torch.ones(3) * turn]), ("b", {"x": torch.zeros(4) + turn})):
             image, _ = layouts.lay_out(name, state, "s", lambda storage: True)
-            mover.save(tmp_path / name, saver.native_image(image)).wait_written()
+            mover.save(tmp_path / name, cluster_save.native_image(image)).wait_written()
             assert_same(parse(tmp_path / name), state)
             kept.append(image.seals)
     assert kept[0] is kept[2] and kept[1] is kept[3]

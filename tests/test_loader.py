@@ -22,10 +22,19 @@ from pairs import Pair
 # The fixtures and the one-process save of the saver's tests; a loader has nothing to load without one.
 from test_saver import SETTINGS, SMALL, begin, out, own_arena, save_now, seal, stage  # noqa: F401
 
-from roll_ckpt import commit, disk, errors, loader, retention, saver
-from roll_ckpt import seal as sealed
 from roll_ckpt.config import Settings
-from roll_ckpt.world import World
+from roll_ckpt.disk import reads
+from roll_ckpt.disk.retry import ReadRetries
+from roll_ckpt.errors import ConfigError, Damaged, ModelMismatch, Unreadable
+from roll_ckpt.formats import sealed_json
+from roll_ckpt.load import together, trust
+from roll_ckpt.load.checkpoint import OpenedCheckpoint
+from roll_ckpt.load.compare import compare_models
+from roll_ckpt.load.reader import open_reader
+from roll_ckpt.load.together import open_together
+from roll_ckpt.ranks.group import RankGroup
+from roll_ckpt.save import claims
+from roll_ckpt.transaction import listing, retention
 
 
 @pytest.fixture
@@ -44,7 +53,7 @@ def unit(out: Path) -> Path:  # noqa: F811
 
 
 def read(path: Path, settings: Settings = SETTINGS, allow: tuple[Any, ...] = ()) -> Any:
-    with loader.reading(path.parent, settings, allow) as reader:
+    with open_reader(path.parent, settings, allow) as reader:
         return reader.load(path, "cpu")
 
 
@@ -54,30 +63,30 @@ def test_a_file_of_a_checkpoint_is_read_back(unit: Path) -> None:
 
 
 def test_names_and_shapes_of_the_model_are_kept(unit: Path) -> None:
-    assert loader.Unit(unit).parameters("model", 0) == {"w": {"dtype": "float32", "shape": [1000]}}
-    assert loader.Unit(unit).parameters("model", 5) == loader.Unit(unit).parameters("model", 0)
-    assert loader.Unit(unit).parameters("critic", 0) == {}
+    assert OpenedCheckpoint(unit).parameters("model", 0) == {"w": {"dtype": "float32", "shape": [1000]}}
+    assert OpenedCheckpoint(unit).parameters("model", 5) == OpenedCheckpoint(unit).parameters("model", 0)
+    assert OpenedCheckpoint(unit).parameters("critic", 0) == {}
 
 
 def test_a_record_that_is_gone_is_damage(unit: Path) -> None:
-    opened = loader.Unit(unit)
+    opened = OpenedCheckpoint(unit)
     (unit / "tensors" / "model.0.json").unlink()
-    with pytest.raises(errors.Damaged, match=r"tensors/model\.0\.json: it was committed and is not there"):
+    with pytest.raises(Damaged, match=r"tensors/model\.0\.json: it was committed and is not there"):
         opened.parameters("model", 0)
 
 
 def test_what_a_disk_refuses_once_is_read_again(unit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened, path = loader.Unit(unit), unit / "x.pt"
+    opened, path = OpenedCheckpoint(unit), unit / "x.pt"
     target = memoryview(bytearray(opened.blocks(path).length(0)))
     refusals = [OSError(116, "Stale file handle", str(path))]
-    real = disk.read_into
+    real = reads.read_into
 
     def read_into(*asked: Any) -> int:
         if refusals:
             raise refusals.pop()
         return real(*asked)
 
-    monkeypatch.setattr(disk, "read_into", read_into)
+    monkeypatch.setattr(reads, "read_into", read_into)
     opened.blocks(path).read(0, target)
     assert not refusals and any(target)
 
@@ -87,7 +96,7 @@ def test_a_flipped_byte_anywhere_is_refused_by_the_name_of_its_file(unit: Path) 
     data = path.read_bytes()
     for at in range(0, len(data), len(data) // 23):
         path.write_bytes(data[:at] + bytes([data[at] ^ 16]) + data[at + 1 :])
-        with pytest.raises(errors.Damaged, match=r"t1/x\.pt"):
+        with pytest.raises(Damaged, match=r"t1/x\.pt"):
             read(path)
     path.write_bytes(data)
     read(path)
@@ -97,7 +106,7 @@ def test_a_flipped_byte_anywhere_is_refused_by_the_name_of_its_file(unit: Path) 
 def test_a_file_of_another_size_is_refused(unit: Path, change: int) -> None:
     path = unit / "x.pt"
     os.truncate(path, max(0, path.stat().st_size + change))
-    with pytest.raises(errors.Damaged, match=r"t1/x\.pt"):
+    with pytest.raises(Damaged, match=r"t1/x\.pt"):
         read(path)
 
 
@@ -108,7 +117,7 @@ def test_two_files_that_changed_places_are_refused(unit: Path) -> None:
     one.write_bytes(second)
     two.write_bytes(first)
     for path in (one, two):
-        with pytest.raises(errors.Damaged, match=r"x\.pt"):
+        with pytest.raises(Damaged, match=r"x\.pt"):
             read(path)
 
 
@@ -120,23 +129,23 @@ def test_digests_that_changed_places_are_refused_although_they_fit_the_bytes(uni
     digests = unit / "digests" / "model.0.json"
     told = json.loads(digests.read_bytes())
     told["x.pt"], told["a/x.pt"] = told["a/x.pt"], told["x.pt"]
-    digests.write_bytes(sealed.canonical(told))
-    with pytest.raises(errors.Damaged, match=r"digests/model\.0\.json"):
+    digests.write_bytes(sealed_json.canonical(told))
+    with pytest.raises(Damaged, match=r"digests/model\.0\.json"):
         read(one)
 
 
 def test_digests_are_bound_to_the_manifest_by_their_root(unit: Path) -> None:
-    opened = loader.Unit(unit)
+    opened = OpenedCheckpoint(unit)
     told = opened._json("digests/model.0.json")
     told["x.pt"], told["a/x.pt"] = told["a/x.pt"], told["x.pt"]
     opened._digests = told
-    with pytest.raises(errors.Damaged, match=r"x\.pt: its digests do not match the manifest"):
+    with pytest.raises(Damaged, match=r"x\.pt: its digests do not match the manifest"):
         opened.read(unit / "x.pt", SETTINGS)
 
 
 def test_a_file_that_the_manifest_does_not_list_is_refused(unit: Path) -> None:
     (unit / "stranger.pt").write_bytes((unit / "x.pt").read_bytes())
-    with pytest.raises(errors.Damaged, match=r"stranger\.pt: not listed in .*manifest\.json as"):
+    with pytest.raises(Damaged, match=r"stranger\.pt: not listed in .*manifest\.json as"):
         read(unit / "stranger.pt")
 
 
@@ -149,7 +158,7 @@ def test_a_listed_file_that_is_gone_is_told_as_such(unit: Path) -> None:
 def test_a_damaged_manifest_is_refused(unit: Path) -> None:
     path = unit / "manifest.json"
     path.write_bytes(path.read_bytes().replace(b'"step": 1', b'"step": 2'))
-    with pytest.raises(errors.Damaged, match=r"manifest\.json"):
+    with pytest.raises(Damaged, match=r"manifest\.json"):
         read(unit / "x.pt")
 
 
@@ -158,7 +167,7 @@ def test_a_checkpoint_that_has_lost_its_manifest_is_refused_until_it_is_none_of_
 ) -> None:
     (unit / "manifest.json").unlink()
     for path in (unit / "x.pt", unit / "a" / "x.pt"):
-        with pytest.raises(errors.Damaged, match=r"t1: its manifest\.json is missing"):
+        with pytest.raises(Damaged, match=r"t1: its manifest\.json is missing"):
             read(path)
     (unit / "decision").unlink()
     shutil.rmtree(unit / "votes")
@@ -170,7 +179,7 @@ def test_a_checkpoint_whose_manifest_cannot_be_read_is_told_as_such(unit: Path) 
     (unit / "manifest.json").chmod(0)
     with (
         plain_user(),
-        pytest.raises(errors.Unreadable, match=r"t1/manifest\.json: it cannot be read: Permission denied"),
+        pytest.raises(Unreadable, match=r"t1/manifest\.json: it cannot be read: Permission denied"),
     ):
         read(unit / "x.pt")
 
@@ -178,12 +187,12 @@ def test_a_checkpoint_whose_manifest_cannot_be_read_is_told_as_such(unit: Path) 
 def test_the_state_is_checked_again_when_it_is_loaded_again(unit: Path) -> None:
     read(unit / "x.pt")
     os.truncate(unit / "x.pt", 100)
-    with pytest.raises(errors.Damaged):
+    with pytest.raises(Damaged):
         read(unit / "x.pt")
 
 
 def test_the_bytes_of_a_file_serve_two_loads_and_no_more(unit: Path) -> None:
-    with loader.reading(unit, SETTINGS) as reader:
+    with open_reader(unit, SETTINGS) as reader:
         first, second = (reader.load(unit / "x.pt", "cpu")["w"] for _ in range(2))
         assert first.data_ptr() == second.data_ptr()
         first.zero_()
@@ -192,11 +201,11 @@ def test_the_bytes_of_a_file_serve_two_loads_and_no_more(unit: Path) -> None:
 
 def test_nobody_prunes_what_is_being_loaded(unit: Path, out: Path) -> None:  # noqa: F811
     save_now(out, {"w": torch.ones(2)}, "t2")
-    with loader.reading(unit, SETTINGS) as reader:
-        assert retention.prune(out, saver.epoch_of(out), keep=1) == []
+    with open_reader(unit, SETTINGS) as reader:
+        assert retention.prune(out, claims.epoch_of(out), keep=1) == []
         assert reader.load(unit / "x.pt", "cpu")["w"].shape == (1000,)
-    assert retention.prune(out, saver.epoch_of(out), keep=1) == ["t1"]
-    assert [told.name for told in commit.committed(out)] == ["t2"]
+    assert retention.prune(out, claims.epoch_of(out), keep=1) == ["t1"]
+    assert [told.name for told in listing.committed(out)] == ["t2"]
 
 
 # ---- ranks that see different things
@@ -209,9 +218,9 @@ def views(unit: Path) -> list[Path]:
     return [unit, other]
 
 
-def opened(places: list[Path]) -> Callable[[World], str]:
-    def work(ranks: World) -> str:
-        with loader.reading_together(ranks, places[ranks.rank], SETTINGS) as reader:
+def opened(places: list[Path]) -> Callable[[RankGroup], str]:
+    def work(ranks: RankGroup) -> str:
+        with open_together(ranks, places[ranks.rank], SETTINGS) as reader:
             return "nothing" if reader.unit is None else reader.unit.manifest.name
 
     return work
@@ -231,18 +240,18 @@ def test_what_one_rank_cannot_take_no_rank_takes(unit: Path, pair: Pair) -> None
         assert told[0] == "Damaged" and str(path) in told[1]
     path.rmdir()
     path.write_bytes(sound)
-    disk.Patience.pauses_s, kept = (), disk.Patience.pauses_s
-    real = disk.read_bytes
+    ReadRetries.pauses_s, kept = (), ReadRetries.pauses_s
+    real = reads.read_bytes
 
     def refuse(asked: Path, *more: int) -> bytes:
         if asked == path:
             raise OSError(5, "Input/output error", str(asked))
         return real(asked, *more)
 
-    with mock.patch.object(disk, "read_bytes", refuse):
+    with mock.patch.object(reads, "read_bytes", refuse):
         for told in pair(opened(places)):
             assert told[0] == "Unreadable" and f"{path}: it cannot be read: Input/output error. It may be" in told[1]
-    disk.Patience.pauses_s = kept
+    ReadRetries.pauses_s = kept
 
 
 def test_ranks_that_see_two_checkpoints_of_one_name_load_none(
@@ -253,7 +262,7 @@ def test_ranks_that_see_two_checkpoints_of_one_name_load_none(
     save_now(other, {"w": torch.ones(2)}, "t1")
     for told in pair(opened([unit, other / "t1"])):
         assert told[0] == "RanksDisagree" and "rank 1 and rank 0 see different manifests" in told[1]
-        assert all(sealed.sha256((at / "manifest.json").read_bytes()) in told[1] for at in (unit, other / "t1"))
+        assert all(sealed_json.sha256((at / "manifest.json").read_bytes()) in told[1] for at in (unit, other / "t1"))
 
 
 @pytest.mark.parametrize("missing", ["t1", "t1/manifest.json", "t1/votes/expected.json t1/manifest.json t1/decision"])
@@ -272,7 +281,7 @@ def test_a_name_that_one_rank_does_not_see_yet_is_looked_for_again(
             (source / name).rename(target / name)
 
     move(home, away)
-    monkeypatch.setattr(loader, "_LOOK_AGAIN_S", (0.01,))
+    monkeypatch.setattr(together, "_LOOK_AGAIN_S", (0.01,))
     for told in pair(opened(places)):
         assert told[0] == "RanksDisagree" and "rank 1: none" in told[1]
     sleep = time.sleep
@@ -283,8 +292,8 @@ def test_a_name_that_one_rank_does_not_see_yet_is_looked_for_again(
                 move(away, home)
         sleep(pause)
 
-    monkeypatch.setattr(loader, "_LOOK_AGAIN_S", (0.2, 0.2))
-    monkeypatch.setattr(loader.time, "sleep", come)
+    monkeypatch.setattr(together, "_LOOK_AGAIN_S", (0.2, 0.2))
+    monkeypatch.setattr(together.time, "sleep", come)
     assert pair(opened(places)) == ["t1", "t1"]
 
 
@@ -316,7 +325,7 @@ class Loose:
 
 def test_a_stock_file_with_a_forbidden_name_is_refused(tmp_path: Path) -> None:
     torch.save({"x": Loose()}, tmp_path / "x.pt")
-    with pytest.raises(errors.Damaged, match=r"(?s)x\.pt: refused to load: .*Loose"):
+    with pytest.raises(Damaged, match=r"(?s)x\.pt: refused to load: .*Loose"):
         read(tmp_path / "x.pt")
     assert isinstance(read(tmp_path / "x.pt", allow=(Loose,))["x"], Loose)
 
@@ -330,7 +339,7 @@ def test_a_stock_file_that_is_not_there_is_told_as_such(tmp_path: Path) -> None:
 def test_a_truncated_stock_file_is_refused_as_damaged(tmp_path: Path, left: int) -> None:
     torch.save({"w": torch.ones(300)}, tmp_path / "x.pt")
     os.truncate(tmp_path / "x.pt", left)
-    with pytest.raises(errors.Damaged, match=r"x\.pt"):
+    with pytest.raises(Damaged, match=r"x\.pt"):
         read(tmp_path / "x.pt")
 
 
@@ -343,17 +352,17 @@ def allowing(*names: str) -> Settings:
 
 def test_a_name_in_load_allow_is_imported_and_may_be_loaded(out: Path) -> None:  # noqa: F811
     save_now(out, {"x": Loose()})
-    with pytest.raises(errors.Damaged, match=r"Loose.*load\.allow"):
+    with pytest.raises(Damaged, match=r"Loose.*load\.allow"):
         read(out / "t1" / "model.pt")
     found = read(out / "t1" / "model.pt", allowing(f"{__name__}.Loose"))
     assert isinstance(found["x"], Loose)
-    assert loader.allowed(allowing("collections.OrderedDict"))[1:] == [OrderedDict]
+    assert trust.allowed(allowing("collections.OrderedDict"))[1:] == [OrderedDict]
 
 
 @pytest.mark.parametrize("name", ["no_such_module.Name", "collections.NoSuchName", "noname", "", ".x"])
 def test_an_unknown_name_in_load_allow_is_refused_by_name(name: str) -> None:
-    with pytest.raises(errors.ConfigError) as caught:
-        loader.allowed(allowing(name))
+    with pytest.raises(ConfigError) as caught:
+        trust.allowed(allowing(name))
     assert f"load.allow: cannot import {name!r}" in str(caught.value)
 
 
@@ -366,14 +375,14 @@ def model(n: int, **changed: list[int]) -> dict[str, Any]:
 
 def test_the_same_model_is_taken_whatever_its_dtypes() -> None:
     live = {name: {"shape": tuple(told["shape"]), "dtype": "bfloat16"} for name, told in model(5).items()}
-    loader.compare_models(model(5), live, "here")
-    loader.compare_models({}, live, "a checkpoint that recorded nothing")
+    compare_models(model(5), live, "here")
+    compare_models({}, live, "a checkpoint that recorded nothing")
 
 
 def test_another_model_is_refused_with_its_first_ten_differences() -> None:
     live = model(30, **{f"p{i}": [7] for i in range(14)})
-    with pytest.raises(errors.ModelMismatch) as caught:
-        loader.compare_models(model(30), live, "run/t1")
+    with pytest.raises(ModelMismatch) as caught:
+        compare_models(model(30), live, "run/t1")
     told = str(caught.value)
     assert told.startswith("run/t1 holds another model; nothing was loaded")
     assert told.count("in the checkpoint, [7] here") == 10 and "... and 4 more" in told
@@ -381,15 +390,15 @@ def test_another_model_is_refused_with_its_first_ten_differences() -> None:
 
 
 def test_parameters_that_only_one_side_has_are_named() -> None:
-    with pytest.raises(errors.ModelMismatch, match="p2: not in the checkpoint"):
-        loader.compare_models(model(2), model(3), "here")
-    with pytest.raises(errors.ModelMismatch, match="p2: not in this model") as caught:
-        loader.compare_models(model(3), model(2), "here")
+    with pytest.raises(ModelMismatch, match="p2: not in the checkpoint"):
+        compare_models(model(2), model(3), "here")
+    with pytest.raises(ModelMismatch, match="p2: not in this model") as caught:
+        compare_models(model(3), model(2), "here")
     assert "more" not in str(caught.value)
 
 
 def test_without_strict_names_may_be_missing_but_shapes_may_not_differ() -> None:
-    loader.compare_models(model(2), model(3), "here", strict=False)
-    loader.compare_models(model(3), model(2), "here", strict=False)
-    with pytest.raises(errors.ModelMismatch, match="p1: shape"):
-        loader.compare_models(model(3), model(2, p1=[9]), "here", strict=False)
+    compare_models(model(2), model(3), "here", strict=False)
+    compare_models(model(3), model(2), "here", strict=False)
+    with pytest.raises(ModelMismatch, match="p1: shape"):
+        compare_models(model(3), model(2, p1=[9]), "here", strict=False)

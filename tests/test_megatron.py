@@ -17,7 +17,7 @@ import pytest
 import torch
 from megatron_worlds import MISSING, Saved, Worlds
 
-from roll_ckpt import verify
+from roll_ckpt.transaction import verification
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
@@ -60,7 +60,7 @@ def test_stock_and_we_load_what_we_saved_in_other_layouts(
     saved = megatron.save(tmp_path / "run" / "iter_2", layout, precision)
     for there, who in map(str.split, loads):
         megatron.check_load(saved, there, who)
-    assert verify.verify(saved.directory) == []
+    assert verification.verify(saved.directory) == []
     assert (tmp_path / "run" / "latest").read_text() == "iter_2"
 
 

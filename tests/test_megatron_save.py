@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from megatron_worlds import MISSING, Worlds
 
-from roll_ckpt import verify
+from roll_ckpt.transaction import verification
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
@@ -38,7 +38,7 @@ def test_a_step_that_does_not_wait_fails_the_save_by_name(megatron: Worlds, tmp_
     for torn, after in call(megatron, "step_without_the_fence", str(tmp_path / "run")):
         assert "torn" in torn and "distcp: 'embedding.word_embeddings.weight' " in torn and "fence()" in torn
         assert after == "None"
-    assert not (tmp_path / "run" / "torn").exists() and verify.verify(tmp_path / "run" / "next") == []
+    assert not (tmp_path / "run" / "torn").exists() and verification.verify(tmp_path / "run" / "next") == []
 
 
 def test_a_load_waits_for_the_copies_of_a_save(megatron: Worlds, tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_a_save_that_replays_a_plan_meets_once_and_holds_its_own_step(megatron: 
         assert told["found"] == [[]] * 3 and told["ours"] == []
         assert told["resumed"] == told["unbroken"]
     for step in range(3):
-        assert verify.verify(tmp_path / "run" / f"iter_{step}") == []
+        assert verification.verify(tmp_path / "run" / f"iter_{step}") == []
 
 
 REPLAYED = {"values", "common grows", "object grows a little", "large object again", "dtype again", "again"}

@@ -9,7 +9,8 @@ import pytest
 from megatron_worlds import MISSING, Worlds
 from worlds import World
 
-from roll_ckpt import manifest, verify
+from roll_ckpt.formats import manifests
+from roll_ckpt.transaction import verification
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
@@ -33,8 +34,8 @@ def test_both_resume_on_the_same_losses_while_saves_overlap_training(ranks: Worl
     for unbroken, resumed in ranks.call(f"{CASES}:resumed", str(tmp_path / "run")):
         assert resumed == unbroken
     unit = tmp_path / "run" / "checkpoint-1"
-    assert verify.verify(unit) == []
-    facts = manifest.read(unit).clusters
+    assert verification.verify(unit) == []
+    facts = manifests.read(unit).clusters
     assert facts["actor"]["framework"] == "deepspeed" and facts["critic"]["framework"] == "megatron-core"
     assert facts["critic"]["layout"]["dp"] == 2
 
@@ -60,8 +61,8 @@ def test_companions_and_client_state_come_with_a_megatron_cluster(ranks: World, 
     for told in ranks.call(f"{CASES}:companions", str(tmp_path / "run")):
         assert told == {"epochs": 3}
     unit = tmp_path / "run" / "checkpoint-1"
-    assert "critic/config.json" in {receipt.path for receipt in manifest.read(unit).files}
-    assert verify.verify(unit) == []
+    assert "critic/config.json" in {receipt.path for receipt in manifests.read(unit).files}
+    assert verification.verify(unit) == []
 
 
 def test_what_a_safe_load_refuses_is_told_at_the_save_and_before_anything_is_loaded(

@@ -17,33 +17,36 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hand_made import HandMadeImage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from roll_ckpt import native
 from roll_ckpt.errors import Damaged, SourceChanged
-from roll_ckpt.image import Until
+from roll_ckpt.native import extension, files
+from roll_ckpt.native.extension import Arena
+from roll_ckpt.native.image import Lifetime
+from roll_ckpt.native.mover import Mover
 
 BLOCK = 64 << 10
 SIZES = [0, 1, 4095, 4096, 4097, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK + 12345]
 
 
 @pytest.fixture
-def arena() -> native.Arena:
-    return native.Arena(8 * BLOCK, BLOCK)
+def arena() -> Arena:
+    return Arena(8 * BLOCK, BLOCK)
 
 
 @pytest.fixture
-def mover(arena: native.Arena) -> Iterator[native.Mover]:
-    mover = native.Mover(arena, copy_threads=2, io_threads=3)
+def mover(arena: Arena) -> Iterator[Mover]:
+    mover = Mover(arena, copy_threads=2, io_threads=3)
     yield mover
     mover.shutdown(10)
 
 
-def image_of(data: bytes | bytearray, *, lazy: bool = False) -> native.NativeImage:
-    image = native.NativeImage(len(data))
+def image_of(data: bytes | bytearray, *, lazy: bool = False) -> HandMadeImage:
+    image = HandMadeImage(len(data))
     if data:
-        image.add(0, native.address_of(data)[0], len(data), lazy=lazy)
+        image.add(0, extension.address_of(data)[0], len(data), lazy=lazy)
     return image
 
 
@@ -65,7 +68,10 @@ def in_a_process(code: str, *arguments: str) -> str:
         capture_output=True,
         text=True,
         timeout=60,
-        env={**os.environ, "PYTHONPATH": str(Path(native.__file__).parents[1])},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(Path(files.__file__).parents[2]), str(Path(__file__).parent)]),
+        },
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -78,11 +84,11 @@ def in_a_process(code: str, *arguments: str) -> str:
 @pytest.mark.parametrize("lazy", [True, False])
 @pytest.mark.parametrize("size", SIZES)
 def test_the_file_holds_the_sources_bytes(
-    tmp_path: Path, mover: native.Mover, arena: native.Arena, size: int, lazy: bool, direct: bool
+    tmp_path: Path, mover: Mover, arena: Arena, size: int, lazy: bool, direct: bool
 ) -> None:
     data = os.urandom(size)
     if not direct:
-        mover = native.Mover(arena, 2, 2, direct=False)
+        mover = Mover(arena, 2, 2, direct=False)
     transfer = mover.save(tmp_path / "f", image_of(data, lazy=lazy))
     assert transfer.wait_copied()
     digest = transfer.wait_written()
@@ -91,19 +97,19 @@ def test_the_file_holds_the_sources_bytes(
     assert transfer.written and arena.leased_bytes == 0
     assert transfer.overlapped == (lazy and size > 0)
     assert direct or transfer.stats["direct"] is False
-    read = native.read_file(tmp_path / "f", size, BLOCK, digest.crcs, direct=direct)
+    read = files.read_file(tmp_path / "f", size, BLOCK, digest.crcs, direct=direct)
     assert len(read) == size and bytes(memoryview(read)) == data
-    assert native.digest_file(tmp_path / "f", BLOCK, direct=direct).crcs == digest.crcs
-    assert native.digest_file(tmp_path / "f", 1000).crcs == block_crcs(data, 1000)
+    assert files.digest_file(tmp_path / "f", BLOCK, direct=direct).crcs == digest.crcs
+    assert files.digest_file(tmp_path / "f", 1000).crcs == block_crcs(data, 1000)
 
 
-def test_a_longer_file_that_was_there_is_replaced(tmp_path: Path, mover: native.Mover) -> None:
+def test_a_longer_file_that_was_there_is_replaced(tmp_path: Path, mover: Mover) -> None:
     (tmp_path / "f").write_bytes(b"x" * (3 * BLOCK))
     mover.save(tmp_path / "f", image_of(b"short")).wait_written()
     assert (tmp_path / "f").read_bytes() == b"short"
 
 
-def test_a_file_system_without_direct_io_is_served(mover: native.Mover) -> None:
+def test_a_file_system_without_direct_io_is_served(mover: Mover) -> None:
     path = Path("/dev/shm") / f"roll-ckpt-test-{os.getpid()}"
     if not os.access(path.parent, os.W_OK):
         pytest.skip("no /dev/shm")
@@ -111,7 +117,7 @@ def test_a_file_system_without_direct_io_is_served(mover: native.Mover) -> None:
     try:
         digest = mover.save(path, image_of(data)).wait_written()
         assert path.read_bytes() == data
-        assert bytes(memoryview(native.read_file(path, len(data), BLOCK, digest.crcs))) == data
+        assert bytes(memoryview(files.read_file(path, len(data), BLOCK, digest.crcs))) == data
     finally:
         path.unlink(missing_ok=True)
 
@@ -134,9 +140,9 @@ def test_many_random_extents_come_out_right(tmp_path_factory: pytest.TempPathFac
 def check_random_extents(path: Path, rng: random.Random) -> None:
     """Sources of any size, address and lease, in blocks of any size, give the bytes that Python puts together."""
     block = rng.choice([BLOCK, BLOCK, BLOCK + 4096])
-    mover = native.Mover(native.Arena(rng.choice([2, 3, 40]) * block, block), 2, 2, direct=rng.random() < 0.8)
+    mover = Mover(Arena(rng.choice([2, 3, 40]) * block, block), 2, 2, direct=rng.random() < 0.8)
     size = rng.choice([0, 100, BLOCK, 3 * BLOCK + 5, 11 * BLOCK - 1, 8 * block + rng.randrange(block)])
-    image, expected, sources = native.NativeImage(size), bytearray(size), []
+    image, expected, sources = HandMadeImage(size), bytearray(size), []
     at = 0
     while at < size:
         at += rng.choice([0, 0, 1, 63, 5000, block])
@@ -146,13 +152,13 @@ def check_random_extents(path: Path, rng: random.Random) -> None:
             continue
         data = rng.randbytes(nbytes)
         sources.append(data)
-        address = native.address_of(data)[0]
+        address = extension.address_of(data)[0]
         if rng.random() < 0.5:  # at an address that agrees with the place in the file, modulo a page
             sources.append(mapped := mmap.mmap(-1, nbytes + mmap.PAGESIZE))
             start = at % mmap.PAGESIZE
             mapped[start : start + nbytes] = data
-            address = native.address_of(mapped)[0] + start
-        lazy = rng.choice([Until.RETURN, Until.FENCE, Until.WRITTEN])
+            address = extension.address_of(mapped)[0] + start
+        lazy = rng.choice([Lifetime.RETURN, Lifetime.FENCE, Lifetime.WRITTEN])
         image.add(at, address, nbytes, lazy=lazy)
         expected[at : at + nbytes] = data
         at += nbytes
@@ -179,7 +185,7 @@ def check_random_extents(path: Path, rng: random.Random) -> None:
     assert transfer.wait_released()
     assert path.read_bytes() == expected
     assert digest.crcs == block_crcs(bytes(expected), block)
-    assert bytes(memoryview(native.read_file(path, size, block, digest.crcs))) == expected
+    assert bytes(memoryview(files.read_file(path, size, block, digest.crcs))) == expected
     mover.shutdown(10)
 
 
@@ -191,7 +197,7 @@ def serial_of(crcs: list[int]) -> int:
 
 
 @pytest.mark.parametrize("into_second_block", [1, 2, 3])
-def test_a_patch_may_straddle_two_blocks(tmp_path: Path, mover: native.Mover, into_second_block: int) -> None:
+def test_a_patch_may_straddle_two_blocks(tmp_path: Path, mover: Mover, into_second_block: int) -> None:
     data = bytearray(os.urandom(3 * BLOCK))
     image = image_of(data)
     image.crc_at(image.record(10, 1000), BLOCK - 4 + into_second_block)
@@ -206,15 +212,15 @@ def test_a_patch_may_straddle_two_blocks(tmp_path: Path, mover: native.Mover, in
     assert digest.crcs == block_crcs(bytes(data))
 
 
-def test_an_image_that_cannot_be_meant_is_refused(tmp_path: Path, mover: native.Mover) -> None:
-    def refused(match: str, size: int, build: Callable[[native.NativeImage], object]) -> None:
-        image = native.NativeImage(size)
+def test_an_image_that_cannot_be_meant_is_refused(tmp_path: Path, mover: Mover) -> None:
+    def refused(match: str, size: int, build: Callable[[HandMadeImage], object]) -> None:
+        image = HandMadeImage(size)
         build(image)
         with pytest.raises(ValueError, match=match):
             mover.save(tmp_path / "f", image)
 
     data = bytes(100)
-    address = native.address_of(data)[0]
+    address = extension.address_of(data)[0]
     refused("ends", 100, lambda i: (i.add(0, address, 50), i.add(49, address, 50)))
     refused("ends", 100, lambda i: (i.add(50, address, 50), i.add(0, address, 50)))
     refused("leaves the file", 100, lambda i: i.add(51, address, 50))
@@ -234,15 +240,15 @@ def test_an_image_that_cannot_be_meant_is_refused(tmp_path: Path, mover: native.
 
 def test_a_small_arena_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="cannot hold two blocks"):
-        native.Arena(2 * BLOCK - 1, BLOCK)
+        Arena(2 * BLOCK - 1, BLOCK)
     with pytest.raises(ValueError, match="multiple of 4096"):
-        native.Arena(100 * BLOCK, BLOCK + 1)
-    assert native.Arena(3 * BLOCK - 1, BLOCK).capacity_bytes == 2 * BLOCK
+        Arena(100 * BLOCK, BLOCK + 1)
+    assert Arena(3 * BLOCK - 1, BLOCK).capacity_bytes == 2 * BLOCK
 
 
 @pytest.mark.parametrize("lazy", [True, False])
 def test_a_file_four_times_the_arena_streams_within_the_cap(
-    tmp_path: Path, mover: native.Mover, arena: native.Arena, lazy: bool
+    tmp_path: Path, mover: Mover, arena: Arena, lazy: bool
 ) -> None:
     data = os.urandom(4 * arena.capacity_bytes + 99)
     transfer = mover.save(tmp_path / "f", image_of(data, lazy=lazy))
@@ -254,8 +260,8 @@ def test_a_file_four_times_the_arena_streams_within_the_cap(
 
 
 def test_many_saves_at_once_share_a_small_arena(tmp_path: Path) -> None:
-    arena = native.Arena(2 * BLOCK, BLOCK)
-    mover = native.Mover(arena, 2, 2)
+    arena = Arena(2 * BLOCK, BLOCK)
+    mover = Mover(arena, 2, 2)
     datas = [os.urandom(size) for size in (0, 10, BLOCK, 7 * BLOCK + 3, 12 * BLOCK, 9 * BLOCK - 1)]
     errors: list[BaseException] = []
 
@@ -282,7 +288,7 @@ def test_many_saves_at_once_share_a_small_arena(tmp_path: Path) -> None:
 
 def test_a_file_is_made_once_however_late_a_thread_of_its_own_comes(tmp_path: Path) -> None:
     data = b"twelve bytes"
-    mover = native.Mover(native.Arena(16 * BLOCK, BLOCK), copy_threads=2, io_threads=64)
+    mover = Mover(Arena(16 * BLOCK, BLOCK), copy_threads=2, io_threads=64)
     paths = [tmp_path / str(number) for number in range(3000)]
     for first in range(0, len(paths), 8):
         for transfer in [mover.save(path, image_of(data)) for path in paths[first : first + 8]]:
@@ -292,14 +298,14 @@ def test_a_file_is_made_once_however_late_a_thread_of_its_own_comes(tmp_path: Pa
 
 
 def test_eager_bytes_are_free_after_save_and_lazy_ones_after_wait_copied(tmp_path: Path) -> None:
-    arena = native.Arena(64 << 20, 1 << 20)
-    mover = native.Mover(arena, 1, 2)
+    arena = Arena(64 << 20, 1 << 20)
+    mover = Mover(arena, 1, 2)
     for round_ in range(4):
         eager, lazy = bytearray(os.urandom(5 << 20)), bytearray(os.urandom(40 << 20))
         expected = bytes(eager) + bytes(lazy)
-        image = native.NativeImage(len(expected))
-        image.add(0, native.address_of(eager)[0], len(eager))
-        image.add(len(eager), native.address_of(lazy)[0], len(lazy), lazy=True)
+        image = HandMadeImage(len(expected))
+        image.add(0, extension.address_of(eager)[0], len(eager))
+        image.add(len(eager), extension.address_of(lazy)[0], len(lazy), lazy=True)
         transfer = mover.save(tmp_path / "f", image, overlap=round_ < 3)
         assert transfer.overlapped == (round_ < 3)
         eager[:] = bytes(len(eager))
@@ -311,8 +317,8 @@ def test_eager_bytes_are_free_after_save_and_lazy_ones_after_wait_copied(tmp_pat
 
 
 def test_warming_changes_nothing_and_is_counted(tmp_path: Path) -> None:
-    arena = native.Arena(32 << 20, 1 << 20)
-    mover = native.Mover(arena)
+    arena = Arena(32 << 20, 1 << 20)
+    mover = Mover(arena)
     arena.warm(1 << 40)
     data = os.urandom(20 << 20)
     transfer = mover.save(tmp_path / "f", image_of(data))
@@ -327,7 +333,7 @@ def test_warming_changes_nothing_and_is_counted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [10, 40 * BLOCK])
 def test_a_failed_save_names_its_path_and_frees_the_arena(
-    tmp_path: Path, mover: native.Mover, arena: native.Arena, size: int
+    tmp_path: Path, mover: Mover, arena: Arena, size: int
 ) -> None:
     data = bytes(size)
     (tmp_path / "plain").write_bytes(b"")
@@ -347,13 +353,13 @@ def test_a_failed_save_names_its_path_and_frees_the_arena(
         assert wait_until(lambda: arena.leased_bytes == 0)
 
 
-def test_a_path_that_is_no_utf8_is_named_too(tmp_path: Path, mover: native.Mover) -> None:
+def test_a_path_that_is_no_utf8_is_named_too(tmp_path: Path, mover: Mover) -> None:
     path = os.fsencode(tmp_path) + b"/\xff\xfe/f"
     with pytest.raises(FileNotFoundError) as caught:
         mover.save(path, image_of(b"x")).wait_written()
     assert os.fsencode(caught.value.filename) == path
     with pytest.raises(FileNotFoundError):
-        native.read_file(path, 1, BLOCK)
+        files.read_file(path, 1, BLOCK)
 
 
 @pytest.mark.parametrize("direct", ["1", ""])
@@ -361,13 +367,16 @@ def test_a_full_file_system_is_an_error_with_path_and_size(tmp_path: Path, direc
     out = in_a_process(
         """
         import os, resource, signal, sys
-        from roll_ckpt import native
+        from hand_made import HandMadeImage
+        from roll_ckpt.errors import SourceChanged
+        from roll_ckpt.native.extension import Arena, address_of
+        from roll_ckpt.native.mover import Mover
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
-        arena = native.Arena(4 << 16, 1 << 16)
-        mover = native.Mover(arena, 2, 2, direct=bool(sys.argv[2]))
+        arena = Arena(4 << 16, 1 << 16)
+        mover = Mover(arena, 2, 2, direct=bool(sys.argv[2]))
         data = bytes(2_000_000)
-        image = native.NativeImage(len(data))
+        image = HandMadeImage(len(data))
         image.add_bytes(0, data)
         try:
             mover.save(sys.argv[1], image).wait_written()
@@ -384,7 +393,7 @@ def test_a_full_file_system_is_an_error_with_path_and_size(tmp_path: Path, direc
     assert leased == "0"
 
 
-def test_a_wait_that_runs_out_of_time_says_so(tmp_path: Path, mover: native.Mover) -> None:
+def test_a_wait_that_runs_out_of_time_says_so(tmp_path: Path, mover: Mover) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)  # opening it for writing blocks until somebody reads
     transfer = mover.save(fifo, image_of(b"x" * 10, lazy=True))
@@ -400,7 +409,7 @@ def test_a_wait_that_runs_out_of_time_says_so(tmp_path: Path, mover: native.Move
 
 
 @pytest.mark.parametrize("direct", [True, False])
-def test_a_flipped_bit_is_named_with_its_block(tmp_path: Path, mover: native.Mover, direct: bool) -> None:
+def test_a_flipped_bit_is_named_with_its_block(tmp_path: Path, mover: Mover, direct: bool) -> None:
     data = bytearray(os.urandom(4 * BLOCK + 100))
     crcs = mover.save(tmp_path / "f", image_of(data)).wait_written().crcs
     for at in (0, 2 * BLOCK + 7, len(data) - 1):
@@ -408,40 +417,40 @@ def test_a_flipped_bit_is_named_with_its_block(tmp_path: Path, mover: native.Mov
         broken[at] ^= 0x10
         (tmp_path / "f").write_bytes(broken)
         with pytest.raises(Damaged, match=rf"/f: block {at // BLOCK} \(bytes {at // BLOCK * BLOCK} to "):
-            native.read_file(tmp_path / "f", len(data), BLOCK, crcs, direct=direct)
-        assert bytes(memoryview(native.read_file(tmp_path / "f", len(data), BLOCK, None))) == broken
+            files.read_file(tmp_path / "f", len(data), BLOCK, crcs, direct=direct)
+        assert bytes(memoryview(files.read_file(tmp_path / "f", len(data), BLOCK, None))) == broken
 
 
-def test_a_file_of_another_size_is_named(tmp_path: Path, mover: native.Mover) -> None:
+def test_a_file_of_another_size_is_named(tmp_path: Path, mover: Mover) -> None:
     data = os.urandom(2 * BLOCK + 100)
     crcs = mover.save(tmp_path / "f", image_of(data)).wait_written().crcs
     for wrong in (data[:-1], data + b"x", b""):
         (tmp_path / "f").write_bytes(wrong)
         with pytest.raises(Damaged, match=f"/f: {len(wrong)} bytes on disk where {len(data)} were written"):
-            native.read_file(tmp_path / "f", len(data), BLOCK, crcs)
+            files.read_file(tmp_path / "f", len(data), BLOCK, crcs)
     with pytest.raises(ValueError, match="1 block digests for 3 blocks"):
-        native.read_file(tmp_path / "f", len(data), BLOCK, crcs[:1])
+        files.read_file(tmp_path / "f", len(data), BLOCK, crcs[:1])
     with pytest.raises(IsADirectoryError):
-        native.digest_file(tmp_path, BLOCK)
+        files.digest_file(tmp_path, BLOCK)
 
 
 # ---- sources that are changed before they are copied
 
 
 @pytest.fixture
-def late_mover(arena: native.Arena) -> Iterator[native.Mover]:
+def late_mover(arena: Arena) -> Iterator[Mover]:
     """Copies nothing that is lazy before wait_copied."""
-    mover = native.Mover(arena, copy_threads=0)
+    mover = Mover(arena, copy_threads=0)
     yield mover
     mover.shutdown(10)
 
 
-def noticed(mover: native.Mover, path: Path, at: int, check: str, nbytes: int = 3 * BLOCK, extents: int = 1) -> bool:
+def noticed(mover: Mover, path: Path, at: int, check: str, nbytes: int = 3 * BLOCK, extents: int = 1) -> bool:
     """Whether one byte that is changed before it is copied fails the save."""
     data = bytearray(nbytes)
-    image, each = native.NativeImage(nbytes), nbytes // extents
+    image, each = HandMadeImage(nbytes), nbytes // extents
     for offset in range(0, nbytes, each):
-        image.add(offset, native.address_of(data)[0] + offset, each, lazy=True)
+        image.add(offset, extension.address_of(data)[0] + offset, each, lazy=True)
     transfer = mover.save(path, image, check=check)
     assert transfer.overlapped and not transfer.copied
     data[at] = 1
@@ -457,17 +466,17 @@ def noticed(mover: native.Mover, path: Path, at: int, check: str, nbytes: int = 
 
 
 @pytest.mark.parametrize("at", [0, BLOCK - 1, BLOCK, 2 * BLOCK + 5, 3 * BLOCK - 1])
-def test_a_full_check_notices_every_byte_and_none_if_off(tmp_path: Path, late_mover: native.Mover, at: int) -> None:
+def test_a_full_check_notices_every_byte_and_none_if_off(tmp_path: Path, late_mover: Mover, at: int) -> None:
     assert noticed(late_mover, tmp_path / "f", at, "full")
     assert not noticed(late_mover, tmp_path / "f", at, "off")
 
 
-def test_a_sample_is_another_one_at_each_save(tmp_path: Path, late_mover: native.Mover) -> None:
+def test_a_sample_is_another_one_at_each_save(tmp_path: Path, late_mover: Mover) -> None:
     for at in (1000, 3000):  # no sample has both
         assert any(noticed(late_mover, tmp_path / "f", at, "sample", 4096) for _ in range(500))
 
 
-def test_a_sample_has_of_each_extent_but_not_of_thousands(tmp_path: Path, late_mover: native.Mover) -> None:
+def test_a_sample_has_of_each_extent_but_not_of_thousands(tmp_path: Path, late_mover: Mover) -> None:
     few, many = (
         [noticed(late_mover, tmp_path / "f", 777, "sample", extents * 64, extents) for _ in range(100)]
         for extents in (500, 3000)
@@ -475,7 +484,7 @@ def test_a_sample_has_of_each_extent_but_not_of_thousands(tmp_path: Path, late_m
     assert all(few) and any(many) and not all(many)
 
 
-def test_an_unknown_check_is_refused(tmp_path: Path, late_mover: native.Mover) -> None:
+def test_an_unknown_check_is_refused(tmp_path: Path, late_mover: Mover) -> None:
     with pytest.raises(ValueError, match="give off, sample or full"):
         noticed(late_mover, tmp_path / "f", 0, "some")
 
@@ -484,12 +493,12 @@ def test_an_unknown_check_is_refused(tmp_path: Path, late_mover: native.Mover) -
 
 
 def test_an_abandoned_save_reads_no_source_and_frees_its_slots(tmp_path: Path) -> None:
-    arena = native.Arena(64 << 20, 1 << 20)
-    mover = native.Mover(arena, 1, 1)
+    arena = Arena(64 << 20, 1 << 20)
+    mover = Mover(arena, 1, 1)
     for _ in range(5):
         source = mmap.mmap(-1, 60 << 20)
-        image = native.NativeImage(60 << 20)
-        image.add(0, native.address_of(source)[0], 60 << 20, lazy=True)
+        image = HandMadeImage(60 << 20)
+        image.add(0, extension.address_of(source)[0], 60 << 20, lazy=True)
         transfer = mover.save(tmp_path / "f", image)
         transfer.abandon()
         assert transfer.copied
@@ -505,12 +514,12 @@ def test_an_abandoned_save_reads_no_source_and_frees_its_slots(tmp_path: Path) -
 
 
 def test_a_transfer_that_nobody_keeps_is_abandoned(tmp_path: Path) -> None:
-    arena = native.Arena(64 << 20, 1 << 20)
-    mover = native.Mover(arena, 1, 1)
+    arena = Arena(64 << 20, 1 << 20)
+    mover = Mover(arena, 1, 1)
     for _ in range(5):
-        image = native.NativeImage(50 << 20)
+        image = HandMadeImage(50 << 20)
         source = mmap.mmap(-1, 50 << 20)
-        image.add(0, native.address_of(source)[0], 50 << 20, lazy=True)
+        image.add(0, extension.address_of(source)[0], 50 << 20, lazy=True)
         transfer = mover.save(tmp_path / "f", image)
         del transfer
         source.close()
@@ -519,8 +528,8 @@ def test_a_transfer_that_nobody_keeps_is_abandoned(tmp_path: Path) -> None:
     assert arena.leased_bytes == 0
 
 
-def test_shutdown_lets_saves_end_and_refuses_new_ones(tmp_path: Path, arena: native.Arena) -> None:
-    mover = native.Mover(arena)
+def test_shutdown_lets_saves_end_and_refuses_new_ones(tmp_path: Path, arena: Arena) -> None:
+    mover = Mover(arena)
     data = os.urandom(3 * BLOCK)
     transfer = mover.save(tmp_path / "f", image_of(data, lazy=True))
     assert mover.shutdown(10) and mover.shutdown(10)
@@ -534,11 +543,14 @@ def test_leaving_the_interpreter_finishes_what_was_saved(tmp_path: Path) -> None
     in_a_process(
         """
         import sys
-        from roll_ckpt import native
-        mover = native.Mover(native.Arena(64 << 20, 1 << 20))
+        from hand_made import HandMadeImage
+        from roll_ckpt.errors import SourceChanged
+        from roll_ckpt.native.extension import Arena, address_of
+        from roll_ckpt.native.mover import Mover
+        mover = Mover(Arena(64 << 20, 1 << 20))
         data = b"x" * (30 << 20)
-        image = native.NativeImage(len(data))
-        image.add(0, native.address_of(data)[0], len(data), lazy=True)
+        image = HandMadeImage(len(data))
+        image.add(0, address_of(data)[0], len(data), lazy=True)
         transfer = mover.save(sys.argv[1], image)
         """,
         str(tmp_path / "f"),
@@ -550,25 +562,28 @@ def test_a_forked_child_is_refused_and_ends_in_peace(tmp_path: Path) -> None:
     out = in_a_process(
         """
         import gc, os, sys
-        from roll_ckpt import native
-        arena = native.Arena(64 << 20, 1 << 20)
-        mover = native.Mover(arena)
+        from hand_made import HandMadeImage
+        from roll_ckpt.errors import SourceChanged
+        from roll_ckpt.native.extension import Arena, address_of
+        from roll_ckpt.native.mover import Mover
+        arena = Arena(64 << 20, 1 << 20)
+        mover = Mover(arena)
         data = os.urandom(40 << 20)
-        image = native.NativeImage(len(data))
-        image.add(0, native.address_of(data)[0], len(data), lazy=True)
+        image = HandMadeImage(len(data))
+        image.add(0, address_of(data)[0], len(data), lazy=True)
         transfer = mover.save(sys.argv[1], image)
         if (pid := os.fork()) == 0:
             refused = 0
             for call in (
                 lambda: mover.save(sys.argv[1], image), lambda: mover.shutdown(0), lambda: arena.peak_bytes,
                 lambda: transfer.wait_copied(), lambda: transfer.wait_written(), lambda: transfer.abandon(),
-                lambda: native.Mover(arena), lambda: arena.warm(1),
+                lambda: Mover(arena), lambda: arena.warm(1),
             ):
                 try:
                     call()
                 except RuntimeError as error:
                     refused += "forked child" in str(error)
-            own = native.Mover(native.Arena(64 << 20, 1 << 20))
+            own = Mover(Arena(64 << 20, 1 << 20))
             own.save(sys.argv[1] + ".child", image).wait_written()
             del transfer, mover, arena
             gc.collect()
@@ -586,11 +601,11 @@ def test_a_forked_child_is_refused_and_ends_in_peace(tmp_path: Path) -> None:
 
 
 def test_a_digest_is_whole_as_soon_as_the_file_is(tmp_path: Path) -> None:
-    mover = native.Mover(native.Arena(8 << 16, 1 << 16), copy_threads=2, io_threads=4)
+    mover = Mover(Arena(8 << 16, 1 << 16), copy_threads=2, io_threads=4)
     data = os.urandom(3 << 16)
     expected = [zlib.crc32(data[at : at + (1 << 16)]) for at in range(0, len(data), 1 << 16)]
     for _ in range(300):
-        image = native.NativeImage(len(data))
+        image = HandMadeImage(len(data))
         image.add_bytes(0, data)
         assert mover.save(tmp_path / "file", image).wait_written(20).crcs == expected
     mover.shutdown()
@@ -603,11 +618,14 @@ def test_ctrl_c_ends_a_save_that_waits(tmp_path: Path) -> None:
         """
         import os, signal, sys, threading
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-        from roll_ckpt import native
-        arena = native.Arena(2 << 16, 1 << 16)
-        mover = native.Mover(arena)
+        from hand_made import HandMadeImage
+        from roll_ckpt.errors import SourceChanged
+        from roll_ckpt.native.extension import Arena, address_of
+        from roll_ckpt.native.mover import Mover
+        arena = Arena(2 << 16, 1 << 16)
+        mover = Mover(arena)
         data = bytes(10 << 16)
-        image = native.NativeImage(len(data))
+        image = HandMadeImage(len(data))
         image.add_bytes(0, data)
         try:
             threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
@@ -626,13 +644,13 @@ def test_no_descriptor_and_no_thread_is_left_behind(tmp_path: Path) -> None:
         return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
 
     def use() -> None:
-        mover = native.Mover(native.Arena(4 * BLOCK, BLOCK), 2, 2)
+        mover = Mover(Arena(4 * BLOCK, BLOCK), 2, 2)
         data = os.urandom(9 * BLOCK)
         digest = mover.save(tmp_path / "f", image_of(data)).wait_written()
-        native.read_file(tmp_path / "f", len(data), BLOCK, digest.crcs)
+        files.read_file(tmp_path / "f", len(data), BLOCK, digest.crcs)
         mover.save(tmp_path, image_of(data))
         with pytest.raises(Damaged):
-            native.read_file(tmp_path / "f", len(data), BLOCK, [0] * 9)
+            files.read_file(tmp_path / "f", len(data), BLOCK, [0] * 9)
 
     use()
     gc.collect()
@@ -650,47 +668,47 @@ def test_no_descriptor_and_no_thread_is_left_behind(tmp_path: Path) -> None:
 @given(data=st.binary(max_size=700), skip=st.integers(0, 40), start=st.integers(0, 2**32 - 1))
 def test_crc32_is_zlibs_at_every_size_and_alignment(data: bytes, skip: int, start: int) -> None:
     view = memoryview(data)[skip:]
-    assert native.crc32(view) == zlib.crc32(view)
-    assert native.crc32(view, start) == zlib.crc32(view, start)
-    assert native._native.crc32(view, start, portable=True) == zlib.crc32(view, start)
+    assert extension.crc32(view) == zlib.crc32(view)
+    assert extension.crc32(view, start) == zlib.crc32(view, start)
+    assert extension._native.crc32(view, start, portable=True) == zlib.crc32(view, start)
 
 
 @settings(max_examples=100, deadline=None)
 @given(a=st.binary(max_size=300), b=st.binary(max_size=300), zeros=st.integers(0, 200_000))
 def test_crc32_of_a_whole_follows_from_its_parts(a: bytes, b: bytes, zeros: int) -> None:
     b += bytes(zeros)
-    assert native.crc32_combine(zlib.crc32(a), zlib.crc32(b), len(b)) == zlib.crc32(a + b)
+    assert extension.crc32_combine(zlib.crc32(a), zlib.crc32(b), len(b)) == zlib.crc32(a + b)
 
 
 def test_large_buffers_have_zlibs_crc32() -> None:
     data = os.urandom((3 << 20) + 13)
-    assert native.crc32(data) == native._native.crc32(data, 0, portable=True) == zlib.crc32(data)
+    assert extension.crc32(data) == extension._native.crc32(data, 0, portable=True) == zlib.crc32(data)
 
 
 def test_a_buffer_can_be_written_and_outlives_its_name(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"abc")
-    view = memoryview(native.read_file(tmp_path / "f", 3, BLOCK))
+    view = memoryview(files.read_file(tmp_path / "f", 3, BLOCK))
     gc.collect()
     view[1] = ord("x")
     assert bytes(view) == b"axc" and not view.readonly
-    assert native.read_file(tmp_path / "f", 3, BLOCK).address % mmap.PAGESIZE == 0
+    assert files.read_file(tmp_path / "f", 3, BLOCK).address % mmap.PAGESIZE == 0
 
 
 def test_cuda_says_whether_it_can_be_used() -> None:
-    status = native.cuda_status()
-    if not native.cuda_compiled:
+    status = extension.cuda_status()
+    if not extension.cuda_compiled:
         assert status == "built without CUDA"
-    arena = native.Arena(2 * BLOCK, BLOCK)
+    arena = Arena(2 * BLOCK, BLOCK)
     if status:
         arena.warm(0, device=0)
         arena.wait_warm()
         assert not arena.pinned and arena.pinned_reason
 
 
-def test_a_device_extent_without_a_device_is_an_error(tmp_path: Path, mover: native.Mover) -> None:
-    if not native.cuda_status():
+def test_a_device_extent_without_a_device_is_an_error(tmp_path: Path, mover: Mover) -> None:
+    if not extension.cuda_status():
         pytest.skip("there is a device")
-    image = native.NativeImage(100)
+    image = HandMadeImage(100)
     image.add(0, 4096, 100, lazy=True, device=0)
     with pytest.raises(RuntimeError, match=r"CUDA|cuda"):
         mover.save(tmp_path / "f", image)

@@ -16,21 +16,26 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hand_made import HandMadeImage
 from stuck_disk import stuck
 from test_native import BLOCK, in_a_process
 from worlds import World, environment
 
-from roll_ckpt import errors, native
-from roll_ckpt.image import Extent, Extents, FileImage, Memory, Until
-from roll_ckpt.saver import native_image
+from roll_ckpt.errors import SourceChanged
+from roll_ckpt.formats.image import Extent, Extents, FileImage, Memory
+from roll_ckpt.native import extension
+from roll_ckpt.native.extension import Arena
+from roll_ckpt.native.image import Lifetime
+from roll_ckpt.native.mover import Mover, Transfer
+from roll_ckpt.save.cluster_save import native_image
 
 CASES = "offload_cases"
 PAGE = 4096
 
 
 @contextlib.contextmanager
-def mover_of(blocks: int) -> Iterator[native.Mover]:
-    mover = native.Mover(native.Arena(blocks * BLOCK, BLOCK), copy_threads=2, io_threads=3)
+def mover_of(blocks: int) -> Iterator[Mover]:
+    mover = Mover(Arena(blocks * BLOCK, BLOCK), copy_threads=2, io_threads=3)
     try:
         yield mover
     finally:
@@ -44,7 +49,7 @@ class Sources:
         chance = random.Random(seed)
         self.memory = mmap.mmap(-1, 64 * BLOCK)
         self.memory[:] = chance.randbytes(len(self.memory))
-        self.address = native.address_of(self.memory)[0]
+        self.address = extension.address_of(self.memory)[0]
         self.rows: list[tuple[int, int, int, bool]] = []
         self.crcs: list[tuple[int, int, int]] = []
         at, source = 0, 0
@@ -61,8 +66,8 @@ class Sources:
             at, source = at + nbytes, source + nbytes
         self.nbytes = at + 100
 
-    def image(self, lazy: Until | bool) -> native.NativeImage:
-        image = native.NativeImage(self.nbytes)
+    def image(self, lazy: Lifetime | bool) -> HandMadeImage:
+        image = HandMadeImage(self.nbytes)
         for at, source, nbytes, eager in self.rows:
             image.add(at, self.address + source, nbytes, lazy=False if eager else lazy)
         image.add_bytes(self.nbytes - 50, b"the end")
@@ -79,7 +84,7 @@ def test_a_leased_file_holds_what_a_copied_one_holds(tmp_path: Path, seed: int, 
     with mover_of(blocks) as mover:
         plain = mover.save(tmp_path / "copied", sources.image(False))
         copied = plain.wait_written()
-        transfer = mover.save(tmp_path / "leased", sources.image(Until.WRITTEN))
+        transfer = mover.save(tmp_path / "leased", sources.image(Lifetime.WRITTEN))
         assert transfer.wait_copied() and transfer.wait_released() and transfer.released
         leased = transfer.wait_written()
         assert (tmp_path / "leased").read_bytes() == (tmp_path / "copied").read_bytes()
@@ -96,7 +101,7 @@ def test_files_that_lease_share_an_arena_too_small_for_one(tmp_path: Path) -> No
         found: dict[int, list[int]] = {}
 
         def save(i: int) -> None:
-            for lazy in (Until.WRITTEN, False, Until.FENCE):
+            for lazy in (Lifetime.WRITTEN, False, Lifetime.FENCE):
                 transfer = mover.save(tmp_path / f"{i}.{int(lazy)}", sources[i].image(lazy))
                 found[i] = transfer.wait_written(60).crcs
                 assert found[i] == wanted[i]
@@ -116,8 +121,8 @@ def test_save_returns_before_a_state_larger_than_the_arena_was_read(tmp_path: Pa
     for i in range(20):
         at, source = i * (part + 2 * PAGE), i * part
         extents.add(at, header := b"header %2d" % i)
-        memory = Memory(native.address_of(state)[0] + source, part - i % 2, state)
-        extents.add(at + PAGE, memory, Until.WRITTEN)
+        memory = Memory(extension.address_of(state)[0] + source, part - i % 2, state)
+        extents.add(at + PAGE, memory, Lifetime.WRITTEN)
         wanted[at : at + len(header)] = header
         wanted[at + PAGE : at + PAGE + part - i % 2] = state[source : source + part - i % 2]
     with mover_of(16) as mover:
@@ -143,12 +148,12 @@ def test_save_returns_before_a_state_larger_than_the_arena_was_read(tmp_path: Pa
 def test_blocks_that_hold_slots_do_not_wait_for_those_that_get_none(tmp_path: Path, last: int) -> None:
     """Leased blocks come first in the file, and the others behind them would fill the arena."""
     data = os.urandom((3 + last) * BLOCK)
-    address = native.address_of(data)[0]
-    image = native.NativeImage(len(data))
-    image.add(0, address, 3 * BLOCK, lazy=Until.WRITTEN)
-    image.add(3 * BLOCK, address + 3 * BLOCK, last * BLOCK, lazy=Until.FENCE)
+    address = extension.address_of(data)[0]
+    image = HandMadeImage(len(data))
+    image.add(0, address, 3 * BLOCK, lazy=Lifetime.WRITTEN)
+    image.add(3 * BLOCK, address + 3 * BLOCK, last * BLOCK, lazy=Lifetime.FENCE)
     with mover_of(8) as mover:
-        saved: list[native.Transfer] = []
+        saved: list[Transfer] = []
         thread = threading.Thread(target=lambda: saved.append(mover.save(tmp_path / "f", image)), daemon=True)
         thread.start()
         thread.join(20)
@@ -161,8 +166,8 @@ def test_blocks_that_hold_slots_do_not_wait_for_those_that_get_none(tmp_path: Pa
 def test_a_crc_among_leased_bytes_stands_in_the_file_only(tmp_path: Path) -> None:
     state = mmap.mmap(-1, 4 * BLOCK)
     state[:] = data = os.urandom(len(state))
-    image = native.NativeImage(len(state))
-    image.add(0, native.address_of(state)[0], len(state), lazy=Until.WRITTEN)
+    image = HandMadeImage(len(state))
+    image.add(0, extension.address_of(state)[0], len(state), lazy=Lifetime.WRITTEN)
     image.crc_at(image.record(10, 100), 2 * BLOCK + 8)
     with mover_of(8) as mover:
         transfer = mover.save(tmp_path / "f", image)
@@ -178,8 +183,8 @@ def test_sources_live_until_they_are_written_and_no_longer(tmp_path: Path) -> No
         pass
 
     data = Owner(os.urandom(20 * BLOCK + 5))
-    memory = Memory(native.address_of(data)[0], len(data), data)
-    extents = Extents.of([Extent(0, b"header!"), Extent(7, memory, Until.WRITTEN)])
+    memory = Memory(extension.address_of(data)[0], len(data), data)
+    extents = Extents.of([Extent(0, b"header!"), Extent(7, memory, Lifetime.WRITTEN)])
     image = native_image(FileImage(len(data) + 7, extents))
     with mover_of(4) as mover:
         with stuck(mover, tmp_path, threads=3):
@@ -195,12 +200,12 @@ def test_sources_live_until_they_are_written_and_no_longer(tmp_path: Path) -> No
 def test_a_transfer_that_fails_or_is_dropped_lets_go_of_its_sources(tmp_path: Path) -> None:
     sources = Sources(1)
     with mover_of(8) as mover:
-        failed = mover.save(tmp_path / "missing" / "f", sources.image(Until.WRITTEN))
+        failed = mover.save(tmp_path / "missing" / "f", sources.image(Lifetime.WRITTEN))
         with pytest.raises(FileNotFoundError):
             failed.wait_written()
         assert failed.wait_released() and failed.released
         with stuck(mover, tmp_path, threads=3):
-            dropped = mover.save(tmp_path / "f", sources.image(Until.WRITTEN))
+            dropped = mover.save(tmp_path / "f", sources.image(Lifetime.WRITTEN))
             done = threading.Thread(target=dropped.abandon)
             done.start()
         done.join(20)
@@ -211,9 +216,9 @@ def test_a_transfer_that_fails_or_is_dropped_lets_go_of_its_sources(tmp_path: Pa
 def test_leased_memory_is_looked_at_though_no_slot_was_reserved(tmp_path: Path) -> None:
     """Its blocks do not fit direct I/O, and other saves leave the arena too little room to reserve their window."""
     state, filler = mmap.mmap(-1, 20 * BLOCK), os.urandom(12 * BLOCK)
-    image, other = native.NativeImage(len(state)), native.NativeImage(len(filler))
-    image.add(64, native.address_of(state)[0], len(state) - 64, lazy=Until.WRITTEN)
-    other.add(0, native.address_of(filler)[0], len(filler), lazy=Until.FENCE)
+    image, other = HandMadeImage(len(state)), HandMadeImage(len(filler))
+    image.add(64, extension.address_of(state)[0], len(state) - 64, lazy=Lifetime.WRITTEN)
+    other.add(0, extension.address_of(filler)[0], len(filler), lazy=Lifetime.FENCE)
     with mover_of(16) as mover:
         with stuck(mover, tmp_path, threads=3):
             waiting = mover.save(tmp_path / "other", other)
@@ -222,35 +227,35 @@ def test_leased_memory_is_looked_at_though_no_slot_was_reserved(tmp_path: Path) 
             assert not transfer.overlapped
             state[:] = b"x" * len(state)
         waiting.wait_written()
-        with pytest.raises(errors.SourceChanged):
+        with pytest.raises(SourceChanged):
             transfer.wait_written()
 
 
 def test_a_block_written_from_its_source_is_looked_at_after_the_write(tmp_path: Path) -> None:
     state = mmap.mmap(-1, 4 * BLOCK)
-    image = native.NativeImage(len(state))
-    image.add(0, native.address_of(state)[0], len(state), lazy=Until.WRITTEN)
+    image = HandMadeImage(len(state))
+    image.add(0, extension.address_of(state)[0], len(state), lazy=Lifetime.WRITTEN)
     with mover_of(8) as mover:
         with stuck(mover, tmp_path, threads=3):
             transfer = mover.save(tmp_path / "f", image, check="full")
             time.sleep(0.3)  # for the digests; should they be later, the first look finds it
             state[:] = b"x" * len(state)
-        with pytest.raises(errors.SourceChanged):
+        with pytest.raises(SourceChanged):
             transfer.wait_written()
 
 
 def test_without_overlap_save_reads_everything_before_it_returns(tmp_path: Path) -> None:
     sources = Sources(2)
     with mover_of(8) as mover:
-        transfer = mover.save(tmp_path / "f", sources.image(Until.WRITTEN), overlap=False)
+        transfer = mover.save(tmp_path / "f", sources.image(Lifetime.WRITTEN), overlap=False)
         assert transfer.released and transfer.stats["straight_bytes"] == 0
         transfer.wait_written()
 
 
 def test_only_memory_of_the_host_is_leased(tmp_path: Path) -> None:
     with mover_of(2) as mover:
-        image = native.NativeImage(10)
-        image.add(0, 4096, 10, lazy=Until.WRITTEN, device=0)
+        image = HandMadeImage(10)
+        image.add(0, 4096, 10, lazy=Lifetime.WRITTEN, device=0)
         with pytest.raises(ValueError, match="not lazy memory of the host"):
             mover.save(tmp_path / "f", image)
 
@@ -261,8 +266,11 @@ def test_the_host_holds_one_copy(tmp_path: Path, aslant: int) -> None:
     told = in_a_process(
         """
         import mmap, re, sys
-        from roll_ckpt import errors, native
-        from roll_ckpt.image import Until
+        from hand_made import HandMadeImage
+        from roll_ckpt.errors import SourceChanged
+        from roll_ckpt.native.extension import Arena, address_of
+        from roll_ckpt.native.mover import Mover
+        from roll_ckpt.native.image import Lifetime
 
         def resident(what):
             return int(re.search(what + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10
@@ -270,18 +278,18 @@ def test_the_host_holds_one_copy(tmp_path: Path, aslant: int) -> None:
         state = mmap.mmap(-1, 321 << 20)
         for at in range(0, len(state), 4096):
             state[at] = 1 + at % 255
-        image = native.NativeImage(4096 + (320 << 20))
+        image = HandMadeImage(4096 + (320 << 20))
         image.add_bytes(0, b"header")
-        image.add(4096, native.address_of(state)[0] + int(sys.argv[2]), 320 << 20, lazy=Until(int(sys.argv[3])))
+        image.add(4096, address_of(state)[0] + int(sys.argv[2]), 320 << 20, lazy=Until(int(sys.argv[3])))
         before = resident("VmRSS")
-        mover = native.Mover(native.Arena(64 << 20, 4 << 20))
+        mover = Mover(Arena(64 << 20, 4 << 20))
         transfer = mover.save(sys.argv[1], image)
         transfer.wait_written()
         print(resident("VmHWM") - before, mover.arena.peak_bytes)
         """,
         str(tmp_path / "f"),
         str(aslant),
-        str(int(Until.WRITTEN)),
+        str(int(Lifetime.WRITTEN)),
     )
     beside, arena = map(int, told.split())
     assert beside < 64 << 20

@@ -14,10 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from roll_ckpt_hub_dev import LocalHub
 from worlds import ROOT, World, environment
 
-from roll_ckpt import names, verify
-from roll_ckpt.hub_dev import LocalHub
+from roll_ckpt import names
+from roll_ckpt.formats import manifests
+from roll_ckpt.transaction import verification
 
 JOB = str(ROOT / "tests" / "job.py")
 LIMIT_S = 150.0
@@ -112,8 +114,8 @@ def test_a_run_keeps_what_it_shall_and_uploads_all(unbroken: Jobs) -> None:
     uploaded = unbroken.folder / "upload"
     assert sorted(p.name for p in uploaded.iterdir()) == [f"checkpoint-{n}" for n in (2, 4, 6, 8)]
     for unit in [*uploaded.iterdir(), *unbroken.out.glob("checkpoint-*")]:
-        assert verify.verify(unit) == []
-    assert verify.verify_run(unbroken.out) == [] and leftovers(unbroken.out) == []
+        assert verification.verify(unit) == []
+    assert verification.verify_run(unbroken.out) == [] and leftovers(unbroken.out) == []
 
 
 def test_the_log_history_holds_steps_and_metrics_with_the_step_they_belong_to(unbroken: Jobs) -> None:
@@ -143,7 +145,7 @@ def test_killed_at_three_points_it_comes_back_on_the_same_losses(unbroken: Jobs,
     assert jobs.resumed("losses") == ["None", *(resumed for _, _, resumed in KILLS)]
     for rank in (0, 1):
         assert jobs.curve("losses", rank) == unbroken.curve("losses", rank)
-    assert verify.verify_run(jobs.out) == [] and leftovers(jobs.out) == []
+    assert verification.verify_run(jobs.out) == [] and leftovers(jobs.out) == []
     assert sorted(p.name for p in jobs.out.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-8"]
 
 
@@ -171,7 +173,7 @@ def test_resume_falls_back_past_a_damaged_checkpoint_and_saves_the_step_again(un
     assert jobs.resumed("losses") == ["4"]
     assert "optim_states.pt" in jobs.log("losses") and "Falling back" in jobs.log("losses")
     assert {k: v for k, v in unbroken.curve("losses", 0).items() if int(k) > 4} == jobs.curve("losses", 0)
-    assert verify.verify_run(jobs.out) == []
+    assert verification.verify_run(jobs.out) == []
 
 
 @pytest.mark.long
@@ -197,8 +199,8 @@ def test_a_run_resumes_from_the_hub_on_the_same_losses(
             step: loss for step, loss in unbroken.curve("losses", rank).items() if int(step) > 4
         }
     pulled = Path(f"{jobs.out}{names.PULLED}")
-    assert os.listdir(pulled) == ["checkpoint-4"] and verify.verify(pulled / "checkpoint-4") == []
-    assert verify.verify_run(jobs.out) == [] and leftovers(jobs.out) == []
+    assert os.listdir(pulled) == ["checkpoint-4"] and verification.verify(pulled / "checkpoint-4") == []
+    assert verification.verify_run(jobs.out) == [] and leftovers(jobs.out) == []
 
 
 @pytest.mark.long
@@ -210,7 +212,7 @@ def test_two_worlds_commit_each_step_together(tmp_path: Path) -> None:
             assert critic.wait(LIMIT_S) == 0, jobs.log("critic")
         assert actor.wait(LIMIT_S) == 0, jobs.log("actor")
     assert sorted(p.name for p in jobs.out.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (2, 4, 6, 8)]
-    assert verify.verify_run(jobs.out) == [] and leftovers(jobs.out) == []
+    assert verification.verify_run(jobs.out) == [] and leftovers(jobs.out) == []
     for unit in jobs.out.glob("checkpoint-*"):
         assert {"actor", "critic"} <= {p.name for p in unit.iterdir()}
         assert {p.name for p in (unit / "pipeline").iterdir()} == {"actor", "critic"}
@@ -262,9 +264,9 @@ def test_companions_and_client_state_come_with_the_cluster(two_ranks: World, tmp
     for found in two_ranks.call(f"{CASES}:companions", str(tmp_path / "run")):
         assert found["client"] == {"epochs": 3}
     unit = tmp_path / "run" / "checkpoint-1"
-    listed = {r.path for r in verify.manifest.read(unit).files}
+    listed = {r.path for r in manifests.read(unit).files}
     assert {"actor/config.json", "actor/latest", "actor/zero_to_fp32.py"} <= listed
-    assert verify.verify(unit) == []
+    assert verification.verify(unit) == []
 
 
 def test_save_only_model_holds_the_weights_and_cannot_be_resumed(two_ranks: World, tmp_path: Path) -> None:

@@ -13,10 +13,13 @@ from typing import Any
 
 import pytest
 from hub_client import Client, Refused
+from roll_ckpt_hub_dev import Fault, LocalHub
 
-from roll_ckpt import disk, epoch, manifest, names, verify
-from roll_ckpt.hub_dev import Fault, LocalHub
-from roll_ckpt.seal import canonical, seal, sha256, unseal
+from roll_ckpt import names as names_module
+from roll_ckpt.disk import tree
+from roll_ckpt.formats import manifests
+from roll_ckpt.formats.sealed_json import canonical, seal, sha256, unseal
+from roll_ckpt.transaction import epochs, verification
 
 pytest.importorskip("huggingface_hub")
 
@@ -106,7 +109,7 @@ def case(client: Client, call: str, **names: object) -> Any:
 
 
 def staging_of(unit: Path) -> str:
-    return names.pull_dir(unit.name, sha256((unit / names.MANIFEST).read_bytes()))
+    return names_module.pull_dir(unit.name, sha256((unit / names_module.MANIFEST).read_bytes()))
 
 
 def flipped(data: bytes) -> bytes:
@@ -121,7 +124,7 @@ def downloads(hub: LocalHub, since: int) -> list[dict[str, Any]]:
 def assert_same(pulled: Path, unit: Path) -> None:
     """Every byte of every file, nothing else, and nothing left beside it."""
     assert files(pulled) == files(unit)
-    assert verify.verify(pulled) == []
+    assert verification.verify(pulled) == []
     assert [entry for entry in os.listdir(pulled.parent) if entry.startswith(".")] == []
 
 
@@ -145,7 +148,7 @@ def test_the_same_checkpoint_is_not_brought_again(hub: LocalHub, client: Client,
     before = {path: path.stat().st_mtime_ns for path in unit.rglob("*")}
     since = len(hub.requests())
     assert pull(client, f"hf://{SMALL}@checkpoint-2", tmp_path) == unit
-    assert [Path(line["path"]).name for line in downloads(hub, since)] == [names.MANIFEST]
+    assert [Path(line["path"]).name for line in downloads(hub, since)] == [names_module.MANIFEST]
     assert {path: path.stat().st_mtime_ns for path in unit.rglob("*")} == before
 
 
@@ -176,7 +179,9 @@ def test_a_copy_here_that_lost_a_file_is_not_called_complete(client: Client, tmp
 
 def test_progress_tells_of_all_bytes(client: Client, units: Path, tmp_path: Path) -> None:
     heard = case(client, "told_of(uri, to)", uri=f"hf://{LARGE}", to=tmp_path)
-    nbytes = sum(len(data) for path, data in files(units / "large/checkpoint-7").items() if path != names.MANIFEST)
+    nbytes = sum(
+        len(data) for path, data in files(units / "large/checkpoint-7").items() if path != names_module.MANIFEST
+    )
     assert heard[-1] == [nbytes, nbytes] and sorted(heard) == heard
 
 
@@ -188,8 +193,8 @@ def test_killed_before_any_operation_the_next_pull_ends_right(client: Client, un
     while case(client, "killed_at(at, uri, to)", at=at, uri=uri, to=tmp_path / str(at)):
         to = tmp_path / str(at)
         kills += 1
-        if disk.exists(to / "checkpoint-1"):
-            assert verify.verify(to / "checkpoint-1") == []
+        if tree.exists(to / "checkpoint-1"):
+            assert verification.verify(to / "checkpoint-1") == []
         case(client, "pulled_in_child(uri, to)", uri=uri, to=to)
         assert_same(to / "checkpoint-1", units / "small/checkpoint-1")
         at += 5
@@ -201,13 +206,13 @@ def test_a_killed_pull_goes_on_in_the_middle_of_its_files(
 ) -> None:
     uri = f"hf://{LARGE}"
     here = case(client, "killed_at_block(block, uri, to)", block=9, uri=uri, to=tmp_path)
-    assert here > 2_000_000 and disk.list_dir(tmp_path) == [staging_of(units / "large/checkpoint-7")]
+    assert here > 2_000_000 and tree.list_dir(tmp_path) == [staging_of(units / "large/checkpoint-7")]
     since = len(hub.requests())
     pull(client, uri, tmp_path)
     assert_same(tmp_path / "checkpoint-7", units / "large/checkpoint-7")
     came = downloads(hub, since)
     assert 206 in [line["status"] for line in came]
-    record = (units / "large/checkpoint-7" / names.MANIFEST).stat().st_size
+    record = (units / "large/checkpoint-7" / names_module.MANIFEST).stat().st_size
     nbytes = sum(map(len, files(units / "large/checkpoint-7").values()))
     assert sum(line["answered"] for line in came) - record == nbytes - record - here
 
@@ -221,9 +226,9 @@ def test_bytes_that_a_power_cut_spoilt_are_fetched_again(client: Client, units: 
 
 
 def test_what_a_killed_pull_of_another_checkpoint_of_this_name_left_goes(client: Client, tmp_path: Path) -> None:
-    old = tmp_path / names.pull_dir("checkpoint-2", "0" * 64)
+    old = tmp_path / names_module.pull_dir("checkpoint-2", "0" * 64)
     (old / "checkpoint-2").mkdir(parents=True)
-    (old / names.PULL_LOCK).touch()
+    (old / names_module.PULL_LOCK).touch()
     pull(client, f"hf://{SMALL}", tmp_path)
     assert os.listdir(tmp_path) == ["checkpoint-2"]
 
@@ -290,8 +295,8 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], None]] = {
     "backslash": listing("..\\x"),
     "dot": listing("./x"),
     "below a file": listing("actor/rank_0.pt/x"),
-    "its own manifest": listing(names.MANIFEST),
-    "its own decision": listing(names.DECISION),
+    "its own manifest": listing(names_module.MANIFEST),
+    "its own decision": listing(names_module.DECISION),
     "its own vote": listing("votes/actor.0.json"),
     "negative": listing("actor/rank_0.pt", nbytes=-1),
     "huge": listing("actor/rank_0.pt", nbytes=2**62),
@@ -310,7 +315,7 @@ def test_a_hostile_manifest_writes_nothing(
     hub: LocalHub, client: Client, units: Path, tmp_path: Path, hostile: str
 ) -> None:
     unit = Path(shutil.copytree(units / "small/checkpoint-1", tmp_path / "unit"))
-    data = (unit / names.MANIFEST).read_bytes()
+    data = (unit / names_module.MANIFEST).read_bytes()
     if hostile in HOSTILE:
         record = unseal(data, "test")
         HOSTILE[hostile](record)
@@ -321,7 +326,7 @@ def test_a_hostile_manifest_writes_nothing(
         data = data.replace(line, line + b"\n" + line)
     else:
         data = canonical({"format": 1}) if hostile == "no record" else data[:-100]
-    (unit / names.MANIFEST).write_bytes(data)
+    (unit / names_module.MANIFEST).write_bytes(data)
     push(client, "dev/hostile", unit)
     since = len(hub.requests())
     error = refused(client, "hf://dev/hostile", tmp_path / "to/deep/er")
@@ -343,7 +348,7 @@ def test_links_in_the_staging_directory_are_not_followed(
         "unit": staging / unit.name,
         "folder": staging / unit.name / "actor",
         "file": staging / unit.name / "actor/rank_0.pt",
-        "lock": staging / names.PULL_LOCK,
+        "lock": staging / names_module.PULL_LOCK,
     }[planted]
     link.parent.mkdir(parents=True)
     link.symlink_to(outside / "mine" if planted in ("file", "lock") else outside)
@@ -456,15 +461,17 @@ def test_a_disk_that_fills_up_is_told_and_the_next_pull_goes_on(client: Client, 
 
 
 def test_a_directory_that_a_live_run_owns_is_refused(client: Client, tmp_path: Path) -> None:
-    claimed = epoch.claim_number(tmp_path / "run", "test", {"actor": 1}, None, take_over=False)
+    claimed = epochs.claim_number(tmp_path / "run", "test", {"actor": 1}, None, take_over=False)
     before = sorted(path.name for path in (tmp_path / "run").rglob("*"))
     error = refused(client, f"hf://{SMALL}", tmp_path / "run")
     assert error.kind == "RunIsLive" and f"process {os.getpid()}" in error.text
     assert sorted(path.name for path in (tmp_path / "run").rglob("*")) == before
     claimed.release()
     pull(client, f"hf://{SMALL}", tmp_path / "run")
-    assert verify.verify(tmp_path / "run/checkpoint-2") == []
-    assert {problem.path for problem in verify.verify_run(tmp_path / "run")} == {"latest"}, "this run has saved none"
-    ours = epoch.claim_number(tmp_path / "run", "test", {"actor": 1}, None, take_over=False)
-    assert ours.number > manifest.read(tmp_path / "run/checkpoint-2").epoch, "what it saves counts as newer"
+    assert verification.verify(tmp_path / "run/checkpoint-2") == []
+    assert {problem.path for problem in verification.verify_run(tmp_path / "run")} == {"latest"}, (
+        "this run has saved none"
+    )
+    ours = epochs.claim_number(tmp_path / "run", "test", {"actor": 1}, None, take_over=False)
+    assert ours.number > manifests.read(tmp_path / "run/checkpoint-2").epoch, "what it saves counts as newer"
     ours.release()

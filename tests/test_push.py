@@ -15,10 +15,10 @@ import hub_runs
 import pytest
 from hub_client import Client, Refused
 from hub_runs import LARGE, TOKEN, assert_there_once, contents, landed
+from roll_ckpt_hub_dev import Fault, LocalHub, routes, server
 
-from roll_ckpt import manifest
-from roll_ckpt.hub_dev import Fault, LocalHub, routes, server
-from roll_ckpt.push import MARKER
+from roll_ckpt.formats import manifests
+from roll_ckpt.upload.hub.push import MARKER
 
 pytest.importorskip("huggingface_hub")
 
@@ -120,7 +120,7 @@ def test_files_of_the_checkpoint_before_go_and_those_of_others_stay(
         "api.create_commit(repo, [*ops, Delete('actor/also_1.txt')], commit_message='mine')",
         repo=repo,
     )
-    only_old = {r.path for r in manifest.read(unit).files} - {r.path for r in manifest.read(other).files}
+    only_old = {r.path for r in manifests.read(unit).files} - {r.path for r in manifests.read(other).files}
     assert only_old
     push(client, other, repo)
     there = contents(hub, repo)

@@ -5,26 +5,28 @@ from pathlib import Path
 import pytest
 import runs
 
-from roll_ckpt import commit, push_queue, retention
 from roll_ckpt.errors import EpochLost
+from roll_ckpt.transaction import listing, reader_locks, retention
+from roll_ckpt.upload.hub import push_queue
+from roll_ckpt.upload.hub.push_queue import Destination
 
 NAMES = ["c1", "c2", "c3", "c4"]
 
 
 def test_the_plan_keeps_the_newest_and_the_protected() -> None:
-    assert retention.plan(NAMES, 2) == ["c1", "c2"]
-    assert retention.plan(NAMES, 1, {"c2"}) == ["c1", "c3"]
-    assert retention.plan(NAMES, 0) == [] == retention.plan(NAMES, 9) == retention.plan([], 1)
+    assert retention.doomed(NAMES, 2) == ["c1", "c2"]
+    assert retention.doomed(NAMES, 1, {"c2"}) == ["c1", "c3"]
+    assert retention.doomed(NAMES, 0) == [] == retention.doomed(NAMES, 9) == retention.doomed([], 1)
     with pytest.raises(ValueError, match="-1"):
-        retention.plan(NAMES, -1)
+        retention.doomed(NAMES, -1)
 
 
 def test_pruning_leaves_alone_what_is_read_protected_or_named_by_latest(tmp_path: Path) -> None:
     epoch = runs.claim(tmp_path)
     for step in (1, 2, 3, 4, 5):
         assert runs.save(epoch, step, "x", alone=True).committed
-    commit.write_latest(tmp_path, "checkpoint-1")
-    with commit.reading(tmp_path / "checkpoint-2"):
+    listing.write_latest(tmp_path, "checkpoint-1")
+    with reader_locks.reading(tmp_path / "checkpoint-2"):
         assert retention.prune(tmp_path, epoch, 1, lambda: {"checkpoint-3"}) == ["checkpoint-4"]
     assert set(runs.salts(tmp_path)) == {"checkpoint-1", "checkpoint-2", "checkpoint-3", "checkpoint-5"}
     assert retention.prune(tmp_path, epoch, 1) == ["checkpoint-2", "checkpoint-3"]
@@ -48,16 +50,16 @@ def test_what_is_committed_while_it_is_asked_what_is_owed_is_not_pruned(tmp_path
 
 def test_what_another_process_reads_is_not_pruned(tmp_path: Path) -> None:
     runs.history(tmp_path, [1, 2])
-    with commit.reading(tmp_path / "checkpoint-1"):
-        assert commit.is_being_read(tmp_path / "checkpoint-1")
+    with reader_locks.reading(tmp_path / "checkpoint-1"):
+        assert reader_locks.is_being_read(tmp_path / "checkpoint-1")
         runs.salts(tmp_path)  # verifying reads every file, and must not lose the lease
 
         def other() -> None:
-            assert commit.is_being_read(tmp_path / "checkpoint-1")
+            assert reader_locks.is_being_read(tmp_path / "checkpoint-1")
             assert runs.prune(runs.claim(tmp_path), 1) == []
 
         assert runs.ended(runs.forked(other)) == 0
-    assert not commit.is_being_read(tmp_path / "checkpoint-1")
+    assert not reader_locks.is_being_read(tmp_path / "checkpoint-1")
     assert runs.ended(runs.forked(lambda: runs.prune(runs.claim(tmp_path), 1))) == 0
     assert set(runs.salts(tmp_path)) == {"checkpoint-2"}
 
@@ -77,7 +79,7 @@ def test_what_is_owed_to_the_hub_is_not_pruned_whoever_prunes(tmp_path: Path) ->
     epoch = runs.claim(tmp_path)
     for step in (1, 2, 3):
         assert runs.save(epoch, step, "x", alone=True).committed
-    push_queue.set_destination(tmp_path, push_queue.Destination("me/run"))
+    push_queue.set_destination(tmp_path, Destination("me/run"))
     assert retention.prune(tmp_path, epoch, 1) == []
     push_queue.cancel(tmp_path, "checkpoint-1")
     assert retention.prune(tmp_path, epoch, 1) == ["checkpoint-1"]

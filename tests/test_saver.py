@@ -19,11 +19,20 @@ import pytest
 import torch
 from late_copies import late_copies
 
-from roll_ckpt import arena, commit, disk, errors, native, saver, verify
 from roll_ckpt.config import Settings
-from roll_ckpt.image import Extent, Extents, FileImage, Memory
-from roll_ckpt.layout import torch_zip
-from roll_ckpt.world import World
+from roll_ckpt.disk import failpoints
+from roll_ckpt.errors import ConfigError, NoRoom, RanksDisagree, SaveFailed
+from roll_ckpt.formats import manifests
+from roll_ckpt.formats.image import Extent, Extents, FileImage, Memory
+from roll_ckpt.formats.torch_zip import layout
+from roll_ckpt.native import extension
+from roll_ckpt.ranks.group import RankGroup
+from roll_ckpt.save import arena, claims, one_file, pending
+from roll_ckpt.save.begin import Request, _check_agreement
+from roll_ckpt.save.begin import begin as begin_
+from roll_ckpt.save.cluster_save import ClusterSave
+from roll_ckpt.save.save import Save
+from roll_ckpt.transaction import verification
 
 SMALL: dict[str, Any] = {
     "staging": {"arena_bytes": "1MiB", "check": "full"},
@@ -31,7 +40,7 @@ SMALL: dict[str, Any] = {
     "commit_timeout_s": 20,
 }
 SETTINGS = Settings.parse(SMALL, "the test")
-ALONE = World(0, 1, None)
+ALONE = RankGroup(0, 1, None)
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +48,7 @@ def own_arena(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(arena, "_mover", None)
     monkeypatch.setattr(arena, "_made_for", None)
     yield
-    disk.listener = disk.observer = None
+    failpoints.listener = failpoints.observer = None
     settle_all()
     if arena._mover is not None:
         assert wait_until(lambda: arena.mover(SETTINGS).arena.leased_bytes == 0)
@@ -50,13 +59,13 @@ def own_arena(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def out(tmp_path: Path) -> Iterator[Path]:
     yield tmp_path / "run"
     settle_all()
-    claimed = saver._epochs.pop((tmp_path / "run").resolve(), None)
+    claimed = claims._epochs.pop((tmp_path / "run").resolve(), None)
     if claimed is not None:
         claimed.release()
 
 
 def settle_all() -> None:
-    for save in saver.pending():
+    for save in pending.pending():
         if not save._sealed:  # a test that failed in the middle
             seal(save)
         assert save._finished.wait(20)
@@ -69,24 +78,24 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 5) -> bool:
     return condition()
 
 
-def begin(out: Path, name: str = "t1", settings: Settings = SETTINGS, **more: Any) -> saver.Save:
-    request = saver.Request(out, name, 1, {"model": 1})
-    return saver.begin(ALONE, request, settings, nbytes=1000, **more)
+def begin(out: Path, name: str = "t1", settings: Settings = SETTINGS, **more: Any) -> Save:
+    request = Request(out, name, 1, {"model": 1})
+    return begin_(ALONE, request, settings, nbytes=1000, **more)
 
 
-def stage(save: saver.Save, state: object, *, stable: bool = False, file: str = "model.pt") -> saver.Ticket:
+def stage(save: Save, state: object, *, stable: bool = False, file: str = "model.pt") -> ClusterSave:
     ticket = save.tickets.get("model") or save.ticket("model", {"framework": "none"})
-    image = torch_zip.lay_out(state, Path(file).stem, lambda storage: stable)
+    image = layout.lay_out(state, Path(file).stem, lambda storage: stable)
     ticket.stage(save.attempt.unit / file, image, overlap=stable)
     return ticket
 
 
-def seal(save: saver.Save) -> None:
+def seal(save: Save) -> None:
     with save.staging():
         pass
 
 
-def save_now(out: Path, state: object, name: str = "t1") -> saver.Save:
+def save_now(out: Path, state: object, name: str = "t1") -> Save:
     save = begin(out, name)
     stage(save, state)
     seal(save)
@@ -105,7 +114,7 @@ class Gate:
         self.point = point
         self.reached = threading.Event()
         self.opened = threading.Event()
-        disk.listener = self
+        failpoints.listener = self
 
     def __call__(self, point: str, where: dict[str, object]) -> None:
         if point == self.point and not self.opened.is_set():
@@ -122,16 +131,16 @@ def test_a_save_goes_from_begin_to_a_sound_checkpoint(out: Path) -> None:
     assert not (out / "t1").exists() and save.attempt.unit.is_dir() and save.lead
     ticket = stage(save, state)
     ticket.parameters = {"w": {"dtype": "float32", "shape": [100_000]}}
-    assert saver.pending() == [save] and not save.settled
+    assert pending.pending() == [save] and not save.settled
     seal(save)
     save.wait(20)
     assert save.settled and save.failure is None and not save.attempt.directory.exists()
     assert torch.equal(load(out)["w"], state["w"])
-    assert verify.verify(out / "t1") == []
+    assert verification.verify(out / "t1") == []
     assert (out / "latest").read_text() == "t1"
     save.wait(20, uploaded=True)
-    assert save.finished and saver.pending() == []
-    told = commit.read_manifest(out / "t1")
+    assert save.finished and pending.pending() == []
+    told = manifests.read(out / "t1")
     assert told.clusters == {"model": {"world_size": 1, "framework": "none"}} and told.step == 1
     assert {receipt.path for receipt in told.files} == {
         *("model.pt", "digests/model.0.json", "tensors/model.0.json", "votes/expected.json"),
@@ -152,7 +161,7 @@ def test_what_changes_after_the_fence_does_not_reach_the_file(out: Path) -> None
     weight = torch.ones(200_000)
     save = begin(out)
     stage(save, {"w": weight}, stable=True)
-    saver.fence()
+    pending.fence()
     weight.zero_()
     seal(save)
     save.wait(20)
@@ -188,8 +197,8 @@ def test_what_somebody_else_wrote_is_adopted(out: Path) -> None:
     ticket.adopt(save.attempt.unit / "tokenizer.json")
     seal(save)
     save.wait(20)
-    assert verify.verify(out / "t1") == []
-    assert "tokenizer.json" in {receipt.path for receipt in commit.read_manifest(out / "t1").files}
+    assert verification.verify(out / "t1") == []
+    assert "tokenizer.json" in {receipt.path for receipt in manifests.read(out / "t1").files}
 
 
 def test_a_file_that_nobody_listed_keeps_the_save_from_being_committed(out: Path) -> None:
@@ -197,7 +206,7 @@ def test_a_file_that_nobody_listed_keeps_the_save_from_being_committed(out: Path
     stage(save, {"w": torch.ones(3)})
     (save.attempt.unit / "stranger").write_text("x")
     seal(save)
-    with pytest.raises(errors.SaveFailed, match="stranger"):
+    with pytest.raises(SaveFailed, match="stranger"):
         save.wait(20)
     assert not (out / "t1").exists()
 
@@ -205,35 +214,35 @@ def test_a_file_that_nobody_listed_keeps_the_save_from_being_committed(out: Path
 def test_the_hook_runs_after_the_commit_and_its_failure_is_told(out: Path) -> None:
     seen = []
 
-    def hook(save: saver.Save) -> None:
+    def hook(save: Save) -> None:
         seen.append((save.attempt.final / "manifest.json").is_file())
         raise OSError("no room for the upload")
 
     save = begin(out, on_commit=hook)
     stage(save, {"w": torch.ones(3)})
     seal(save)
-    with pytest.raises(errors.SaveFailed, match=r"t1.*committed and sound.*no room for the upload"):
+    with pytest.raises(SaveFailed, match=r"t1.*committed and sound.*no room for the upload"):
         save.wait(20, uploaded=True)
-    assert seen == [True] and verify.verify(out / "t1") == []
+    assert seen == [True] and verification.verify(out / "t1") == []
 
 
 def test_what_a_refused_fsync_leaves_open_is_told_and_nothing_is_pruned_for_it(
     out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    followed: list[saver.Save] = []
+    followed: list[Save] = []
     save = begin(out, on_commit=followed.append)
     stage(save, {"w": torch.ones(3)})
 
     def observe(operation: str, paths: tuple[str, ...]) -> None:
         if (operation, paths[0]) == ("fsync_dir", str(save.attempt.output_dir)):
-            monkeypatch.setattr(disk, "observer", None)
+            monkeypatch.setattr(failpoints, "observer", None)
             raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(disk, "observer", observe)
+    monkeypatch.setattr(failpoints, "observer", observe)
     seal(save)
-    with pytest.raises(errors.SaveFailed, match="committed and whole, but the disk did not say that it is durable"):
+    with pytest.raises(SaveFailed, match="committed and whole, but the disk did not say that it is durable"):
         save.wait(30, uploaded=True)
-    assert verify.verify(out / "t1") == [] and not followed
+    assert verification.verify(out / "t1") == [] and not followed
 
 
 # ---- failures
@@ -247,13 +256,13 @@ def test_a_failed_write_names_the_path_and_leaves_older_checkpoints_alone(out: P
     (save.attempt.unit / "model.pt").mkdir()  # in the way
     ticket = stage(save, {"w": torch.ones(100_000)}, stable=stable)
     seal(save)
-    with pytest.raises(errors.SaveFailed) as caught:
+    with pytest.raises(SaveFailed) as caught:
         save.wait(20)
     assert "model.pt" in str(caught.value) and "new" in str(caught.value) and "rank 0" in str(caught.value)
     assert ticket.error is not None and save.reported
     assert sorted(p.name for p in out.iterdir() if not p.name.startswith(".")) == ["latest", "old"]
     assert not save.attempt.directory.exists()
-    assert (out / "old" / "model.pt").read_bytes() == before and verify.verify(out / "old") == []
+    assert (out / "old" / "model.pt").read_bytes() == before and verification.verify(out / "old") == []
     assert (out / "latest").read_text() == "old"
     again = save_now(out, {"w": torch.zeros(5)}, "new")
     assert again.attempt.attempt == 2 and torch.equal(load(out, "new")["w"], torch.zeros(5))
@@ -265,7 +274,7 @@ def test_a_ticket_that_failed_gives_the_arena_back_and_commits_nothing(out: Path
     ticket.fail(RuntimeError("out of luck"))
     ticket.fail(RuntimeError("another"))  # the first error is the one that is told
     seal(save)
-    with pytest.raises(errors.SaveFailed, match=r"cluster 'model' rank 0 failed: RuntimeError: out of luck"):
+    with pytest.raises(SaveFailed, match=r"cluster 'model' rank 0 failed: RuntimeError: out of luck"):
         save.wait(20)
     assert wait_until(lambda: arena.mover(SETTINGS).arena.leased_bytes == 0)
     assert not (out / "t1").exists() and not (out / "latest").exists()
@@ -276,7 +285,7 @@ def test_an_error_while_staging_is_the_callers_and_a_no(out: Path) -> None:
     with pytest.raises(ValueError, match="extent"), save.staging():
         outside = FileImage(10, Extents.of([Extent(8, b"abc")]))
         save.ticket("model", {}).stage(save.attempt.unit / "x", outside, overlap=True)
-    with pytest.raises(errors.SaveFailed, match=r"ValueError: .*extent"):
+    with pytest.raises(SaveFailed, match=r"ValueError: .*extent"):
         save.wait(20)
 
 
@@ -285,7 +294,7 @@ def test_an_interrupt_while_staging_abandons_the_save(out: Path) -> None:
     with pytest.raises(KeyboardInterrupt), save.staging():
         stage(save, {"w": torch.ones(100_000)}, stable=True)
         raise KeyboardInterrupt
-    with pytest.raises(errors.SaveFailed, match="KeyboardInterrupt"):
+    with pytest.raises(SaveFailed, match="KeyboardInterrupt"):
         save.wait(20)
     assert not (out / "t1").exists()
 
@@ -293,13 +302,13 @@ def test_an_interrupt_while_staging_abandons_the_save(out: Path) -> None:
 def test_a_cluster_that_was_never_staged_votes_no(out: Path) -> None:
     save = begin(out)
     seal(save)
-    with pytest.raises(errors.SaveFailed, match=r"cluster 'model' rank 0 failed: .*before this cluster was staged"):
+    with pytest.raises(SaveFailed, match=r"cluster 'model' rank 0 failed: .*before this cluster was staged"):
         save.wait(20)
 
 
 def test_a_save_inside_of_a_save_is_refused_and_does_not_hang(out: Path) -> None:
     save = begin(out)
-    with pytest.raises(errors.SaveFailed, match="it is being staged by this very call"), save.staging():
+    with pytest.raises(SaveFailed, match="it is being staged by this very call"), save.staging():
         begin(out)
 
 
@@ -308,7 +317,7 @@ def test_a_vanished_directory_is_told(out: Path) -> None:
     stage(save, {"w": torch.ones(3)})
     save.attempt.directory.rename(out / "elsewhere")
     seal(save)
-    with pytest.raises(errors.SaveFailed, match="t1"):
+    with pytest.raises(SaveFailed, match="t1"):
         save.wait(20)
 
 
@@ -316,7 +325,7 @@ def test_the_log_tells_a_failure_and_what_is_left(out: Path, caplog: pytest.LogC
     save = begin(out)
     stage(save, {"w": torch.ones(3)}).fail(RuntimeError("out of luck"))
     seal(save)
-    with pytest.raises(errors.SaveFailed):
+    with pytest.raises(SaveFailed):
         save.wait(20)
     told = [r.getMessage() for r in caplog.records if r.name == "roll_ckpt"]
     assert len(told) == 1 and "out of luck" in told[0] and "lder checkpoints are untouched" in told[0]
@@ -326,23 +335,23 @@ def test_the_log_tells_a_failure_and_what_is_left(out: Path, caplog: pytest.LogC
 
 
 def test_nothing_is_touched_when_ranks_bring_a_problem(out: Path) -> None:
-    with pytest.raises(errors.SaveFailed, match="not begun: rank 0: no such tag"):
+    with pytest.raises(SaveFailed, match="not begun: rank 0: no such tag"):
         begin(out, problem="no such tag")
-    assert not out.exists() and saver.pending() == []
+    assert not out.exists() and pending.pending() == []
 
 
 def test_nothing_is_touched_when_there_is_no_room(out: Path) -> None:
-    request = saver.Request(out, "t1", 1, {"model": 1})
-    with pytest.raises(errors.NoRoom, match=r"1,152,921,504,606,846,976"):
-        saver.begin(ALONE, request, SETTINGS, nbytes=1 << 60)
-    assert not out.exists() and saver.pending() == []
+    request = Request(out, "t1", 1, {"model": 1})
+    with pytest.raises(NoRoom, match=r"1,152,921,504,606,846,976"):
+        begin_(ALONE, request, SETTINGS, nbytes=1 << 60)
+    assert not out.exists() and pending.pending() == []
 
 
 def test_a_save_that_is_not_begun_counts_so_that_worlds_keep_in_step(out: Path) -> None:
     """Another world, with room enough for its part, has begun that attempt."""
     save_now(out, {"w": torch.ones(3)})
-    refused = saver.begin(ALONE, saver.Request(out, "t2", 2, {"model": 1}), SETTINGS, nbytes=1 << 60)
-    assert not refused.begun and isinstance(refused.failure, errors.NoRoom)
+    refused = begin_(ALONE, Request(out, "t2", 2, {"model": 1}), SETTINGS, nbytes=1 << 60)
+    assert not refused.begun and isinstance(refused.failure, NoRoom)
     save = begin(out, "t2")
     assert save.attempt.attempt == 2
     stage(save, {"w": torch.ones(3)})
@@ -354,9 +363,9 @@ def test_a_save_that_is_not_begun_counts_so_that_worlds_keep_in_step(out: Path) 
 def test_ranks_that_ask_for_different_saves_are_told_what_differs(key: str) -> None:
     wish = {"output_dir": "a", "name": "n", "step": 1, "clusters": {"m": 2}, "save_latest": True}
     posts = [{"wish": wish, "problem": None}, {"wish": {**wish, key: "else"}, "problem": None}]
-    with pytest.raises(errors.RanksDisagree, match=rf"rank 1 and rank 0 .*: {key} 'else' and"):
-        saver._check_agreement(posts)
-    saver._check_agreement([posts[0], posts[0]])
+    with pytest.raises(RanksDisagree, match=rf"rank 1 and rank 0 .*: {key} 'else' and"):
+        _check_agreement(posts)
+    _check_agreement([posts[0], posts[0]])
 
 
 def test_a_save_waits_for_a_pending_one_of_the_same_name(out: Path) -> None:
@@ -365,7 +374,7 @@ def test_a_save_waits_for_a_pending_one_of_the_same_name(out: Path) -> None:
     stage(first, {"w": torch.ones(3)})
     seal(first)
     assert gate.reached.wait(20)
-    second: list[saver.Save] = []
+    second: list[Save] = []
     thread = threading.Thread(target=lambda: second.append(begin(out)))
     thread.start()
     thread.join(0.3)
@@ -376,7 +385,7 @@ def test_a_save_waits_for_a_pending_one_of_the_same_name(out: Path) -> None:
     stage(second[0], {"w": torch.zeros(3)})
     seal(second[0])
     second[0].wait(20)
-    assert torch.equal(load(out)["w"], torch.zeros(3)) and verify.verify(out / "t1") == []
+    assert torch.equal(load(out)["w"], torch.zeros(3)) and verification.verify(out / "t1") == []
 
 
 def test_saves_of_other_names_overlap_and_are_settled_in_order(out: Path) -> None:
@@ -385,10 +394,10 @@ def test_saves_of_other_names_overlap_and_are_settled_in_order(out: Path) -> Non
     for save in saves:
         stage(save, {"name": save.attempt.name})
         seal(save)
-    assert gate.reached.wait(20) and saver.pending() == saves
+    assert gate.reached.wait(20) and pending.pending() == saves
     assert not any(save.settled for save in saves)
     order = []
-    disk.listener = lambda point, where: order.append(where["name"]) if point == "commit.renamed" else None
+    failpoints.listener = lambda point, where: order.append(where["name"]) if point == "commit.renamed" else None
     gate.opened.set()
     for save in saves:
         save.wait(20, uploaded=True)
@@ -404,13 +413,13 @@ def test_a_failure_does_not_stop_the_save_behind_it(out: Path) -> None:
     seal(good)
     gate.opened.set()
     good.wait(20)
-    assert bad.failure is not None and verify.verify(out / "good") == [] and not (out / "bad").exists()
+    assert bad.failure is not None and verification.verify(out / "good") == [] and not (out / "bad").exists()
 
 
 def test_one_process_has_one_arena(out: Path) -> None:
     save_now(out, {"w": torch.ones(3)})
     other = Settings.parse({**SMALL, "staging": {"arena_bytes": "2MiB"}}, "the test")
-    with pytest.raises(errors.ConfigError, match=r"different staging.*1048576.*2097152"):
+    with pytest.raises(ConfigError, match=r"different staging.*1048576.*2097152"):
         arena.mover(other)
     assert arena.mover(SETTINGS) is arena.mover(Settings.parse({**SMALL, "run_id": "x"}, "the test"))
 
@@ -427,7 +436,7 @@ class Owner:
 
 def owned_image(nbytes: int) -> tuple[FileImage, weakref.ref[Owner]]:
     owner = Owner(nbytes)
-    source = Memory(native.address_of(owner.data)[0], nbytes, owner)
+    source = Memory(extension.address_of(owner.data)[0], nbytes, owner)
     return FileImage(nbytes, Extents.of([Extent(0, source, stable=True)])), weakref.ref(owner)
 
 
@@ -493,14 +502,16 @@ def test_a_tensor_that_is_changed_before_the_fence_fails_the_save_by_name(out: P
         stage(save, state, stable=True)
         state["last"].data.add_(1)
         seal(save)
-    with pytest.raises(errors.SaveFailed) as caught:
+    with pytest.raises(SaveFailed) as caught:
         save.wait(20)
     for what in ("t1", "cluster 'model' rank 0", "model.pt: 'last' ", "roll_ckpt.fence()", "staging.overlap: false"):
         assert what in str(caught.value)
     assert "first" not in str(caught.value)
-    assert not (out / "t1").exists() and (out / "latest").read_text() == "old" and verify.verify(out / "old") == []
+    assert (
+        not (out / "t1").exists() and (out / "latest").read_text() == "old" and verification.verify(out / "old") == []
+    )
     save_now(out, state)
-    assert torch.equal(load(out)["last"], state["last"]) and verify.verify(out / "t1") == []
+    assert torch.equal(load(out)["last"], state["last"]) and verification.verify(out / "t1") == []
 
 
 def test_what_is_changed_when_it_was_copied_fails_nothing(out: Path) -> None:
@@ -525,8 +536,8 @@ def test_with_fail_training_a_changed_tensor_is_raised_at_the_next_fence(out: Pa
         stage(save, state, stable=True)
         state["first"].data.add_(1)
         seal(save)
-    with pytest.raises(errors.SaveFailed, match="'first'"):
-        saver.wait_copied([save])
+    with pytest.raises(SaveFailed, match="'first'"):
+        pending.wait_copied([save])
 
 
 def test_what_is_looked_at_does_not_change_what_is_written(out: Path) -> None:
@@ -561,7 +572,7 @@ def test_a_forked_child_has_no_pending_saves_and_commits_nothing_at_its_exit(out
         import os, sys, torch
         from pathlib import Path
         import test_saver as t
-        from roll_ckpt import saver
+        from roll_ckpt.save import one_file, pending
         out = Path(sys.argv[1])
         gate = t.Gate("vote.before")
         save = t.begin(out)
@@ -571,12 +582,12 @@ def test_a_forked_child_has_no_pending_saves_and_commits_nothing_at_its_exit(out
         sys.stdout.flush()
         child = os.fork()
         if child == 0:
-            assert saver.pending() == []
-            saver.fence()
-            saver.wait_pending()
+            assert pending.pending() == []
+            pending.fence()
+            pending.wait_pending()
             sys.exit(7)  # exit handlers run
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        print(code, (out / "t1").exists(), saver.pending() == [save])
+        print(code, (out / "t1").exists(), pending.pending() == [save])
         gate.opened.set()
         save.wait(20)
         print((out / "t1" / "manifest.json").is_file())
@@ -598,20 +609,20 @@ def test_a_process_that_ends_finishes_its_pending_saves(out: Path) -> None:
         """,
         str(out),
     )
-    assert verify.verify(out / "t1") == [] and load(out)["w"].sum() == 100_000
+    assert verification.verify(out / "t1") == [] and load(out)["w"].sum() == 100_000
 
 
 # ---- one file by itself
 
 
 def image_of(state: object) -> FileImage:
-    return torch_zip.lay_out(state, "weights")
+    return layout.lay_out(state, "weights")
 
 
 def test_write_file_replaces_a_file_whole(tmp_path: Path) -> None:
     path = tmp_path / "weights.bin"
     path.write_bytes(b"x" * 500_000)
-    saver.write_file(path, image_of({"w": torch.ones(3)}), SETTINGS)
+    one_file.write_file(path, image_of({"w": torch.ones(3)}), SETTINGS)
     assert torch.equal(torch.load(path)["w"], torch.ones(3))
     assert [p.name for p in tmp_path.iterdir()] == ["weights.bin"]
 
@@ -620,8 +631,8 @@ def test_write_file_never_shows_half_a_file(tmp_path: Path) -> None:
     path = tmp_path / "weights.bin"
     path.write_bytes(b"old")
     seen: list[tuple[str, bytes]] = []
-    disk.observer = lambda op, paths: seen.append((op, path.read_bytes()))
-    saver.write_file(path, image_of({"w": torch.ones(100_000)}), SETTINGS)
+    failpoints.observer = lambda op, paths: seen.append((op, path.read_bytes()))
+    one_file.write_file(path, image_of({"w": torch.ones(100_000)}), SETTINGS)
     assert seen == [("rename", b"old"), ("fsync_dir", path.read_bytes())] and len(path.read_bytes()) > 400_000
 
 
@@ -635,11 +646,11 @@ def test_write_file_leaves_the_older_file_and_no_temporary_when_it_fails(tmp_pat
             if operation == "rename":
                 raise OSError(28, "No space left on device", paths[1])
 
-        disk.observer = refuse
+        failpoints.observer = refuse
     else:
         path.mkdir()
     with pytest.raises(OSError, match=r"weights\.bin"):
-        saver.write_file(path, image_of({"w": torch.ones(3)}), SETTINGS)
+        one_file.write_file(path, image_of({"w": torch.ones(3)}), SETTINGS)
     assert [p.name for p in tmp_path.iterdir()] == ["weights.bin"]
     assert path.is_dir() or path.read_bytes() == b"old"
 
@@ -650,13 +661,13 @@ def test_write_file_stops_in_the_middle_when_the_disk_is_full(tmp_path: Path) ->
         import resource, signal, sys, torch
         from pathlib import Path
         import test_saver as t
-        from roll_ckpt import saver
+        from roll_ckpt.save import one_file, pending
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
         path = Path(sys.argv[1])
         path.write_bytes(b"old")
         try:
-            saver.write_file(path, t.image_of({"w": torch.ones(1_000_000)}), t.SETTINGS)
+            one_file.write_file(path, t.image_of({"w": torch.ones(1_000_000)}), t.SETTINGS)
         except OSError as problem:
             print(type(problem).__name__, problem.errno, path.read_bytes(), len(list(path.parent.iterdir())))
         """,
@@ -667,5 +678,5 @@ def test_write_file_stops_in_the_middle_when_the_disk_is_full(tmp_path: Path) ->
 
 def test_write_file_into_a_directory_that_is_not_there_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught:
-        saver.write_file(tmp_path / "none" / "weights.bin", image_of({}), SETTINGS)
+        one_file.write_file(tmp_path / "none" / "weights.bin", image_of({}), SETTINGS)
     assert "none" in str(caught.value) and caught.value.__context__ is None

@@ -14,11 +14,13 @@ import hub_runs
 import pytest
 from hub_client import settings
 from hub_runs import TOKEN
+from roll_ckpt_hub_dev import Fault, LocalHub
 
-from roll_ckpt import errors, push_queue
 from roll_ckpt.config import HubUpload, PipelineConfig, Settings
-from roll_ckpt.hub import Remote
-from roll_ckpt.hub_dev import Fault, LocalHub
+from roll_ckpt.errors import ConfigError
+from roll_ckpt.upload.hub import push_queue
+from roll_ckpt.upload.hub.address import Remote
+from roll_ckpt.upload.hub.push_queue import Destination
 
 pytest.importorskip("huggingface_hub")
 
@@ -48,7 +50,7 @@ PLACES: dict[str, Callable[[], object]] = {
 
 @pytest.mark.parametrize("where", PLACES)
 def test_a_secret_in_a_configuration_or_an_address_is_refused_and_not_repeated(where: str) -> None:
-    with pytest.raises(errors.ConfigError) as caught:
+    with pytest.raises(ConfigError) as caught:
         PLACES[where]()
     told = "".join(traceback.format_exception(caught.value)) + repr(caught.value) + str(caught.value)
     code = "".join(line for line in told.splitlines(keepends=True) if "lambda" not in line)
@@ -64,7 +66,7 @@ def hub(tmp_path: Path) -> Iterator[LocalHub]:
 def test_a_push_that_fails_dies_and_succeeds_leaves_no_secret_anywhere(hub: LocalHub, tmp_path: Path) -> None:
     run = tmp_path / "run"
     hub_runs.history(run, [1, 2])
-    push_queue.set_destination(run, push_queue.Destination(REPO))
+    push_queue.set_destination(run, Destination(REPO))
     environment = {
         **{name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")},
         **settings(hub.url, tmp_path / "home"),
@@ -96,7 +98,7 @@ def test_a_push_that_fails_dies_and_succeeds_leaves_no_secret_anywhere(hub: Loca
     hub.faults.clear()
     hub.faults.add(Fault("lfs_upload", stall_s=60))
     uploader = subprocess.Popen(
-        [sys.executable, "-m", "roll_ckpt.uploader", str(run), "--again"],
+        [sys.executable, "-m", "roll_ckpt.upload.hub.worker", str(run), "--again"],
         env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     hub_runs.wait_for(lambda: any(line["route"] == "preupload" for line in hub.requests()))

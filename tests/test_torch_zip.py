@@ -24,11 +24,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing._internal.two_tensor import TwoTensor
 
-from roll_ckpt import errors, native, saver
-from roll_ckpt.image import FileImage
-from roll_ckpt.layout import archive as archive_module
-from roll_ckpt.layout import torch_zip, watched
-from roll_ckpt.layout.archive import Archive
+from roll_ckpt.errors import Damaged, RollCkptError
+from roll_ckpt.formats.image import FileImage
+from roll_ckpt.formats.torch_zip import archive as archive_module
+from roll_ckpt.formats.torch_zip import hash_guard, layout, safe_pickle
+from roll_ckpt.formats.torch_zip.archive import Archive
+from roll_ckpt.formats.torch_zip.hash_guard import GuardedPickle, HashGuard
+from roll_ckpt.formats.torch_zip.read import parse as parse_
+from roll_ckpt.native.extension import Arena
+from roll_ckpt.native.mover import Mover
+from roll_ckpt.save import cluster_save
 
 BLOCK = 64 << 10
 DTYPES = [
@@ -39,15 +44,15 @@ DTYPES = [
 
 
 @pytest.fixture(scope="module")
-def mover() -> Iterator[native.Mover]:
-    mover = native.Mover(native.Arena(16 * BLOCK, BLOCK), copy_threads=1, io_threads=2)
+def mover() -> Iterator[Mover]:
+    mover = Mover(Arena(16 * BLOCK, BLOCK), copy_threads=1, io_threads=2)
     yield mover
     mover.shutdown(10)
 
 
-def write(mover: native.Mover, path: Path, state: object) -> FileImage:
-    image = torch_zip.lay_out(state, path.stem)
-    transfer = mover.save(path, saver.native_image(image))
+def write(mover: Mover, path: Path, state: object) -> FileImage:
+    image = layout.lay_out(state, path.stem)
+    transfer = mover.save(path, cluster_save.native_image(image))
     assert transfer.wait_copied()
     digest = transfer.wait_written()
     assert digest.nbytes == image.nbytes == path.stat().st_size
@@ -55,7 +60,7 @@ def write(mover: native.Mover, path: Path, state: object) -> FileImage:
 
 
 def parse(path: Path, allow: tuple[Any, ...] = ()) -> Any:
-    return torch_zip.parse(bytearray(path.read_bytes()), str(path), "cpu", allow)
+    return parse_(bytearray(path.read_bytes()), str(path), "cpu", allow)
 
 
 def random_tensor(dtype: torch.dtype, *shape: int) -> torch.Tensor:
@@ -102,7 +107,7 @@ def bits(tensor: torch.Tensor) -> list[int]:
     return plain.view(torch.uint8).tolist() if plain.numel() else []  # type: ignore[no-any-return]
 
 
-def check_everywhere(mover: native.Mover, path: Path, state: object, *, safe: bool = True) -> Any:
+def check_everywhere(mover: Mover, path: Path, state: object, *, safe: bool = True) -> Any:
     """Write `state`; stock torch in every way, Python's zipfile and we find it unchanged. Returns ours."""
     write(mover, path, state)
     with zipfile.ZipFile(path) as archive:
@@ -227,23 +232,23 @@ STATES: list[Callable[[], Any]] = [
 
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
 @pytest.mark.parametrize("state", STATES, ids=lambda f: f.__name__)
-def test_what_is_written_loads_everywhere(mover: native.Mover, tmp_path: Path, state: Callable[[], Any]) -> None:
+def test_what_is_written_loads_everywhere(mover: Mover, tmp_path: Path, state: Callable[[], Any]) -> None:
     check_everywhere(mover, tmp_path / "state.pt", state())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_dtype_keeps_every_bit(mover: native.Mover, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_every_dtype_keeps_every_bit(mover: Mover, tmp_path: Path, dtype: torch.dtype) -> None:
     tensor = random_tensor(dtype, 5, 7)
     state = {"whole": tensor, "column": tensor[:, 3], "scalar": tensor[1, 1], "none": tensor[:0]}
     check_everywhere(mover, tmp_path / "t.pt", state)
 
 
 @pytest.mark.parametrize("state", [7, None, "text", torch.rand(3), [torch.rand(2)], (), {}], ids=repr)
-def test_the_state_may_be_anything(mover: native.Mover, tmp_path: Path, state: object) -> None:
+def test_the_state_may_be_anything(mover: Mover, tmp_path: Path, state: object) -> None:
     check_everywhere(mover, tmp_path / "s.pt", state)
 
 
-def test_a_long_name_or_one_in_unicode_is_fine(mover: native.Mover, tmp_path: Path) -> None:
+def test_a_long_name_or_one_in_unicode_is_fine(mover: Mover, tmp_path: Path) -> None:
     for stem in ("x" * 150, "größe", "a b"):
         check_everywhere(mover, tmp_path / f"{stem}.pt", {"a": torch.rand(20_000), "b": torch.rand(2)})
 
@@ -258,7 +263,7 @@ class Loose:
         return isinstance(other, Loose) and bits(self.weight) == bits(other.weight)
 
 
-def test_tensors_inside_other_objects_are_written_too(mover: native.Mover, tmp_path: Path) -> None:
+def test_tensors_inside_other_objects_are_written_too(mover: Mover, tmp_path: Path) -> None:
     state = {"loose": Loose(torch.rand(4)), "module": torch.nn.Linear(2, 2).weight}
     path = tmp_path / "s.pt"
     check_everywhere(mover, path, state, safe=False)
@@ -272,33 +277,33 @@ class Fresh:
         return {"x": torch.arange(4.0).clone()}
 
 
-def test_an_object_that_makes_tensors_while_it_is_pickled_is_written(mover: native.Mover, tmp_path: Path) -> None:
+def test_an_object_that_makes_tensors_while_it_is_pickled_is_written(mover: Mover, tmp_path: Path) -> None:
     write(mover, tmp_path / "s.pt", {"f": Fresh()})
     assert bits(torch.load(tmp_path / "s.pt", weights_only=False)["f"].x) == bits(torch.arange(4.0))
 
 
-def test_a_random_generator_is_written(mover: native.Mover, tmp_path: Path) -> None:
+def test_a_random_generator_is_written(mover: Mover, tmp_path: Path) -> None:
     made = torch.Generator().manual_seed(7)
     write(mover, tmp_path / "s.pt", {"g": made})
     found = torch.load(tmp_path / "s.pt", weights_only=False)["g"]
     assert bits(found.get_state()) == bits(made.get_state())
 
 
-def test_a_wrapper_of_tensors_is_written(mover: native.Mover, tmp_path: Path) -> None:
+def test_a_wrapper_of_tensors_is_written(mover: Mover, tmp_path: Path) -> None:
     made = TwoTensor(torch.ones(3), torch.zeros(3))
     write(mover, tmp_path / "s.pt", {"t": made, "p": torch.rand(2)})
     found = torch.load(tmp_path / "s.pt", weights_only=False)["t"]
     assert bits(found.a) == bits(made.a) and bits(found.b) == bits(made.b)
 
 
-def test_a_state_that_holds_itself_is_written(mover: native.Mover, tmp_path: Path) -> None:
+def test_a_state_that_holds_itself_is_written(mover: Mover, tmp_path: Path) -> None:
     state: list[Any] = [torch.ones(2)]
     state.append(state)
     found = parse_after(mover, tmp_path, state)
     assert found[1] is found and bits(found[0]) == bits(state[0])
 
 
-def test_attributes_of_a_plain_tensor_are_kept(mover: native.Mover, tmp_path: Path) -> None:
+def test_attributes_of_a_plain_tensor_are_kept(mover: Mover, tmp_path: Path) -> None:
     tensor = torch.ones(2)
     tensor.tag = "x"  # type: ignore[attr-defined]
     write(mover, tmp_path / "s.pt", {"t": tensor})
@@ -311,15 +316,15 @@ def test_one_memory_as_two_dtypes_is_refused_as_stock_refuses_it(order: int) -> 
     state = [base[1:3], base.view(torch.uint8)[2:10]][::order]
     with pytest.raises(RuntimeError, match="view the same data as different types"):
         torch.save(state, io.BytesIO())
-    with pytest.raises(errors.RollCkptError, match="types"):
-        torch_zip.lay_out(state, "s")
+    with pytest.raises(RollCkptError, match="types"):
+        layout.lay_out(state, "s")
 
 
 def test_a_tensor_whose_storage_was_freed_is_refused() -> None:
     tensor = torch.ones(1000)
     tensor.untyped_storage().resize_(16)
-    with pytest.raises(errors.RollCkptError, match="storage"):
-        torch_zip.lay_out({"t": tensor}, "s")
+    with pytest.raises(RollCkptError, match="storage"):
+        layout.lay_out({"t": tensor}, "s")
 
 
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
@@ -331,8 +336,8 @@ def test_a_storage_of_one_dtype_beside_a_tensor_of_another_is_refused_too(other:
     state = [base[:2], strange][::order]
     with pytest.raises(RuntimeError, match="view the same data as different types"):
         torch.save(state, io.BytesIO())
-    with pytest.raises(errors.RollCkptError, match="types"):
-        torch_zip.lay_out(state, "s")
+    with pytest.raises(RollCkptError, match="types"):
+        layout.lay_out(state, "s")
 
 
 trees = st.recursive(
@@ -372,9 +377,7 @@ def grow(tree: Any, flat: torch.Tensor) -> Any:
 
 @settings(max_examples=30, deadline=None)
 @given(tree=trees)
-def test_random_states_load_everywhere(
-    mover: native.Mover, tmp_path_factory: pytest.TempPathFactory, tree: Any
-) -> None:
+def test_random_states_load_everywhere(mover: Mover, tmp_path_factory: pytest.TempPathFactory, tree: Any) -> None:
     path = tmp_path_factory.mktemp("random") / "state.pt"
     check_everywhere(mover, path, grow(tree, torch.arange(60, dtype=torch.float32)))
 
@@ -382,7 +385,7 @@ def test_random_states_load_everywhere(
 # ---- sharing
 
 
-def test_tensors_that_shared_memory_share_it_again(mover: native.Mover, tmp_path: Path) -> None:
+def test_tensors_that_shared_memory_share_it_again(mover: Mover, tmp_path: Path) -> None:
     base = torch.arange(40, dtype=torch.float32)
     state = {"a": base[:10], "b": base[5:15], "apart": base[20:30], "tied": base[:10]}
     for found in (parse_after(mover, tmp_path, state), torch.load(tmp_path / "s.pt", weights_only=True)):
@@ -392,29 +395,29 @@ def test_tensors_that_shared_memory_share_it_again(mover: native.Mover, tmp_path
         assert found["apart"].untyped_storage()._cdata != found["a"].untyped_storage()._cdata
 
 
-def test_tied_objects_are_one_object_again(mover: native.Mover, tmp_path: Path) -> None:
+def test_tied_objects_are_one_object_again(mover: Mover, tmp_path: Path) -> None:
     found = parse_after(mover, tmp_path, tied())
     assert found["embed"] is found["head"] and found["list"] is found["again"]
     assert found["list"][0] is found["list"][1]["deep"]
     assert found["data"].data_ptr() == found["embed"].data_ptr()
 
 
-def test_tensors_are_views_of_the_buffer_and_not_copies(mover: native.Mover, tmp_path: Path) -> None:
+def test_tensors_are_views_of_the_buffer_and_not_copies(mover: Mover, tmp_path: Path) -> None:
     path = tmp_path / "s.pt"
     image = write(mover, path, {"a": torch.zeros(100)})
     buffer = bytearray(path.read_bytes())
-    found = torch_zip.parse(buffer, str(path))["a"]
+    found = parse_(buffer, str(path))["a"]
     at = image.pieces[0].offset
     buffer[at : at + 4] = struct.pack("<f", 2.5)
     assert found[0] == 2.5
 
 
-def parse_after(mover: native.Mover, tmp_path: Path, state: object) -> Any:
+def parse_after(mover: Mover, tmp_path: Path, state: object) -> Any:
     write(mover, tmp_path / "s.pt", state)
     return parse(tmp_path / "s.pt")
 
 
-def test_a_view_of_a_huge_storage_writes_only_its_own_bytes(mover: native.Mover, tmp_path: Path) -> None:
+def test_a_view_of_a_huge_storage_writes_only_its_own_bytes(mover: Mover, tmp_path: Path) -> None:
     huge = torch.zeros(8 << 20)
     state = {"a": huge[1000:1010], "b": huge[5_000_000:5_000_100].view(10, 10)}
     image = write(mover, tmp_path / "s.pt", state)
@@ -422,7 +425,7 @@ def test_a_view_of_a_huge_storage_writes_only_its_own_bytes(mover: native.Mover,
     assert_same(parse(tmp_path / "s.pt"), state)
 
 
-def test_neighbours_in_one_storage_are_written_once(mover: native.Mover, tmp_path: Path) -> None:
+def test_neighbours_in_one_storage_are_written_once(mover: Mover, tmp_path: Path) -> None:
     flat = random_tensor(torch.bfloat16, 100_000)
     parts = {f"p{i}": flat[i * 1000 : (i + 1) * 1000] for i in range(100)}
     image = write(mover, tmp_path / "s.pt", parts)
@@ -434,7 +437,7 @@ def test_neighbours_in_one_storage_are_written_once(mover: native.Mover, tmp_pat
 # ---- the file
 
 
-def test_the_index_points_at_each_tensors_bytes(mover: native.Mover, tmp_path: Path) -> None:
+def test_the_index_points_at_each_tensors_bytes(mover: Mover, tmp_path: Path) -> None:
     flat = random_tensor(torch.bfloat16, 60_000)
     state = {
         "model": {"w": flat[:50_000], "b": flat[50_000:50_010]},
@@ -453,7 +456,7 @@ def test_the_index_points_at_each_tensors_bytes(mover: native.Mover, tmp_path: P
         assert list(data[piece.offset : piece.offset + piece.nbytes]) == bits(tensor)
 
 
-def test_large_records_lie_at_multiples_of_4096_and_small_ones_of_64(mover: native.Mover, tmp_path: Path) -> None:
+def test_large_records_lie_at_multiples_of_4096_and_small_ones_of_64(mover: Mover, tmp_path: Path) -> None:
     image = write(mover, tmp_path / "s.pt", across_alignments())
     for start, nbytes in zip(image.seals.records[::2], image.seals.records[1::2], strict=True):
         assert start % (4096 if nbytes >= BLOCK else 64) == 0
@@ -461,7 +464,7 @@ def test_large_records_lie_at_multiples_of_4096_and_small_ones_of_64(mover: nati
     assert [extent.offset for extent in image.extents] == ends[:-1] and ends[-1] == image.nbytes
 
 
-def test_the_same_state_gives_the_same_bytes(mover: native.Mover, tmp_path: Path) -> None:
+def test_the_same_state_gives_the_same_bytes(mover: Mover, tmp_path: Path) -> None:
     torch.manual_seed(5)
     state = [flat_views(), tied(), python_values(), across_alignments()]
     (tmp_path / "again").mkdir()
@@ -472,9 +475,7 @@ def test_the_same_state_gives_the_same_bytes(mover: native.Mover, tmp_path: Path
 
 def test_only_stable_storages_may_be_copied_later() -> None:
     stable, other = torch.rand(4), torch.rand(4)
-    image = torch_zip.lay_out(
-        {"a": stable, "b": other[1:3]}, "s", lambda s: s._cdata == stable.untyped_storage()._cdata
-    )
+    image = layout.lay_out({"a": stable, "b": other[1:3]}, "s", lambda s: s._cdata == stable.untyped_storage()._cdata)
     memory = [extent for extent in image.extents if not isinstance(extent.source, bytes)]
     assert [extent.stable for extent in memory] == [True, False]
     assert [extent.nbytes for extent in memory] == [16, 8]
@@ -493,7 +494,7 @@ def directory_entry(name: bytes, data: bytes, header_at: int) -> bytes:
     return struct.pack("<4s6H3I5H2I", b"PK\x01\x02", 0, 0, 0x0808, 0, 0, 0, *sizes) + name
 
 
-def test_a_whole_file_byte_for_byte(mover: native.Mover, tmp_path: Path) -> None:
+def test_a_whole_file_byte_for_byte(mover: Mover, tmp_path: Path) -> None:
     pickled = (
         b"\x80\x02}qA(X\x01\x00\x00\x00nqBK\x07X\x01\x00\x00\x00wqC"
         b"ctorch._utils\n_rebuild_tensor_v2\nq\x03("
@@ -538,7 +539,7 @@ def blanked(data: bytes) -> bytes:
     return bytes(copy)
 
 
-def test_the_fingerprint_tells_contents_and_names_apart(mover: native.Mover, tmp_path: Path) -> None:
+def test_the_fingerprint_tells_contents_and_names_apart(mover: Mover, tmp_path: Path) -> None:
     def fingerprint(state: object) -> bytes:
         write(mover, tmp_path / "s.pt", state)
         with zipfile.ZipFile(tmp_path / "s.pt") as archive:
@@ -551,21 +552,21 @@ def test_the_fingerprint_tells_contents_and_names_apart(mover: native.Mover, tmp
     assert longer[:20] != one[:20]
 
 
-def test_more_records_than_a_plain_directory_counts(mover: native.Mover, tmp_path: Path) -> None:
+def test_more_records_than_a_plain_directory_counts(mover: Mover, tmp_path: Path) -> None:
     made = Archive("s")
     made.add("data.pkl", pickle.dumps({"a": 1}, protocol=2))
     for key in range(66_000):
         made.add(f"data/{key}", b"")
     made.add_serialization_id()
     image = FileImage(made.close(), made.extents, made.seals)
-    mover.save(tmp_path / "s.pt", saver.native_image(image)).wait_written()
+    mover.save(tmp_path / "s.pt", cluster_save.native_image(image)).wait_written()
     with zipfile.ZipFile(tmp_path / "s.pt") as archive:
         assert len(archive.namelist()) == 66_002
     assert parse(tmp_path / "s.pt") == {"a": 1}
 
 
 def test_wide_directory_entries_are_read_by_python_and_by_us(
-    mover: native.Mover, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mover: Mover, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A record of 4 GiB is too slow for a test. Zip's marker for "look in the zip64 field" is the limit itself,
     # so the image is laid out with another limit, and only the marker is put right afterwards.
@@ -602,14 +603,14 @@ def behind(keys: int, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_no_argument_of_a_pickle_is_taken_for_an_opcode(monkeypatch: pytest.MonkeyPatch) -> None:
-    hashing = {*watched.HASHING, pickle.BUILD}
+    hashing = {*hash_guard.HASHING, pickle.BUILD}
     checked: list[bytes] = []
-    monkeypatch.setattr(watched.Watch, "check", lambda self, opcode, stack: checked.append(opcode))
+    monkeypatch.setattr(HashGuard, "check", lambda self, opcode, stack: checked.append(opcode))
     for n in range(256):
         repeated = [((i, "label"), {"step": i}, torch.Size((i, 2)), n, n << 8, chr(n), -n << 99, n / 3) for i in (1, 2)]
         data = pickle.dumps(behind(n, {"repeated": repeated, "set": {(n, n)}, "ordered": OrderedDict(a=n)}), 2)
-        file = watched.WatchedPickle(data)
-        file.unpickler = torch_zip.safe_pickle.Unpickler(file, encoding="utf-8")
+        file = GuardedPickle(data)
+        file.unpickler = torch._weights_only_unpickler.Unpickler(file, encoding="utf-8")
         file.unpickler.load()
         opcodes = [op.code.encode("latin-1") for op, _, _ in pickletools.genops(data)]
         assert checked == [opcode for opcode in opcodes if opcode in hashing], n
@@ -619,7 +620,7 @@ def test_no_argument_of_a_pickle_is_taken_for_an_opcode(monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     "keys", [n if n in range(134, 146) else pytest.param(n, marks=pytest.mark.long) for n in range(256)]
 )
-def test_shapes_by_name_load_behind_any_number_of_entries(mover: native.Mover, tmp_path: Path, keys: int) -> None:
+def test_shapes_by_name_load_behind_any_number_of_entries(mover: Mover, tmp_path: Path, keys: int) -> None:
     state = behind(
         keys, {"param_shapes": OrderedDict((f"layers.{i}.weight", torch.Size((i, 64))) for i in range(3000))}
     )
@@ -674,18 +675,18 @@ def test_a_large_state_is_no_bomb(tmp_path: Path, what: str) -> None:
     assert parse(tmp_path / "s.pt", (Key, Settings, Part)) == state
 
 
-def test_the_device_is_the_one_asked_for(mover: native.Mover, tmp_path: Path) -> None:
+def test_the_device_is_the_one_asked_for(mover: Mover, tmp_path: Path) -> None:
     write(mover, tmp_path / "s.pt", {"a": torch.rand(3)})
     buffer = bytearray((tmp_path / "s.pt").read_bytes())
     for location in ("meta", torch.device("meta"), {"cpu": "meta"}):
-        assert torch_zip.parse(buffer, "s.pt", location)["a"].device.type == "meta"
+        assert parse_(buffer, "s.pt", location)["a"].device.type == "meta"
     asked = []
 
     def keep(storage: torch.UntypedStorage, tag: str) -> torch.UntypedStorage:
         asked.append(tag)
         return storage
 
-    torch_zip.parse(buffer, "s.pt", keep)
+    parse_(buffer, "s.pt", keep)
     assert asked == ["cpu"]
 
 
@@ -693,15 +694,15 @@ def test_the_device_is_the_one_asked_for(mover: native.Mover, tmp_path: Path) ->
 
 
 @pytest.fixture(scope="module")
-def sample(mover: native.Mover, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+def sample(mover: Mover, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     path = tmp_path_factory.mktemp("sample") / "s.pt"
     write(mover, path, {"a": torch.arange(600.0), "b": [torch.ones(3, dtype=torch.bfloat16)], "c": {"d": 2}})
     return path.read_bytes()
 
 
 def refused(data: bytes) -> str:
-    with pytest.raises(errors.Damaged, match=r"^some/file\.pt: ") as caught:
-        torch_zip.parse(bytearray(data), "some/file.pt")
+    with pytest.raises(Damaged, match=r"^some/file\.pt: ") as caught:
+        parse_(bytearray(data), "some/file.pt")
     return str(caught.value)
 
 
@@ -734,7 +735,7 @@ def contents(data: bytes) -> dict[str, bytes]:
 
 
 def test_an_archive_made_by_python_is_read_so_that_the_refusals_below_mean_something(sample: bytes) -> None:
-    assert torch_zip.parse(bytearray(archive(contents(sample))), "s.pt")["c"] == {"d": 2}
+    assert parse_(bytearray(archive(contents(sample))), "s.pt")["c"] == {"d": 2}
 
 
 def test_a_compressed_record_is_refused(sample: bytes) -> None:
@@ -773,8 +774,8 @@ def test_a_hostile_directory_record_is_refused_or_harmless(sample: bytes, field:
     hostile = bytearray(sample)
     hostile[at + field : at + field + 8] = struct.pack("<Q", value)
     try:
-        found = torch_zip.parse(hostile, "some/file.pt")
-    except errors.Damaged as problem:
+        found = parse_(hostile, "some/file.pt")
+    except Damaged as problem:
         assert "some/file.pt" in str(problem)
     else:
         assert found["c"] == {"d": 2}
@@ -789,8 +790,8 @@ def test_a_hostile_locator_is_refused(sample: bytes, value: int) -> None:
 def outcome_of(sample: bytes, data_pkl: bytes) -> str:
     """Refused as damaged, or loaded; anything else fails the test."""
     try:
-        torch_zip.parse(bytearray(archive({**contents(sample), "data.pkl": data_pkl})), "some/file.pt")
-    except errors.Damaged:
+        parse_(bytearray(archive({**contents(sample), "data.pkl": data_pkl})), "some/file.pt")
+    except Damaged:
         return "refused"
     return "loaded"
 
@@ -819,7 +820,7 @@ class Bomb:
 
 
 @pytest.mark.parametrize("how", ["os.system", "builtins.eval", "subprocess.Popen"])
-def test_a_forbidden_name_is_refused_and_nothing_is_executed(mover: native.Mover, tmp_path: Path, how: str) -> None:
+def test_a_forbidden_name_is_refused_and_nothing_is_executed(mover: Mover, tmp_path: Path, how: str) -> None:
     trace = tmp_path / "trace"
     bombs = {
         "os.system": Bomb(os.system, f"touch {trace}"),
@@ -827,7 +828,7 @@ def test_a_forbidden_name_is_refused_and_nothing_is_executed(mover: native.Mover
         "subprocess.Popen": Bomb(subprocess.Popen, ["touch", str(trace)]),
     }
     write(mover, tmp_path / "s.pt", {"w": torch.ones(2), "bomb": bombs[how]})
-    with pytest.raises(errors.Damaged) as caught:
+    with pytest.raises(Damaged) as caught:
         parse(tmp_path / "s.pt")
     assert str(tmp_path / "s.pt") in str(caught.value) and "load.allow" in str(caught.value)
     assert how.rpartition(".")[2] in str(caught.value)
@@ -837,13 +838,13 @@ def test_a_forbidden_name_is_refused_and_nothing_is_executed(mover: native.Mover
         assert trace.exists(), "the bomb is a dud, and the test shows nothing"
 
 
-def test_what_is_allowed_by_name_loads_and_its_neighbours_do_not(mover: native.Mover, tmp_path: Path) -> None:
+def test_what_is_allowed_by_name_loads_and_its_neighbours_do_not(mover: Mover, tmp_path: Path) -> None:
     path = tmp_path / "s.pt"
     write(mover, path, {"x": Loose(torch.ones(2))})
-    with pytest.raises(errors.Damaged, match="Loose"):
+    with pytest.raises(Damaged, match="Loose"):
         parse(path)
     assert parse(path, (Loose,))["x"] == Loose(torch.ones(2))
-    with pytest.raises(errors.Damaged, match="Loose"):
+    with pytest.raises(Damaged, match="Loose"):
         parse(path)
 
 
@@ -862,7 +863,7 @@ def test_a_tensor_that_leaves_its_storage_is_refused(sample: bytes) -> None:
 
 
 def unsafe(state: object, allow: tuple[Any, ...] = ()) -> dict[str, list[str]]:
-    return torch_zip.unsafe_parts(state, allow)
+    return safe_pickle.unsafe_parts(state, allow)
 
 
 def test_unsafe_parts_name_the_entry_and_the_name_in_it() -> None:
@@ -883,11 +884,11 @@ def test_a_state_of_plain_values_has_no_unsafe_parts() -> None:
         assert unsafe(state()) == {}
 
 
-def test_unsafe_parts_agree_with_what_loads(mover: native.Mover, tmp_path: Path) -> None:
+def test_unsafe_parts_agree_with_what_loads(mover: Mover, tmp_path: Path) -> None:
     state = {"path": Path("a"), "array": torch.rand(3).numpy(), "fine": 1}
     assert set(unsafe(state)) == {"path", "array"}
     write(mover, tmp_path / "s.pt", state)
-    with pytest.raises(errors.Damaged):
+    with pytest.raises(Damaged):
         parse(tmp_path / "s.pt")
 
 
@@ -905,12 +906,12 @@ class ByName:
         return getattr, self.found
 
 
-def test_members_of_allowed_enumerations_load_on_every_python(mover: native.Mover, tmp_path: Path) -> None:
-    allow = [Colour, torch_zip.ENUM_MEMBERS]
+def test_members_of_allowed_enumerations_load_on_every_python(mover: Mover, tmp_path: Path) -> None:
+    allow = [Colour, safe_pickle.ENUM_MEMBERS]
     state = {"colour": ByName(Colour, "RED")}
     write(mover, tmp_path / "s.pt", state)
-    assert torch_zip.unsafe_parts(state, allow) == {}
-    assert torch_zip.parse((tmp_path / "s.pt").read_bytes(), "s.pt", "cpu", allow) == {"colour": Colour.RED}
+    assert safe_pickle.unsafe_parts(state, allow) == {}
+    assert parse_((tmp_path / "s.pt").read_bytes(), "s.pt", "cpu", allow) == {"colour": Colour.RED}
     write(mover, tmp_path / "s.pt", {"colour": ByName(Colour, "mro")})
-    with pytest.raises(errors.Damaged, match="no member"):
-        torch_zip.parse((tmp_path / "s.pt").read_bytes(), "s.pt", "cpu", allow)
+    with pytest.raises(Damaged, match="no member"):
+        parse_((tmp_path / "s.pt").read_bytes(), "s.pt", "cpu", allow)

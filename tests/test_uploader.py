@@ -22,12 +22,14 @@ import pytest
 import runs
 from hub_client import settings
 from hub_runs import TOKEN, assert_there_once, landed
+from roll_ckpt_hub_dev import Fault, LocalHub
 
-from roll_ckpt import disk, push_queue, retention, uploader
+from roll_ckpt.disk import locks
 from roll_ckpt.errors import NotFound
-from roll_ckpt.hub_dev import Fault, LocalHub
-from roll_ckpt.push_queue import Destination
-from roll_ckpt.uploader import Ended, Uploader
+from roll_ckpt.transaction import retention
+from roll_ckpt.upload.hub import push_queue, worker
+from roll_ckpt.upload.hub.push_queue import Destination
+from roll_ckpt.upload.hub.uploader import Ended, Uploader
 
 pytest.importorskip("huggingface_hub")
 
@@ -36,16 +38,17 @@ NAMES = ["checkpoint-1", "checkpoint-2"]
 
 KILLED_AT = """
 import os, signal, sys
-from roll_ckpt import disk, uploader
+from roll_ckpt.disk import failpoints
+from roll_ckpt.upload.hub import worker
 point = sys.argv.pop(1)
-disk.listener = lambda reached, where: os.kill(os.getpid(), signal.SIGKILL) if reached == point else None
-uploader.main()
+failpoints.listener = lambda reached, where: os.kill(os.getpid(), signal.SIGKILL) if reached == point else None
+worker.main()
 """
 
 JOB = """
 import sys, threading
 from pathlib import Path
-from roll_ckpt.uploader import Uploader
+from roll_ckpt.upload.hub.uploader import Uploader
 def background(work, name):
     threading.Thread(target=work, daemon=True).start()
 def on_end(ended):
@@ -59,11 +62,11 @@ CRASHES = """
 import sys, time
 from pathlib import Path
 from roll_ckpt import push_queue, saver
-from roll_ckpt.uploader import Uploader
+from roll_ckpt.upload.hub.uploader import Uploader
 run, tries = Path(sys.argv[2]), int(sys.argv[1])
 made = Uploader(run, on_end=lambda ended: None, background=lambda work, name: saver.in_background(work, name, 600.0))
 made.notify()
-while made._process is None or push_queue.entries(run)[0].attempts < tries:
+while made._process is None or queue.list_entries(run)[0].attempts < tries:
     time.sleep(0.02)
 raise RuntimeError("the loss is not a number")
 """
@@ -75,8 +78,8 @@ from roll_ckpt import disk, push_queue, uploader
 def turn(reached, where):
     if reached == "push.sent":
         push_queue.set_destination(Path(sys.argv[1]), push_queue.Destination("dev/other"))
-disk.listener = turn
-uploader.main()
+failpoints.listener = turn
+worker.main()
 """
 
 
@@ -109,7 +112,7 @@ def speak_to(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def start(run: Path, *more: str, code: str = "") -> subprocess.Popen[str]:
-    how = ["-c", code] if code else ["-m", "roll_ckpt.uploader"]
+    how = ["-c", code] if code else ["-m", "roll_ckpt.upload.hub.worker"]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([sys.executable, *how, *more, str(run)], text=True, **pipes)
 
@@ -130,7 +133,7 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> list[dict[str, Any]
 
 
 def states(run: Path) -> dict[str, str]:
-    return {entry.name: entry.state for entry in push_queue.entries(run)}
+    return {entry.name: entry.state for entry in push_queue.list_entries(run)}
 
 
 def assert_all_there(hub: LocalHub, run: Path, tmp_path: Path) -> None:
@@ -147,12 +150,12 @@ def assert_all_there(hub: LocalHub, run: Path, tmp_path: Path) -> None:
 def test_a_run_without_a_destination_owes_nothing(tmp_path: Path) -> None:
     hub_runs.history(tmp_path / "run", [1])
     assert push_queue.destination(tmp_path / "run") is None
-    assert push_queue.owed(tmp_path / "run") == [] == push_queue.entries(tmp_path / "run")
+    assert push_queue.owed(tmp_path / "run") == [] == push_queue.list_entries(tmp_path / "run")
 
 
 def test_what_is_owed_is_derived(run: Path) -> None:
     assert push_queue.owed(run) == NAMES
-    first, second = push_queue.entries(run)
+    first, second = push_queue.list_entries(run)
     push_queue.record(run, replace(first, state="done", commit="c" * 40), Destination(REPO))
     push_queue.record(run, replace(second, state="failed", detail="no"), Destination(REPO))
     assert push_queue.owed(run) == ["checkpoint-2"] and states(run)["checkpoint-2"] == "failed"
@@ -165,7 +168,7 @@ def test_what_is_owed_is_derived(run: Path) -> None:
 
 
 def test_a_damaged_record_counts_as_missing(run: Path, caplog: pytest.LogCaptureFixture) -> None:
-    first, _ = push_queue.entries(run)
+    first, _ = push_queue.list_entries(run)
     push_queue.record(run, replace(first, state="done"), Destination(REPO))
     record = run / ".hub/records/checkpoint-1.json"
     record.write_bytes(record.read_bytes().replace(b"done", b"dome"))
@@ -173,7 +176,7 @@ def test_a_damaged_record_counts_as_missing(run: Path, caplog: pytest.LogCapture
 
 
 def test_retry_and_cancel(run: Path) -> None:
-    first, second = push_queue.entries(run)
+    first, second = push_queue.list_entries(run)
     push_queue.record(run, replace(first, state="failed", detail="no", attempts=3), Destination(REPO))
     assert push_queue.retry(run) == ["checkpoint-1"] and states(run)["checkpoint-1"] == "owed"
     push_queue.cancel(run, "checkpoint-2")
@@ -188,7 +191,7 @@ def test_retry_and_cancel(run: Path) -> None:
 
 def test_of_what_was_pushed_and_pruned_the_newest_is_remembered(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(push_queue, "_GONE_KEPT", 2)
-    first, second = push_queue.entries(run)
+    first, second = push_queue.list_entries(run)
     for step in range(4):
         push_queue.record(run, replace(first, name=f"pruned-{step}", state="done"), Destination(REPO))
         os.utime(run / f".hub/records/pruned-{step}.json", ns=(step, step))
@@ -277,7 +280,7 @@ def test_offline_at_the_start_it_pushes_when_the_hub_is_there(
     assert process.stdout
     told = [json.loads(process.stdout.readline()) for _ in range(2)]
     assert [event["event"] for event in told] == ["begin", "waiting"] and url in told[1]["detail"]
-    assert states(run) == dict.fromkeys(NAMES, "owed") and push_queue.entries(run)[0].attempts == 1
+    assert states(run) == dict.fromkeys(NAMES, "owed") and push_queue.list_entries(run)[0].attempts == 1
     with LocalHub(tmp_path / "hub", port=port, write_token=TOKEN) as hub:
         finish(process)
         assert_all_there(hub, run, tmp_path)
@@ -290,7 +293,7 @@ def test_without_a_network_it_says_so(run: Path, hub: LocalHub, monkeypatch: pyt
     told = [json.loads(process.stdout.readline()) for _ in range(2)]
     process.kill()
     process.communicate()
-    assert "HF_HUB_OFFLINE" in told[1]["detail"] and "HF_HUB_OFFLINE" in push_queue.entries(run)[0].detail
+    assert "HF_HUB_OFFLINE" in told[1]["detail"] and "HF_HUB_OFFLINE" in push_queue.list_entries(run)[0].detail
 
 
 def test_it_waits_as_long_as_the_hub_asks_for(hub: LocalHub, run: Path, tmp_path: Path) -> None:
@@ -308,7 +311,7 @@ def test_what_fails_is_named_and_the_next_goes_on(hub: LocalHub, run: Path, tmp_
         ("failed", "checkpoint-1"),
         ("done", "checkpoint-2"),
     ]
-    failed = push_queue.entries(run)[0]
+    failed = push_queue.list_entries(run)[0]
     assert failed.state == "failed" and "403" in failed.detail and REPO in failed.detail and failed.attempts == 1
     assert push_queue.owed(run) == ["checkpoint-1"] and not upload(run)
     finish(start(run, "push.tagged", "--again", code=KILLED_AT), -signal.SIGKILL)
@@ -360,11 +363,11 @@ def test_a_push_is_recorded_for_where_it_went(hub: LocalHub, run: Path) -> None:
 
 
 def test_what_became_of_it_meanwhile_stays(hub: LocalHub, run: Path) -> None:
-    first, _ = push_queue.entries(run)
+    first, _ = push_queue.list_entries(run)
     to = push_queue.destination(run)
     assert to is not None
     push_queue.record(run, replace(first, state="done", commit="c" * 40), to)
-    uploader._note(run, replace(first, state="failed", detail="no"), to)
+    worker._note(run, replace(first, state="failed", detail="no"), to)
     assert states(run)["checkpoint-1"] == "done"
 
 
@@ -476,7 +479,7 @@ def test_a_dead_uploader_is_started_again(
 @pytest.mark.long
 def test_waiting_sees_that_another_process_moves(hub: LocalHub, run: Path) -> None:
     (run / ".hub/uploader.lock").touch()
-    lock = disk.try_lock(run / ".hub/uploader.lock", exclusive=True)
+    lock = locks.try_lock(run / ".hub/uploader.lock", exclusive=True)
     assert lock is not None
     began, over = time.monotonic(), threading.Event()
 
@@ -533,7 +536,7 @@ def test_waiting_ends_when_nothing_moves(hub: LocalHub, run: Path) -> None:
     hub.faults.add(Fault("commit", status=503, times=0))
     parent = Parent(run)
     parent.uploader.notify()
-    hub_runs.wait_for(lambda: push_queue.entries(run)[0].attempts > 1)
+    hub_runs.wait_for(lambda: push_queue.list_entries(run)[0].attempts > 1)
     ended = parent.uploader.wait("checkpoint-2", 1, lambda _: None)
     assert ended.state == "owed" and "503" in ended.detail
     parent.uploader.stop()

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import runs
 
-from roll_ckpt import disk, uploads, verify
+from roll_ckpt.disk import failpoints
 from roll_ckpt.errors import ConfigError, Damaged, NotFound
+from roll_ckpt.transaction import verification
+from roll_ckpt.upload import file_system
 
 
 @pytest.fixture(scope="module")
@@ -22,18 +24,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_what_is_owed_is_uploaded_whole_and_owed_no_more(run: Path, tmp_path: Path) -> None:
     there = tmp_path / "there"
-    assert uploads.owed(run, there) == ["checkpoint-1", "checkpoint-2"]
+    assert file_system.owed(run, there) == ["checkpoint-1", "checkpoint-2"]
     copied: list[int] = []
-    uploads.upload(run / "checkpoint-1", there, copied.append)
-    assert uploads.owed(run, there) == ["checkpoint-2"]
-    assert verify.verify(there / "checkpoint-1") == [] and os.listdir(there) == ["checkpoint-1"]
+    file_system.upload(run / "checkpoint-1", there, copied.append)
+    assert file_system.owed(run, there) == ["checkpoint-2"]
+    assert verification.verify(there / "checkpoint-1") == [] and os.listdir(there) == ["checkpoint-1"]
     assert sum(copied) == sum(path.stat().st_size for path in (there / "checkpoint-1").rglob("*") if path.is_file())
-    uploads.upload(run / "checkpoint-1", there, copied.clear)  # type: ignore[arg-type]  # not called
+    file_system.upload(run / "checkpoint-1", there, copied.clear)  # type: ignore[arg-type]  # not called
     assert copied
 
 
 def test_an_incomplete_or_other_copy_is_replaced(run: Path, tmp_path: Path) -> None:
-    uploads.upload(run / "checkpoint-1", tmp_path)
+    file_system.upload(run / "checkpoint-1", tmp_path)
     for harm in ("missing", "cut", "other", "file"):
         copy = tmp_path / "checkpoint-1"
         if harm == "missing":
@@ -43,9 +45,9 @@ def test_an_incomplete_or_other_copy_is_replaced(run: Path, tmp_path: Path) -> N
         else:
             shutil.rmtree(copy)
             copy.touch() if harm == "file" else shutil.copytree(run / "checkpoint-2", copy)
-        assert "checkpoint-1" in uploads.owed(run, tmp_path)
-        uploads.upload(run / "checkpoint-1", tmp_path)
-        assert verify.verify(copy) == [] and os.listdir(tmp_path) == ["checkpoint-1"]
+        assert "checkpoint-1" in file_system.owed(run, tmp_path)
+        file_system.upload(run / "checkpoint-1", tmp_path)
+        assert verification.verify(copy) == [] and os.listdir(tmp_path) == ["checkpoint-1"]
 
 
 def test_a_damaged_checkpoint_is_not_uploaded(run: Path, tmp_path: Path) -> None:
@@ -55,16 +57,16 @@ def test_a_damaged_checkpoint_is_not_uploaded(run: Path, tmp_path: Path) -> None
         victim = tmp_path / "run/checkpoint-1" / path
         victim.write_bytes(victim.read_bytes().replace(b"1", b"7", 1).replace(b"old", b"odd", 1))
         with pytest.raises(Damaged):
-            uploads.upload(tmp_path / "run/checkpoint-1", tmp_path / "there")
+            file_system.upload(tmp_path / "run/checkpoint-1", tmp_path / "there")
         assert not (tmp_path / "there/checkpoint-1").exists()
 
 
 def test_an_upload_into_the_run_itself_is_refused(run: Path) -> None:
     for inside in (run, run / "up"):
         with pytest.raises(ConfigError, match="inside"):
-            uploads.upload(run / "checkpoint-1", inside)
+            file_system.upload(run / "checkpoint-1", inside)
     with pytest.raises(NotFound):
-        uploads.upload(run / "checkpoint-9", run.parent / "there")
+        file_system.upload(run / "checkpoint-9", run.parent / "there")
 
 
 def test_a_killed_upload_shows_nothing_and_the_next_one_finishes(run: Path, tmp_path: Path) -> None:
@@ -78,13 +80,13 @@ def test_a_killed_upload_shows_nothing_and_the_next_one_finishes(run: Path, tmp_
 
         def work(at: int = at, there: Path = there) -> None:
             count = itertools.count()
-            disk.observer = lambda *_: os.kill(os.getpid(), signal.SIGKILL) if next(count) == at else None
-            uploads.upload(run / "checkpoint-1", there)
+            failpoints.observer = lambda *_: os.kill(os.getpid(), signal.SIGKILL) if next(count) == at else None
+            file_system.upload(run / "checkpoint-1", there)
 
         code = runs.ended(runs.forked(work))
-        assert [found for found in verify.verify(there / "checkpoint-1") if found.kind != "name"] == []
-        uploads.upload(run / "checkpoint-1", there)
-        assert uploads.owed(run, there) == ["checkpoint-2"] and os.listdir(there) == ["checkpoint-1"]
+        assert [found for found in verification.verify(there / "checkpoint-1") if found.kind != "name"] == []
+        file_system.upload(run / "checkpoint-1", there)
+        assert file_system.owed(run, there) == ["checkpoint-2"] and os.listdir(there) == ["checkpoint-1"]
         if code == 0:
             break
     assert at > 40

@@ -10,8 +10,13 @@ import pytest
 import runs
 from corruption import plain_user
 
-from roll_ckpt import cli, commit, disk, manifest, names, verify
+from roll_ckpt import names
+from roll_ckpt.cli import survey
+from roll_ckpt.disk.retry import ReadRetries
 from roll_ckpt.errors import Damaged, Unreadable
+from roll_ckpt.formats import manifests, records
+from roll_ckpt.transaction import listing, verification
+from roll_ckpt.transaction.verification import Problem
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +29,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     attempt = runs.commit.begin(epoch, "checkpoint-44", step=44, expected=runs.CLUSTERS)
     assert not runs.commit.settle(attempt, lead=True, timeout_s=0).committed
     epoch.release()
-    assert verify.verify_run(output_dir) == []
+    assert verification.verify_run(output_dir) == []
     return output_dir
 
 
@@ -46,10 +51,10 @@ def test_a_flipped_bit_in_any_file_is_found_and_named(run: Path) -> None:
         for _ in range(4 if sound else 0):
             at, bit = dice.randrange(len(sound)), dice.randrange(8)
             path.write_bytes(sound[:at] + bytes([sound[at] ^ 1 << bit]) + sound[at + 1 :])
-            found = verify.verify_run(run)
+            found = verification.verify_run(run)
             path.write_bytes(sound)
             assert str(path.relative_to(run)) in {p.path for p in found}, (path, at, bit, found)
-    assert verify.verify_run(run) == []
+    assert verification.verify_run(run) == []
 
 
 @pytest.mark.parametrize("harm", ["missing", "truncated", "extended", "link", "empty"])
@@ -67,11 +72,11 @@ def test_harm_to_any_file_is_found_and_named(run: Path, tmp_path: Path, harm: st
             path.symlink_to(tmp_path / "elsewhere")
         elif harm != "missing":
             path.write_bytes({"truncated": sound[:-1], "extended": sound + b"\n", "empty": b""}[harm])
-        found = verify.verify_run(run)
+        found = verification.verify_run(run)
         path.unlink(missing_ok=True)
         path.write_bytes(sound)
         assert str(path.relative_to(run)) in {p.path for p in found}, (path, found)
-    assert verify.verify_run(run) == []
+    assert verification.verify_run(run) == []
 
 
 @pytest.mark.parametrize("path", ["extra", "actor/extra.pt", "votes/actor.2.json", "pipeline/x", "manifest.json.bak"])
@@ -80,8 +85,8 @@ def test_an_extra_file_is_found_and_named(run: Path, path: str) -> None:
     made = not extra.parent.exists()
     extra.parent.mkdir(exist_ok=True)
     extra.touch()
-    assert verify.verify(run / "checkpoint-10") == [
-        verify.Problem(path, "extra", "it was not there when the checkpoint was committed")
+    assert verification.verify(run / "checkpoint-10") == [
+        Problem(path, "extra", "it was not there when the checkpoint was committed")
     ]
     extra.unlink()
     if made:
@@ -92,16 +97,18 @@ def test_files_of_another_checkpoint_are_found(run: Path, tmp_path: Path) -> Non
     shutil.copytree(run / "checkpoint-10", tmp_path / "c")
     for path in (names.DECISION, "votes/actor.0.json", names.EXPECTED):
         shutil.copy(run / "checkpoint-33" / path, tmp_path / "c" / path)
-        assert path in {problem.path for problem in verify.verify(tmp_path / "c")}
+        assert path in {problem.path for problem in verification.verify(tmp_path / "c")}
         shutil.copy(run / "checkpoint-10" / path, tmp_path / "c" / path)
-    assert verify.verify(tmp_path / "c") == []
+    assert verification.verify(tmp_path / "c") == []
 
 
 def test_a_copy_under_another_name_is_not_a_second_checkpoint(run: Path) -> None:
     for name, told in (("checkpoint-77", "checkpoint-77/manifest.json"), ("best", "best")):
         shutil.copytree(run / "checkpoint-10", run / name)
-        assert [problem.path for problem in verify.verify_run(run)] == [told]
-        assert [problem.path for problem in verify.verify(run / name)] == (["manifest.json"] if name != "best" else [])
+        assert [problem.path for problem in verification.verify_run(run)] == [told]
+        assert [problem.path for problem in verification.verify(run / name)] == (
+            ["manifest.json"] if name != "best" else []
+        )
         shutil.rmtree(run / name)
 
 
@@ -110,15 +117,15 @@ def test_a_checkpoint_that_is_a_link_is_none_of_the_run(run: Path, tmp_path: Pat
     unit.rename(tmp_path / "moved")
     unit.symlink_to(tmp_path / "moved")
     told: list[Damaged | Unreadable] = []
-    assert [found.step for found in commit.committed(run, told.append)] == [10]
+    assert [found.step for found in listing.committed(run, told.append)] == [10]
     assert "checkpoint-33: a symbolic link" in str(told[0])
-    assert [(p.path, p.kind) for p in verify.verify_run(run) if p.kind == "link"] == [("checkpoint-33", "link")]
+    assert [(p.path, p.kind) for p in verification.verify_run(run) if p.kind == "link"] == [("checkpoint-33", "link")]
     (run / "best").symlink_to("checkpoint-10")  # a name beside the name is none of ours
-    assert len(told) == 1 and [found.step for found in commit.committed(run, told.append)] == [10] and len(told) == 2
+    assert len(told) == 1 and [found.step for found in listing.committed(run, told.append)] == [10] and len(told) == 2
     (run / "best").unlink()
     unit.unlink()
     (tmp_path / "moved").rename(unit)
-    assert verify.verify_run(run) == []
+    assert verification.verify_run(run) == []
 
 
 def test_a_checkpoint_without_manifest_is_none_and_told_as_damaged(run: Path) -> None:
@@ -126,14 +133,14 @@ def test_a_checkpoint_without_manifest_is_none_and_told_as_damaged(run: Path) ->
     record = path.read_bytes()
     path.unlink()
     told: list[Damaged | Unreadable] = []
-    assert [found.step for found in commit.committed(run, told.append)] == [10]
+    assert [found.step for found in listing.committed(run, told.append)] == [10]
     assert "checkpoint-33: its manifest.json is missing" in str(told[0])
     path.write_bytes(record)
     path.chmod(0)
     with plain_user():
-        assert [found.step for found in commit.committed(run, told.append)] == [10]
+        assert [found.step for found in listing.committed(run, told.append)] == [10]
         with pytest.raises(Unreadable, match=r"checkpoint-33/manifest\.json: .*It may be sound"):
-            commit.newest_first(run)
+            listing.newest_first(run)
     assert isinstance(told[1], Unreadable) and told[1].unit == run / "checkpoint-33"
     assert "checkpoint-33/manifest.json: it cannot be read: Permission denied" in str(told[1])
     path.chmod(0o644)
@@ -148,8 +155,8 @@ def test_a_directory_that_cannot_be_listed_is_told_like_its_files(run: Path, mon
         return real(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    monkeypatch.setattr(disk.Patience, "pauses_s", (0,))
-    found = verify.verify(run / "checkpoint-10")
+    monkeypatch.setattr(ReadRetries, "pauses_s", (0,))
+    found = verification.verify(run / "checkpoint-10")
     assert [(problem.path, problem.kind) for problem in found] == [("actor", "unreadable")]
 
 
@@ -157,7 +164,7 @@ def test_a_directory_that_cannot_be_listed_is_told_like_its_files(run: Path, mon
 def test_what_a_disk_refuses_once_is_there_and_what_it_refuses_still_is_not_left_out(
     run: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
-    monkeypatch.setattr(disk.Patience, "pauses_s", (0, 0))
+    monkeypatch.setattr(ReadRetries, "pauses_s", (0, 0))
     real, refusals = getattr(os, call), [0]
 
     def refuse(path: Any, *more: Any, **how: Any) -> Any:
@@ -168,35 +175,35 @@ def test_what_a_disk_refuses_once_is_there_and_what_it_refuses_still_is_not_left
 
     monkeypatch.setattr(os, call, refuse)
     refusals[0] = 2
-    assert [found.step for found in commit.newest_first(run)] == [33, 10] and refusals == [0]
+    assert [found.step for found in listing.newest_first(run)] == [33, 10] and refusals == [0]
     refusals[0] = 2
-    assert verify.verify(run / "checkpoint-33") == []
+    assert verification.verify(run / "checkpoint-33") == []
     refusals[0] = 1000
     told: list[Damaged | Unreadable] = []
-    assert [found.step for found in commit.committed(run, told.append)] == [10]
+    assert [found.step for found in listing.committed(run, told.append)] == [10]
     assert isinstance(told[0], Unreadable) and "Stale file handle" in str(told[0])
     if call == "open":
-        assert ("checkpoint-33/manifest.json", "unreadable") in {(p.path, p.kind) for p in verify.verify_run(run)}
+        assert ("checkpoint-33/manifest.json", "unreadable") in {(p.path, p.kind) for p in verification.verify_run(run)}
 
 
 def test_lost_and_found_is_no_checkpoint(run: Path) -> None:
     (run / names.LOST_AND_FOUND).mkdir(mode=0)
     with plain_user():
-        assert [found.step for found in commit.newest_first(run)] == [33, 10]
-        assert verify.verify_run(run) == []
-        assert len(cli.survey(run).checkpoints) == 2
+        assert [found.step for found in listing.newest_first(run)] == [33, 10]
+        assert verification.verify_run(run) == []
+        assert len(survey.survey(run).checkpoints) == 2
     (run / names.LOST_AND_FOUND).rmdir()
 
 
 def test_the_parts_together_read_every_file_once(run: Path) -> None:
-    told = manifest.read(run / "checkpoint-10")
-    parts = [verify._share(told.files, part, 3) for part in range(3)]
+    told = manifests.read(run / "checkpoint-10")
+    parts = [verification._share(told.files, part, 3) for part in range(3)]
     assert sorted(receipt for part in parts for receipt in part) == sorted(told.files)
     assert all(parts)
     path = run / "checkpoint-10/critic/rank_1.pt"
     sound = path.read_bytes()
     path.write_bytes(b"X" + sound[1:])
-    found = [verify.verify(run / "checkpoint-10", part=part, parts=3) for part in range(3)]
+    found = [verification.verify(run / "checkpoint-10", part=part, parts=3) for part in range(3)]
     path.write_bytes(sound)
     assert sorted(len(problems) for problems in found) == [0, 0, 1]
 
@@ -205,16 +212,16 @@ def test_the_parts_together_read_every_file_once(run: Path) -> None:
 def test_large_files_are_verified_by_the_native_reader(tmp_path: Path, direct: bool) -> None:
     data = bytes(range(256)) * 4096 * 3
     (tmp_path / "f").write_bytes(data)
-    receipt = manifest.receipt_of_bytes("f", data, 1 << 20)
-    assert verify._contents(tmp_path, receipt, disk.Patience(), direct=direct) == []
+    receipt = records.receipt_of_bytes("f", data, 1 << 20)
+    assert verification._contents(tmp_path, receipt, ReadRetries(), direct=direct) == []
     (tmp_path / "f").write_bytes(data[:-1] + b"x")
-    assert [problem.kind for problem in verify._contents(tmp_path, receipt, disk.Patience(), direct=direct)] == [
+    assert [problem.kind for problem in verification._contents(tmp_path, receipt, ReadRetries(), direct=direct)] == [
         "digest"
     ]
 
 
 def test_a_folder_of_copies_needs_no_records_of_a_run(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run / "checkpoint-10", tmp_path / "copies" / "checkpoint-10")
-    assert verify.verify_run(tmp_path / "copies") == []
+    assert verification.verify_run(tmp_path / "copies") == []
     (tmp_path / "copies" / "latest").write_text("checkpoint-33")
-    assert [(problem.path, problem.kind) for problem in verify.verify_run(tmp_path / "copies")] != []
+    assert [(problem.path, problem.kind) for problem in verification.verify_run(tmp_path / "copies")] != []

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from pairs import Pair, outcome
 
-from roll_ckpt import errors, world
-from roll_ckpt.world import World
+from roll_ckpt.errors import ConfigError, Damaged, NoRoom, RanksDisagree, RollCkptError, RunIsLive, SaveFailed
+from roll_ckpt.ranks import group
+from roll_ckpt.ranks.group import RankGroup
 
 
 def collect(posts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def test_every_rank_gets_what_rank_0_made_of_all_posts(pair: Pair) -> None:
 
 
 def test_rendezvous_do_not_mix_and_leave_little_behind(pair: Pair) -> None:
-    def many(ranks: World) -> list[Any]:
+    def many(ranks: RankGroup) -> list[Any]:
         return [ranks.agree({"n": n, "rank": ranks.rank}, collect, 10)["posts"] for n in range(20)]
 
     wanted = [[{"n": n, "rank": 0}, {"n": n, "rank": 1}] for n in range(20)]
@@ -31,17 +32,15 @@ def test_rendezvous_do_not_mix_and_leave_little_behind(pair: Pair) -> None:
 
 
 def test_a_rank_that_comes_late_is_waited_for(pair: Pair) -> None:
-    def late(ranks: World) -> Any:
+    def late(ranks: RankGroup) -> Any:
         time.sleep(0.3 * ranks.rank)
         return ranks.agree({"rank": ranks.rank}, collect, 10)["posts"]
 
     assert pair(late) == [[{"rank": 0}, {"rank": 1}]] * 2
 
 
-@pytest.mark.parametrize(
-    "kind", [errors.RanksDisagree, errors.NoRoom, errors.RunIsLive, errors.ConfigError, errors.SaveFailed]
-)
-def test_our_error_on_rank_0_is_raised_alike_on_all(pair: Pair, kind: type[errors.RollCkptError]) -> None:
+@pytest.mark.parametrize("kind", [RanksDisagree, NoRoom, RunIsLive, ConfigError, SaveFailed])
+def test_our_error_on_rank_0_is_raised_alike_on_all(pair: Pair, kind: type[RollCkptError]) -> None:
     def refuse(posts: list[dict[str, Any]]) -> dict[str, Any]:
         raise kind("the reason, with figures: 1,234")
 
@@ -51,9 +50,9 @@ def test_our_error_on_rank_0_is_raised_alike_on_all(pair: Pair, kind: type[error
 
 def test_the_world_goes_on_after_an_error(pair: Pair) -> None:
     def refuse(posts: list[dict[str, Any]]) -> dict[str, Any]:
-        raise errors.NoRoom("full")
+        raise NoRoom("full")
 
-    def work(ranks: World) -> Any:
+    def work(ranks: RankGroup) -> Any:
         first = outcome(lambda same: same.agree({}, refuse, 10), ranks)
         return [first, ranks.agree({"rank": ranks.rank}, collect, 10)["posts"]]
 
@@ -71,7 +70,7 @@ def test_an_error_that_is_not_ours_reaches_every_rank_too(pair: Pair) -> None:
 
 
 def test_a_rank_that_does_not_come_is_named(pair: Pair) -> None:
-    def work(ranks: World) -> Any:
+    def work(ranks: RankGroup) -> Any:
         return ranks.agree({}, collect, 0.3) if ranks.rank == 0 else "stayed away"
 
     found = pair(work)
@@ -80,9 +79,9 @@ def test_a_rank_that_does_not_come_is_named(pair: Pair) -> None:
 
 
 def test_a_rank_without_an_answer_says_so(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(world, "_SLACK_S", 0.1)
+    monkeypatch.setattr(group, "_SLACK_S", 0.1)
 
-    def work(ranks: World) -> Any:
+    def work(ranks: RankGroup) -> Any:
         return ranks.agree({}, collect, 0.3) if ranks.rank == 1 else "stayed away"
 
     found = pair(work)
@@ -92,10 +91,10 @@ def test_a_rank_without_an_answer_says_so(pair: Pair, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_what_fails_on_one_rank_is_raised_on_all(pair: Pair, failing: int) -> None:
-    def work(ranks: World) -> Any:
+    def work(ranks: RankGroup) -> Any:
         def action() -> None:
             if ranks.rank == failing:
-                raise errors.Damaged("file x")
+                raise Damaged("file x")
 
         ranks.together(action, 10)
 
@@ -103,7 +102,7 @@ def test_what_fails_on_one_rank_is_raised_on_all(pair: Pair, failing: int) -> No
 
 
 def test_any_error_of_an_action_is_told_with_its_rank(pair: Pair) -> None:
-    def work(ranks: World) -> Any:
+    def work(ranks: RankGroup) -> Any:
         ranks.together(lambda: 1 // (1 - ranks.rank), 10)
 
     for found in pair(work):
@@ -111,8 +110,8 @@ def test_any_error_of_an_action_is_told_with_its_rank(pair: Pair) -> None:
 
 
 def test_a_world_of_one_agrees_with_itself() -> None:
-    alone = World.current()
+    alone = RankGroup.current()
     assert (alone.rank, alone.size) == (0, 1)
     assert alone.agree({"a": 1}, lambda posts: {"n": len(posts), **posts[0]}, 1) == {"n": 1, "a": 1}
-    with pytest.raises(errors.NoRoom, match="full"):
-        alone.agree({}, lambda posts: (_ for _ in ()).throw(errors.NoRoom("full")), 1)
+    with pytest.raises(NoRoom, match="full"):
+        alone.agree({}, lambda posts: (_ for _ in ()).throw(NoRoom("full")), 1)

@@ -22,8 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from roll_ckpt import commit, disk, manifest, names, uploads, verify
+from roll_ckpt import names
+from roll_ckpt.disk import failpoints, reads, tree
 from roll_ckpt.errors import Damaged, NotFound
+from roll_ckpt.formats import manifests, records
+from roll_ckpt.transaction import claims, listing, verification
+from roll_ckpt.upload import file_system
 
 LIMIT_S = 60.0
 QUIET_S = 1.2
@@ -67,9 +71,9 @@ def arm(blow: Blow, tell: Callable[..., None]) -> None:
             os.kill(os.getpid(), blow.how)
 
     if blow.when == "operation":
-        disk.observer = lambda operation, paths: strike(f"before {operation}")
+        failpoints.observer = lambda operation, paths: strike(f"before {operation}")
     else:
-        disk.listener = lambda point, where: strike(f"at {point}") if point == blow.when else None
+        failpoints.listener = lambda point, where: strike(f"at {point}") if point == blow.when else None
 
 
 # --- processes ----------------------------------------------------------------------------------------------
@@ -199,17 +203,17 @@ class Found:
 def look(output_dir: Path) -> Found:
     """Every byte of what has a final name, and which attempts are complete; Lost if one is not sound."""
     found = Found()
-    for entry in disk.list_dir(output_dir):
+    for entry in tree.list_dir(output_dir):
         path = output_dir / entry
         if attempt := names.parse_attempt_dir(entry):
             for unit in _units(path, attempt[0]):
                 if age := _age_of_complete(unit):
                     found.complete[attempt[0]] = max(age, found.complete.get(attempt[0], NEVER))
-        elif not entry.startswith(".") and disk.is_dir(path):
-            if problems := verify.verify(path):
+        elif not entry.startswith(".") and tree.is_dir(path):
+            if problems := verification.verify(path):
                 raise Lost(f"{path}: {problems}")
-            found.ages[entry] = age_of(manifest.read(path))
-    latest = disk.read_text_or_none(output_dir / names.LATEST)
+            found.ages[entry] = age_of(manifests.read(path))
+    latest = reads.read_text_or_none(output_dir / names.LATEST)
     if latest is not None and latest not in found.ages:
         raise Lost(f"latest names {latest}, and there is {sorted(found.ages)}")
     return found
@@ -221,18 +225,18 @@ def age_of(told: Any) -> Age:
 
 def _units(attempt: Path, name: str) -> Iterator[Path]:
     yield attempt / name
-    yield from (attempt / e / name for e in disk.list_dir(attempt) if e.startswith(names.SUPERSEDED))
+    yield from (attempt / e / name for e in tree.list_dir(attempt) if e.startswith(names.SUPERSEDED))
 
 
 def _age_of_complete(unit: Path) -> Age | None:
     """The age of an attempt that only has to be finished: every vote is there and yes, and nothing says abort."""
     try:
-        expected = manifest.parse_expected(disk.read_bytes(unit / names.EXPECTED), unit)
-        votes = [manifest.parse_vote(disk.read_bytes(unit / names.VOTES / f), f) for f in expected.voters()]
+        expected = records.parse_expected(reads.read_bytes(unit / names.EXPECTED), unit)
+        votes = [records.parse_vote(reads.read_bytes(unit / names.VOTES / f), f) for f in expected.voters()]
     except (OSError, Damaged):
         return None
     with suppress(OSError):
-        if not manifest.parse_decision(disk.read_bytes(unit / names.DECISION), unit).commit:
+        if not records.parse_decision(reads.read_bytes(unit / names.DECISION), unit).commit:
             return None
     return age_of(expected) if all(vote.error is None for vote in votes) else None
 
@@ -250,20 +254,20 @@ def journaled(folder: Path) -> dict[Age, set[str]]:
 def check_start(output_dir: Path, number: int, found: Found, *, alone: bool) -> None:
     """AssertionError unless a start has kept all that was there, has finished what was complete, and has left nothing
     of what was not. If it is not alone, another world may still be at that."""
-    known = {told.name: age_of(told) for told in commit.committed(output_dir)}
+    known = {told.name: age_of(told) for told in listing.committed(output_dir)}
     newest = max(known.values(), default=None)
     assert newest == found.newest, f"the newest is {newest}, and should be {found.newest}"
     for name, age in found.ages.items():
         assert known.get(name, (0, 0, 0)) >= age, f"{name} was there with {age}, now {known.get(name)}"
-    for entry in disk.list_dir(output_dir):
+    for entry in tree.list_dir(output_dir):
         attempt = names.parse_attempt_dir(entry)
         ours = entry in (names.EPOCHS, names.TRASH, names.LATEST, names.HUB) or entry in known
         assert ours or (attempt and attempt[1] == number), f"{entry} is left over"
-    assert disk.list_dir(output_dir / names.TRASH) == [str(number)], disk.list_dir(output_dir / names.TRASH)
-    for entry in disk.list_dir(output_dir / names.EPOCHS):
+    assert tree.list_dir(output_dir / names.TRASH) == [str(number)], tree.list_dir(output_dir / names.TRASH)
+    for entry in tree.list_dir(output_dir / names.EPOCHS):
         told = names.parse_epoch_file(entry) or names.parse_aborted_file(entry)
         assert names.parse_temporary_file(entry) or number in (told or ()), f"{names.EPOCHS}/{entry} is left over"
-    latest = commit.read_latest(output_dir)
+    latest = listing.read_latest(output_dir)
     assert latest == max(known, key=lambda name: known[name], default=None) or not alone, (latest, known)
 
 
@@ -353,10 +357,10 @@ class Torture:
         self._end(run, "at the end")
 
     def _finish(self) -> None:
-        epoch = commit.claim(self.output_dir, run_id="torture", clusters={"actor": 2, "critic": 2})
+        epoch = claims.claim(self.output_dir, run_id="torture", clusters={"actor": 2, "critic": 2})
         check_start(self.output_dir, epoch.number, self.found, alone=True)
         self.kind.drain(self)
-        assert not (problems := verify.verify_run(self.output_dir)), problems
+        assert not (problems := verification.verify_run(self.output_dir)), problems
         epoch.release()
 
     def kill(self, blow: Blow) -> None:
@@ -468,21 +472,21 @@ class Copies:
 
     def uploaded(self, torture: Torture) -> dict[str, Age]:
         ages = {}
-        for name in disk.list_dir(torture.upload_dir):
+        for name in tree.list_dir(torture.upload_dir):
             if not name.startswith("."):
                 copy = torture.upload_dir / name
-                assert not (problems := verify.verify(copy)), problems
-                ages[name] = age_of(manifest.read(copy))
+                assert not (problems := verification.verify(copy)), problems
+                ages[name] = age_of(manifests.read(copy))
                 torture.kind.check(copy, ages[name][1])
                 if name not in torture.found.ages:
                     shutil.rmtree(copy)  # looked at, and owed no more
         return ages
 
     def drain(self, torture: Torture) -> None:
-        for name in uploads.owed(torture.output_dir, torture.upload_dir):
-            uploads.upload(torture.output_dir / name, torture.upload_dir)
+        for name in file_system.owed(torture.output_dir, torture.upload_dir):
+            file_system.upload(torture.output_dir / name, torture.upload_dir)
         newest = torture.found.newest or NEVER
-        for entry in disk.list_dir(torture.upload_dir):
+        for entry in tree.list_dir(torture.upload_dir):
             attempt = names.parse_attempt_dir(entry)  # killed when all was done; the next newer upload removes it
             assert not attempt or attempt[1] >= newest[0], f"{torture.upload_dir / entry} is left over"
 

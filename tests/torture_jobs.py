@@ -36,9 +36,15 @@ from tiny import engine
 from torture_harness import ANY, LIMIT_S, OPERATION, Age, Blow, Copies, Run, Torture, age_of, arm, check_start
 from torture_ranks import COMMITS, KEEP, UPLOADS, VOTES
 
-from roll_ckpt import disk, manifest, names, pull, push_queue, saver, uploader
+from roll_ckpt import names
+from roll_ckpt.disk import failpoints, tree, writes
 from roll_ckpt.errors import EpochLost
-from roll_ckpt.hub import Remote
+from roll_ckpt.formats import manifests
+from roll_ckpt.save import claims, pending
+from roll_ckpt.save.save import Save
+from roll_ckpt.upload.hub import push_queue, worker
+from roll_ckpt.upload.hub.address import Remote
+from roll_ckpt.upload.hub.pull import pull
 
 RANKS, REPO = 2, "dev/torture"
 PEER_IS_GONE = ("peer", "gloo", "Broken pipe", "Connection re", "did not come", "no answer from rank 0")
@@ -77,7 +83,7 @@ class HubJobs(Jobs):
     def __init__(self, folder: Path) -> None:
         super().__init__()
         code = (
-            "import sys, pathlib; from roll_ckpt.hub_dev import LocalHub; "
+            "import sys, pathlib; from roll_ckpt_hub_dev import LocalHub; "
             "print(LocalHub(pathlib.Path(sys.argv[1])).url, flush=True); sys.stdin.read()"
         )
         self._server = subprocess.Popen(
@@ -97,15 +103,15 @@ class HubJobs(Jobs):
         return _uploaders(run.alive) if victim == "uploader" else super().pids(run, victim)
 
     def uploaded(self, torture: Torture) -> dict[str, Age]:
-        told = push_queue.entries(torture.output_dir) if disk.exists(torture.output_dir / names.HUB) else []
+        told = push_queue.list_entries(torture.output_dir) if tree.exists(torture.output_dir / names.HUB) else []
         return {entry.name: (entry.age[0], entry.age[1], entry.age[2]) for entry in told if entry.state == "done"}
 
     def drain(self, torture: Torture) -> None:
-        uploader.drain(torture.output_dir, lambda event: None, again=True)
+        worker.push_all_owed(torture.output_dir, lambda event: None, again=True)
         assert push_queue.owed(torture.output_dir) == []
         for name, age in (torture.uploaded | self.uploaded(torture)).items():
-            unit = pull.pull(Remote.parse(f"hf://{REPO}@{name}"), torture.folder / "pulled")
-            assert age_of(manifest.read(unit)) == age, f"the Hub has another {name} than that of {age}"
+            unit = pull(Remote.parse(f"hf://{REPO}@{name}"), torture.folder / "pulled")
+            assert age_of(manifests.read(unit)) == age, f"the Hub has another {name} than that of {age}"
             self.check(unit, age[1])
 
 
@@ -114,7 +120,9 @@ def _uploaders(parents: Collection[int]) -> list[int]:
     found = []
     for process in Path("/proc").iterdir():
         with suppress(OSError):
-            if process.name.isdecimal() and b"roll_ckpt.uploader" in (process / "cmdline").read_bytes().split(b"\0"):
+            if process.name.isdecimal() and b"roll_ckpt.upload.hub.worker" in (process / "cmdline").read_bytes().split(
+                b"\0"
+            ):
                 parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
                 found += [int(process.name)] if parent in parents else []
     return found
@@ -139,7 +147,7 @@ def fork_ranks(run: Run, blow: Blow, log: Path, work: Callable[[int], None]) -> 
     for rank in range(RANKS):
 
         def start(rank: int = rank) -> None:
-            descriptor = disk.append(log)
+            descriptor = writes.append(log)
             os.dup2(descriptor, 1)
             os.dup2(descriptor, 2)
             os.environ.update(
@@ -155,7 +163,7 @@ def fork_ranks(run: Run, blow: Blow, log: Path, work: Callable[[int], None]) -> 
                 traceback.print_exc()
                 if not any(word in str(problem) for word in PEER_IS_GONE) and not isinstance(problem, EpochLost):
                     raise
-            saver._finish_at_exit()  # a forked process does not come to it by itself
+            pending._finish_at_exit()  # a forked process does not come to it by itself
 
         run.fork("rank" if rank else "committer", start)
 
@@ -169,23 +177,23 @@ def train(torture: Torture, run: Run, rank: int, to: dict[str, str], take_over: 
         checkpoint_config=to,
     )  # fmt: skip
     digests = Digests(torture.folder / f"digests.{rank}")
-    journal = disk.append(torture.journals / str(rank))
+    journal = writes.append(torture.journals / str(rank))
     step = pipeline.resume()
     if rank == 0:
-        number = saver.epoch_of(torture.output_dir).number
+        number = claims.epoch_of(torture.output_dir).number
         if not take_over:
             check_start(torture.output_dir, number, torture.found, alone=True)
         run.tell(started=number)
     if step is not None:
         digests.check(step, pair)
-    saves: list[saver.Save] = []
+    saves: list[Save] = []
     step = step or 0
     while True:
         step += 1
         train_both(pair, step)
         digests.check(step, pair)
         pipeline.do_checkpoint(step)
-        saves += [save for save in saver.pending() if save not in saves]
+        saves += [save for save in pending.pending() if save not in saves]
         for save in [save for save in saves if save.settled]:
             saves.remove(save)
             write_down(run, journal, save)
@@ -196,7 +204,7 @@ def train_both(pair: mixed_cases.Both, step: int) -> None:
     mixed_cases.steps(pair, step, 1)
 
 
-def write_down(run: Run, journal: int, save: saver.Save) -> None:
+def write_down(run: Run, journal: int, save: Save) -> None:
     attempt, failure = save.attempt, save.failure
     if failure is None:
         os.write(journal, f"{attempt.epoch} {attempt.step} {attempt.attempt} committed\n".encode())
@@ -211,7 +219,7 @@ class Digests:
 
     def __init__(self, path: Path) -> None:
         self.known = dict(line.split() for line in path.read_text().splitlines()) if path.exists() else {}
-        self._file = disk.append(path)
+        self._file = writes.append(path)
 
     def check(self, step: int, pair: mixed_cases.Both) -> None:
         """AssertionError if the state is another one than it was at this step before."""
@@ -295,7 +303,7 @@ def train_control(folder: Path, run: Run, rank: int) -> None:
             dcp.save(part, checkpoint_id=folder / f"step-{step}" / name)
             if rank == 0:
                 tracker.write_text(str(step))
-            disk.reach(f"control.{name}")
+            failpoints.failpoint(f"control.{name}")
         if rank == 0:
             shutil.rmtree(folder / f"step-{step - KEEP}", ignore_errors=True)
 

@@ -15,10 +15,21 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from hand_made import HandMadeImage
 from torture_harness import Blow, Copies, Run, Torture, arm, check_start
 
-from roll_ckpt import commit, disk, epoch, manifest, names, native, retention, uploads
+from roll_ckpt import names
+from roll_ckpt.disk import failpoints, tree, writes
 from roll_ckpt.errors import Damaged, EpochLost, NotFound, SaveFailed
+from roll_ckpt.formats import records
+from roll_ckpt.formats.records import Receipt, Vote
+from roll_ckpt.native import extension
+from roll_ckpt.native.extension import Arena
+from roll_ckpt.native.mover import Mover
+from roll_ckpt.transaction import attempts, ballot, claims, epochs, listing, retention, settlement
+from roll_ckpt.transaction.attempts import Attempt
+from roll_ckpt.transaction.epochs import Epoch
+from roll_ckpt.upload import file_system
 
 CLUSTERS = {"actor": 2, "critic": 2}
 WORLDS = [(("actor", "critic"),), (("actor",), ("critic",))]
@@ -104,9 +115,9 @@ class Member:
         self.torture, self.run_, self.clusters, self.rank, self.link = torture, run, clusters, rank, link
         self.several, self.forced = several, forced
         self.noise = random.Random(f"{run.number} {clusters} {rank}")
-        self.mover = native.Mover(native.Arena(8 * BLOCK, BLOCK), 1, 2, direct=self.noise.random() < 0.5)
-        self.journal = disk.append(torture.journals / f"{clusters[0]}.{rank}")
-        self.epoch: commit.Epoch | None = None
+        self.mover = Mover(Arena(8 * BLOCK, BLOCK), 1, 2, direct=self.noise.random() < 0.5)
+        self.journal = writes.append(torture.journals / f"{clusters[0]}.{rank}")
+        self.epoch: Epoch | None = None
         self.over = False
 
     def run(self, rewind: bool) -> None:
@@ -128,16 +139,16 @@ class Member:
             if not self._taken_over(self.epoch.number if self.epoch else 0):
                 raise
 
-    def _lead(self, rewind: bool) -> Iterator[commit.Attempt]:
+    def _lead(self, rewind: bool) -> Iterator[Attempt]:
         output_dir = self.torture.output_dir
-        self.epoch = commit.claim(
+        self.epoch = claims.claim(
             output_dir,
             run_id="torture",
             clusters={cluster: CLUSTERS[cluster] for cluster in self.clusters},
             expected_clusters=CLUSTERS if self.several else None,
             take_over=self.forced,
         )
-        known = commit.committed(output_dir)
+        known = listing.committed(output_dir)
         if not self.forced:
             check_start(output_dir, self.epoch.number, self.torture.found, alone=not self.several)
         self.run_.tell(started=self.epoch.number)
@@ -146,35 +157,35 @@ class Member:
         while True:
             step += 1
             with suppress(SaveFailed):  # the other world was here before, and has given it up
-                attempt = commit.begin(self.epoch, names.checkpoint(step), step=step, expected=CLUSTERS)
+                attempt = attempts.begin(self.epoch, names.checkpoint(step), step=step, expected=CLUSTERS)
                 try:
                     os.write(self.link, f"{attempt.epoch} {attempt.attempt} {step}\n".encode())
                 except BrokenPipeError:
                     return
                 yield attempt
 
-    def _follow(self) -> Iterator[commit.Attempt]:
+    def _follow(self) -> Iterator[Attempt]:
         with os.fdopen(self.link) as lines:
             for line in lines:
                 number, attempt, step = map(int, line.split())
                 name = names.checkpoint(step)
-                yield commit.Attempt(
+                yield Attempt(
                     self.torture.output_dir, name, step, "torture", number, attempt, CLUSTERS, save_latest=True
                 )
 
-    def _save(self, attempt: commit.Attempt, before: threading.Thread | None) -> None:
+    def _save(self, attempt: Attempt, before: threading.Thread | None) -> None:
         try:
             votes = [self._write(attempt, cluster) for cluster in self.clusters]
             if before is not None:
                 before.join()
             for vote in votes:
-                commit.cast(attempt, vote)
-            outcome = commit.settle(attempt, lead=self.rank == 0, timeout_s=TIMEOUT_S)
+                ballot.cast(attempt, vote)
+            outcome = settlement.settle(attempt, lead=self.rank == 0, timeout_s=TIMEOUT_S)
             word = "committed" if outcome.committed else "abandoned"
             os.write(self.journal, f"{attempt.epoch} {attempt.step} {attempt.attempt} {word}\n".encode())
             if outcome.committed and self.epoch is not None and "actor" in self.clusters:
                 output_dir, upload_dir = self.torture.output_dir, self.torture.upload_dir
-                retention.prune(output_dir, self.epoch, KEEP, lambda: uploads.owed(output_dir, upload_dir))
+                retention.prune(output_dir, self.epoch, KEEP, lambda: file_system.owed(output_dir, upload_dir))
         except Exception as problem:
             if self._taken_over(attempt.epoch):
                 self.over = True
@@ -182,39 +193,39 @@ class Member:
                 self.run_.tell(problem=f"{attempt.label}: {type(problem).__name__}: {problem}")
 
     def _taken_over(self, number: int) -> bool:
-        return epoch.newest_number(self.torture.output_dir) > number
+        return epochs.newest_number(self.torture.output_dir) > number
 
-    def _write(self, attempt: commit.Attempt, cluster: str) -> manifest.Vote:
-        disk.make_dirs(attempt.unit / cluster)
+    def _write(self, attempt: Attempt, cluster: str) -> Vote:
+        writes.make_dirs(attempt.unit / cluster)
         path = f"{cluster}/shard_{self.rank}.bin"
         data = shard(attempt.step, self.run_.number, cluster, self.rank)
-        image = native.NativeImage(len(data))
-        image.add(0, native.address_of(data)[0], len(data), lazy=True)
+        image = HandMadeImage(len(data))
+        image.add(0, extension.address_of(data)[0], len(data), lazy=True)
         transfer = self.mover.save(attempt.unit / path, image)
         receipts = []
         if self.rank == 0:
             note = f"{attempt.step} {self.run_.number}".encode()
-            disk.write_durable(attempt.unit / cluster / "note.txt", note)
-            receipts.append(manifest.receipt_of_bytes(f"{cluster}/note.txt", note))
+            writes.write_durable(attempt.unit / cluster / "note.txt", note)
+            receipts.append(records.receipt_of_bytes(f"{cluster}/note.txt", note))
         digest = transfer.wait_written()
-        root = manifest.root_of(digest.nbytes, digest.block_bytes, digest.crcs)
-        receipts.append(manifest.Receipt(path, digest.nbytes, digest.block_bytes, root))
-        disk.reach("write.done", cluster=cluster, rank=self.rank, name=attempt.name)
-        return manifest.Vote(cluster, self.rank, attempt.epoch, attempt.attempt, tuple(receipts))
+        root = records.root_of(digest.nbytes, digest.block_bytes, digest.crcs)
+        receipts.append(Receipt(path, digest.nbytes, digest.block_bytes, root))
+        failpoints.failpoint("write.done", cluster=cluster, rank=self.rank, name=attempt.name)
+        return Vote(cluster, self.rank, attempt.epoch, attempt.attempt, tuple(receipts))
 
 
-def _gone(attempt: commit.Attempt) -> bool:
+def _gone(attempt: Attempt) -> bool:
     """Whether the attempt was abandoned while this rank still wrote."""
-    return not disk.exists(attempt.directory)
+    return not tree.exists(attempt.directory)
 
 
 def upload(torture: Torture) -> None:
     """Upload what is owed, for ever."""
     while True:
-        for name in uploads.owed(torture.output_dir, torture.upload_dir):
+        for name in file_system.owed(torture.output_dir, torture.upload_dir):
             # Replaced or pruned meanwhile: it is not there, or not what it was.
             with suppress(NotFound, Damaged, FileNotFoundError, SaveFailed):
-                uploads.upload(torture.output_dir / name, torture.upload_dir)
+                file_system.upload(torture.output_dir / name, torture.upload_dir)
         time.sleep(PAUSE_S)
 
 

@@ -158,20 +158,22 @@ def measure_digests(
     state: State, root: Path, cap_bytes: int, rounds: int, tell: Callable[[str], None], found: Rows
 ) -> None:
     """Seconds until our writer has made the state durable, with all its digests and with none, in turn."""
-    from roll_ckpt import native, saver
-    from roll_ckpt.layout import torch_zip
+    from roll_ckpt.formats.torch_zip import layout
+    from roll_ckpt.native.extension import Arena
+    from roll_ckpt.native.mover import Mover
+    from roll_ckpt.save import cluster_save
 
-    arena = native.Arena(cap_bytes, machine.BLOCK_BYTES)
+    arena = Arena(cap_bytes, machine.BLOCK_BYTES)
     arena.warm(cap_bytes)
     arena.wait_warm()
-    movers = {"on": native.Mover(arena), "off": native.Mover(arena, digests=False)}
-    image = saver.native_image(torch_zip.lay_out(state, "model", lambda storage: True))
+    movers = {"on": Mover(arena), "off": Mover(arena, digests=False)}
+    image = cluster_save.native_image(layout.lay_out(state, "model", lambda storage: True))
     for number in range(rounds + 1):
         for name, mover in sorted(movers.items(), reverse=bool(number % 2)):
             tell(f"digests {name}, round {number} of {rounds}")
             os.sync()
 
-            def save(mover: native.Mover = mover) -> None:
+            def save(mover: Mover = mover) -> None:
                 transfer = mover.save(root / "digests", image)
                 transfer.wait_copied()
                 transfer.wait_written()

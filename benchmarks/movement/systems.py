@@ -63,22 +63,21 @@ class Ours(System):
     several = True
 
     def __init__(self, cap_bytes: int | None = None) -> None:
-        from roll_ckpt import saver
         from roll_ckpt.config import Settings
-        from roll_ckpt.layout import torch_zip
-        from roll_ckpt.world import World
+        from roll_ckpt.formats.torch_zip.layout import Layouts
+        from roll_ckpt.ranks.group import RankGroup
 
         self._saver = saver
         self._until: Any = True
-        self._layouts = torch_zip.Layouts()
+        self._layouts = Layouts()
         self._cap_bytes = cap_bytes
-        self._world = World.current()
+        self._world = RankGroup.current()
         self._settings = Settings()
         self._save: Any = None
 
     def open(self, state: State) -> None:
-        from roll_ckpt import arena
         from roll_ckpt.config import Settings
+        from roll_ckpt.save import arena
 
         nbytes = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
         blocks = 2 * int(self._settings.io.block_bytes)
@@ -109,9 +108,9 @@ class Ours(System):
         return lambda: save.wait(600)
 
     def load(self, directory: Path) -> State:
-        from roll_ckpt import loader
+        from roll_ckpt.load.reader import open_reader
 
-        with loader.reading(directory, self._settings) as reader:
+        with open_reader(directory, self._settings) as reader:
             found: State = reader.load(directory / "model.pt", "cpu")
         return found
 
@@ -122,10 +121,10 @@ class Leased(Ours):
     name = "roll_ckpt, offloaded state"
 
     def open(self, state: State) -> None:
-        from roll_ckpt.image import Until
+        from roll_ckpt.native.image import Lifetime
 
         super().open(state)
-        self._until = Until.WRITTEN
+        self._until = Lifetime.WRITTEN
 
     @property
     def copied_bytes(self) -> int:

@@ -28,12 +28,12 @@ from typing import NoReturn, TextIO
 
 from rich.console import Console
 from rich.markup import escape
+from roll_ckpt_hub_dev import LocalHub
 
 from examples.rlvr.job import RANKS, Job, JobFailed, wait
 from examples.rlvr.journal import Launch, Place, read_journal, work_dir_of
 from examples.rlvr.table import disk_tree, save_rows, save_table
 from roll_ckpt import names
-from roll_ckpt.hub_dev import LocalHub
 
 MARKER = ".rlvr-demo"
 KILL_STEP, BEFORE = 9, 6
@@ -288,7 +288,7 @@ def _verify(output_dir: Path) -> None:
 
 
 def _roll_ckpt(*arguments: str) -> None:
-    command = [sys.executable, "-m", "roll_ckpt.cli", *arguments]
+    command = [sys.executable, "-m", "roll_ckpt", *arguments]
     console.print(f"  [dim]$ roll-ckpt {' '.join(arguments)}[/]", soft_wrap=True)
     result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
     if result.returncode:

@@ -9,8 +9,7 @@ import yaml
 from pydantic import Field
 
 from examples.rlvr.journal import work_dir_of
-from roll_ckpt import PipelineConfig
-from roll_ckpt.config import Section
+from roll_ckpt.config import PipelineConfig, Section
 from roll_ckpt.errors import ConfigError
 
 

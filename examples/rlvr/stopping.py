@@ -7,7 +7,7 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from roll_ckpt import disk
+from roll_ckpt.disk import failpoints
 
 
 @dataclass(frozen=True)
@@ -37,4 +37,4 @@ class StopAt:
             marker.write_text(json.dumps({"point": point, **{key: str(value) for key, value in where.items()}}))
             threading.Event().wait()
 
-        disk.listener = listener
+        failpoints.listener = listener

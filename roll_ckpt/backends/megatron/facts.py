@@ -11,15 +11,12 @@ import megatron.core
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig
 
-from roll_ckpt import errors
+from roll_ckpt.errors import UnsupportedError
 
 FRAMEWORK = "megatron-core"
-
 COMMON, DCP_METADATA, MARKER = "common.pt", ".metadata", "metadata.json"
 """What a checkpoint has beside the `.distcp` files; in a save by stock code the marker comes last."""
-
 MARKER_BYTES = json.dumps(asdict(CheckpointingConfig("torch_dist", 1))).encode()
-
 RESHARDABLE = {
     "dp_reshardable": "on any number of data parallel ranks",
     "fully_reshardable": "in any layout",
@@ -27,7 +24,7 @@ RESHARDABLE = {
 """Forms of the distributed optimizer that can be saved, and where they can be loaded."""
 
 
-def check_form(content_metadata: Mapping[str, Any] | None) -> None:
+def check_sharding_type(content_metadata: Mapping[str, Any] | None) -> None:
     """Refuse forms of the distributed optimizer that cannot be saved or that were not tried.
 
     Raises:
@@ -35,7 +32,7 @@ def check_form(content_metadata: Mapping[str, Any] | None) -> None:
     """
     form = (content_metadata or {}).get("distrib_optim_sharding_type")
     if form is not None and form not in RESHARDABLE:
-        raise errors.UnsupportedError(
+        raise UnsupportedError(
             f"roll_ckpt does not support distrib_optim_sharding_type {form!r}: Megatron cannot save it as whole "
             f"tensors, or it was not tried; choose one of {', '.join(sorted(RESHARDABLE))}"
         )

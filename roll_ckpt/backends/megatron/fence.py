@@ -11,7 +11,8 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from roll_ckpt import saver
+from roll_ckpt.save import pending
+from roll_ckpt.save.save import Save
 
 
 class Fence:
@@ -21,7 +22,7 @@ class Fence:
     """
 
     def __init__(self) -> None:
-        self._saves: list[saver.Save] = []
+        self._saves: list[Save] = []
 
     @classmethod
     def of(cls, optimizer: Any, model: Sequence[Any]) -> Fence:
@@ -42,13 +43,13 @@ class Fence:
                 module.register_load_state_dict_pre_hook(lambda *args: fence.wait())
         return fence
 
-    def add(self, save: saver.Save) -> None:
+    def add(self, save: Save) -> None:
         """`save` reads the tensors from now on."""
         self._saves.append(save)
 
     def wait(self) -> None:
         """See `Attached.fence`."""
-        saver.wait_copied(self._saves)
+        pending.wait_copied(self._saves)
 
     def _before(self, owner: Any, name: str) -> None:
         stock = getattr(owner, name, None)
@@ -74,7 +75,7 @@ _CHANGES = (
 """What changes, or moves, an optimizer's tensors and the parameters that it trains."""
 
 
-def stable_storages(model: Sequence[Any], optimizer: Any) -> frozenset[int]:
+def overlappable_storages(model: Sequence[Any], optimizer: Any) -> frozenset[int]:
     """Storages that change in the step of a distributed optimizer alone: its main parameters and moments, and the
     parameters that it trains.
 

@@ -16,8 +16,11 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.planner import WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from roll_ckpt.image import FileImage
-from roll_ckpt.layout import dcp, skeleton, torch_zip
+from roll_ckpt.formats.dcp import items as dcp
+from roll_ckpt.formats.dcp.items import FileTemplate, Span
+from roll_ckpt.formats.image import FileImage
+from roll_ckpt.formats.torch_zip import layout, sources
+from roll_ckpt.formats.torch_zip.skeleton import is_plain
 
 
 @dataclass(frozen=True)
@@ -28,16 +31,16 @@ class PlannedFile:
     """
 
     name: str
-    form: dcp.Form
+    form: FileTemplate
     tensors: tuple[int, ...]
     objects: tuple[tuple[int, ...], ...]
-    slots: tuple[dcp.Span, ...]
+    slots: tuple[Span, ...]
 
-    def image(self, parts: Sequence[Any], objects: Iterator[FileImage], stable: torch_zip.Stable) -> FileImage:
+    def image(self, parts: Sequence[Any], objects: Iterator[FileImage], stable: sources.LifetimeOf) -> FileImage:
         """The file as it is to be written now; takes its share of `objects`."""
         tensors = self.form.fill((parts[at].data for at in self.tensors), stable)
         slotted = [(slot, next(objects)) for slot in self.slots]
-        return dcp.join([(dcp.Span(0, tensors.nbytes), tensors), *slotted])
+        return dcp.join([(Span(0, tensors.nbytes), tensors), *slotted])
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Plan:
     """The bytes of `.metadata`, on the coordinator."""
 
     @property
-    def slots(self) -> list[dcp.Span]:
+    def slots(self) -> list[Span]:
         return [slot for file in self.files for slot in file.slots]
 
     def pickled(self, parts: Sequence[Any]) -> list[FileImage]:
@@ -81,12 +84,12 @@ def plan_file(name: str, items: Sequence[Any], parts: Sequence[Any]) -> tuple[Pl
     for item in items:
         offset = None if item.type is WriteItemType.BYTE_IO else tuple(item.index.offset or ())
         found = places[item.index.fqn, offset]
-        if offset is not None and skeleton.is_plain(parts[found[0]].data.detach()):
+        if offset is not None and is_plain(parts[found[0]].data.detach()):
             tensors.append((item, found[0]))
         else:
             objects.append((item, tuple(found)))
-    form, spans = dcp.form((item.index.fqn, _shaped(parts[at])) for item, at in tensors)
-    slots: list[dcp.Span] = []
+    form, spans = dcp.template((item.index.fqn, _shaped(parts[at])) for item, at in tensors)
+    slots: list[Span] = []
     end = form.image.nbytes
     for _, group in objects:
         slots.append(dcp.place(end, _slot_bytes(_pickled([parts[at] for at in group]).nbytes)))
@@ -129,7 +132,7 @@ def _pickled(parts: Sequence[Any], at_least: int = 0) -> FileImage:
     """One item as an archive of its own: a list of objects, as Megatron has them, or a tensor of a class of its own."""
     tensor = isinstance(parts[0], ShardedTensor)
     value = parts[0].data.detach() if tensor else [part.data for part in parts]
-    return replace(torch_zip.lay_out(value, dcp.ARCHIVE, at_least=at_least), pieces=())
+    return replace(layout.lay_out(value, dcp.ARCHIVE, at_least=at_least), pieces=())
 
 
 def _slot_bytes(nbytes: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import queue
 from collections.abc import Iterator
@@ -20,15 +19,19 @@ from megatron.core.msc_utils import MultiStorageClientFeature
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.storage import WriteResult
 
-from roll_ckpt import arena, disk, errors, loader, names, native, saver
+from roll_ckpt import names
 from roll_ckpt.backends.megatron.facts import COMMON, DCP_METADATA
 from roll_ckpt.backends.megatron.plan import Plan
 from roll_ckpt.config import Settings
-from roll_ckpt.image import FileImage
-from roll_ckpt.layout import dcp, torch_zip
-from roll_ckpt.world import LONGEST_S, World
-
-log = logging.getLogger("roll_ckpt")
+from roll_ckpt.disk import writes
+from roll_ckpt.errors import ConfigError, UnsupportedError
+from roll_ckpt.formats.dcp import items as dcp
+from roll_ckpt.formats.image import FileImage
+from roll_ckpt.formats.torch_zip import safe_pickle
+from roll_ckpt.load import trust
+from roll_ckpt.native.mover import Transfer
+from roll_ckpt.ranks.group import LONGEST_S, RankGroup
+from roll_ckpt.save import arena, cluster_save
 
 
 class SaveStrategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
@@ -51,8 +54,8 @@ class SaveStrategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
 
     def warn_unloadable(self, common: dict[str, Any], directory: Path, settings: Settings) -> None:
         """Warn, once, of each entry of the common state that a safe load would refuse."""
-        unsafe = torch_zip.unsafe_parts(common, loader.allowed(settings))
-        loader.warn_unloadable(directory / COMMON, unsafe, self._warned)
+        unsafe = safe_pickle.unsafe_parts(common, trust.allowed(settings))
+        trust.warn_unloadable(directory / COMMON, unsafe, self._warned)
 
     def planned_by_stock(self, outer: Any, sharded: dict[str, Any], directory: Path) -> tuple[Any, Any, Any]:
         """Who writes what, as stock code plans it: its writer, `.metadata`'s content on the coordinator, and the
@@ -75,7 +78,7 @@ class SaveStrategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
 
     def async_save(self, *args: Any, **kwargs: Any) -> AsyncRequest:
         if MultiStorageClientFeature.is_enabled():
-            raise errors.UnsupportedError(
+            raise UnsupportedError(
                 "roll_ckpt does not support Megatron's multi-storage client in this version: the commit needs a "
                 "directory of a file system; disable it"
             )
@@ -96,7 +99,7 @@ class SaveStrategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
 def strategy_of(strategy: Any) -> SaveStrategy:
     ours = getattr(strategy, "base_strategy", strategy)
     if not isinstance(ours, SaveStrategy):
-        raise errors.ConfigError(f"strategy is {type(ours).__name__}; give a {SaveStrategy.__name__}, wrapped or not")
+        raise ConfigError(f"strategy is {type(ours).__name__}; give a {SaveStrategy.__name__}, wrapped or not")
     return ours
 
 
@@ -139,7 +142,7 @@ class _Files:
         self._metadata = metadata
         self._group = group
         self._results: list[WriteResult] = []
-        self._moving: list[tuple[Path, Path, native.Transfer]] = []
+        self._moving: list[tuple[Path, Path, Transfer]] = []
         self._problem: Exception | None = None
         self._pid = os.getpid()
 
@@ -149,7 +152,7 @@ class _Files:
             mover = arena.mover(self._settings)
             for file in _lay_out(self._writer):
                 temporary = file.path.with_name(names.temporary_file(file.path.name))
-                transfer = mover.save(temporary, saver.native_image(file.image), overlap=False)
+                transfer = mover.save(temporary, cluster_save.native_image(file.image), overlap=False)
                 self._moving.append((temporary, file.path, transfer))
                 self._results += file.results
         except Exception as problem:
@@ -165,14 +168,14 @@ class _Files:
             while self._moving and self._problem is None:
                 temporary, path, transfer = self._moving[0]
                 transfer.wait_written()
-                disk.rename(temporary, path)
-                disk.fsync_dir(path.parent)
+                writes.rename(temporary, path)
+                writes.fsync_dir(path.parent)
                 self._moving.pop(0)
         except Exception as problem:
             self._problem = problem
         for temporary, _, transfer in self._moving:
             transfer.abandon()
-            disk.discard_file(temporary)
+            writes.discard_file(temporary)
         self._moving.clear()
 
     def finish(self) -> None:
@@ -181,7 +184,7 @@ class _Files:
         Raises:
             SaveFailed: on every rank, if it failed on any; the directory has no `metadata.json` then.
         """
-        world = World.current()
+        world = RankGroup.current()
         world.together(self._check, LONGEST_S)
         gathered = self._group.gather_object(self._results)
 
@@ -189,8 +192,8 @@ class _Files:
             if self._group.is_coordinator:
                 path = Path(self._writer.path)
                 self._writer.finish(self._metadata, gathered)
-                disk.fsync_file(path / DCP_METADATA)
-                disk.fsync_dir(path)
+                writes.fsync_file(path / DCP_METADATA)
+                writes.fsync_dir(path)
 
         world.together(write_metadata, LONGEST_S)
 

@@ -14,7 +14,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
-from roll_ckpt import errors
+from roll_ckpt.errors import UnsupportedError
 
 log = logging.getLogger("roll_ckpt")
 
@@ -49,7 +49,7 @@ def check(tested_with: str) -> None:
     }
     missing = [name for name, there in has.items() if not there]
     if missing:
-        raise errors.UnsupportedError(
+        raise UnsupportedError(
             f"Megatron-core {megatron.core.__version__} has no {', '.join(missing)}, which roll_ckpt relies on; "
             f"pip install megatron-core=={tested_with}"
         )

@@ -1,0 +1,137 @@
+"""The DeepSpeed backend: `engine.save_checkpoint()` and its kin go through us.
+
+`install()` wraps methods of `DeepSpeedEngine`. An engine whose config has `checkpoint.roll_ckpt`, or that a
+`Cluster` attached, gets our `CheckpointEngine`; every other engine behaves as before. Stock code still decides
+what a checkpoint holds and how its files are called; we decide where they go (an attempt directory that is
+renamed into place when all ranks have voted), how their bytes get there, and when `latest` is written.
+
+Written against DeepSpeed 0.19 (`runtime/engine.py`, `runtime/checkpoint_engine/checkpoint_engine.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+from roll_ckpt import names
+from roll_ckpt.backends.deepspeed.facts import FRAMEWORK, SECTION, parameters_of, section_of
+from roll_ckpt.backends.deepspeed.install import attach, stock
+from roll_ckpt.backends.deepspeed.load import check_world
+from roll_ckpt.backends.deepspeed.refusals import refuse_parts
+from roll_ckpt.backends.deepspeed.tensors import estimate_bytes
+from roll_ckpt.config import Settings
+from roll_ckpt.disk import tree
+from roll_ckpt.errors import ConfigError, NotFound, UnsupportedError
+from roll_ckpt.formats.image import FileImage
+from roll_ckpt.load.checkpoint import OpenedCheckpoint
+from roll_ckpt.load.compare import compare_models
+from roll_ckpt.save.begin import SaveEstimate
+from roll_ckpt.save.cluster_save import ClusterSave
+from roll_ckpt.save.save import Save
+
+MODEL_ONLY_FILE = "pytorch_model.bin"
+
+
+class DeepSpeedCluster:
+    """A `DeepSpeedEngine` as a cluster of a pipeline: see `cluster.Backend`.
+
+    Raises:
+        ConfigError: the engine's own `checkpoint.roll_ckpt` contradicts `settings`.
+        UnsupportedError: the engine uses what is refused by name.
+    """
+
+    framework = FRAMEWORK
+
+    def __init__(
+        self,
+        engine: DeepSpeedEngine,
+        settings: Settings,
+        cluster: str,
+        *,
+        save_only_model: bool,
+        exclude_frozen_parameters: bool,
+    ) -> None:
+        if not isinstance(engine, DeepSpeedEngine):
+            raise ConfigError(
+                f"cluster {cluster}: trained is {type(engine).__name__}; give a DeepSpeedEngine, or a MegatronModel"
+            )
+        _check_section(engine, settings, cluster)
+        if save_only_model:
+            refuse_parts(engine)
+        self._engine = engine
+        self._cluster = cluster
+        self._save_only_model = save_only_model
+        self._exclude_frozen = exclude_frozen_parameters
+        self._client_state: Mapping[str, Any] = {}
+        self._ours = attach(engine, settings, cluster)
+        self.world = self._ours.world
+
+    def estimate_bytes(self) -> int:
+        return estimate_bytes(self._engine)
+
+    def prepare(self, step: int, client_state: Mapping[str, Any]) -> SaveEstimate:
+        self._client_state = client_state
+        return SaveEstimate(self.estimate_bytes())
+
+    def fence(self) -> None:
+        self._ours.fence()
+
+    def stage(self, save: Save, directory: Path) -> ClusterSave:
+        arguments: dict[str, Any] = {"exclude_frozen_parameters": self._exclude_frozen}
+        if self._save_only_model:
+            ticket = self._ours.run_stock(self._stock_model_only, save, directory, MODEL_ONLY_FILE, arguments)
+        else:
+            name = save.attempt.name
+            arguments |= {"client_state": self._client_state, "save_latest": False}
+            ticket = self._ours.run_stock(stock("save_checkpoint"), save, directory, name, arguments)
+        if ticket.rank == 0:
+            self._add_stock_files(ticket, directory)
+        return ticket
+
+    def _stock_model_only(self, engine: Any, save_dir: str, tag: str, **kwargs: Any) -> None:
+        if not stock("save_16bit_model")(engine, save_dir, tag, **kwargs):
+            raise UnsupportedError(
+                f"cluster {self._cluster}: save_only_model under ZeRO-3 needs "
+                "stage3_gather_16bit_weights_on_model_save in the DeepSpeed config"
+            )
+
+    def _add_stock_files(self, ticket: ClusterSave, directory: Path) -> None:
+        """Count the scripts that stock code writes beside the tag, and write `latest` as it would."""
+        name = ticket.save.attempt.name
+        try:
+            for path in tree.walk(directory):
+                if path.partition("/")[0] != name and path != MODEL_ONLY_FILE:
+                    ticket.adopt(directory / path)
+            if not self._save_only_model:
+                ticket.stage(directory / names.LATEST, FileImage.of_bytes(name.encode()), overlap=False)
+        except Exception as problem:
+            ticket.fail(problem)
+
+    def check(self, opened: OpenedCheckpoint, where: str) -> None:
+        check_world(opened.manifest.clusters[self._cluster], self.world.size, where)
+        saved = opened.parameters(self._cluster, self.world.rank)
+        compare_models(saved, parameters_of(self._engine), where)
+
+    def load(self, unit: Path, name: str) -> Mapping[str, Any]:
+        self._ours.verified = unit
+        try:
+            path, client_state = self._engine.load_checkpoint(str(unit / self._cluster), tag=name)
+        finally:
+            self._ours.verified = None
+        if path is None:
+            raise NotFound(f"{unit / self._cluster}: DeepSpeed found nothing to load for it")
+        return dict(client_state)
+
+
+def _check_section(engine: DeepSpeedEngine, settings: Settings, cluster: str) -> None:
+    own = section_of(engine)
+    for key in sorted(own.model_fields_set) if own is not None else ():
+        wanted = cluster if key == "cluster" else getattr(settings, key)
+        if getattr(own, key) != wanted:
+            raise ConfigError(
+                f"cluster {cluster}: {SECTION} sets {key} to {getattr(own, key)!r}, the pipeline's configuration to "
+                f"{wanted!r}; remove one of them"
+            )

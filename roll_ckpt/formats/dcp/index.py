@@ -1,0 +1,222 @@
+"""The index of a `torch_dist` directory (`.metadata`), read so that no code of a stranger runs.
+
+torch's `FileSystemReader` unpickles the index and each pickled object without any restriction; whoever loads
+through stock code calls `read` and `check_objects` first. What they let pass, stock code loads without surprise.
+
+Format: torch/distributed/checkpoint/{metadata,filesystem}.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import io
+import pickle
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch.distributed.checkpoint import filesystem, metadata, planner
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from roll_ckpt import names
+from roll_ckpt.disk import reads, tree
+from roll_ckpt.errors import Damaged, NotFound
+from roll_ckpt.formats.torch_zip import safe_pickle
+from roll_ckpt.formats.torch_zip.hash_guard import HASHING, HashGuard
+from roll_ckpt.formats.torch_zip.read import parse
+
+INDEX = ".metadata"
+_MODULES = {module.__name__: module for module in (metadata, planner, filesystem)}
+_PLAIN = {
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,  # a look-up by name
+    ("pathlib", "PosixPath"): Path,
+    ("pathlib._local", "PosixPath"): Path,  # Python 3.13
+    ("collections", "OrderedDict"): dict,
+    ("builtins", "set"): set,
+    ("builtins", "getattr"): safe_pickle.enum_member,
+}
+
+
+def read(directory: Path, allow: Iterable[type] = ()) -> Metadata:
+    """The index of `directory`. `allow`: classes beyond torch's own records, which it may hold.
+
+    Raises:
+        NotFound: there is none. Damaged: it is truncated, names files outside of `directory`, bytes beyond their
+            ends, or classes that no index needs; nothing of it was run.
+    """
+    path = directory / INDEX
+    if not tree.exists(path):
+        raise NotFound(f"{directory}: no complete checkpoint: it has no {INDEX}")
+    try:
+        index = _Unpickler(reads.read_bytes(path, reads.OBJECT_BYTES), allow).load()
+    except pickle.UnpicklingError as problem:
+        raise Damaged(f"{path}: refused: {problem}") from problem
+    except Exception as problem:  # a damaged pickle can raise anything
+        raise Damaged(
+            f"{path}: cannot be read, it is truncated or damaged: {type(problem).__name__}: {problem}"
+        ) from problem
+    if not isinstance(index, Metadata) or not all(
+        isinstance(getattr(index, part, None), dict) for part in ("state_dict_metadata", "storage_data")
+    ):
+        raise Damaged(f"{path}: holds {type(index).__name__}, no index of a checkpoint")
+    try:
+        _check_tables(path, index)
+    except (AttributeError, TypeError) as problem:  # pickle makes records without calling their constructors
+        raise Damaged(f"{path}: a record in it is not whole: {problem}") from problem
+    _check_places(directory, index)
+    return index
+
+
+_STOCK: dict[int, Any] = pickle._Unpickler.dispatch
+_NOT_IN_AN_INDEX = (
+    *(pickle.PERSID, pickle.BINPERSID, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.INST, pickle.OBJ),
+    *(pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER),
+)
+"""Opcodes that no index needs; some take memory by a number in the file alone."""
+
+
+def _load_hashing(opcode: bytes, unpickler: _Unpickler) -> None:
+    unpickler.check_hashed(opcode)
+    _STOCK[opcode[0]](unpickler)
+
+
+class _Unpickler(pickle._Unpickler):  # the one in C would not ask before it sets attributes
+    stack: list[Any]
+
+    memo: dict[int, Any]
+
+    def __init__(self, data: bytes, allow: Iterable[type]) -> None:
+        super().__init__(io.BytesIO(data))
+        self._nbytes = len(data)
+        self._watch = HashGuard(len(data))
+        self._allow = {(kind.__module__, kind.__qualname__): kind for kind in allow}
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = _PLAIN.get((module, name)) or self._allow.get((module, name))
+        if known is not None:
+            return known
+        if module == "torch" and isinstance(
+            getattr(torch, name, None), torch.dtype | torch.layout | torch.memory_format
+        ):
+            return getattr(torch, name)
+        found = getattr(_MODULES.get(module), name, None)
+        if isinstance(found, type) and (dataclasses.is_dataclass(found) or issubclass(found, enum.Enum)):
+            return found
+        raise pickle.UnpicklingError(
+            f"it names {module}.{name}, which is no part of an index; if you trust the file, add that to load.allow"
+        )
+
+    def load_build(self) -> None:
+        """Set attributes of a record; of a class, a function or an enumeration's member they would change us."""
+        kind = type(self.stack[-2])
+        if not dataclasses.is_dataclass(kind) and kind not in self._allow.values():
+            raise pickle.UnpicklingError(f"it sets attributes of {self.stack[-2]!r}, which is no record of its own")
+        _STOCK[pickle.BUILD[0]](self)
+
+    def load_put(self) -> None:
+        """Keep an object under a number; the unpickler in C, which stock code uses, makes room for all before it."""
+        _STOCK[pickle.LONG_BINPUT[0]](self)
+        if next(reversed(self.memo)) > self._nbytes:  # the newest
+            raise pickle.UnpicklingError("it numbers its objects beyond its length")
+
+    def check_hashed(self, opcode: bytes) -> None:
+        """Refuse what an opcode would hash, if that is a bomb."""
+        self._watch.check(opcode, self.stack)
+
+    dispatch: ClassVar[dict[int, Any]] = {
+        **{code: load for code, load in _STOCK.items() if bytes([code]) not in (*_NOT_IN_AN_INDEX, pickle.PUT)},
+        pickle.BUILD[0]: load_build,
+        pickle.LONG_BINPUT[0]: load_put,
+        **{opcode[0]: partial(_load_hashing, opcode) for opcode in HASHING if opcode not in _NOT_IN_AN_INDEX},
+    }
+
+
+def _check_tables(path: Path, index: Metadata) -> None:
+    for key, kind in index.state_dict_metadata.items():
+        if not isinstance(key, str):
+            raise Damaged(f"{path}: it describes what has no name")
+        if not isinstance(kind, BytesStorageMetadata) and not _is_tensor(kind):
+            raise Damaged(f"{path}: {key}: neither an object nor a tensor whose parts lie within its shape")
+    keys: Iterable[Any] = index.storage_data  # annotated by torch, made by whoever wrote the file
+    if not all(isinstance(key, MetadataIndex) and isinstance(key.fqn, str) for key in keys):
+        raise Damaged(f"{path}: it holds places of what has no name")
+
+
+def _is_tensor(kind: object) -> bool:
+    """Whether it describes a tensor and its parts, none of which leaves its shape."""
+    return (
+        isinstance(kind, TensorStorageMetadata)
+        and isinstance(kind.properties, TensorProperties)
+        and isinstance(kind.properties.dtype, torch.dtype)
+        and isinstance(kind.size, torch.Size)
+        and isinstance(kind.chunks, list)
+        and all(isinstance(chunk, ChunkStorageMetadata) and _is_within(chunk, kind.size) for chunk in kind.chunks)
+    )
+
+
+def _is_within(chunk: Any, size: torch.Size) -> bool:
+    if not isinstance(chunk.offsets, torch.Size) or not isinstance(chunk.sizes, torch.Size):
+        return False
+    return len(chunk.offsets) == len(chunk.sizes) == len(size) and all(
+        0 <= first <= first + count <= whole
+        for first, count, whole in zip(chunk.offsets, chunk.sizes, size, strict=True)
+    )
+
+
+def _check_places(directory: Path, index: Metadata) -> None:
+    sizes: dict[str, int] = {}
+    for key, place in index.storage_data.items():
+        where = f"{directory / INDEX}: {getattr(key, 'fqn', key)}"
+        try:
+            file, offset, length = names.check_relative(place.relative_path), place.offset, place.length
+            if "/" in file:
+                raise ValueError("its file lies in another directory")
+            if not isinstance(offset, int) or not isinstance(length, int):
+                raise ValueError("offset and length are no numbers")
+        except (AttributeError, TypeError, ValueError) as problem:
+            raise Damaged(f"{where}: its place is refused: {problem}") from problem
+        if file not in sizes:
+            if not tree.is_file(directory / file):
+                raise Damaged(f"{where}: its file {file} is not there, or is no regular file")
+            sizes[file] = tree.file_bytes(directory / file)
+        if not 0 <= offset <= offset + length <= sizes[file]:
+            raise Damaged(f"{where}: lies beyond the end of {file}, which was cut off")
+
+
+def check_objects(
+    directory: Path, index: Metadata, allow: Iterable[Any] = (), *, part: int = 0, parts: int = 1
+) -> None:
+    """Parse each `parts`-th pickled object of `directory`, from the `part`-th on, under torch's `weights_only` rules
+    (with the names that are registered there, and `allow`).
+
+    Raises:
+        Damaged: names the object that needs more than that; nothing of it was run.
+    """
+    keys = sorted(key for key, kind in index.state_dict_metadata.items() if isinstance(kind, BytesStorageMetadata))
+    allow = list(allow)
+    for key in keys[part::parts]:
+        place = index.storage_data.get(MetadataIndex(key))
+        if place is None:
+            raise Damaged(f"{directory / INDEX}: {key}: it has no place in any file")
+        data = reads.read_range(directory / place.relative_path, place.offset, place.length)
+        parse(bytearray(data), f"{directory / place.relative_path}: the object {key}", allow=allow)
+
+
+def check_file(path: Path, allow: Iterable[Any] = ()) -> None:
+    """Parse the torch file `path` as `check_objects` parses objects, whatever torch is told by the environment.
+
+    Raises:
+        Damaged: it needs more than that, and nothing of it was run; or it cannot be read.
+    """
+    parse(bytearray(reads.read_bytes(path, reads.OBJECT_BYTES)), str(path), allow=allow)

@@ -1,0 +1,141 @@
+"""The `torch_zip` layout: the bytes that `torch.save` would write, and views of the bytes it wrote.
+
+The format is that of `torch.serialization` (zip, stored records, `data.pkl` by pickle protocol 2 with storages
+as persistent ids). Four things differ from a stock file, none visible to a reader: large records start at
+multiples of 4096, so that direct I/O and views are aligned; a storage holds only the bytes that the saved
+tensors show, never the rest of a flat buffer; zeros may follow the pickle in its record, so that it may grow; and
+`.format_version` is left out, because it promises offsets that follow from a constant alignment.
+"""
+
+from __future__ import annotations
+
+import struct
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import _weights_only_unpickler as safe_pickle
+
+from roll_ckpt.errors import Damaged
+from roll_ckpt.formats.torch_zip.archive import ZIP64_LIMIT
+from roll_ckpt.formats.torch_zip.hash_guard import GuardedPickle
+from roll_ckpt.formats.torch_zip.safe_pickle import safe_loads
+
+
+def parse(buffer: Any, path: str, map_location: Any = "cpu", allow: Iterable[Any] = ()) -> Any:
+    """Rebuild the state from the file's bytes; its tensors are views of `buffer` on the CPU.
+
+    `buffer` is writable memory with the buffer protocol that holds the whole file `path`. Runs no code:
+    `data.pkl` goes through torch's `weights_only` unpickler, extended by the objects in `allow`.
+
+    Raises:
+        Damaged: the archive or its pickle is not one that torch or this layout writes, or holds a name
+            outside the allowlist; the message names both.
+    """
+    view = memoryview(buffer).cast("B")
+    records = read_directory(view, path)
+    if "byteorder" in records and bytes(_slice(view, records["byteorder"])) != sys.byteorder.encode():
+        raise Damaged(f"{path}: written on a machine of other byte order; convert it there")
+    restore = torch.serialization._get_restore_location(map_location)
+    storages: dict[str, Any] = {}
+
+    def storage_of(persistent_id: tuple[Any, ...]) -> Any:
+        _, kind, key, location, numel = persistent_id
+        if not isinstance(key, str):
+            raise Damaged(f"{path}: a storage has no name")
+        if key not in storages:
+            dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
+            start, nbytes = records[f"data/{key}"]
+            if nbytes != numel * dtype.itemsize:
+                raise Damaged(f"{path}: storage {key} has {nbytes} bytes, its tensors need {numel}")
+            raw = torch.UntypedStorage(0)
+            if nbytes:
+                raw = torch.frombuffer(buffer, dtype=torch.uint8, count=nbytes, offset=start).untyped_storage()
+            stored = restore(raw, location)
+            storages[key] = torch.storage.TypedStorage(wrap_storage=stored, dtype=dtype, _internal=True)
+        return storages[key]
+
+    try:
+        with safe_loads(allow):
+            data_pkl = GuardedPickle(_slice(view, records["data.pkl"]))
+            data_pkl.unpickler = unpickler = safe_pickle.Unpickler(data_pkl, encoding="utf-8")
+            setattr(unpickler, "persistent_load", storage_of)  # noqa: B010 (torch sets it the same way)
+            state = unpickler.load()
+            torch._utils._validate_loaded_sparse_tensors()
+            return state
+    except Damaged:
+        raise
+    except Exception as problem:  # on bytes that no pickler wrote, torch's unpickler can raise anything
+        raise Damaged(
+            f"{path}: refused to load: {problem}. If you trust the file, add the name it needs to load.allow"
+        ) from problem
+
+
+def _slice(view: memoryview, record: tuple[int, int]) -> memoryview:
+    return view[record[0] : record[0] + record[1]]
+
+
+def read_directory(view: memoryview, path: str) -> dict[str, tuple[int, int]]:
+    """Start and size in bytes of each record, by its name without the archive's folder.
+
+    Raises:
+        Damaged: no archive as torch writes it: records are compressed, overlap, have one name (torch's own reader
+            tells no upper case from lower case), or reach past the end.
+    """
+    tail_at = max(0, len(view) - (1 << 16))
+    end = bytes(view[tail_at:]).rfind(b"PK\x05\x06")
+    if end < 0 or tail_at + end + 22 != len(view):
+        raise Damaged(f"{path}: no zip directory at its end; the file is truncated or not a checkpoint")
+    try:
+        entries = list(_directory_entries(view, tail_at + end, path))
+    except (struct.error, IndexError, OverflowError, UnicodeDecodeError) as problem:
+        raise Damaged(f"{path}: its zip directory cannot be read: {problem}") from problem
+    if len({name.partition("/")[2].lower() for name, *_ in entries}) < len(entries):
+        raise Damaged(f"{path}: two of its records have one name")
+    end_before = 0
+    for name, header_at, start, nbytes in sorted(entries, key=lambda entry: entry[1]):
+        if header_at < end_before:
+            raise Damaged(f"{path}: record {name} overlaps another one")
+        end_before = start + nbytes
+    return {name.partition("/")[2]: (start, nbytes) for name, _, start, nbytes in entries}
+
+
+def _directory_entries(view: memoryview, end: int, path: str) -> Iterator[tuple[str, int, int, int]]:
+    """Name, place of the header, first byte and size of each record."""
+    count, _, at = struct.unpack_from("<H2I", view, end + 10)
+    if end >= 20 and bytes(view[end - 20 : end - 16]) == b"PK\x06\x07":
+        (wide,) = struct.unpack_from("<Q", view, end - 12)
+        count, _, at = struct.unpack_from("<3Q", view, wide + 32)
+    for _ in range(count):
+        if bytes(view[at : at + 4]) != b"PK\x01\x02":
+            raise Damaged(f"{path}: its zip directory is broken at byte {at}")
+        (method,) = struct.unpack_from("<H", view, at + 10)
+        stored, nbytes, name_len, extra_len, comment_len = struct.unpack_from("<2I3H", view, at + 20)
+        (header_at,) = struct.unpack_from("<I", view, at + 42)
+        name = bytes(view[at + 46 : at + 46 + name_len]).decode()
+        extra = bytes(view[at + 46 + name_len : at + 46 + name_len + extra_len])
+        wide_values = _zip64_values(extra)
+        nbytes = wide_values.pop(0) if nbytes == ZIP64_LIMIT else nbytes
+        stored = wide_values.pop(0) if stored == ZIP64_LIMIT else stored
+        header_at = wide_values.pop(0) if header_at == ZIP64_LIMIT else header_at
+        if method != 0 or stored != nbytes:
+            raise Damaged(f"{path}: record {name} is compressed; torch never writes that")
+        if bytes(view[header_at : header_at + 4]) != b"PK\x03\x04":
+            raise Damaged(f"{path}: record {name} has no header at byte {header_at}")
+        local_name, local_extra = struct.unpack_from("<2H", view, header_at + 26)
+        start = header_at + 30 + local_name + local_extra
+        if start + nbytes > len(view):
+            raise Damaged(f"{path}: record {name} reaches past the end of the file")
+        yield name, header_at, start, nbytes
+        at += 46 + name_len + extra_len + comment_len
+
+
+def _zip64_values(extra: bytes) -> list[int]:
+    at = 0
+    while at + 4 <= len(extra):
+        kind, size = struct.unpack_from("<2H", extra, at)
+        if kind == 1:
+            return list(struct.unpack_from(f"<{size // 8}Q", extra, at + 4))
+        at += 4 + size
+    return []

@@ -1,0 +1,194 @@
+"""The skeleton of a state: its pickle, with a mark in the place of every tensor and storage.
+
+Pickling is what changes with the Python objects of a state and must be done at every save; what stands in the place
+of a tensor follows from its dtype, shape and place in the file alone, and is the same again at the next save.
+`splice` puts the two together: the result is what `torch.save` would pickle, but for the numbering of the memo.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import types
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+
+Marked: TypeAlias = "torch.Tensor | torch.UntypedStorage | torch.storage.TypedStorage"
+_Tensor, _STRIDED = torch.Tensor, torch.strided  # looked up thousands of times
+NO_TENSORS = frozenset([int, float, str, bool, bytes, type(None)])
+_PLAIN = NO_TENSORS | {tuple, list, dict}
+"""Most of what a pickler asks about; random states are thousands of numbers."""
+_MARK = int.from_bytes(os.urandom(15) + b"\x5a", "little")  # nobody else can have this number
+_MARK_OPCODES = b"\x8a\x10" + _MARK.to_bytes(16, "little") + b"Q"  # LONG1, BINPERSID
+MEMO_RESERVED = 64
+"""Memo entries that fragments may use, unless told otherwise."""
+
+
+def is_plain(obj: object) -> bool:
+    """Whether `obj` is a tensor that stock pickles as dtype, shape, strides and a storage, and nothing else."""
+    return type(obj) is _Tensor and not (
+        obj.__dict__  # stock keeps attributes, in a form of its own
+        or obj.layout is not _STRIDED
+        or obj.is_quantized
+        or obj.is_meta
+        or obj.is_conj()
+        or obj.is_neg()
+        or obj.is_nested
+    )
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """The pickle by protocol 2, what its marks stand for in their order, and the kinds of other objects in it.
+
+    The entries 0 to `reserved` of the memo are left to the fragments. Two states with equal `kinds` need the same
+    names to be loaded, but for objects that pickle as a name of their own.
+    """
+
+    data: bytes
+    marked: tuple[Marked, ...]
+    kinds: frozenset[Any]
+    reserved: int
+
+
+def skeleton_of(state: object, reserved: int = MEMO_RESERVED) -> Skeleton:
+    """Pickle `state` on the calling thread; no tensor is read."""
+    buffer = io.BytesIO()
+    walker = _Walker(buffer)
+    walker.dump([[] for _ in range(reserved)])  # takes the first entries of the memo
+    buffer.seek(0)
+    buffer.truncate()
+    walker.dump(state)
+    return Skeleton(buffer.getvalue(), tuple(walker.marked), frozenset(walker.kinds), reserved)
+
+
+def splice(data: bytes, fragments: Sequence[bytes]) -> bytes:
+    """The pickle of a skeleton with `fragments` in the places of its marks."""
+    parts = data.split(_MARK_OPCODES)
+    woven = [b""] * (len(parts) + len(fragments))
+    woven[::2], woven[1::2] = parts, fragments
+    return b"".join(woven)
+
+
+class _Walker(pickle.Pickler):
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, protocol=2)
+        self.marked: list[Marked] = []
+        self.kinds: set[Any] = set()
+
+    def persistent_id(self, obj: object) -> Any:
+        kind = type(obj)
+        if kind in _PLAIN:
+            return None
+        if kind is _Tensor:
+            if is_plain(obj):
+                self.marked.append(obj)  # type: ignore[arg-type]
+                return _MARK
+        elif isinstance(obj, torch.UntypedStorage | torch.storage.TypedStorage):
+            self.marked.append(obj)
+            return _MARK
+        named = isinstance(obj, type | types.FunctionType | types.BuiltinFunctionType | torch.dtype)
+        self.kinds.add(obj if named else kind)
+        return None
+
+
+_GET, _LONG_GET, _PUT, _LONG_PUT = b"h", b"j", b"q", b"r"
+_NEW_DTYPES = frozenset(torch.storage._new_dtypes())
+_STORAGE_NAMES: dict[torch.dtype, str] = dict(torch.storage._dtype_to_storage_type_map())
+
+
+class MemoFull(Exception):
+    """The fragments of a state need more entries of the memo than its skeleton left them."""
+
+
+@dataclass
+class Fragments:
+    """Writes the opcodes for marks, in the order of the marks: later ones refer to what earlier ones have defined."""
+
+    reserved: int
+    _memo: dict[object, int] = field(default_factory=dict)
+
+    def tensor(self, tensor: torch.Tensor, storage: bytes, offset: int, *, again: bool) -> bytes:
+        """What `Tensor.__reduce_ex__` returns for a plain tensor; `storage` is its fragment, `offset` in elements.
+
+        `again`: the same object stands in the state once more, see `same`.
+        """
+        new = tensor.dtype in _NEW_DTYPES
+        rebuild = b"ctorch._utils\n_rebuild_tensor_v3\n" if new else b"ctorch._utils\n_rebuild_tensor_v2\n"
+        made = b"".join(
+            [
+                *(self._once(rebuild), b"(", storage, _integer(offset)),
+                *(_tuple(tensor.size()), _tuple(tensor.stride()), b"\x88" if tensor.requires_grad else b"\x89"),
+                *(self._once(b"ccollections\nOrderedDict\n"), b")R"),
+                *([self._once(_named(torch, str(tensor.dtype).removeprefix("torch.")))] if new else []),
+                b"tR",
+            ]
+        )
+        return made + self._put(id(tensor)) if again else made
+
+    def storage_of(self, dtype: torch.dtype, key: str, location: str, nbytes: int) -> bytes:
+        """The persistent id of a tensor's storage of `nbytes` bytes."""
+        if dtype in _NEW_DTYPES:
+            return self.storage("torch.storage", "UntypedStorage", key, location, nbytes)
+        return self.storage("torch", _STORAGE_NAMES[dtype], key, location, nbytes // dtype.itemsize)
+
+    def storage(self, module: str, kind: str, key: str, location: str, numel: int) -> bytes:
+        """The persistent id that stock gives a storage."""
+        return b"".join(
+            [
+                *(b"(", self._once(_text("storage")), self._once(f"c{module}\n{kind}\n".encode())),
+                *(_text(key), self._once(_text(location)), _integer(numel), b"tQ"),
+            ]
+        )
+
+    def same(self, tensor: torch.Tensor) -> bytes:
+        """A tensor object that stood in the state before."""
+        return self._get(self._memo[id(tensor)])
+
+    def _once(self, opcodes: bytes) -> bytes:
+        if opcodes in self._memo:
+            return self._get(self._memo[opcodes])
+        return opcodes + self._put(opcodes)
+
+    def _put(self, key: object) -> bytes:
+        number = self._memo[key] = len(self._memo)
+        if number >= self.reserved:
+            raise MemoFull
+        return _PUT + bytes([number]) if number < 256 else _LONG_PUT + number.to_bytes(4, "little")
+
+    @staticmethod
+    def _get(number: int) -> bytes:
+        return _GET + bytes([number]) if number < 256 else _LONG_GET + number.to_bytes(4, "little")
+
+
+def _named(module: types.ModuleType, name: str) -> bytes:
+    return f"c{module.__name__}\n{name}\n".encode()
+
+
+def _text(text: str) -> bytes:
+    encoded = text.encode()
+    return b"X" + len(encoded).to_bytes(4, "little") + encoded
+
+
+def _integer(number: int) -> bytes:
+    if 0 <= number < 1 << 8:
+        return b"K" + number.to_bytes(1, "little")
+    if 0 <= number < 1 << 16:
+        return b"M" + number.to_bytes(2, "little")
+    if -(1 << 31) <= number < 1 << 31:
+        return b"J" + number.to_bytes(4, "little", signed=True)
+    encoded = pickle.encode_long(number)
+    return b"\x8a" + bytes([len(encoded)]) + encoded
+
+
+def _tuple(numbers: Iterable[int]) -> bytes:
+    items = [_integer(number) for number in numbers]
+    if not items:
+        return b")"
+    if len(items) <= 3:
+        return b"".join(items) + (b"\x85", b"\x86", b"\x87")[len(items) - 1]
+    return b"(" + b"".join(items) + b"t"

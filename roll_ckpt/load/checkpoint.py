@@ -1,0 +1,176 @@
+"""The load corridor of one rank: find, read with every digest checked, parse."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from roll_ckpt import errors, names
+from roll_ckpt.config import Settings
+from roll_ckpt.disk import reads, tree
+from roll_ckpt.disk.retry import ReadRetries
+from roll_ckpt.errors import Damaged, NotFound, RollCkptError, Unreadable
+from roll_ckpt.formats import manifests, records, sealed_json
+from roll_ckpt.native import extension, files
+from roll_ckpt.native.extension import Buffer
+
+_LEVELS_UP = 2  # checkpoint-N/actor_train/checkpoint-N
+
+
+@contextmanager
+def as_unreadable(where: Path) -> Iterator[None]:
+    """Inside the block, which only reads, a disk that refuses is told as Unreadable, naming the path or `where`."""
+    try:
+        yield
+    except RollCkptError:
+        raise
+    except OSError as problem:
+        path, why = problem.filename or where, problem.strerror or problem
+        raise Unreadable(f"{path}: it cannot be read: {why}. {errors.BY_HAND}") from problem
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A file of a committed checkpoint as its digests tell it."""
+
+    path: Path
+    nbytes: int
+    block_bytes: int
+    crcs: list[int]
+
+    def length(self, index: int) -> int:
+        """How many bytes one block has."""
+        return min(self.block_bytes, self.nbytes - index * self.block_bytes)
+
+    def read(self, index: int, target: memoryview) -> None:
+        """Read one block into `target`, which has its length. Damaged if the bytes are not those that were written."""
+        start = index * self.block_bytes
+        nbytes = ReadRetries().again(partial(reads.read_into, self.path, start, target))
+        if nbytes != len(target) or extension.crc32(target) != self.crcs[index]:
+            raise Damaged(
+                f"{self.path}: block {index} (bytes {start} to {start + len(target)}) is not as it was written"
+            )
+
+
+class OpenedCheckpoint:
+    """A committed checkpoint opened for reading: its manifest and the digests of its files.
+
+    NotFound, Damaged, Unreadable: its manifest.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        with as_unreadable(directory / names.MANIFEST):
+            self.manifest = ReadRetries().again(partial(manifests.read, directory))
+        self._files = {receipt.path: receipt for receipt in self.manifest.files}
+        self._digests: dict[str, dict[str, Any]] | None = None
+
+    @classmethod
+    def around(cls, path: Path) -> OpenedCheckpoint | None:
+        """The checkpoint that `path` lies in, or None for files that no roll_ckpt has saved.
+
+        Damaged if its manifest is gone: then nothing tells what belongs there. Unreadable if the disk does not tell.
+        """
+        marks, patience = (names.MANIFEST, names.DECISION, names.EXPECTED), ReadRetries()
+        for folder, enough in [(path, 1), *((parent, 2) for parent in list(path.absolute().parents)[:_LEVELS_UP])]:
+            with as_unreadable(folder):
+                there = sum(patience.again(partial(tree.exists, folder / record)) for record in marks)
+            if there < enough:
+                continue
+            try:
+                return cls(folder)
+            except NotFound as problem:
+                raise Damaged(
+                    f"{folder}: its {names.MANIFEST} is missing, so nothing in it can be verified. Load another "
+                    f"checkpoint, or, to load this one all the same, remove its {names.DECISION} and {names.VOTES}"
+                ) from problem
+        return None
+
+    def read(self, path: Path, settings: Settings, *, cached: bool = False) -> Buffer:
+        """The bytes of a file of this checkpoint, each block checked as it is read; `cached` says that they were
+        just read through the page cache, and are there.
+
+        Raises:
+            Damaged: the manifest does not list the file, or its bytes are not those that were written.
+        """
+        blocks = self.blocks(path)
+        return ReadRetries().again(
+            partial(
+                files.read_file,
+                str(path),
+                blocks.nbytes,
+                blocks.block_bytes,
+                blocks.crcs,
+                threads=max(4, settings.io.threads),
+                direct=settings.io.direct and not cached,
+            )
+        )
+
+    def blocks(self, path: Path) -> Blocks:
+        """What a file of this checkpoint holds; its bytes are not read.
+
+        Raises:
+            Damaged: the manifest does not list the file, or its digests are not those that the manifest rests on.
+        """
+        relative = path.absolute().relative_to(self.directory.absolute()).as_posix()
+        receipt = self._files.get(relative)
+        if receipt is None or (tree.exists(path) and not tree.is_file(path)):
+            raise Damaged(
+                f"{path}: not listed in {self.directory / names.MANIFEST} as a regular file; it does not belong there"
+            )
+        crcs = self._crcs(relative)
+        try:
+            root = records.root_of(receipt.nbytes, receipt.block_bytes, crcs)
+        except (TypeError, ValueError, struct.error) as problem:
+            raise Damaged(f"{path}: its digests in {names.DIGESTS}/ are none: {problem}") from problem
+        if root != receipt.root:
+            raise Damaged(f"{path}: its digests do not match the manifest of {self.directory}")
+        return Blocks(path, receipt.nbytes, receipt.block_bytes, crcs)
+
+    def parameters(self, cluster: str, rank: int) -> dict[str, Any]:
+        """Names, dtypes and shapes of the model that `rank` of `cluster` saved; empty if not recorded."""
+        for candidate in (rank, 0):
+            relative = names.tensor_file(cluster, candidate)
+            if relative in self._files:
+                return _parameters(self._json(relative).get("parameters"), self.directory / relative)
+        return {}
+
+    def _crcs(self, relative: str) -> list[int]:
+        if self._digests is None:
+            self._digests = {}
+            for listed in self._files:
+                if listed.startswith(names.DIGESTS + "/"):
+                    self._digests.update(self._json(listed))
+        if relative not in self._digests:
+            raise Damaged(f"{self.directory / relative}: no digests for it in {names.DIGESTS}/")
+        told = self._digests[relative]
+        crcs = told.get("crcs") if isinstance(told, dict) else None
+        if not isinstance(crcs, list):
+            raise Damaged(f"{self.directory / relative}: what {names.DIGESTS}/ holds of it is no digests")
+        return crcs
+
+    def _json(self, relative: str) -> dict[str, Any]:
+        path = self.directory / relative
+        with as_unreadable(path):
+            try:
+                data = ReadRetries().again(partial(reads.read_bytes, path))
+            except FileNotFoundError as problem:
+                raise Damaged(f"{path}: it was committed and is not there") from problem
+        if records.receipt_of_bytes(relative, data) != self._files[relative]:
+            raise Damaged(f"{path}: its bytes are not those that were written")
+        return sealed_json.parse_json(data, path)
+
+
+def _parameters(told: Any, where: Path) -> dict[str, Any]:
+    sound = isinstance(told, dict) and all(
+        isinstance(known, dict) and isinstance(known.get("shape"), list) for known in told.values()
+    )
+    if not sound:
+        raise Damaged(f"{where}: its parameters are not names, each with a shape")
+    parameters: dict[str, Any] = told
+    return parameters

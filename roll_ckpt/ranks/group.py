@@ -1,0 +1,148 @@
+"""World: the ranks of one torchrun job, and the only rendezvous of a save.
+
+The ranks meet over a store connection of our own, never over the training process group.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
+
+from roll_ckpt import errors
+from roll_ckpt.errors import RanksDisagree, RollCkptError
+
+_SLACK_S = 30.0
+LONGEST_S = 24 * 3600.0
+"""Longest that ranks wait for each other while one verifies or uploads."""
+
+
+class RankGroup:
+    """`size` ranks that can agree on one small JSON value.
+
+    Calls on one World are made in the same order by every rank, from one thread.
+    """
+
+    def __init__(self, rank: int, size: int, store: Store | None) -> None:
+        self.rank = rank
+        self.size = size
+        self._store = store
+        self._sequence = 0
+
+    @classmethod
+    def current(cls) -> RankGroup:
+        """The initialised default process group's ranks, or a world of one. No collective; does not block.
+
+        One for each process group: its rendezvous are numbered, and all engines of a process share the numbers.
+        """
+        global _current, _generation
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls(0, 1, None)
+        shared = dist.distributed_c10d._get_default_store()
+        if _current is None or _current[0] is not shared:
+            own = shared.clone() if hasattr(shared, "clone") else shared
+            # A group that is made again may live in the same store: its numbers must not meet old verdicts.
+            _generation += 1
+            ranks = cls(dist.get_rank(), dist.get_world_size(), PrefixStore(f"roll_ckpt/{_generation}", own))
+            _current = shared, ranks
+        return _current[1]
+
+    @property
+    def meetings(self) -> int:
+        """How many rendezvous there were so far."""
+        return self._sequence
+
+    def agree(
+        self, mine: dict[str, Any], decide: Callable[[list[dict[str, Any]]], dict[str, Any]], timeout_s: float
+    ) -> dict[str, Any]:
+        """Give every rank the value that `decide`, run on rank 0, makes of all ranks' `mine`.
+
+        Every rank calls; blocks until rank 0 has decided. An error of ours that `decide` raises is raised,
+        with the same class and text, on every rank.
+
+        Raises:
+            RanksDisagree: a rank did not come within `timeout_s`; the message names it.
+        """
+        self._sequence += 1
+        prefix = str(self._sequence)
+        if self.rank == 0:
+            return self._unwrap(self._decide(prefix, mine, decide, timeout_s))
+        assert self._store is not None
+        try:
+            self._store.set(f"{prefix}/{self.rank}", json.dumps(mine))
+            self._store.wait([f"{prefix}/verdict"], timedelta(seconds=timeout_s + _SLACK_S))
+            verdict = json.loads(self._store.get(f"{prefix}/verdict"))
+        except dist.DistError as problem:
+            raise RanksDisagree(
+                f"rank {self.rank}: no answer from rank 0 within {timeout_s:g} s, or it died; see its log: {problem}"
+            ) from problem
+        return self._unwrap(verdict)
+
+    def together(self, action: Callable[[], object], timeout_s: float) -> None:
+        """Run `action` on every rank; if it fails on one, that error is raised on all. Every rank calls; blocks."""
+        mine: dict[str, Any] = {}
+        try:
+            action()
+        except RollCkptError as problem:
+            mine = {"error": type(problem).__name__, "text": str(problem)}
+        except Exception as problem:
+            mine = {"error": "SaveFailed", "text": f"rank {self.rank}: {type(problem).__name__}: {problem}"}
+
+        def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
+            for post in posts:
+                if post:
+                    raise getattr(errors, post["error"])(post["text"])
+            return {}
+
+        self.agree(mine, decide, timeout_s)
+
+    def _decide(
+        self,
+        prefix: str,
+        mine: dict[str, Any],
+        decide: Callable[[list[dict[str, Any]]], dict[str, Any]],
+        timeout_s: float,
+    ) -> dict[str, Any]:
+        try:
+            verdict: dict[str, Any] = {"value": decide([mine, *self._gather(prefix, timeout_s)])}
+        except RollCkptError as problem:
+            verdict = {"error": type(problem).__name__, "text": str(problem)}
+        except Exception as problem:  # without a verdict the other ranks would wait for nothing
+            verdict = {"error": "SaveFailed", "text": f"rank 0: {type(problem).__name__}: {problem}"}
+        if self._store is not None:
+            self._store.set(f"{prefix}/verdict", json.dumps(verdict))
+            self._store.delete_key(f"{self._sequence - 1}/verdict")
+        return verdict
+
+    def _gather(self, prefix: str, timeout_s: float) -> list[dict[str, Any]]:
+        if self._store is None:
+            return []
+        keys = [f"{prefix}/{rank}" for rank in range(1, self.size)]
+        try:
+            if keys:
+                self._store.wait(keys, timedelta(seconds=timeout_s))
+        except dist.DistError as problem:
+            missing = [str(r) for r in range(1, self.size) if not self._store.check([f"{prefix}/{r}"])]
+            raise RanksDisagree(
+                f"rank {', '.join(missing)} of {self.size} did not come to the save within {timeout_s:g} s; "
+                "every rank must call it, or one of them died"
+            ) from problem
+        posts = [json.loads(self._store.get(key)) for key in keys]
+        for key in keys:
+            self._store.delete_key(key)
+        return posts
+
+    @staticmethod
+    def _unwrap(verdict: dict[str, Any]) -> dict[str, Any]:
+        if "error" in verdict:
+            raise getattr(errors, verdict["error"])(verdict["text"])
+        value: dict[str, Any] = verdict["value"]
+        return value
+
+
+_current: tuple[Store, RankGroup] | None = None
+_generation = 0

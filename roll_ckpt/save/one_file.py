@@ -1,0 +1,34 @@
+"""The save corridor of one process: begin, stage, write, vote, commit.
+
+A `Save` is this process's part of one checkpoint, a `Ticket` one cluster's part of it. Bytes are copied and
+written by native threads; a short-lived Python thread for each save only waits for them, votes and settles.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from roll_ckpt import names
+from roll_ckpt.config import Settings
+from roll_ckpt.disk import writes
+from roll_ckpt.formats.image import FileImage
+from roll_ckpt.save import arena
+from roll_ckpt.save.cluster_save import stage_file
+
+
+def write_file(path: Path, image: FileImage, settings: Settings) -> None:
+    """Write one file: temporary beside it, fsync, rename. Blocks; durable on return.
+
+    Raises:
+        OSError: the write failed; the temporary is removed and an older file of that name is untouched.
+    """
+    temporary = path.with_name(names.temporary_file(path.name))
+    staged = stage_file(arena.mover(settings), temporary, image, overlap=False)
+    try:
+        staged.transfer.wait_written()
+        writes.rename(temporary, path)
+    except BaseException:
+        staged.transfer.abandon()
+        writes.discard_file(temporary)
+        raise
+    writes.fsync_dir(path.parent)

@@ -1,0 +1,261 @@
+"""Is what lies on disk what was committed? Re-reads every byte; changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from roll_ckpt import names
+from roll_ckpt.disk import locks, reads, tree
+from roll_ckpt.disk.retry import ReadRetries
+from roll_ckpt.errors import Damaged, NotFound
+from roll_ckpt.formats import manifests, records
+from roll_ckpt.formats.manifests import Manifest
+from roll_ckpt.formats.records import Receipt
+from roll_ckpt.formats.sealed_json import sha256
+from roll_ckpt.native import files
+from roll_ckpt.transaction import epochs, listing
+
+_SMALL_BYTES = 1 << 20  # below it, starting native threads takes longer than reading
+
+
+@dataclass(frozen=True, order=True)
+class Problem:
+    """One thing that is not as it was committed. `path` is relative to what was verified.
+
+    `kind`: "missing", "extra", "link" (or directory or special file where a file was), "size", "digest" (or any
+    record that contradicts itself or another), "name" (another checkpoint in its place), "unreadable".
+    """
+
+    path: str
+    kind: str
+    detail: str
+
+
+def verify(unit: Path, *, part: int = 0, parts: int = 1, cache: bool = False) -> list[Problem]:
+    """All problems of one checkpoint, sorted by path; [] if every byte is as it was committed.
+
+    Several processes share the reading: each of `parts` reads its `part` of the large files, and all records. With
+    `cache` the bytes stay in the page cache, for whoever loads them next.
+    What the disk refuses is tried again for two seconds, in all.
+    A process that holds `commit.reading(unit)` may call it.
+    """
+    path, patience = unit / names.MANIFEST, ReadRetries()
+    try:
+        record = patience.again(partial(reads.read_bytes, path))
+        told = manifests.parse(record, path)
+    except (FileNotFoundError, NotADirectoryError):
+        return [Problem(names.MANIFEST, "missing", "there is no manifest, so nothing can be verified")]
+    except Damaged as error:
+        return [Problem(names.MANIFEST, "digest" if tree.is_file(path) else "link", str(error))]
+    except OSError as error:
+        return [_unreadable(names.MANIFEST, error)]
+    problems = _listing(unit, told, patience)
+    if names.is_another(unit.absolute().name, told.name):
+        problems.append(Problem(names.MANIFEST, "name", f"it is the manifest of {told.name}"))
+    bad = {problem.path for problem in problems}
+    paths = {names.EXPECTED, names.DECISION, *(f"{names.VOTES}/{file}" for file in told.votes)}
+    if not bad & paths:
+        problems += _records(unit, told, record, patience)
+    for receipt in _share([r for r in told.files if r.path not in bad], part, parts):
+        problems += _contents(unit, receipt, patience, direct=not cache)
+    return sorted(set(problems))
+
+
+def _listing(unit: Path, told: Manifest, patience: ReadRetries) -> list[Problem]:
+    try:
+        return patience.again(partial(_compare, unit, told))
+    except OSError as error:
+        return [_unreadable(Path(error.filename).relative_to(unit).as_posix(), error)]
+
+
+def _compare(unit: Path, told: Manifest) -> list[Problem]:
+    listed = {receipt.path: receipt.nbytes for receipt in told.files}
+    ours = {names.MANIFEST, names.DECISION, *(f"{names.VOTES}/{file}" for file in told.votes)}
+    found = dict(tree.walk_all(unit))
+    problems = []
+    for path, regular in found.items():
+        if not regular:
+            problems.append(Problem(path, "link", "it is a symbolic link or a special file"))
+        elif path not in listed and path not in ours:
+            problems.append(Problem(path, "extra", "it was not there when the checkpoint was committed"))
+        elif path in listed and (size := tree.file_bytes(unit / path)) != listed[path]:
+            problems.append(Problem(path, "size", f"it has {size} bytes instead of {listed[path]}"))
+    for path in sorted(({*listed} | ours) - {*found}):
+        if tree.is_dir(unit / path):
+            problems.append(Problem(path, "link", "a directory is in its place"))
+        else:
+            problems.append(Problem(path, "missing", "it was committed and is not there"))
+    return problems
+
+
+def _records(unit: Path, told: Manifest, record: bytes, patience: ReadRetries) -> list[Problem]:
+    """Votes, expected.json and decision, each against its own digest and against the manifest."""
+    problems: list[Problem] = []
+    read = {file: _read(unit, f"{names.VOTES}/{file}", problems, patience) for file in told.votes}
+    votes = {file: vote for file, vote in read.items() if vote is not None}
+    expected = _read(unit, names.EXPECTED, problems, patience)
+    decision = _read(unit, names.DECISION, problems, patience)
+    foreign = [file for file, vote in votes.items() if sha256(vote) != told.votes[file]]
+    for file in foreign:
+        problems.append(Problem(f"{names.VOTES}/{file}", "digest", "it is not the vote that the manifest rests on"))
+    if expected is not None:
+        problems += _damage(names.EXPECTED, partial(records.parse_expected, expected, names.EXPECTED))
+    contrary = [] if decision is None else _damage(names.DECISION, partial(_check_decision, decision, told, record))
+    problems += contrary
+    if contrary and len(foreign) == len(told.votes):
+        problems.append(Problem(names.MANIFEST, "digest", "no vote and no decision there is the one that it rests on"))
+    if not problems and expected is not None:
+        problems += _damage(names.MANIFEST, partial(_check_rebuilt, votes, expected, record))
+    return problems
+
+
+def _check_decision(data: bytes, told: Manifest, record: bytes) -> None:
+    decision = records.parse_decision(data, names.DECISION)
+    same = (decision.name, decision.epoch, decision.attempt) == (told.name, told.epoch, told.attempt)
+    if not decision.commit or not same or decision.manifest != sha256(record):
+        raise Damaged("it is not the decision to commit this manifest")
+
+
+def _check_rebuilt(votes: dict[str, bytes], expected: bytes, record: bytes) -> None:
+    if manifests.build(votes, expected) != record:
+        raise Damaged("it is not what the votes amount to")
+
+
+def _contents(unit: Path, receipt: Receipt, patience: ReadRetries, *, direct: bool) -> list[Problem]:
+    path = unit / receipt.path
+    try:
+        if receipt.nbytes <= _SMALL_BYTES or locks.is_held(path):
+            # Under our own lock an open by anybody but disk.py would drop it.
+            data = patience.again(partial(reads.read_bytes, path))
+            nbytes, crcs = len(data), records.digest_bytes(data, receipt.block_bytes)
+        else:
+            digest = patience.again(partial(files.digest_file, str(path), receipt.block_bytes, direct=direct))
+            nbytes, crcs = digest.nbytes, list(digest.crcs)
+    except Damaged as error:
+        return [Problem(receipt.path, "size", str(error))]
+    except OSError as error:
+        return [_unreadable(receipt.path, error)]
+    if nbytes != receipt.nbytes:
+        return [Problem(receipt.path, "size", f"it has {nbytes} bytes instead of {receipt.nbytes}")]
+    if records.root_of(nbytes, receipt.block_bytes, crcs) != receipt.root:
+        return [Problem(receipt.path, "digest", "its bytes are not those that were written")]
+    return []
+
+
+def _share(receipts: Iterable[Receipt], part: int, parts: int) -> list[Receipt]:
+    """This part's receipts: the largest first, each to the part with the fewest bytes so far."""
+    loads = [0] * parts
+    mine = []
+    for receipt in sorted(receipts, key=lambda r: (-r.nbytes, r.path)):
+        lightest = loads.index(min(loads))
+        loads[lightest] += receipt.nbytes + 1
+        if lightest == part:
+            mine.append(receipt)
+    return mine
+
+
+def verify_run(output_dir: Path) -> list[Problem]:
+    """All problems of all committed checkpoints of a run, of `latest`, and of the records in `.epochs/`.
+
+    Where neither of these two is, nobody has run: it is a folder of copies, pulled or uploaded.
+    """
+    problems = []
+    sound: dict[str, Manifest] = {}
+    for entry in tree.list_dir(output_dir):
+        unit = output_dir / entry
+        if entry.startswith(".") or entry == names.LOST_AND_FOUND or not _looks_committed(unit):
+            continue
+        problems += [Problem(f"{entry}/{p.path}", p.kind, p.detail) for p in verify(unit)]
+        try:
+            told = manifests.read(unit)
+        except (Damaged, NotFound, OSError):
+            continue  # verify has told
+        if told.name != entry:
+            if not names.is_another(entry, told.name):  # of which verify has told
+                problems.append(Problem(entry, "extra", f"its manifest is the one of {told.name}"))
+        elif not tree.is_real_dir(unit):
+            problems.append(Problem(entry, "link", "a run takes no link for a checkpoint"))
+        else:
+            sound[entry] = told
+    if tree.exists(output_dir / names.EPOCHS) or tree.exists(output_dir / names.LATEST):
+        problems += _latest(output_dir, sound)
+        problems += _epochs(output_dir, sound.values())
+    return sorted(problems)
+
+
+def _looks_committed(unit: Path) -> bool:
+    ours = (names.MANIFEST, names.DECISION, names.EXPECTED)
+    try:
+        if not tree.is_dir(unit):
+            return False
+        return names.step_of(unit.name) is not None or any(tree.exists(unit / path) for path in ours)
+    except OSError:
+        return True  # so that verify says what cannot be read
+
+
+def _latest(output_dir: Path, sound: dict[str, Manifest]) -> list[Problem]:
+    try:
+        named = listing.read_latest(output_dir)
+    except Damaged as error:
+        return [Problem(names.LATEST, "digest", str(error))]
+    if named is None and any(told.save_latest for told in sound.values()):
+        return [Problem(names.LATEST, "missing", "there are checkpoints that it should name")]
+    if named is not None and named not in sound:
+        return [Problem(names.LATEST, "digest", f"it names {named!r}, which is no committed checkpoint")]
+    return []
+
+
+def _epochs(output_dir: Path, committed: Iterable[Manifest]) -> list[Problem]:
+    problems = []
+    for entry in tree.list_dir(output_dir / names.EPOCHS):
+        path = output_dir / names.EPOCHS / entry
+        relative = f"{names.EPOCHS}/{entry}"
+        if names.parse_temporary_file(entry) is not None:
+            continue  # of a run that starts just now
+        if parsed := names.parse_epoch_file(entry):
+            problems += _damage(relative, partial(_check_member, path, parsed[0]))
+        elif names.parse_aborted_file(entry):
+            problems += _damage(relative, partial(_check_aborted, path))
+        else:
+            problems.append(Problem(relative, "extra", "roll_ckpt writes no such file"))
+    newest = max((told.epoch for told in committed), default=0)
+    if epochs.newest_number(output_dir) < newest:
+        relative = f"{names.EPOCHS}/{newest}"
+        problems.append(Problem(relative, "missing", f"a checkpoint of epoch {newest} is there"))
+    return problems
+
+
+def _check_member(path: Path, number: int) -> None:
+    if epochs.parse_member(reads.read_bytes(path), path).number != number:
+        raise Damaged(f"{path}: it is the record of another epoch")
+
+
+def _check_aborted(path: Path) -> None:
+    decision = records.parse_decision(reads.read_bytes(path), path)
+    if names.parse_aborted_file(path.name) != (decision.name, decision.epoch, decision.attempt):
+        raise Damaged(f"{path}: it is the record of another attempt")
+
+
+def _damage(path: str, check: Callable[[], object]) -> list[Problem]:
+    try:
+        check()
+    except Damaged as error:
+        return [Problem(path, "digest", str(error))]
+    except OSError as error:
+        return [_unreadable(path, error)]
+    return []
+
+
+def _read(unit: Path, path: str, problems: list[Problem], patience: ReadRetries) -> bytes | None:
+    try:
+        return patience.again(partial(reads.read_bytes, unit / path))
+    except OSError as error:
+        problems.append(_unreadable(path, error))
+        return None
+
+
+def _unreadable(path: str, error: OSError) -> Problem:
+    return Problem(path, "unreadable", error.strerror or str(error))

@@ -1,0 +1,154 @@
+"""Copies of committed checkpoints in another directory (checkpoint_config.type: file_system)."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from roll_ckpt import names
+from roll_ckpt.disk import failpoints, reads, tree, writes
+from roll_ckpt.errors import ConfigError, Damaged, SaveFailed
+from roll_ckpt.formats import manifests, records
+from roll_ckpt.formats.manifests import Manifest
+from roll_ckpt.formats.sealed_json import sha256
+from roll_ckpt.native import extension
+from roll_ckpt.transaction import listing, reader_locks
+
+_NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+_OLD = ".old"
+
+
+def owed(output_dir: Path, upload_dir: Path) -> list[str]:
+    """The names of committed checkpoints that `upload_dir` has not, or not completely, the oldest first.
+
+    Compares manifests and sizes; contents were checked when they were copied.
+    """
+    return [
+        told.name
+        for told in listing.committed(output_dir)
+        if not is_complete(output_dir / told.name, upload_dir / told.name)
+    ]
+
+
+def is_complete(unit: Path, copy: Path) -> bool:
+    """Whether `copy` has the manifest of `unit`, and every file in its size."""
+    try:
+        if reads.read_bytes(copy / names.MANIFEST) != reads.read_bytes(unit / names.MANIFEST):
+            return False
+        told = manifests.read(copy)
+        return all(tree.file_bytes(copy / r.path) == r.nbytes for r in told.files) and all(
+            tree.is_file(copy / path) for path in _records(told)
+        )
+    except (OSError, Damaged):
+        return False
+
+
+def upload(unit: Path, upload_dir: Path, progress: Callable[[int], None] | None = None) -> None:
+    """Copy a committed checkpoint to `<upload_dir>/<name>`: complete under that name or not there; durable.
+
+    Blocks. Idempotent: a complete copy is left alone, what a killed upload left is removed, a damaged copy or
+    one of another attempt is replaced. `progress` is told of bytes as they are copied. The unit is not pruned
+    meanwhile.
+
+    Raises:
+        Damaged: a file is not as it was committed; nothing appears under the final name.
+        NotFound: the unit is not there. ConfigError: `upload_dir` lies inside the run's directory.
+    """
+    source = unit.parent.resolve()
+    if upload_dir.resolve() == source or source in upload_dir.resolve().parents:
+        raise ConfigError(f"uploads to {upload_dir} would lie inside {unit.parent}; choose another directory")
+    with reader_locks.reading(unit):
+        told = manifests.read(unit)
+        _remove_leftovers(upload_dir, told)
+        if is_complete(unit, upload_dir / told.name):
+            return
+        staging = upload_dir / names.attempt_dir(told.name, told.epoch, told.attempt)
+        writes.make_dirs(upload_dir)
+        writes.make_dir(staging)
+        _copy_all(unit, staging / told.name, told, progress or (lambda _: None))
+    failpoints.failpoint("upload.copied", name=told.name)
+    if not is_complete(unit, staging / told.name):
+        raise SaveFailed(f"{staging}: another process changed it while it was copied; upload {told.name} again")
+    _publish(staging, upload_dir / told.name)
+    failpoints.failpoint("upload.renamed", name=told.name)
+    writes.remove_tree(staging)
+
+
+def _remove_leftovers(upload_dir: Path, told: Manifest) -> None:
+    """Remove what uploads have left that were killed: of this checkpoint, and of others up to its epoch, since uploads
+    of one run come one after the other."""
+    for entry in tree.list_dir(upload_dir):
+        parsed = names.parse_attempt_dir(entry)
+        if parsed is not None and (parsed[0] == told.name or parsed[1] <= told.epoch):
+            writes.remove_tree(upload_dir / entry)
+
+
+def _records(told: Manifest) -> list[str]:
+    return [*(f"{names.VOTES}/{file}" for file in sorted(told.votes)), names.DECISION]
+
+
+def _copy_all(unit: Path, copy: Path, told: Manifest, progress: Callable[[int], None]) -> None:
+    folders = {copy}
+    for path in [*(receipt.path for receipt in told.files), *_records(told)]:
+        folders.update(parent for parent in (copy / path).parents if copy in parent.parents)
+    for folder in sorted(folders):
+        writes.make_dir(folder)
+    for receipt in told.files:
+        crcs = _copy(unit / receipt.path, copy / receipt.path, receipt.block_bytes, progress)
+        nbytes = tree.file_bytes(copy / receipt.path)
+        if nbytes != receipt.nbytes or records.root_of(nbytes, receipt.block_bytes, crcs) != receipt.root:
+            raise Damaged(f"{unit / receipt.path}: not as it was committed; the upload was abandoned")
+    for path in [*_records(told), names.MANIFEST]:
+        _copy(unit / path, copy / path, records.BLOCK_BYTES, progress)
+    _check_records(copy, told)
+    for folder in sorted(folders, reverse=True):  # what refers to something becomes durable after it
+        writes.fsync_dir(folder)
+    writes.fsync_dir(copy.parent)
+
+
+def _copy(source: Path, target: Path, block_bytes: int, progress: Callable[[int], None]) -> list[int]:
+    """Copy one file, fsync it, and return the CRC-32 of each block that went by."""
+    crcs = []
+    descriptor = writes.create(target)
+    try:
+        for block in reads.read_blocks(source, block_bytes):
+            crcs.append(extension.crc32(block))
+            writes.write_all(descriptor, block, target)
+            progress(len(block))
+        writes.fsync(descriptor, target)
+    finally:
+        os.close(descriptor)
+    return crcs
+
+
+def _check_records(copy: Path, told: Manifest) -> None:
+    record = reads.read_bytes(copy / names.MANIFEST)
+    if manifests.parse(record, copy / names.MANIFEST) != told:
+        raise Damaged(f"{copy / names.MANIFEST}: it changed while it was copied; upload again")
+    for file, digest in told.votes.items():
+        if sha256(reads.read_bytes(copy / names.VOTES / file)) != digest:
+            raise Damaged(f"{copy / names.VOTES / file}: it is not the vote that the manifest rests on")
+    decision = records.parse_decision(reads.read_bytes(copy / names.DECISION), copy / names.DECISION)
+    if not decision.commit or decision.manifest != sha256(record):
+        raise Damaged(f"{copy / names.DECISION}: it is not the decision to commit this manifest")
+
+
+def _publish(staging: Path, target: Path) -> None:
+    """Rename the copy into place; what was there under that name goes with the staging directory."""
+    new = staging / target.name
+    try:
+        writes.rename(new, target)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise
+        try:
+            writes.exchange(new, target)
+        except OSError as refusal:
+            if refusal.errno not in _NO_EXCHANGE:
+                raise
+            writes.make_dir(staging / _OLD)
+            writes.rename(target, staging / _OLD / target.name)
+            writes.rename(new, target)
+    writes.fsync_dir(target.parent)
