@@ -83,7 +83,7 @@ class Stock:
             self.strategy,
             validate_access_integrity=self.check,
             async_sharded_save=True,
-            content_metadata=facts.content_metadata_of(self.bare.form),
+            content_metadata=facts.content_metadata_of(self.bare.sharding_type),
         )
         planned = time.perf_counter()
         self.queue.schedule_async_request(request)
@@ -139,7 +139,7 @@ def measure(who: Any, tiny: Any, directory: Path) -> Row:
     tiny.train()
     row["step_after"] = time.perf_counter() - began - row["state"] - row["stall"]
     if isinstance(who, Ours):
-        row["fence"] = sum(ticket.timing.fence_s for ticket in who.last.tickets.values())
+        row["fence"] = sum(cluster_save.timing.fence_s for cluster_save in who.last.cluster_saves.values())
     who.finish()
     row["durable"] = time.perf_counter() - began
     if isinstance(who, Ours):

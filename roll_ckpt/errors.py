@@ -108,7 +108,7 @@ class Damaged(RollCkptError, ValueError):
 class Unreadable(RollCkptError, OSError):
     """The disk does not give the bytes of a checkpoint. They may be sound, so nothing older is taken in its place."""
 
-    unit: Path | None = None
+    checkpoint_dir: Path | None = None
     """The checkpoint, where one of several was looked at."""
 
 

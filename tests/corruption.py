@@ -26,7 +26,7 @@ Named = dict[str, set[str]]
 class Patient:
     """A copy of a checkpoint, and what else may get into it: another step of its run, its step of another run."""
 
-    unit: Path
+    checkpoint_dir: Path
     sound: Path
     older: Path
     another: Path
@@ -39,12 +39,12 @@ class Patient:
 
     def heal(self) -> None:
         """Make it the checkpoint that was committed again."""
-        if self.unit.exists():
-            for folder, below, _ in os.walk(self.unit):
+        if self.checkpoint_dir.exists():
+            for folder, below, _ in os.walk(self.checkpoint_dir):
                 for name in below:
                     os.chmod(os.path.join(folder, name), 0o700, follow_symlinks=True)
-            shutil.rmtree(self.unit)
-        shutil.copytree(self.sound, self.unit, copy_function=os.link)
+            shutil.rmtree(self.checkpoint_dir)
+        shutil.copytree(self.sound, self.checkpoint_dir, copy_function=os.link)
 
     def files(self) -> list[str]:
         return sorted(path.relative_to(self.sound).as_posix() for path in self.sound.rglob("*") if path.is_file())
@@ -53,8 +53,8 @@ class Patient:
         return (self.sound / path).read_bytes()
 
     def put(self, path: str, data: bytes) -> None:
-        (self.unit / path).unlink()
-        (self.unit / path).write_bytes(data)
+        (self.checkpoint_dir / path).unlink()
+        (self.checkpoint_dir / path).write_bytes(data)
 
     def theirs(self, other: Path, path: str) -> Path:
         """The same file of another checkpoint, whose cluster folders bear its own name."""
@@ -109,7 +109,7 @@ def file_kind(path: str) -> str:
     return next((kind for kind, pattern in FILE_KINDS.items() if re.fullmatch(pattern, path)), "")
 
 
-def _sealed(path: str) -> bool:
+def _staging_ended(path: str) -> bool:
     """Whether it is a record that holds its own digest; the size of the others stands in the manifest."""
     return path in (names.MANIFEST, names.DECISION) or (path.startswith(names.VOTES) and path != names.EXPECTED)
 
@@ -123,7 +123,7 @@ def _rewritten(change: Callable[[bytes], bytes]) -> Callable[[Patient, str], Nam
         if after == before:
             return None
         patient.put(path, after)
-        return {path: {"digest"} if _sealed(path) or len(after) == len(before) else {"size"}}
+        return {path: {"digest"} if _staging_ended(path) or len(after) == len(before) else {"size"}}
 
     return harm
 
@@ -162,7 +162,7 @@ def _swapped(patient: Patient, path: str) -> Named | None:
     theirs = patient.bytes(other)
     patient.put(path, theirs)
     patient.put(other, mine)
-    right = {"digest"} if _sealed(path) or len(mine) == len(theirs) else {"size"}
+    right = {"digest"} if _staging_ended(path) or len(mine) == len(theirs) else {"size"}
     return {path: right, other: right}
 
 
@@ -174,7 +174,7 @@ def _from(which: str) -> Callable[[Patient, str], Named | None]:
         if theirs == patient.bytes(path):
             return None
         patient.put(path, theirs)
-        same = _sealed(path) or len(theirs) == len(patient.bytes(path))
+        same = _staging_ended(path) or len(theirs) == len(patient.bytes(path))
         right = {"digest"} if same else {"size"}
         return {path: right | {"name"} if path == names.MANIFEST else right}
 
@@ -182,12 +182,12 @@ def _from(which: str) -> Callable[[Patient, str], Named | None]:
 
 
 def _gone(patient: Patient, path: str) -> Named:
-    (patient.unit / path).unlink()
+    (patient.checkpoint_dir / path).unlink()
     return {path: {"missing"}}
 
 
 def _renamed(patient: Patient, path: str) -> Named:
-    (patient.unit / path).rename(patient.unit / f"{path}.bak")
+    (patient.checkpoint_dir / path).rename(patient.checkpoint_dir / f"{path}.bak")
     # Without a manifest nothing tells what else belongs there.
     return {path: {"missing"}} if path == names.MANIFEST else {path: {"missing"}, f"{path}.bak": {"extra"}}
 
@@ -195,14 +195,14 @@ def _renamed(patient: Patient, path: str) -> Named:
 def _other_case(patient: Patient, path: str) -> Named:
     folder, _, name = path.rpartition("/")
     strange = f"{folder}/{name.swapcase()}".lstrip("/")
-    (patient.unit / path).rename(patient.unit / strange)
+    (patient.checkpoint_dir / path).rename(patient.checkpoint_dir / strange)
     return {path: {"missing"}} if path == names.MANIFEST else {path: {"missing"}, strange: {"extra"}}
 
 
 def _doubled(patient: Patient, path: str) -> Named:
     folder, _, name = path.rpartition("/")
     extra = f"{folder}/copy_of_{name}".lstrip("/")
-    os.link(patient.sound / path, patient.unit / extra)
+    os.link(patient.sound / path, patient.checkpoint_dir / extra)
     return {extra: {"extra"}}
 
 
@@ -210,8 +210,8 @@ def _instead(make: Callable[[Path, Patient, str], object]) -> Callable[[Patient,
     """Harm that leaves something else than a file there."""
 
     def harm(patient: Patient, path: str) -> Named:
-        (patient.unit / path).unlink()
-        make(patient.unit / path, patient, path)
+        (patient.checkpoint_dir / path).unlink()
+        make(patient.checkpoint_dir / path, patient, path)
         return {path: {"link"}}
 
     return harm
@@ -224,14 +224,14 @@ def _full_directory(place: Path, patient: Patient, path: str) -> None:
 
 def _unreadable(patient: Patient, path: str) -> Named | None:
     patient.put(path, patient.bytes(path))
-    (patient.unit / path).chmod(0)
+    (patient.checkpoint_dir / path).chmod(0)
     return {path: {"unreadable"}}
 
 
 def _unreadable_directory(patient: Patient, path: str) -> Named | None:
     if "/" not in path:
         return None
-    folder = (patient.unit / path).parent
+    folder = (patient.checkpoint_dir / path).parent
     away = folder.with_name("away")
     folder.rename(away)
     folder.mkdir(mode=0)
@@ -243,10 +243,10 @@ def _linked_directory(patient: Patient, path: str) -> Named | None:
     """The folder of the file is a symbolic link to one that holds the right bytes."""
     if "/" not in path:
         return None
-    folder = (patient.unit / path).parent
+    folder = (patient.checkpoint_dir / path).parent
     shutil.rmtree(folder)
     folder.symlink_to((patient.sound / path).parent)
-    return {folder.relative_to(patient.unit).as_posix(): {"link"}}
+    return {folder.relative_to(patient.checkpoint_dir).as_posix(): {"link"}}
 
 
 KINDS: dict[str, Callable[[Patient, str], Named | None]] = {
@@ -298,23 +298,23 @@ def _records_of(which: str, *records: str) -> Callable[[Patient], Named]:
 
 
 def _older_under_its_name(patient: Patient) -> Named:
-    shutil.rmtree(patient.unit)
-    shutil.copytree(patient.older, patient.unit, copy_function=os.link)
+    shutil.rmtree(patient.checkpoint_dir)
+    shutil.copytree(patient.older, patient.checkpoint_dir, copy_function=os.link)
     return {names.MANIFEST: {"name"}}
 
 
 def _without_records(patient: Patient) -> Named:
     for path in (names.MANIFEST, names.DECISION):
-        (patient.unit / path).unlink()
-    shutil.rmtree(patient.unit / names.VOTES)
+        (patient.checkpoint_dir / path).unlink()
+    shutil.rmtree(patient.checkpoint_dir / names.VOTES)
     return {names.MANIFEST: {"missing"}}
 
 
 def _votes_of_another_run(patient: Patient) -> Named:
-    shutil.rmtree(patient.unit / names.VOTES)
-    shutil.copytree(patient.another / names.VOTES, patient.unit / names.VOTES)
+    shutil.rmtree(patient.checkpoint_dir / names.VOTES)
+    shutil.copytree(patient.another / names.VOTES, patient.checkpoint_dir / names.VOTES)
     votes = [path for path in patient.files() if file_kind(path) == "vote"]
-    return {path: {"digest"} for path in votes if patient.bytes(path) != (patient.unit / path).read_bytes()}
+    return {path: {"digest"} for path in votes if patient.bytes(path) != (patient.checkpoint_dir / path).read_bytes()}
 
 
 WHOLE: dict[str, Callable[[Patient], Named]] = {

@@ -222,8 +222,8 @@ def change_after_the_check(folder: str, paths: dict[str, list[str]]) -> dict[str
         for path in paths[way]:
             out = Path(folder) / f"{way} {Path(path).name}"
 
-            def check_and_change(world: Any, unit: Path, changed: Path = out / path) -> None:
-                check_bytes(world, unit)
+            def check_and_change(world: Any, checkpoint_dir: Path, changed: Path = out / path) -> None:
+                check_bytes(world, checkpoint_dir)
                 if dist.get_rank() == 0:
                     data = changed.read_bytes()
                     changed.unlink()

@@ -233,7 +233,7 @@ def play(scenario: Scenario, template: Path, folder: Path, switches: tuple[Switc
         if second and scenario.twice:
             with suppress(SaveFailed):
                 ballot.cast(attempt, Vote(cluster, 0, attempt.epoch, attempt.attempt, (), error="no, after all"))
-        return settlement.settle(attempt, lead=True, timeout_s=PATIENCE_S / 2, clock=lambda: stage.clock)
+        return settlement.settle(attempt, lead=True, timeout_s=PATIENCE_S / 2)
 
     def newcomer() -> None:
         claimed.append(runs.claim(output_dir, take_over=True))
@@ -409,8 +409,8 @@ def own_decision() -> None:
 def any_checkpoint() -> None:
     """What has the name is taken for what this attempt has written."""
 
-    def carries(unit: Path, attempt: Attempt) -> bool:
-        return tree.exists(unit / names.MANIFEST)
+    def carries(checkpoint_dir: Path, attempt: Attempt) -> bool:
+        return tree.exists(checkpoint_dir / names.MANIFEST)
 
     attempts.carries = carries
 
@@ -430,7 +430,7 @@ def shared_place() -> None:
 
     def take(attempt: Attempt, *, patient: bool) -> Path:
         if attempt.name not in tree.list_dir(attempt.directory):
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(attempt.unit))
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(attempt.checkpoint_dir))
         return attempt.directory
 
     publication._take = take

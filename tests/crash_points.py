@@ -59,21 +59,23 @@ def save(epoch: Epoch, step: int, salt: str) -> None:
     one = Save(attempt, SETTINGS, 0, tuple(runs.CLUSTERS))
     with one.staging():
         for cluster in runs.CLUSTERS:
-            stage(one.ticket(cluster, {}), salt)
-            one.tickets[cluster]._staged[-1].transfer.wait_written()  # one after the other: the same order each time
+            stage(one.add_cluster(cluster, {}), salt)
+            one.cluster_saves[cluster]._staged[
+                -1
+            ].transfer.wait_written()  # one after the other: the same order each time
     one.wait()
 
 
-def stage(ticket: ClusterSave, salt: str) -> None:
+def stage(cluster_save: ClusterSave, salt: str) -> None:
     """One file of ours and one that stock code wrote, as the backends do."""
-    folder = ticket.save.attempt.unit / ticket.cluster
+    folder = cluster_save.save.attempt.checkpoint_dir / cluster_save.cluster
     writes.make_dirs(folder)
-    data = runs.contents(salt, ticket.cluster, ticket.rank)
-    ticket.stage(folder / f"rank_{ticket.rank}.pt", FileImage.of_bytes(data), overlap=False)
-    stock = folder / "stock" / f"rank_{ticket.rank}.json"
+    data = runs.contents(salt, cluster_save.cluster, cluster_save.rank)
+    cluster_save.stage(folder / f"rank_{cluster_save.rank}.pt", FileImage.of_bytes(data), overlap=False)
+    stock = folder / "stock" / f"rank_{cluster_save.rank}.json"
     stock.parent.mkdir(exist_ok=True)
     stock.write_text(salt)
-    ticket.adopt(stock)
+    cluster_save.adopt(stock)
 
 
 def saves(step: int, *, keep: int = 0) -> Callable[[Path], None]:
@@ -349,7 +351,7 @@ def is_seen(name: str, store: Disk, trace: Trace, base: Trace | None) -> bool:
 def unnoticed(folder: Path) -> list[str]:
     """The fsyncs of the package, by who asks for them and of what, that no crash of any scenario misses.
 
-    Not those of disk.py that the tests themselves ask for.
+    Not those of disk/ that the tests themselves ask for.
     """
     left: dict[str, list[str]] = {}
     for name, scenario in SCENARIOS.items():

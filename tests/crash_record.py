@@ -54,15 +54,14 @@ def record(root: Path, work: Callable[[], object]) -> Trace:
 
 
 def _caller() -> str:
-    """The lines of roll_ckpt that led to an operation, the innermost first, up to the one outside disk.py."""
+    """The lines of roll_ckpt that led to an operation, the innermost first, up to the one outside disk/."""
     lines = []
     frame = sys._getframe(1)
     while frame is not None:
-        folder, _, file = frame.f_code.co_filename.rpartition("/")
-        name = frame.f_code.co_name
-        if folder.endswith("/roll_ckpt") and name != "_about" and not name.startswith("<"):
-            lines.append(f"{file[:-3]}.{name}:{frame.f_lineno}")
-            if file != "disk.py":
+        path, name = Path(frame.f_code.co_filename), frame.f_code.co_name
+        if "roll_ckpt" in path.parts and name != "announce" and not name.startswith("<"):
+            lines.append(f"{path.stem}.{name}:{frame.f_lineno}")
+            if path.parent.name != "disk":
                 break
         frame = frame.f_back
     return " < ".join(lines)

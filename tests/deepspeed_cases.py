@@ -25,6 +25,7 @@ from deepspeed.utils import groups
 from late_copies import copied, late_copies
 from tiny import Net, config, engine, train
 
+from roll_ckpt import process
 from roll_ckpt.backends.deepspeed import checkpoint_engine, install
 from roll_ckpt.backends.deepspeed.checkpoint_engine import RollCheckpointEngine
 from roll_ckpt.backends.deepspeed.cluster import DeepSpeedCluster
@@ -49,15 +50,11 @@ def settings(**more: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def new_arena():  # type: ignore[no-untyped-def]
-    """Let the block make an arena of other sizes; a process has one, so the old is put back afterwards."""
+    """Let the block make an arena of other sizes: a process has one, so the block has a registry of its own."""
     pending_module.wait_pending()
-    kept = arena._mover, arena._made_for
-    arena._mover = None
-    try:
+    with process.installed(process.Process()):
         yield
-    finally:
         pending_module.wait_pending()
-        arena._mover, arena._made_for = kept
 
 
 def save_with_us_load_with_all(out: str, stage: int, precision: str, **more: Any) -> dict[str, list[float]]:
@@ -383,9 +380,9 @@ def changes_after_save_stay_out(out: str) -> dict[str, bool]:
     images = []
     stage = ClusterSave.stage
 
-    def watched(ticket: ClusterSave, path: Path, image: Any, **how: bool) -> None:
+    def watched(cluster_save: ClusterSave, path: Path, image: Any, **how: bool) -> None:
         images.append(image)
-        stage(ticket, path, image, **how)
+        stage(cluster_save, path, image, **how)
 
     ClusterSave.stage = watched  # type: ignore[assignment]
     try:
@@ -397,7 +394,7 @@ def changes_after_save_stay_out(out: str) -> dict[str, bool]:
         extent.source.owner._cdata
         for image in images
         for extent in image.extents
-        if extent.stable and isinstance(extent.source, Memory)
+        if extent.lifetime and isinstance(extent.source, Memory)
     }
     others = (made.module.calls, made.module.frozen.weight, mine)
     made.module.calls.fill_(-1)
@@ -500,7 +497,7 @@ def change_before_the_copies(out: str, stage: int) -> dict[str, tuple[bool, bool
             continue
         with late_copies(install.attached(made).settings):  # type: ignore[union-attr]
             made.save_checkpoint(out, tag=what)
-            save = install.attached(made)._saves[-1]  # type: ignore[union-attr]
+            save = install.attached(made).saves[-1]  # type: ignore[union-attr]
             late = not copied(save)
             change(made, out)
             fenced = copied(save)
@@ -516,7 +513,7 @@ def step_without_the_fence(out: str, stage: int) -> list[str]:
     for tag, step in (("torn", wrapped.__wrapped__), ("next", wrapped)):
         with late_copies(install.attached(made).settings):  # type: ignore[union-attr]
             made.save_checkpoint(out, tag=tag)
-            save = install.attached(made)._saves[-1]  # type: ignore[union-attr]
+            save = install.attached(made).saves[-1]  # type: ignore[union-attr]
             with mock.patch.object(type(made), "_take_model_step", step):
                 train(made, 1, seed=2)
         told.append(str(save.failure))
@@ -591,13 +588,13 @@ def watched_until_the_fence(trained: Any) -> Iterator[dict[str, Any]]:
     total = 0
     stage = ClusterSave.stage
 
-    def watched(ticket: ClusterSave, path: Path, image: FileImage, *, overlap: bool) -> None:
+    def watched(cluster_save: ClusterSave, path: Path, image: FileImage, *, overlap: bool) -> None:
         nonlocal total
         tensors = [extent for extent in image.extents if isinstance(extent.source, Memory)]
         total += sum(extent.nbytes for extent in tensors)
-        late = [extent.source for extent in tensors if extent.stable and overlap]
+        late = [extent.source for extent in tensors if extent.lifetime and overlap]
         then.extend((memory, bytes_of(memory)) for memory in late)
-        stage(ticket, path, image, overlap=overlap)
+        stage(cluster_save, path, image, overlap=overlap)
 
     def fence(*changes: cluster_save.Changes) -> None:
         if then:

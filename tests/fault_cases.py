@@ -108,7 +108,9 @@ def save_up_to(out: str, rank: int, point: str, timeout_s: float) -> None:
         assert stopped.wait(20)
     elif rank == 0:  # the others have voted before their lead dies
         for save in pending.pending():
-            while not tree.exists(save.attempt.unit / names.VOTES / names.vote_file("model", dist.get_rank())):
+            while not tree.exists(
+                save.attempt.checkpoint_dir / names.VOTES / names.vote_file("model", dist.get_rank())
+            ):
                 stopped.wait(0.01)
 
 

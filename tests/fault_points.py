@@ -74,20 +74,20 @@ def save(output_dir: Path, name: str, salt: str) -> list[RollCkptError | None]:
             with one.staging():
                 stage(one, salt)
         except OSError as problem:
-            assert one.tickets["actor"].error, problem
+            assert one.cluster_saves["actor"].error, problem
         # One rank after the other: the same order of operations each time.
-        until(lambda: one.settled or one.tickets["actor"].timing.write_s is not None)  # noqa: B023
+        until(lambda: one.settled or one.cluster_saves["actor"].timing.write_s is not None)  # noqa: B023
     for one in saves:
         assert one._finished.wait(STEP_S), f"rank {one.rank} hangs"
     return [one.failure for one in saves]
 
 
 def stage(one: Save, salt: str) -> None:
-    ticket = one.ticket("actor", {})
-    folder = one.attempt.unit / "actor"
+    cluster_save = one.add_cluster("actor", {})
+    folder = one.attempt.checkpoint_dir / "actor"
     writes.make_dirs(folder)
     path = folder / f"rank_{one.rank}.pt"
-    ticket.stage(path, FileImage.of_bytes(data_of(salt, one.rank)), overlap=True)
+    cluster_save.stage(path, FileImage.of_bytes(data_of(salt, one.rank)), overlap=True)
     if not one.rank:
         (one.attempt.directory / "helper.py").write_text(salt)
 
@@ -170,7 +170,9 @@ def never_synced_twice(calls: list[faults.Call], output_dir: Path) -> None:
     """A file whose fsync failed is not in a checkpoint, and nobody asked again."""
     again, failed = faults.synced_again(calls)
     assert again == []
-    assert failed.isdisjoint(path.stat().st_ino for unit in output_dir.glob("checkpoint-*") for path in unit.rglob("*"))
+    assert failed.isdisjoint(
+        path.stat().st_ino for checkpoint_dir in output_dir.glob("checkpoint-*") for path in checkpoint_dir.rglob("*")
+    )
 
 
 def main(fault: str, folder: Path, stride: int) -> None:

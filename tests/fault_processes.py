@@ -16,7 +16,7 @@ from pathlib import Path
 import faults
 import runs
 
-from roll_ckpt import names
+from roll_ckpt import names, process
 from roll_ckpt.disk import locks as locks_module
 from roll_ckpt.disk import reads, tree
 from roll_ckpt.errors import RunIsLive, SaveFailed
@@ -155,7 +155,9 @@ def forks(folder: Path) -> None:
     def children() -> None:
         """Exit handlers run in the second; the last two are data loaders' workers."""
         for leave in (os._exit, sys.exit):
-            with held_by_another_thread(pending._pending_lock, reader_locks._guard):
+            with held_by_another_thread(
+                process.part(pending.PendingSaves)._lock, process.part(reader_locks.Readers).guard
+            ):
                 child = os.fork()
                 if not child:
                     look()
@@ -269,9 +271,9 @@ def without_direct_io(folder: Path) -> None:
         assert problem.errno == errno.EINVAL
     save = t.begin(folder / "run", "t1")
     with save.staging():
-        ticket = t.stage(save, {"w": torch.ones(300_001)})
+        cluster_save = t.stage(save, {"w": torch.ones(300_001)})
     save.wait(20)
-    assert not ticket._staged[0].transfer.stats["direct"]
+    assert not cluster_save._staged[0].transfer.stats["direct"]
     with open_reader(folder / "run" / "t1", t.SETTINGS) as reader:
         assert reader.load(folder / "run" / "t1" / "model.pt", "cpu")["w"].sum() == 300_001
 

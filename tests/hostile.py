@@ -48,7 +48,7 @@ from roll_ckpt.ranks.rng import capture, restore
 from roll_ckpt.transaction import epochs, listing
 from roll_ckpt.transaction.epochs import Member
 from roll_ckpt.upload.hub import push_queue
-from roll_ckpt.upload.hub.push_queue import Destination, Entry, Hashes, _records
+from roll_ckpt.upload.hub.push_queue import Entry, Hashes, Repository, _records
 
 HERE = "some/place"
 NAME = "checkpoint-7"
@@ -276,9 +276,15 @@ def ours() -> bytes:
     path = folder("ours") / "state.pt"
     mover = Mover(Arena(1 << 20, 64 << 10))
     image = layout.lay_out(STATE, "archive")
-    extents, seals = image.extents, image.seals
+    extents, crc_patches = image.extents, image.crc_patches
     made = NativeImage.of(
-        image.nbytes, extents.rows, extents.owners, seals.records, seals.crcs, seals.serials, extents.streams
+        image.nbytes,
+        extents.rows,
+        extents.owners,
+        crc_patches.records,
+        crc_patches.crcs,
+        crc_patches.serials,
+        extents.streams,
     )
     mover.save(path, made).wait_written()
     mover.shutdown(10)
@@ -348,14 +354,14 @@ def read_rng(data: bytes) -> object:
 
 def unit_with(files: Mapping[str, bytes], listed: Mapping[str, Receipt] | None = None) -> OpenedCheckpoint:
     """A checkpoint that holds these files, or says so: its manifest is well made, as anybody can make one."""
-    unit = folder("unit") / NAME
+    checkpoint_dir = folder("unit") / NAME
     for path, data in files.items():
-        (unit / path).parent.mkdir(parents=True, exist_ok=True)
-        (unit / path).write_bytes(data)
+        (checkpoint_dir / path).parent.mkdir(parents=True, exist_ok=True)
+        (checkpoint_dir / path).write_bytes(data)
     receipts = {path: records_module.receipt_of_bytes(path, data) for path, data in files.items()} | dict(listed or {})
     told = manifests.parse(built(), HERE)
-    (unit / names.MANIFEST).write_bytes(replace(told, files=tuple(sorted(receipts.values()))).to_bytes())
-    return OpenedCheckpoint(unit)
+    (checkpoint_dir / names.MANIFEST).write_bytes(replace(told, files=tuple(sorted(receipts.values()))).to_bytes())
+    return OpenedCheckpoint(checkpoint_dir)
 
 
 SETTINGS = PipelineConfig.parse({"output_dir": "x", "save_steps": 1, "max_steps": 2}, where="the test")
@@ -364,15 +370,15 @@ CONTENTS = b"the bytes of one file" * 9
 
 def read_digests(data: bytes) -> object:
     path = "actor/0.pt"
-    unit = unit_with({path: CONTENTS, names.digest_file("actor", 0): data})
-    return unit.read(unit.directory / path, SETTINGS)
+    checkpoint_dir = unit_with({path: CONTENTS, names.digest_file("actor", 0): data})
+    return checkpoint_dir.read(checkpoint_dir.directory / path, SETTINGS)
 
 
 def read_tensors(data: bytes) -> object:
-    unit = unit_with({names.tensor_file("actor", 0): data})
+    checkpoint_dir = unit_with({names.tensor_file("actor", 0): data})
     live = {"weight": {"shape": [4, 6], "dtype": "float32"}}
-    compare_models(unit.parameters("actor", 0), live, HERE)
-    return unit
+    compare_models(checkpoint_dir.parameters("actor", 0), live, HERE)
+    return checkpoint_dir
 
 
 def read_latest(data: bytes) -> object:
@@ -380,7 +386,7 @@ def read_latest(data: bytes) -> object:
     return listing.read_latest(folder("run"))
 
 
-TO = Destination("me/demo", "main", True)
+TO = Repository("me/demo", "main", True)
 
 
 def hub_file(path: str, data: bytes) -> Path:
@@ -391,7 +397,7 @@ def hub_file(path: str, data: bytes) -> Path:
 
 
 def read_destination(data: bytes) -> object:
-    found = push_queue.destination(hub_file(names.HUB_DESTINATION, data))
+    found = push_queue.repository(hub_file(names.HUB_DESTINATION, data))
     return found and found.remote
 
 

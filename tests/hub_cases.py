@@ -10,7 +10,7 @@ from deepspeed_cases import raised
 from pipeline_cases import pipeline
 from tiny import engine
 
-from roll_ckpt import BasePipeline, Cluster
+from roll_ckpt import BasePipeline, Cluster, process
 from roll_ckpt.save import pending
 
 
@@ -26,7 +26,7 @@ def settle() -> None:
     """Wait for what the interpreter's exit waits for."""
     for save in pending.pending():
         save.wait(uploaded=True)
-    for thread, _ in list(pending._background):
+    for thread, _ in process.part(pending.PendingSaves).threads():
         thread.join()
     dist.barrier()
 

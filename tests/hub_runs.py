@@ -37,7 +37,7 @@ def history(output_dir: Path, steps: list[int], salt: str = "old", extra: Mappin
                     more = {"actor/large.bin": LARGE, **(extra or {})}
                     more |= {f"actor/{word}_{step}.txt": salt.encode() for word in ("only", "also")}
                     for path, data in more.items():
-                        writes.write_durable(attempt.unit / path, data)
+                        writes.write_durable(attempt.checkpoint_dir / path, data)
                     receipts = [records.receipt_of_bytes(path, data) for path, data in more.items()]
                     vote = replace(vote, receipts=(*vote.receipts, *receipts))
                 ballot.cast(attempt, vote)
@@ -53,18 +53,18 @@ def wait_for(condition: Callable[[], object]) -> None:
         time.sleep(0.02)
 
 
-def mark(unit: Path) -> str:
-    return sealed_json.sha256((unit / "manifest.json").read_bytes())
+def mark(checkpoint_dir: Path) -> str:
+    return sealed_json.sha256((checkpoint_dir / "manifest.json").read_bytes())
 
 
-def landed(hub: LocalHub, repo: str, unit: Path, revision: str | None = None) -> list[str]:
+def landed(hub: LocalHub, repo: str, checkpoint_dir: Path, revision: str | None = None) -> list[str]:
     """The commits that brought this very checkpoint: on a branch, or anywhere."""
     if not tree.exists(hub.store.root / "repos" / repo / "repo.json"):
         return []
     found = hub.store.repo(repo)
     places = [revision] if revision is not None else [*found.branches.values(), *found.tags.values()]
     commits = {c.id: c for place in places for c in hub.store.history(found, place)}
-    return [c.id for c in commits.values() if mark(unit) in c.message]
+    return [c.id for c in commits.values() if mark(checkpoint_dir) in c.message]
 
 
 def contents(hub: LocalHub, repo: str, revision: str = "main") -> dict[str, bytes]:
@@ -72,12 +72,12 @@ def contents(hub: LocalHub, repo: str, revision: str = "main") -> dict[str, byte
     return {path: reads.read_bytes(hub.store.contents(file)) for path, file in commit.files.items()}
 
 
-def assert_there_once(hub: LocalHub, repo: str, unit: Path, tmp_path: Path) -> str:
+def assert_there_once(hub: LocalHub, repo: str, checkpoint_dir: Path, tmp_path: Path) -> str:
     """One commit, the tag on it, and every byte under the tag."""
-    (commit,) = landed(hub, repo, unit)
-    assert hub.store.repo(repo).tags[unit.name] == commit
-    copy = tmp_path / "copy" / unit.name
-    for path, data in contents(hub, repo, unit.name).items():
+    (commit,) = landed(hub, repo, checkpoint_dir)
+    assert hub.store.repo(repo).tags[checkpoint_dir.name] == commit
+    copy = tmp_path / "copy" / checkpoint_dir.name
+    for path, data in contents(hub, repo, checkpoint_dir.name).items():
         if path not in PERSONS:
             (copy / path).parent.mkdir(parents=True, exist_ok=True)
             (copy / path).write_bytes(data)

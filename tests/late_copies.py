@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
 
+from roll_ckpt import process
 from roll_ckpt.config import Settings
 from roll_ckpt.native.mover import Mover
 from roll_ckpt.save import arena, pending
@@ -18,7 +19,7 @@ def late_copies(settings: Settings) -> Iterator[None]:
     copies it. They have ended when the block ends."""
     staging = arena.mover(settings).arena
     late = Mover(staging, copy_threads=0, io_threads=settings.io.threads, direct=settings.io.direct)
-    with mock.patch.object(arena, "_mover", late):
+    with mock.patch.object(process.part(arena.StagingArena), "_mover", late):
         try:
             yield
         finally:
@@ -28,4 +29,6 @@ def late_copies(settings: Settings) -> Iterator[None]:
 
 
 def copied(save: Save) -> bool:
-    return all(staged.transfer.copied for ticket in save.tickets.values() for staged in ticket._staged)
+    return all(
+        staged.transfer.copied for cluster_save in save.cluster_saves.values() for staged in cluster_save._staged
+    )

@@ -163,13 +163,13 @@ def corridor(output_dir: Path, saves: int) -> Iterator[dict[str, Any]]:
         return begin(world, request, settings, nbytes=1 << 18, problem=problem, on_commit=prune)
 
     def stage(save: Save, step: int, kind: int) -> None:
-        ticket = save.ticket("model", {"framework": "none"})
+        cluster_save = save.add_cluster("model", {"framework": "none"})
         state = {"weights": weights, "moments": moments, "step": step}
-        image, _ = layouts.lay_out("model.pt", state, "model", lambda storage: Lifetime.FENCE)
-        ticket.stage(save.attempt.unit / "model.pt", image, overlap=True)
-        ticket.stage(save.attempt.unit / "state.json", FileImage.of_bytes(b"%d" % step), overlap=False)
+        image, _ = layouts.lay_out("model.pt", state, "model", lambda storage: Lifetime.UNTIL_FENCE)
+        cluster_save.stage(save.attempt.checkpoint_dir / "model.pt", image, overlap=True)
+        cluster_save.stage(save.attempt.checkpoint_dir / "state.json", FileImage.of_bytes(b"%d" % step), overlap=False)
         if kind == 3:
-            ticket.fail(ValueError("no"))
+            cluster_save.fail(ValueError("no"))
         if kind == 6:
             raise KeyboardInterrupt
 

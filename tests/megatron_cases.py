@@ -51,17 +51,21 @@ def trained(layout: str, **options: Any) -> Tiny:
     return tiny
 
 
-def attach(tiny: Tiny, form: str = "fully_reshardable", **settings: Any) -> MegatronHandle:
+def attach(tiny: Tiny, sharding_type: str = "fully_reshardable", **settings: Any) -> MegatronHandle:
     told = Settings(**{"staging": {"check": "full"}, **settings})
-    return handle.attach(tiny.model, tiny.optimizer, tiny.scheduler, settings=told, form=form)
+    return handle.attach(tiny.model, tiny.optimizer, tiny.scheduler, settings=told, sharding_type=sharding_type)
 
 
 # --- who saves and who loads ---------------------------------------------------------------------------------
 
 
-def stock_state(tiny: Tiny, form: str, *, loading: bool = False) -> dict[str, Any]:
+def stock_state(tiny: Tiny, sharding_type: str, *, loading: bool = False) -> dict[str, Any]:
     """As Megatron's own training script makes it; without random states, whose place is ours."""
-    told = {"distrib_optim_sharding_type": form, "singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+    told = {
+        "distrib_optim_sharding_type": sharding_type,
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+    }
     state = model_state(tiny, told)
     model = state.get("model", dict(state))
     return {
@@ -73,8 +77,8 @@ def stock_state(tiny: Tiny, form: str, *, loading: bool = False) -> dict[str, An
     }
 
 
-def stock_load(tiny: Tiny, directory: Path, form: str = "fully_reshardable") -> None:
-    loaded = dist_checkpointing.load(stock_state(tiny, form, loading=True), str(directory))
+def stock_load(tiny: Tiny, directory: Path, sharding_type: str = "fully_reshardable") -> None:
+    loaded = dist_checkpointing.load(stock_state(tiny, sharding_type, loading=True), str(directory))
     for index, chunk in enumerate(tiny.model):
         chunk.module.load_state_dict(loaded["model" if len(tiny.model) == 1 else f"model{index}"])
     with torch.no_grad():
@@ -83,44 +87,48 @@ def stock_load(tiny: Tiny, directory: Path, form: str = "fully_reshardable") -> 
     tiny.steps = loaded["iteration"]
 
 
-def our_load(tiny: Tiny, directory: Path, form: str = "fully_reshardable") -> None:
-    tiny.steps = attach(tiny, form).load(directory)
+def our_load(tiny: Tiny, directory: Path, sharding_type: str = "fully_reshardable") -> None:
+    tiny.steps = attach(tiny, sharding_type).load(directory)
 
 
 def nothing() -> None:
     pass
 
 
-def our_save(tiny: Tiny, directory: Path, form: str) -> Callable[[], None]:
-    attach(tiny, form).save(directory, tiny.steps)
+def our_save(tiny: Tiny, directory: Path, sharding_type: str) -> Callable[[], None]:
+    attach(tiny, sharding_type).save(directory, tiny.steps)
     return nothing
 
 
 def stock_save(
-    tiny: Tiny, directory: Path, form: str, strategy: Any = ("torch_dist", 1), queue: Any = None
+    tiny: Tiny, directory: Path, sharding_type: str, strategy: Any = ("torch_dist", 1), queue: Any = None
 ) -> Callable[[], None]:
     if dist.get_rank() == 0:
         directory.mkdir(parents=True)
     dist.barrier()
-    told = facts.content_metadata_of(form)
+    told = facts.content_metadata_of(sharding_type)
     request = dist_checkpointing.save(
-        stock_state(tiny, form), str(directory), strategy, async_sharded_save=queue is not None, content_metadata=told
+        stock_state(tiny, sharding_type),
+        str(directory),
+        strategy,
+        async_sharded_save=queue is not None,
+        content_metadata=told,
     )
     if queue is not None:
         queue.schedule_async_request(request)
     return nothing
 
 
-def save_with_our_strategy(tiny: Tiny, directory: Path, form: str) -> Callable[[], None]:
-    return stock_save(tiny, directory, form, SaveStrategy())
+def save_with_our_strategy(tiny: Tiny, directory: Path, sharding_type: str) -> Callable[[], None]:
+    return stock_save(tiny, directory, sharding_type, SaveStrategy())
 
 
-def save_through_the_queue(tiny: Tiny, directory: Path, form: str) -> Callable[[], None]:
+def save_through_the_queue(tiny: Tiny, directory: Path, sharding_type: str) -> Callable[[], None]:
     """Our strategy, made fully parallel by Megatron, with cached plans and in its queue."""
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     strategy = FullyParallelSaveStrategyWrapper(SaveStrategy(cached_metadata=True), group)
     queue = AsyncCallsQueue()
-    stock_save(tiny, directory, form, strategy, queue)
+    stock_save(tiny, directory, sharding_type, strategy, queue)
 
     def finish() -> None:
         queue.maybe_finalize_async_calls(blocking=True)
@@ -150,13 +158,13 @@ def differences(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor])
 
 
 def save(
-    layout: str, directory: str, who: str = "ours", form: str = "fully_reshardable", **options: Any
+    layout: str, directory: str, who: str = "ours", sharding_type: str = "fully_reshardable", **options: Any
 ) -> list[tuple[float, float]]:
     """Save a trained model, and note beside the checkpoint what it is; the next losses and norms."""
     tiny = trained(layout, **options)
     wanted = gathered(tiny)
     assert {name.split(".")[2] for name in wanted if name.startswith("optimizer")} == {"param", "exp_avg", "exp_avg_sq"}
-    finish = SAVE[who](tiny, Path(directory), form)
+    finish = SAVE[who](tiny, Path(directory), sharding_type)
     if dist.get_rank() == 0:
         torch.save(wanted, f"{directory}.wanted")
     following = tiny.train(NEXT_STEPS)  # what waits in a queue is a copy
@@ -165,20 +173,20 @@ def save(
 
 
 def load(
-    layout: str, directory: str, who: str = "ours", form: str = "fully_reshardable", **options: Any
+    layout: str, directory: str, who: str = "ours", sharding_type: str = "fully_reshardable", **options: Any
 ) -> tuple[list[str], list[tuple[float, float]]]:
     """Load into a new model: what differs bit for bit from the one saved, and the next losses and norms."""
     wanted = torch.load(f"{directory}.wanted")
     tiny = made(layout, seed=7, **options)
     assert set(differences(gathered(tiny, moments=False), wanted)) > {"output_layer.weight"}, "not a new model"
-    LOAD[who](tiny, Path(directory), form)
+    LOAD[who](tiny, Path(directory), sharding_type)
     return differences(gathered(tiny), wanted), tiny.train(NEXT_STEPS)
 
 
-def resume_with_dropout(layout: str, directory: str, form: str) -> dict[str, Any]:
+def resume_with_dropout(layout: str, directory: str, sharding_type: str) -> dict[str, Any]:
     """The next steps of a model with dropout: undisturbed, resumed, and resumed without its random states."""
     tiny = trained(layout, dropout=0.2)
-    attach(tiny, form).save(directory, 2)
+    attach(tiny, sharding_type).save(directory, 2)
     told: dict[str, Any] = {"unbroken": tiny.train(NEXT_STEPS)}
     for name, load in {
         "resumed": our_load,
@@ -186,15 +194,15 @@ def resume_with_dropout(layout: str, directory: str, form: str) -> dict[str, Any
         "without tracker": _no_tracker,
     }.items():
         other = made(layout, dropout=0.2, seed=7)
-        load(other, Path(directory), form)
+        load(other, Path(directory), sharding_type)
         told[name] = other.train(NEXT_STEPS)
     return told
 
 
-def _no_tracker(tiny: Tiny, directory: Path, form: str) -> None:
+def _no_tracker(tiny: Tiny, directory: Path, sharding_type: str) -> None:
     tracker = tensor_parallel.get_cuda_rng_tracker()
     kept = tracker.get_states()
-    our_load(tiny, directory, form)
+    our_load(tiny, directory, sharding_type)
     tracker.set_states(kept)
 
 
@@ -290,9 +298,9 @@ def save_and_keep_one(layout: str, directory: str) -> list[Path | None]:
     return found
 
 
-def refusal_of_form(layout: str, form: str) -> str:
+def refusal_of_form(layout: str, sharding_type: str) -> str:
     tiny = made(layout)
-    return error_of(lambda: attach(tiny, form))
+    return error_of(lambda: attach(tiny, sharding_type))
 
 
 def refusal_of_setting(layout: str, name: str) -> str:

@@ -46,9 +46,9 @@ from roll_ckpt.save.save import Save  # noqa: E402
 gc.freeze()  # Megatron collects garbage at each sharded_state_dict; what the imports made is none
 
 
-def attach(tiny: Tiny, form: str = "dp_reshardable", **settings: Any) -> MegatronHandle:
+def attach(tiny: Tiny, sharding_type: str = "dp_reshardable", **settings: Any) -> MegatronHandle:
     told = Settings(**{"async_save": True, "staging": {"check": "full"}, **settings})
-    return handle.attach(tiny.model, tiny.optimizer, tiny.scheduler, settings=told, form=form)
+    return handle.attach(tiny.model, tiny.optimizer, tiny.scheduler, settings=told, sharding_type=sharding_type)
 
 
 def trained(**options: Any) -> Tiny:
@@ -200,19 +200,19 @@ def watched_images() -> Iterator[list[FileImage]]:
     images: list[FileImage] = []
     stage = ClusterSave.stage
 
-    def watched(ticket: ClusterSave, path: Path, image: FileImage, **how: bool) -> None:
+    def watched(cluster_save: ClusterSave, path: Path, image: FileImage, **how: bool) -> None:
         images.append(image)
-        stage(ticket, path, image, **how)
+        stage(cluster_save, path, image, **how)
 
     with mock.patch.object(ClusterSave, "stage", watched):
         yield images
 
 
-def who_is_late(directory: str, form: str, bf16: bool, **settings: Any) -> dict[str, Any]:
+def who_is_late(directory: str, sharding_type: str, bf16: bool, **settings: Any) -> dict[str, Any]:
     """Which bytes may be copied after a save has returned: those of the model, of main parameters and moments, and of
     anything else; by the first save and by one that replays its plan."""
     tiny = trained(bf16=bf16)
-    ours = attach(tiny, form, **settings)
+    ours = attach(tiny, sharding_type, **settings)
     kinds: dict[int, str] = {}
     for part in tiny.optimizer.chained_optimizers:
         for group in part.optimizer.param_groups:
@@ -231,7 +231,7 @@ def who_is_late(directory: str, form: str, bf16: bool, **settings: Any) -> dict[
             for extent in image.extents:
                 if isinstance(extent.source, Memory):
                     kind = kinds.get(extent.source.owner._cdata, "other")
-                    late.setdefault(kind, set()).add(extent.stable)
+                    late.setdefault(kind, set()).add(extent.lifetime)
         told[turn] = {kind: sorted(found) for kind, found in late.items()}
     return told
 
@@ -242,9 +242,9 @@ def fail_in_the_background(directory: str, fail_training: bool) -> list[str]:
     broken = dist.get_rank() == 1
     finish = ClusterSave.finish
 
-    def failing(ticket: ClusterSave) -> Any:
-        ticket.fail(OSError("the disk is gone"))
-        return finish(ticket)
+    def failing(cluster_save: ClusterSave) -> Any:
+        cluster_save.fail(OSError("the disk is gone"))
+        return finish(cluster_save)
 
     logging.disable(logging.CRITICAL)
     with mock.patch.object(ClusterSave, "finish", failing if broken else finish):
@@ -280,7 +280,7 @@ def counted_rendezvous() -> Iterator[dict[str, int]]:
         *("all_gather", "all_gather_object", "all_gather_into_tensor", "all_reduce", "barrier", "broadcast"),
         *("broadcast_object_list", "gather", "gather_object", "reduce_scatter", "scatter", "scatter_object_list"),
     )
-    patches = [counting(dist, name) for name in names] + [counting(RankGroup, "agree")]
+    patches = [counting(dist, name) for name in names] + [counting(RankGroup, "decide_on_rank0")]
     for patch in patches:
         patch.start()
     try:
@@ -398,7 +398,7 @@ def change_structure(directory: str, wrapped: bool) -> dict[str, tuple[bool, boo
         path = Path(directory) / f"turn_{turn}"
         save = save_(state_of(turn, **more), path, step=turn, settings=Settings(async_save=True), strategy=strategy)
         save.wait(60)
-        told[what] = ("model" in save.replays, _read_back(path, turn, more))
+        told[what] = ("model" in save.reused_plans, _read_back(path, turn, more))
     return told
 
 
@@ -413,11 +413,11 @@ def stage_without_prepare(directory: str) -> dict[str, tuple[int, bool]]:
         others = _strategy(False)
         with save.staging():
             with counted_rendezvous() as counts:
-                stage_(save.ticket("a", {}), save.attempt.unit / "a", state_of(turn, **more), strategy)
+                stage_(save.add_cluster("a", {}), save.attempt.checkpoint_dir / "a", state_of(turn, **more), strategy)
             met = {**counts}
-            stage_(save.ticket("b", {}), save.attempt.unit / "b", state_of(turn), others, {"told": turn})
+            stage_(save.add_cluster("b", {}), save.attempt.checkpoint_dir / "b", state_of(turn), others, {"told": turn})
         save.wait(60)
-        agreed = met.pop("agree")
+        agreed = met.pop("decide_on_rank0")
         assert agreed == (2 if met else 1)
         read = _read_back(Path(directory) / f"turn_{turn}" / "a", turn, more)
         read = read and _read_back(Path(directory) / f"turn_{turn}" / "b", turn, {})
@@ -445,7 +445,7 @@ def fail_to_lay_out(directory: str) -> dict[str, Any]:
         with mock.patch.object(dcp, name, broken) if name and second else mock.patch("os.sep", os.sep):
             made = save(turn)
         sound = made.failure is None and _read_back(Path(directory) / f"turn_{turn}", turn, {})
-        told.append((sound, "model" in made.replays, str(made.failure or "")))
+        told.append((sound, "model" in made.reused_plans, str(made.failure or "")))
     return {"told": told}
 
 
@@ -485,9 +485,9 @@ def thrown_away_while_planning(directory: str) -> list[str]:
 # --- refusals ------------------------------------------------------------------------------------------------
 
 
-def save_before_the_first_step(directory: str, form: str) -> tuple[str, bool]:
+def save_before_the_first_step(directory: str, sharding_type: str) -> tuple[str, bool]:
     tiny = build()
-    ours = attach(tiny, form)
+    ours = attach(tiny, sharding_type)
     told = error_of(lambda: ours.save(Path(directory) / "iter_0", 0))
     untouched = not Path(directory).exists()
     dist.barrier()
@@ -547,7 +547,7 @@ def gather_late(directory: str) -> dict[str, Any]:
             late: dict[str, set[bool]] = {"parameters": set(), "others": set()}
             for extent in [extent for image in images for extent in image.extents]:
                 if isinstance(extent.source, Memory):
-                    late["parameters" if extent.source.owner._cdata in buffers else "others"].add(extent.stable)
+                    late["parameters" if extent.source.owner._cdata in buffers else "others"].add(extent.lifetime)
             told[f"late {overlap}"] = {kind: sorted(found) for kind, found in late.items()}
         for step, save in enumerate(saves):
             save.wait(60)

@@ -49,7 +49,7 @@ class Saved:
     directory: Path
     layout: str
     precision: str
-    form: str
+    sharding_type: str
     following: list[tuple[float, float]]
 
 
@@ -71,16 +71,21 @@ class Worlds:
         return self.at(layout).call(f"megatron_cases:{case}", layout, *args, **kwargs)
 
     def save(
-        self, directory: Path, layout: str, precision: str = "fp32", who: str = "ours", form: str = "fully_reshardable"
+        self,
+        directory: Path,
+        layout: str,
+        precision: str = "fp32",
+        who: str = "ours",
+        sharding_type: str = "fully_reshardable",
     ) -> Saved:
         """A model trained in `layout` and saved by `who`, see `SAVE` in tests/megatron_cases.py."""
-        told = self.call(layout, "save", str(directory), who, form, bf16=precision == "bf16")
-        return Saved(directory, layout, precision, form, told[0])
+        told = self.call(layout, "save", str(directory), who, sharding_type, bf16=precision == "bf16")
+        return Saved(directory, layout, precision, sharding_type, told[0])
 
     def check_load(self, saved: Saved, layout: str, who: str) -> None:
         """Loaded by `who` in `layout`: the same bits, and it goes on as it did where it was saved."""
         tolerance = 0.0 if layout == saved.layout else TOLERANCE[saved.precision]
-        told = self.call(layout, "load", str(saved.directory), who, saved.form, bf16=saved.precision == "bf16")
+        told = self.call(layout, "load", str(saved.directory), who, saved.sharding_type, bf16=saved.precision == "bf16")
         for rank, (different, following) in enumerate(told):
             place = f"saved in {saved.layout}, loaded by {who} in {layout}, rank {rank}"
             assert not different, f"{place}: other bits in {different}"

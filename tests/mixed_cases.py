@@ -30,8 +30,10 @@ def both(seed: int = 0, tp: int = 1, hidden: int = 32) -> Both:
     return engine(2, "bf16", None, seed=seed), tiny
 
 
-def registered(out: str, actor: Any, critic: Tiny, *, form: str = "dp_reshardable", **more: Any) -> BasePipeline:
-    trained = MegatronModel(critic.model, critic.optimizer, critic.scheduler, form=form)
+def registered(
+    out: str, actor: Any, critic: Tiny, *, sharding_type: str = "dp_reshardable", **more: Any
+) -> BasePipeline:
+    trained = MegatronModel(critic.model, critic.optimizer, critic.scheduler, sharding_type=sharding_type)
     options = more.pop("options", {})
     return pipeline(out, Cluster("actor", actor), Cluster("critic", trained, **options), **more)
 
@@ -64,13 +66,13 @@ def resumed(out: str) -> list[list[Any]]:
 def resumed_elsewhere(out: str) -> list[str]:
     """The critic, saved data parallel and loaded tensor parallel: which of its tensors differ."""
     pair = both()
-    made = registered(out, *pair, form="fully_reshardable")
+    made = registered(out, *pair, sharding_type="fully_reshardable")
     made.resume()
     steps(pair, 0, 1)
     made.do_checkpoint(1, is_last_step=True)
     wanted = gathered(pair[1])
     other = both(seed=5, tp=2)
-    again = registered(out, *other, form="fully_reshardable")
+    again = registered(out, *other, sharding_type="fully_reshardable")
     assert again.resume() == 1
     found = gathered(other[1])
     return [name for name in wanted if not torch.equal(wanted[name], found[name])]
@@ -254,7 +256,7 @@ def refusals(out: str) -> dict[str, str]:
     return {
         "frozen": raised(lambda: pipeline(out, Cluster("critic", trained, exclude_frozen_parameters=True))),
         "neither": raised(lambda: pipeline(out, Cluster("critic", critic))),
-        "form": raised(lambda: registered(out, actor, critic, form="fully_sharded_model_space")),
+        "form": raised(lambda: registered(out, actor, critic, sharding_type="fully_sharded_model_space")),
     }
 
 

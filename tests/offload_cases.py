@@ -55,7 +55,9 @@ def reload_as_on_a_gpu(made: Any) -> None:
 
 def transfers() -> dict[str, Transfer]:
     """The files of this rank that are being saved, by name."""
-    staged = [s for save in pending.pending() for ticket in save.tickets.values() for s in ticket._staged]
+    staged = [
+        s for save in pending.pending() for cluster_save in save.cluster_saves.values() for s in cluster_save._staged
+    ]
     return {s.path.name: s.transfer for s in staged}
 
 

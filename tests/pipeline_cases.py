@@ -11,7 +11,7 @@ import torch.distributed as dist
 from deepspeed_cases import OURS, raised
 from tiny import engine, train
 
-from roll_ckpt import BasePipeline, Cluster, PipelineConfig
+from roll_ckpt import BasePipeline, Cluster, PipelineConfig, process
 from roll_ckpt.disk import tree
 from roll_ckpt.save import pending
 
@@ -123,7 +123,7 @@ def resumed_by_path(out: str) -> list[str]:
     dist.barrier()
     again = pipeline(out, cluster, resume_from_checkpoint=out + "/checkpoint-1", max_ckpt_to_keep=1)
     assert again.resume() == 1
-    for thread, _ in pending._background:
+    for thread, _ in process.part(pending.PendingSaves).threads():
         thread.join()
     dist.barrier()
     return sorted(p.name for p in Path(out).glob("checkpoint-*"))

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from runs import ended, forked
 
 from roll_ckpt.disk import failpoints, tree
-from roll_ckpt.upload.hub import download
+from roll_ckpt.errors import RollCkptError
+from roll_ckpt.upload.hub import wanted
 from roll_ckpt.upload.hub.address import Remote
 from roll_ckpt.upload.hub.pull import pull
 
-download._FIRST_PAUSE_S = 0.01
+wanted._FIRST_PAUSE_S = 0.01
 
 
 def pulled(uri: str, to: str) -> str:
@@ -26,6 +28,52 @@ def told_of(uri: str, to: str) -> list[tuple[int, int]]:
     heard: list[tuple[int, int]] = []
     pull(Remote.parse(uri), Path(to), lambda here, of: heard.append((here, of)))
     return heard
+
+
+def with_a_client_of_the_users_own(uri: str, to: str) -> dict[str, object]:
+    """Pull where the user has set a client factory; what the user finds in the process afterwards."""
+    import huggingface_hub
+    from huggingface_hub.utils import logging
+
+    asked = set_a_client_factory()
+    client, verbosity = huggingface_hub.get_session(), logging.get_verbosity()
+    pulled(uri, to)
+    told = {
+        "the same client": huggingface_hub.get_session() is client,
+        "the same verbosity": logging.get_verbosity() == verbosity,
+        "every request went through it": asked,
+    }
+    huggingface_hub.close_session()
+    return {**told, "the same factory": hasattr(huggingface_hub.get_session(), "of_the_user")}
+
+
+def set_a_client_factory() -> list[str]:
+    """As a user might who needs a proxy: without time limits, and following no redirects. The paths that it is asked
+    for from now on."""
+    import httpx2
+    import huggingface_hub
+
+    asked: list[str] = []
+
+    class OfTheUser(httpx2.Client):
+        of_the_user = True
+
+    def hook(request: httpx2.Request) -> None:
+        asked.append(request.url.path)
+
+    huggingface_hub.set_client_factory(lambda: OfTheUser(event_hooks={"request": [hook]}, timeout=None))
+    return asked
+
+
+def how_long(uri: str, to: str) -> dict[str, object]:
+    """Pull from a Hub that fails, with a client of the user's own; how it ended, and after how many seconds."""
+    set_a_client_factory()
+    began = time.monotonic()
+    try:
+        pulled(uri, to)
+    except RollCkptError as problem:
+        return {"kind": type(problem).__name__, "text": str(problem), "seconds": time.monotonic() - began}
+    return {"kind": None}
 
 
 def with_little_room(uri: str, to: str) -> str:

@@ -6,8 +6,8 @@ import copy
 import itertools
 import os
 import traceback
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -35,12 +35,12 @@ def contents(salt: str, cluster: str, rank: int) -> bytes:
 
 def write(attempt: Attempt, salt: str, cluster: str, rank: int) -> Vote:
     """Write one rank's files durably; return its vote."""
-    writes.make_dirs(attempt.unit / cluster / "deep")
+    writes.make_dirs(attempt.checkpoint_dir / cluster / "deep")
     files = {f"{cluster}/rank_{rank}.pt": contents(salt, cluster, rank)}
     if not rank:
         files[f"{cluster}/deep/empty"] = b""
     for path, data in files.items():
-        writes.write_durable(attempt.unit / path, data)
+        writes.write_durable(attempt.checkpoint_dir / path, data)
     receipts = tuple(records.receipt_of_bytes(path, data) for path, data in files.items())
     return Vote(cluster, rank, attempt.epoch, attempt.attempt, receipts, facts={"framework": "none"})
 
@@ -116,11 +116,13 @@ def salts(output_dir: Path, *, whole: bool = True) -> dict[str, str]:
     """The salt of each committed checkpoint. Fails if one is not sound, or is a mixture of two saves."""
     found = {}
     for told in listing.committed(output_dir, report=_refuse):
-        unit = output_dir / told.name
-        assert not whole or verification.verify(unit) == []
-        salt = (unit / "actor/rank_0.pt").read_text().split()[0]
+        checkpoint_dir = output_dir / told.name
+        assert not whole or verification.verify(checkpoint_dir) == []
+        salt = (checkpoint_dir / "actor/rank_0.pt").read_text().split()[0]
         for cluster, rank in RANKS:
-            assert (unit / cluster / f"rank_{rank}.pt").read_bytes() == contents(salt, cluster, rank), told.name
+            assert (checkpoint_dir / cluster / f"rank_{rank}.pt").read_bytes() == contents(salt, cluster, rank), (
+                told.name
+            )
         found[told.name] = salt
     return found
 
@@ -145,6 +147,17 @@ def assert_clean(output_dir: Path, epoch: Epoch) -> None:
     assert tree.list_dir(output_dir / names.trash_dir(epoch.number)) == []
     assert tree.list_dir(output_dir / names.EPOCHS) == [str(epoch.number)]
     assert verification.verify_run(output_dir) == []
+
+
+@dataclass
+class Owed:
+    """A destination that is owed what `owed` returns; `forgotten` are the checkpoints that it was told to forget."""
+
+    owed: Callable[[], Collection[str]]
+    forgotten: list[str] = field(default_factory=list)
+
+    def forget(self, name: str) -> None:
+        self.forgotten.append(name)
 
 
 def prune(epoch: Epoch, keep: int) -> list[str]:
@@ -179,10 +192,10 @@ def think_once() -> None:
             built[key] = build(votes, expected)
         return built[key]
 
-    def verify_once(unit: Path, *rest: Any) -> list[Problem]:
-        key = (unit.name, rest, fingerprint(read_tree(unit)))
+    def verify_once(checkpoint_dir: Path, *rest: Any) -> list[Problem]:
+        key = (checkpoint_dir.name, rest, fingerprint(read_tree(checkpoint_dir)))
         if key not in verified:
-            verified[key] = check(unit, *rest)
+            verified[key] = check(checkpoint_dir, *rest)
         return verified[key]
 
     sealed_json.unseal = sealed_json.unseal = unseal_once

@@ -21,14 +21,14 @@ from roll_ckpt.upload import file_system
 HERE = Path(__file__).parent
 CRASHED = """
 epoch = runs.claim(out)
-attempt = commit.begin(epoch, "checkpoint-3", step=3, expected=runs.CLUSTERS)
+attempt = attempts.begin(epoch, "checkpoint-3", step=3, expected=runs.CLUSTERS)
 runs.other_ranks(attempt, "new", runs.RANKS[:{votes}])
 """
 
 
 def python(script: str, *arguments: object) -> subprocess.Popen[str]:
     """A process of its own, without torch, so that it may fork."""
-    head = "import sys, runs; from pathlib import Path; out = Path(sys.argv[1])"
+    head = "import sys, runs; from pathlib import Path; from roll_ckpt.transaction import attempts; out = Path(sys.argv[1])"
     return subprocess.Popen(
         [sys.executable, "-c", f"{head}\n{script}", *map(str, arguments)],
         cwd=HERE,
@@ -177,15 +177,15 @@ def flip(path: Path) -> None:
 
 
 def test_verify_names_every_file_in_which_a_bit_was_flipped(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    unit = run / "checkpoint-1"
-    for path, data in files(unit).items():
+    checkpoint_dir = run / "checkpoint-1"
+    for path, data in files(checkpoint_dir).items():
         if data:
-            flip(unit / path)
-            for target, prefix in ((unit, ""), (run, "checkpoint-1/")):
+            flip(checkpoint_dir / path)
+            for target, prefix in ((checkpoint_dir, ""), (run, "checkpoint-1/")):
                 told = answer(capsys, "verify", target, code=printing.DAMAGED)
                 assert f"{prefix}{path}" in [problem["path"] for problem in told["problems"]]
                 assert not told["sound"]
-            (unit / path).write_bytes(data)
+            (checkpoint_dir / path).write_bytes(data)
     assert answer(capsys, "verify", run)["sound"]
 
 

@@ -20,7 +20,7 @@ from roll_ckpt import names
 from roll_ckpt.cli import main, printing
 from roll_ckpt.transaction import verification
 from roll_ckpt.upload.hub import push_queue
-from roll_ckpt.upload.hub.push_queue import Destination
+from roll_ckpt.upload.hub.push_queue import Repository
 
 pytest.importorskip("huggingface_hub")
 
@@ -94,14 +94,14 @@ def files(directory: Path) -> dict[str, bytes]:
 
 
 def test_what_one_pushes_another_pulls(shell: Shell, run: Path, tmp_path: Path) -> None:
-    unit = run / "checkpoint-1"
-    pushed = shell.json("push", unit, "dev/one")
-    assert pushed == {**pushed, "path": str(unit), "name": "checkpoint-1", "uri": "hf://dev/one@checkpoint-1"}
-    assert shell.json("push", unit, "dev/one")["commit"] == pushed["commit"]
+    checkpoint_dir = run / "checkpoint-1"
+    pushed = shell.json("push", checkpoint_dir, "dev/one")
+    assert pushed == {**pushed, "path": str(checkpoint_dir), "name": "checkpoint-1", "uri": "hf://dev/one@checkpoint-1"}
+    assert shell.json("push", checkpoint_dir, "dev/one")["commit"] == pushed["commit"]
     to = tmp_path / "new"
     out, err = shell("pull", "hf://dev/one@checkpoint-1", to)
     assert out.startswith(f"{to / 'checkpoint-1'}: complete and verified (") and err == ""
-    assert files(to / "checkpoint-1") == files(unit) and os.listdir(to) == ["checkpoint-1"]
+    assert files(to / "checkpoint-1") == files(checkpoint_dir) and os.listdir(to) == ["checkpoint-1"]
     assert shell.json("verify", to / "checkpoint-1")["sound"]
     again = shell.json("pull", "hf://dev/one", to)
     told = {"uri": "hf://dev/one@main", "path": str(to / "checkpoint-1"), "name": "checkpoint-1", "step": 1}
@@ -137,7 +137,7 @@ def test_offline_everything_stays_owed_and_the_exit_code_says_so(shell: Shell, r
 
 
 def test_one_push_of_a_run_that_pushes_there_is_recorded(shell: Shell, run: Path) -> None:
-    push_queue.set_destination(run, Destination("dev/recorded"))
+    push_queue.set_repository(run, Repository("dev/recorded"))
     pushed = shell.json("push", run / "checkpoint-2")
     assert pushed["uri"] == "hf://dev/recorded@checkpoint-2"
     [owed, done] = shell.json("queue", "ls", run, code=printing.OWED)["entries"]
@@ -148,7 +148,7 @@ def test_an_older_one_leaves_the_newest_on_the_branch_and_waits_for_the_uploader
     hub: LocalHub, shell: Shell, run: Path
 ) -> None:
     repo = "dev/late"
-    push_queue.set_destination(run, Destination(repo))
+    push_queue.set_repository(run, Repository(repo))
     push_queue.cancel(run, "checkpoint-1")
     hub.faults.add(Fault("commit", stall_s=5.0))
     running = shell.start("push", run)
@@ -255,7 +255,7 @@ def test_what_cannot_be_meant_is_told(
 
 
 def test_a_run_that_pushes_elsewhere_is_not_turned_around(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    push_queue.set_destination(run, Destination("dev/there"))
+    push_queue.set_repository(run, Repository("dev/there"))
     before = files(run)
     for more in (["dev/here"], ["dev/there", "--public"], ["dev/there", "--revision", "other"]):
         code, _, err = here(capsys, "push", run, *more)
@@ -264,7 +264,7 @@ def test_a_run_that_pushes_elsewhere_is_not_turned_around(run: Path, capsys: pyt
 
 
 def test_what_is_owed_is_not_pruned_until_it_is_given_up(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    push_queue.set_destination(run, Destination("dev/none"))
+    push_queue.set_repository(run, Repository("dev/none"))
     prune = ["prune", run, "--keep", 1, "--json"]
     assert json.loads(here(capsys, *prune)[1])["removed"] == []
     assert here(capsys, "queue", "cancel", run, "checkpoint-1") == (0, "checkpoint-1: cancelled\n", "")

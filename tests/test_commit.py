@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import runs
@@ -96,7 +97,7 @@ def test_a_no_vote_abandons_the_attempt_at_once_and_says_why(epoch: Epoch) -> No
     runs_left = [path.name for path in epoch.output_dir.iterdir()]
     assert sorted(runs_left) == [names.EPOCHS, names.TRASH]
     with pytest.raises(SaveFailed, match="abandoned: cluster 'critic' rank 1 failed"):
-        runs.vote(attempt, "x", "critic", 0) if attempt.unit.exists() else ballot.cast(
+        runs.vote(attempt, "x", "critic", 0) if attempt.checkpoint_dir.exists() else ballot.cast(
             attempt, Vote("critic", 0, epoch.number, 1, ())
         )
     assert runs.save(epoch, 1, "y", alone=True).committed
@@ -123,11 +124,17 @@ def test_a_vote_never_changes(epoch: Epoch) -> None:
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (lambda unit: (unit / "actor/rank_1.pt").unlink(), "cluster 'actor' rank 1 lists .*not there"),
-        (lambda unit: (unit / "actor/rank_1.pt").write_bytes(b""), "cluster 'actor' rank 1 .* and it has 0"),
-        (lambda unit: (unit / "critic/extra.pt").touch(), "no vote lists .*critic/extra.pt"),
-        (lambda unit: (unit / "critic/link").symlink_to("x"), "no vote lists .*critic/link"),
-        (lambda unit: (unit / "votes/actor.1.json").write_bytes(b"{}"), "votes/actor.1.json"),
+        (
+            lambda checkpoint_dir: (checkpoint_dir / "actor/rank_1.pt").unlink(),
+            "cluster 'actor' rank 1 lists .*not there",
+        ),
+        (
+            lambda checkpoint_dir: (checkpoint_dir / "actor/rank_1.pt").write_bytes(b""),
+            "cluster 'actor' rank 1 .* and it has 0",
+        ),
+        (lambda checkpoint_dir: (checkpoint_dir / "critic/extra.pt").touch(), "no vote lists .*critic/extra.pt"),
+        (lambda checkpoint_dir: (checkpoint_dir / "critic/link").symlink_to("x"), "no vote lists .*critic/link"),
+        (lambda checkpoint_dir: (checkpoint_dir / "votes/actor.1.json").write_bytes(b"{}"), "votes/actor.1.json"),
     ],
 )
 def test_files_that_are_not_as_the_votes_say_are_not_committed(
@@ -135,7 +142,7 @@ def test_files_that_are_not_as_the_votes_say_are_not_committed(
 ) -> None:
     attempt = begin(epoch)
     vote_all(attempt)
-    damage(attempt.unit)
+    damage(attempt.checkpoint_dir)
     outcome = settlement.settle(attempt, lead=True, timeout_s=9)
     assert not outcome.committed and re.search(reason, outcome.reason), outcome
     assert entries(epoch.output_dir) == []
@@ -148,7 +155,7 @@ def test_what_an_fsync_has_refused_is_not_called_durable(
     """The fsync of the directory fails once; when it is asked again it says yes, and that proves nothing."""
     attempt = begin(epoch)
     vote_all(attempt)
-    folder = attempt.unit if where == "the decision's" else attempt.output_dir
+    folder = attempt.checkpoint_dir if where == "the decision's" else attempt.output_dir
     linked = False
 
     def observe(operation: str, paths: tuple[str, ...]) -> None:
@@ -169,6 +176,7 @@ def test_two_hiccups_of_the_disk_far_apart_are_two(epoch: Epoch, monkeypatch: py
     attempt = begin(epoch)
     list_dir, looks = tree.list_dir, iter([True, False, False, True, False])
     clock = iter(range(0, 10**6, 6))  # each look is six seconds after the one before
+    monkeypatch.setattr(settlement, "time", SimpleNamespace(monotonic=lambda: next(clock), sleep=lambda pause: None))
     refused = 0
 
     def flaky(path: Path) -> list[str]:
@@ -179,7 +187,7 @@ def test_two_hiccups_of_the_disk_far_apart_are_two(epoch: Epoch, monkeypatch: py
         return list_dir(path)
 
     monkeypatch.setattr(tree, "list_dir", flaky)
-    outcome = settlement.settle(attempt, lead=True, timeout_s=90, clock=lambda: float(next(clock)))
+    outcome = settlement.settle(attempt, lead=True, timeout_s=90)
     assert refused == 2 and not outcome.committed and "no vote came" in outcome.reason
 
 
@@ -210,16 +218,16 @@ def test_everything_is_synced_before_the_decision_that_refers_to_it(
     epoch: Epoch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attempt = begin(epoch)
-    unit = str(attempt.unit)
+    checkpoint_dir = str(attempt.checkpoint_dir)
     dirty: set[str] = set()
     decided = []
 
     def watch(operation: str, paths: tuple[str, ...]) -> None:
-        if operation == "link" and paths[1] == f"{unit}/decision":
-            assert not {path for path in dirty if path.startswith(unit)}, dirty
+        if operation == "link" and paths[1] == f"{checkpoint_dir}/decision":
+            assert not {path for path in dirty if path.startswith(checkpoint_dir)}, dirty
             decided.append(operation)
-        if operation in ("rename",) and paths == (unit, str(attempt.final)):
-            assert decided and not {path for path in dirty if path.startswith(unit)}, dirty
+        if operation in ("rename",) and paths == (checkpoint_dir, str(attempt.final)):
+            assert decided and not {path for path in dirty if path.startswith(checkpoint_dir)}, dirty
         if operation in ("fsync", "fsync_dir"):
             dirty.discard(paths[0])
         elif operation == "write":
@@ -234,7 +242,7 @@ def test_everything_is_synced_before_the_decision_that_refers_to_it(
     monkeypatch.setattr(failpoints, "observer", watch)
     vote_all(attempt, but=1)
     cluster, rank = runs.RANKS[-1]
-    for folder in (attempt.unit / cluster / "made", attempt.unit / cluster / "made/late"):
+    for folder in (attempt.checkpoint_dir / cluster / "made", attempt.checkpoint_dir / cluster / "made/late"):
         writes.make_dir(folder)  # by stock code, which syncs no directory
     descriptor = writes.create(folder / "f")
     writes.write_all(descriptor, b"x", folder / "f")

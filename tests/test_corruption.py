@@ -59,7 +59,7 @@ def patients(built: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     for way, (name, older) in UNITS.items():
         ours = built / "ours" / way
         made[way] = Patient.of(folder / way, ours / name, ours / older, built / "another" / way / name)
-        assert verification.verify(made[way].unit) == []
+        assert verification.verify(made[way].checkpoint_dir) == []
     return made
 
 
@@ -73,21 +73,21 @@ def seconds(limit: int) -> Iterator[None]:
         signal.alarm(0)
 
 
-def what_a_load_says(unit: Path) -> str:
+def what_a_load_says(checkpoint_dir: Path) -> str:
     """What the checks before any load say; "" if the checkpoint would be loaded."""
     try:
-        with open_reader(unit, Settings()):
-            check_bytes(RankGroup(0, 1, None), unit)
+        with open_reader(checkpoint_dir, Settings()):
+            check_bytes(RankGroup(0, 1, None), checkpoint_dir)
     except (Damaged, Unreadable) as problem:
         return str(problem)
     return ""
 
 
-def reads_bytes_that_changed(unit: Path, path: str) -> bool:
+def reads_bytes_that_changed(checkpoint_dir: Path, path: str) -> bool:
     """Whether the bytes of a file are read although they are not as they were written: without the check before."""
     try:
-        opened = OpenedCheckpoint(unit)
-        opened.read(unit / path, Settings())
+        opened = OpenedCheckpoint(checkpoint_dir)
+        opened.read(checkpoint_dir / path, Settings())
     except (Damaged, NotFound, OSError):
         return False
     return True
@@ -96,15 +96,15 @@ def reads_bytes_that_changed(unit: Path, path: str) -> bool:
 def missed(patient: Patient, named: Named, *, by_bytes: bool = True) -> str:
     """What is wrong about how this damage is caught, "" if nothing is."""
     found: Named = {}
-    for problem in verification.verify(patient.unit):
+    for problem in verification.verify(patient.checkpoint_dir):
         found.setdefault(problem.path, set()).add(problem.kind)
-    said = what_a_load_says(patient.unit)
+    said = what_a_load_says(patient.checkpoint_dir)
     for path, kinds in named.items():
         if not found.get(path, set()) & kinds:
             return f"verify tells {found}, and not that {path} is {' or '.join(kinds)}"
         if path not in said and len(found) <= 10:
             return f"a load says {said!r}, and nothing of {path}"
-        if by_bytes and file_kind(path) in READ and reads_bytes_that_changed(patient.unit, path):
+        if by_bytes and file_kind(path) in READ and reads_bytes_that_changed(patient.checkpoint_dir, path):
             return f"{path} can be read"
     return "" if said else "it is loaded"
 
@@ -128,16 +128,16 @@ def harmed(patients: dict[str, Patient], cell: Cell) -> Named | None:
     return KINDS[kind](patients[way], path)
 
 
-def command_line_tells(unit: Path, capsys: pytest.CaptureFixture[str]) -> bool:
+def command_line_tells(checkpoint_dir: Path, capsys: pytest.CaptureFixture[str]) -> bool:
     """Whether `roll-ckpt verify` prints what `verify.verify` finds, and ends with 3."""
-    found = [asdict(problem) for problem in verification.verify(unit)]
+    found = [asdict(problem) for problem in verification.verify(checkpoint_dir)]
     capsys.readouterr()
-    code = main.main(["verify", str(unit), "--json"])
+    code = main.main(["verify", str(checkpoint_dir), "--json"])
     return code == printing.DAMAGED and json.loads(capsys.readouterr().out)["problems"] == found
 
 
 def run_matrix(
-    patients: dict[str, Patient], chosen: list[Cell], also: Callable[[Path], bool] = lambda unit: True
+    patients: dict[str, Patient], chosen: list[Cell], also: Callable[[Path], bool] = lambda checkpoint_dir: True
 ) -> Counter[tuple[str, str]]:
     """How many of these cells were there of each kind and kind of file. Fails with a table if one was missed."""
     tried: Counter[tuple[str, str]] = Counter()
@@ -149,7 +149,9 @@ def run_matrix(
         tried[cell[:2]] += 1
         with seconds(60), plain_user():
             problem = missed(patients[cell[2]], named, by_bytes=cell[0] != "in a linked directory")
-            problem = problem or ("" if also(patients[cell[2]].unit) else "the command line says something else")
+            problem = problem or (
+                "" if also(patients[cell[2]].checkpoint_dir) else "the command line says something else"
+            )
         if problem:
             wrong.append((cell, problem))
     by_kind, bad = Counter(), Counter(cell[0] for cell, _ in wrong)
@@ -179,7 +181,7 @@ def test_each_kind_of_damage_and_of_file_is_caught(
 ) -> None:
     every = {file_kind(path) for patient in patients.values() for path in patient.files()}
     assert every == set(FILE_KINDS), "there are kinds of files that are not damaged"
-    tried = run_matrix(patients, sample(patients), lambda unit: command_line_tells(unit, capsys))
+    tried = run_matrix(patients, sample(patients), lambda checkpoint_dir: command_line_tells(checkpoint_dir, capsys))
     assert {file for _, file in tried} == set(FILE_KINDS)
     assert {kind for kind, _ in tried} == set(KINDS)
 

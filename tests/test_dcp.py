@@ -119,7 +119,7 @@ def test_a_form_filled_with_other_tensors_is_the_file_that_they_are_laid_out_as(
     for name, image in (("filled", filled), ("laid_out", laid_out)):
         one_file.write_file(tmp_path / name, image, Settings())
     assert (tmp_path / "filled").read_bytes() == (tmp_path / "laid_out").read_bytes()
-    assert all(extent.stable for extent in filled.extents if isinstance(extent.source, Memory))
+    assert all(extent.lifetime for extent in filled.extents if isinstance(extent.source, Memory))
 
 
 def test_a_form_refuses_a_tensor_of_another_size_and_one_whose_memory_was_freed() -> None:

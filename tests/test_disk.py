@@ -196,14 +196,14 @@ def test_patience_ends_and_is_not_wasted_on_what_lasts(monkeypatch: pytest.Monke
             raise OSError(told[-1], os.strerror(told[-1]))
         return "read"
 
-    assert ReadRetries().again(lambda: read(errno.EIO, errno.ESTALE, errno.EMFILE)) == "read"
+    assert ReadRetries().run(lambda: read(errno.EIO, errno.ESTALE, errno.EMFILE)) == "read"
     told.clear()
     with pytest.raises(OSError, match="error"):
-        ReadRetries().again(lambda: read(*[errno.EIO] * 9))
+        ReadRetries().run(lambda: read(*[errno.EIO] * 9))
     assert told == [errno.EIO] * 4
     told.clear()
     with pytest.raises(PermissionError):
-        ReadRetries().again(lambda: read(errno.EACCES))
+        ReadRetries().run(lambda: read(errno.EACCES))
     assert len(told) == 1
 
 

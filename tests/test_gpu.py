@@ -232,10 +232,11 @@ import sys, torch
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 import test_gpu
-from roll_ckpt import native
+from roll_ckpt.native.extension import Arena
+from roll_ckpt.native.mover import Mover
 tensor = torch.rand(1 << 20, device="cuda:1")
 before = torch._C._cuda_hasPrimaryContext(0)
-mover = native.Mover(native.Arena(64 << 20, test_gpu.BLOCK), copy_threads=2, io_threads=2)
+mover = Mover(Arena(64 << 20, test_gpu.BLOCK), copy_threads=2, io_threads=2)
 test_gpu.write(mover, Path(sys.argv[1]), {"w": tensor}, stable=True)
 assert torch.equal(torch.load(sys.argv[1], "cpu")["w"], tensor.cpu())
 assert mover.shutdown(10)

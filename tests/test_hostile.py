@@ -200,7 +200,9 @@ PICKLES: dict[str, bytes] = {
 @pytest.mark.parametrize("what", PICKLES)
 def test_a_hostile_pickle_is_refused_by_name(what: str) -> None:
     assert HERE in str(outcome(PARSERS["data.pkl"], PICKLES[what]))
-    assert "common.pt" in str(outcome(PARSERS["object"], archive({**records_in(saved([1])), "data.pkl": PICKLES[what]})))
+    assert "common.pt" in str(
+        outcome(PARSERS["object"], archive({**records_in(saved([1])), "data.pkl": PICKLES[what]}))
+    )
     assert ".metadata" in str(outcome(PARSERS["index"], PICKLES[what]))
 
 
@@ -381,7 +383,7 @@ def test_a_folder_of_ours_that_is_a_link_is_refused(theirs: Path, outside: Path,
     before = tree_of(outside)
     with pytest.raises(Damaged, match=rf"{folder}: a symbolic link"):
         if folder == ".hub":
-            push_queue.set_destination(theirs, hostile.TO)
+            push_queue.set_repository(theirs, hostile.TO)
         else:
             claims_module.claim(theirs, run_id="r", clusters={"actor": 1})
     assert tree_of(outside) == before
@@ -476,9 +478,12 @@ def test_a_hub_that_answers_anything_at_all_is_told_of(tmp_path: Path) -> None:
 
 
 LOOK = """
-from roll_ckpt import hub
-remote = hub.Remote("me/demo")
-hub.refs(hub.Remote("me/demo")) if hub.look(remote) and list(hub.history(remote, 9)) else None
+from roll_ckpt.upload.hub.address import Remote
+from roll_ckpt.upload.hub.client import look, sizes
+from roll_ckpt.upload.hub.push_client import history, refs
+remote = Remote("me/demo")
+found = look(remote)
+(refs(remote), sizes(remote, found.commit)) if found and list(history(remote, 9)) else None
 """
 
 

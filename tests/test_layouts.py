@@ -49,18 +49,18 @@ def test_the_same_structure_keeps_its_offsets_and_gets_its_new_bytes(
     layouts = Layouts()
     first = write_again(layouts, mover, tmp_path / "s.pt", state())
     second = write_again(layouts, mover, tmp_path / "s.pt", state())
-    assert second.pieces is first.pieces and second.seals is first.seals
+    assert second.pieces is first.pieces and second.crc_patches is first.crc_patches
 
 
 def test_the_pickle_may_change_and_grow(mover: Mover, tmp_path: Path) -> None:
     layouts = Layouts()
     tensor = random_tensor(torch.float32, 200, 100)
-    seals = []
+    crc_patches = []
     for step in (1, 255, 256, 2**40, "x" * 500, "x" * 100_000, 3):
         image = write_again(layouts, mover, tmp_path / "s.pt", {"step": step, "w": tensor})
-        seals.append(image.seals)
-    assert all(kept is seals[0] for kept in seals[:5])
-    assert seals[5] is not seals[0] and seals[6] is seals[5]
+        crc_patches.append(image.crc_patches)
+    assert all(kept is crc_patches[0] for kept in crc_patches[:5])
+    assert crc_patches[5] is not crc_patches[0] and crc_patches[6] is crc_patches[5]
 
 
 @pytest.mark.parametrize(
@@ -171,5 +171,5 @@ def test_files_of_different_names_do_not_disturb_each_other(mover: Mover, tmp_pa
             image, _ = layouts.lay_out(name, state, "s", lambda storage: True)
             mover.save(tmp_path / name, cluster_save.native_image(image)).wait_written()
             assert_same(parse(tmp_path / name), state)
-            kept.append(image.seals)
+            kept.append(image.crc_patches)
     assert kept[0] is kept[2] and kept[1] is kept[3]

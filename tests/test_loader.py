@@ -20,7 +20,7 @@ from corruption import plain_user
 from pairs import Pair
 
 # The fixtures and the one-process save of the saver's tests; a loader has nothing to load without one.
-from test_saver import SETTINGS, SMALL, begin, out, own_arena, save_now, seal, stage  # noqa: F401
+from test_saver import SETTINGS, SMALL, begin, out, own_process, save_now, seal, stage  # noqa: F401
 
 from roll_ckpt.config import Settings
 from roll_ckpt.disk import reads
@@ -38,14 +38,16 @@ from roll_ckpt.transaction import listing, retention
 
 
 @pytest.fixture
-def unit(out: Path) -> Path:  # noqa: F811
+def checkpoint_dir(out: Path) -> Path:  # noqa: F811
     """A committed checkpoint of two files of one size."""
     save = begin(out)
-    ticket = (
-        stage(save, {"w": torch.arange(1000.0)}, file="a/x.pt") if (save.attempt.unit / "a").mkdir() is None else None
+    cluster_save = (
+        stage(save, {"w": torch.arange(1000.0)}, file="a/x.pt")
+        if (save.attempt.checkpoint_dir / "a").mkdir() is None
+        else None
     )
-    assert ticket is not None
-    ticket.parameters = {"w": {"dtype": "float32", "shape": [1000]}}
+    assert cluster_save is not None
+    cluster_save.parameters = {"w": {"dtype": "float32", "shape": [1000]}}
     stage(save, {"w": torch.arange(1000.0) + 1}, file="x.pt")
     seal(save)
     save.wait(20)
@@ -57,26 +59,28 @@ def read(path: Path, settings: Settings = SETTINGS, allow: tuple[Any, ...] = ())
         return reader.load(path, "cpu")
 
 
-def test_a_file_of_a_checkpoint_is_read_back(unit: Path) -> None:
-    assert torch.equal(read(unit / "x.pt")["w"], torch.arange(1000.0) + 1)
-    assert torch.equal(read(unit / "a" / "x.pt")["w"], torch.arange(1000.0))
+def test_a_file_of_a_checkpoint_is_read_back(checkpoint_dir: Path) -> None:
+    assert torch.equal(read(checkpoint_dir / "x.pt")["w"], torch.arange(1000.0) + 1)
+    assert torch.equal(read(checkpoint_dir / "a" / "x.pt")["w"], torch.arange(1000.0))
 
 
-def test_names_and_shapes_of_the_model_are_kept(unit: Path) -> None:
-    assert OpenedCheckpoint(unit).parameters("model", 0) == {"w": {"dtype": "float32", "shape": [1000]}}
-    assert OpenedCheckpoint(unit).parameters("model", 5) == OpenedCheckpoint(unit).parameters("model", 0)
-    assert OpenedCheckpoint(unit).parameters("critic", 0) == {}
+def test_names_and_shapes_of_the_model_are_kept(checkpoint_dir: Path) -> None:
+    assert OpenedCheckpoint(checkpoint_dir).parameters("model", 0) == {"w": {"dtype": "float32", "shape": [1000]}}
+    assert OpenedCheckpoint(checkpoint_dir).parameters("model", 5) == OpenedCheckpoint(checkpoint_dir).parameters(
+        "model", 0
+    )
+    assert OpenedCheckpoint(checkpoint_dir).parameters("critic", 0) == {}
 
 
-def test_a_record_that_is_gone_is_damage(unit: Path) -> None:
-    opened = OpenedCheckpoint(unit)
-    (unit / "tensors" / "model.0.json").unlink()
+def test_a_record_that_is_gone_is_damage(checkpoint_dir: Path) -> None:
+    opened = OpenedCheckpoint(checkpoint_dir)
+    (checkpoint_dir / "tensors" / "model.0.json").unlink()
     with pytest.raises(Damaged, match=r"tensors/model\.0\.json: it was committed and is not there"):
         opened.parameters("model", 0)
 
 
-def test_what_a_disk_refuses_once_is_read_again(unit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened, path = OpenedCheckpoint(unit), unit / "x.pt"
+def test_what_a_disk_refuses_once_is_read_again(checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, path = OpenedCheckpoint(checkpoint_dir), checkpoint_dir / "x.pt"
     target = memoryview(bytearray(opened.blocks(path).length(0)))
     refusals = [OSError(116, "Stale file handle", str(path))]
     real = reads.read_into
@@ -91,8 +95,8 @@ def test_what_a_disk_refuses_once_is_read_again(unit: Path, monkeypatch: pytest.
     assert not refusals and any(target)
 
 
-def test_a_flipped_byte_anywhere_is_refused_by_the_name_of_its_file(unit: Path) -> None:
-    path = unit / "x.pt"
+def test_a_flipped_byte_anywhere_is_refused_by_the_name_of_its_file(checkpoint_dir: Path) -> None:
+    path = checkpoint_dir / "x.pt"
     data = path.read_bytes()
     for at in range(0, len(data), len(data) // 23):
         path.write_bytes(data[:at] + bytes([data[at] ^ 16]) + data[at + 1 :])
@@ -103,15 +107,15 @@ def test_a_flipped_byte_anywhere_is_refused_by_the_name_of_its_file(unit: Path) 
 
 
 @pytest.mark.parametrize("change", [-1, 1, -100_000])
-def test_a_file_of_another_size_is_refused(unit: Path, change: int) -> None:
-    path = unit / "x.pt"
+def test_a_file_of_another_size_is_refused(checkpoint_dir: Path, change: int) -> None:
+    path = checkpoint_dir / "x.pt"
     os.truncate(path, max(0, path.stat().st_size + change))
     with pytest.raises(Damaged, match=r"t1/x\.pt"):
         read(path)
 
 
-def test_two_files_that_changed_places_are_refused(unit: Path) -> None:
-    one, two = unit / "x.pt", unit / "a" / "x.pt"
+def test_two_files_that_changed_places_are_refused(checkpoint_dir: Path) -> None:
+    one, two = checkpoint_dir / "x.pt", checkpoint_dir / "a" / "x.pt"
     assert one.stat().st_size == two.stat().st_size and one.read_bytes() != two.read_bytes()
     first, second = one.read_bytes(), two.read_bytes()
     one.write_bytes(second)
@@ -121,12 +125,12 @@ def test_two_files_that_changed_places_are_refused(unit: Path) -> None:
             read(path)
 
 
-def test_digests_that_changed_places_are_refused_although_they_fit_the_bytes(unit: Path) -> None:
-    one, two = unit / "x.pt", unit / "a" / "x.pt"
+def test_digests_that_changed_places_are_refused_although_they_fit_the_bytes(checkpoint_dir: Path) -> None:
+    one, two = checkpoint_dir / "x.pt", checkpoint_dir / "a" / "x.pt"
     first, second = one.read_bytes(), two.read_bytes()
     one.write_bytes(second)
     two.write_bytes(first)
-    digests = unit / "digests" / "model.0.json"
+    digests = checkpoint_dir / "digests" / "model.0.json"
     told = json.loads(digests.read_bytes())
     told["x.pt"], told["a/x.pt"] = told["a/x.pt"], told["x.pt"]
     digests.write_bytes(sealed_json.canonical(told))
@@ -134,76 +138,76 @@ def test_digests_that_changed_places_are_refused_although_they_fit_the_bytes(uni
         read(one)
 
 
-def test_digests_are_bound_to_the_manifest_by_their_root(unit: Path) -> None:
-    opened = OpenedCheckpoint(unit)
+def test_digests_are_bound_to_the_manifest_by_their_root(checkpoint_dir: Path) -> None:
+    opened = OpenedCheckpoint(checkpoint_dir)
     told = opened._json("digests/model.0.json")
     told["x.pt"], told["a/x.pt"] = told["a/x.pt"], told["x.pt"]
     opened._digests = told
     with pytest.raises(Damaged, match=r"x\.pt: its digests do not match the manifest"):
-        opened.read(unit / "x.pt", SETTINGS)
+        opened.read(checkpoint_dir / "x.pt", SETTINGS)
 
 
-def test_a_file_that_the_manifest_does_not_list_is_refused(unit: Path) -> None:
-    (unit / "stranger.pt").write_bytes((unit / "x.pt").read_bytes())
+def test_a_file_that_the_manifest_does_not_list_is_refused(checkpoint_dir: Path) -> None:
+    (checkpoint_dir / "stranger.pt").write_bytes((checkpoint_dir / "x.pt").read_bytes())
     with pytest.raises(Damaged, match=r"stranger\.pt: not listed in .*manifest\.json as"):
-        read(unit / "stranger.pt")
+        read(checkpoint_dir / "stranger.pt")
 
 
-def test_a_listed_file_that_is_gone_is_told_as_such(unit: Path) -> None:
-    (unit / "x.pt").unlink()
+def test_a_listed_file_that_is_gone_is_told_as_such(checkpoint_dir: Path) -> None:
+    (checkpoint_dir / "x.pt").unlink()
     with pytest.raises(FileNotFoundError, match=r"x\.pt"):
-        read(unit / "x.pt")
+        read(checkpoint_dir / "x.pt")
 
 
-def test_a_damaged_manifest_is_refused(unit: Path) -> None:
-    path = unit / "manifest.json"
+def test_a_damaged_manifest_is_refused(checkpoint_dir: Path) -> None:
+    path = checkpoint_dir / "manifest.json"
     path.write_bytes(path.read_bytes().replace(b'"step": 1', b'"step": 2'))
     with pytest.raises(Damaged, match=r"manifest\.json"):
-        read(unit / "x.pt")
+        read(checkpoint_dir / "x.pt")
 
 
 def test_a_checkpoint_that_has_lost_its_manifest_is_refused_until_it_is_none_of_ours(
-    unit: Path, caplog: pytest.LogCaptureFixture
+    checkpoint_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (unit / "manifest.json").unlink()
-    for path in (unit / "x.pt", unit / "a" / "x.pt"):
+    (checkpoint_dir / "manifest.json").unlink()
+    for path in (checkpoint_dir / "x.pt", checkpoint_dir / "a" / "x.pt"):
         with pytest.raises(Damaged, match=r"t1: its manifest\.json is missing"):
             read(path)
-    (unit / "decision").unlink()
-    shutil.rmtree(unit / "votes")
-    assert read(unit / "x.pt")["w"].shape == (1000,)
+    (checkpoint_dir / "decision").unlink()
+    shutil.rmtree(checkpoint_dir / "votes")
+    assert read(checkpoint_dir / "x.pt")["w"].shape == (1000,)
     assert "cannot be verified" in caplog.text
 
 
-def test_a_checkpoint_whose_manifest_cannot_be_read_is_told_as_such(unit: Path) -> None:
-    (unit / "manifest.json").chmod(0)
+def test_a_checkpoint_whose_manifest_cannot_be_read_is_told_as_such(checkpoint_dir: Path) -> None:
+    (checkpoint_dir / "manifest.json").chmod(0)
     with (
         plain_user(),
         pytest.raises(Unreadable, match=r"t1/manifest\.json: it cannot be read: Permission denied"),
     ):
-        read(unit / "x.pt")
+        read(checkpoint_dir / "x.pt")
 
 
-def test_the_state_is_checked_again_when_it_is_loaded_again(unit: Path) -> None:
-    read(unit / "x.pt")
-    os.truncate(unit / "x.pt", 100)
+def test_the_state_is_checked_again_when_it_is_loaded_again(checkpoint_dir: Path) -> None:
+    read(checkpoint_dir / "x.pt")
+    os.truncate(checkpoint_dir / "x.pt", 100)
     with pytest.raises(Damaged):
-        read(unit / "x.pt")
+        read(checkpoint_dir / "x.pt")
 
 
-def test_the_bytes_of_a_file_serve_two_loads_and_no_more(unit: Path) -> None:
-    with open_reader(unit, SETTINGS) as reader:
-        first, second = (reader.load(unit / "x.pt", "cpu")["w"] for _ in range(2))
+def test_the_bytes_of_a_file_serve_two_loads_and_no_more(checkpoint_dir: Path) -> None:
+    with open_reader(checkpoint_dir, SETTINGS) as reader:
+        first, second = (reader.load(checkpoint_dir / "x.pt", "cpu")["w"] for _ in range(2))
         assert first.data_ptr() == second.data_ptr()
         first.zero_()
-        assert torch.equal(reader.load(unit / "x.pt", "cpu")["w"], torch.arange(1000.0) + 1)
+        assert torch.equal(reader.load(checkpoint_dir / "x.pt", "cpu")["w"], torch.arange(1000.0) + 1)
 
 
-def test_nobody_prunes_what_is_being_loaded(unit: Path, out: Path) -> None:  # noqa: F811
+def test_nobody_prunes_what_is_being_loaded(checkpoint_dir: Path, out: Path) -> None:  # noqa: F811
     save_now(out, {"w": torch.ones(2)}, "t2")
-    with open_reader(unit, SETTINGS) as reader:
+    with open_reader(checkpoint_dir, SETTINGS) as reader:
         assert retention.prune(out, claims.epoch_of(out), keep=1) == []
-        assert reader.load(unit / "x.pt", "cpu")["w"].shape == (1000,)
+        assert reader.load(checkpoint_dir / "x.pt", "cpu")["w"].shape == (1000,)
     assert retention.prune(out, claims.epoch_of(out), keep=1) == ["t1"]
     assert [told.name for told in listing.committed(out)] == ["t2"]
 
@@ -211,23 +215,23 @@ def test_nobody_prunes_what_is_being_loaded(unit: Path, out: Path) -> None:  # n
 # ---- ranks that see different things
 
 
-def views(unit: Path) -> list[Path]:
+def views(checkpoint_dir: Path) -> list[Path]:
     """Where rank 0 and rank 1 have the checkpoint."""
-    other = unit.parent / "other" / "t1"
-    shutil.copytree(unit, other)
-    return [unit, other]
+    other = checkpoint_dir.parent / "other" / "t1"
+    shutil.copytree(checkpoint_dir, other)
+    return [checkpoint_dir, other]
 
 
 def opened(places: list[Path]) -> Callable[[RankGroup], str]:
     def work(ranks: RankGroup) -> str:
         with open_together(ranks, places[ranks.rank], SETTINGS) as reader:
-            return "nothing" if reader.unit is None else reader.unit.manifest.name
+            return "nothing" if reader.checkpoint is None else reader.checkpoint.manifest.name
 
     return work
 
 
-def test_what_one_rank_cannot_take_no_rank_takes(unit: Path, pair: Pair) -> None:
-    places = views(unit)
+def test_what_one_rank_cannot_take_no_rank_takes(checkpoint_dir: Path, pair: Pair) -> None:
+    places = views(checkpoint_dir)
     assert pair(opened(places)) == ["t1", "t1"]
     path = places[1] / "manifest.json"
     sound = path.read_bytes()
@@ -255,25 +259,27 @@ def test_what_one_rank_cannot_take_no_rank_takes(unit: Path, pair: Pair) -> None
 
 
 def test_ranks_that_see_two_checkpoints_of_one_name_load_none(
-    unit: Path,
+    checkpoint_dir: Path,
     pair: Pair,
 ) -> None:
-    other = unit.parent / "elsewhere"
+    other = checkpoint_dir.parent / "elsewhere"
     save_now(other, {"w": torch.ones(2)}, "t1")
-    for told in pair(opened([unit, other / "t1"])):
+    for told in pair(opened([checkpoint_dir, other / "t1"])):
         assert told[0] == "RanksDisagree" and "rank 1 and rank 0 see different manifests" in told[1]
-        assert all(sealed_json.sha256((at / "manifest.json").read_bytes()) in told[1] for at in (unit, other / "t1"))
+        assert all(
+            sealed_json.sha256((at / "manifest.json").read_bytes()) in told[1] for at in (checkpoint_dir, other / "t1")
+        )
 
 
 @pytest.mark.parametrize("missing", ["t1", "t1/manifest.json", "t1/votes/expected.json t1/manifest.json t1/decision"])
 def test_a_name_that_one_rank_does_not_see_yet_is_looked_for_again(
-    unit: Path,
+    checkpoint_dir: Path,
     pair: Pair,
     monkeypatch: pytest.MonkeyPatch,
     missing: str,
 ) -> None:
-    places = views(unit)
-    home, away = places[1].parent, unit.parent / "away"
+    places = views(checkpoint_dir)
+    home, away = places[1].parent, checkpoint_dir.parent / "away"
 
     def move(source: Path, target: Path) -> None:
         for name in missing.split():
@@ -297,10 +303,10 @@ def test_a_name_that_one_rank_does_not_see_yet_is_looked_for_again(
     assert pair(opened(places)) == ["t1", "t1"]
 
 
-def test_what_no_rank_sees_is_told_at_once(unit: Path, tmp_path: Path, pair: Pair) -> None:
+def test_what_no_rank_sees_is_told_at_once(checkpoint_dir: Path, tmp_path: Path, pair: Pair) -> None:
     for told in pair(opened([tmp_path / "none"] * 2)):
         assert told == "nothing"
-    places = views(unit)
+    places = views(checkpoint_dir)
     for place in places:
         (place / "manifest.json").unlink()
     for told in pair(opened(places)):

@@ -96,9 +96,9 @@ def test_stock_save_with_our_strategy_is_read_in_other_layouts(
     ],
 )
 def test_random_states_make_the_difference_under_dropout(
-    megatron: Worlds, tmp_path: Path, layout: str, form: str
+    megatron: Worlds, tmp_path: Path, layout: str, sharding_type: str
 ) -> None:
-    for told in megatron.call(layout, "resume_with_dropout", str(tmp_path / "iter_2"), form):
+    for told in megatron.call(layout, "resume_with_dropout", str(tmp_path / "iter_2"), sharding_type):
         assert told["resumed"] == told["unbroken"]
         assert told["without random states"] != told["unbroken"]
         assert told["without tracker"] != told["unbroken"]
@@ -119,7 +119,7 @@ def test_every_item_of_our_files_is_a_sound_archive_where_the_metadata_says(save
 
 
 def test_an_optimizer_of_another_layout_is_refused_by_name(megatron: Worlds, tmp_path: Path) -> None:
-    saved = megatron.save(tmp_path / "iter_2", "TP2", form="dp_reshardable")
+    saved = megatron.save(tmp_path / "iter_2", "TP2", sharding_type="dp_reshardable")
     for told, untouched in megatron.call("PP2", "refusal_of_load", str(saved.directory)):
         assert told.startswith("UnsupportedError") and "dp_reshardable" in told and "tp 2 to 1" in told
         assert untouched
@@ -127,23 +127,23 @@ def test_an_optimizer_of_another_layout_is_refused_by_name(megatron: Worlds, tmp
 
 def test_an_optimizer_that_stock_saved_in_another_layout_is_refused(megatron: Worlds, tmp_path: Path) -> None:
     """Stock code notes no layout: other shapes of the optimizer's buffers tell."""
-    saved = megatron.save(tmp_path / "iter_2", "TP2", who="stock", form="dp_reshardable")
+    saved = megatron.save(tmp_path / "iter_2", "TP2", who="stock", sharding_type="dp_reshardable")
     for told, untouched in megatron.call("DP2", "refusal_of_load", str(saved.directory)):
         assert told.startswith("ModelMismatch") and "dp_reshardable" in told
         assert untouched
 
 
 def test_a_form_that_stock_saved_and_we_do_not_know_is_refused_by_name(megatron: Worlds, tmp_path: Path) -> None:
-    saved = megatron.save(tmp_path / "iter_2", "TP2", who="stock", form="dp_zero_gather_scatter")
+    saved = megatron.save(tmp_path / "iter_2", "TP2", who="stock", sharding_type="dp_zero_gather_scatter")
     for told, untouched in megatron.call("TP2", "refusal_of_load", str(saved.directory)):
         assert told.startswith("UnsupportedError") and "dp_zero_gather_scatter" in told
         assert untouched
 
 
 @pytest.mark.parametrize("form", ["fully_sharded_model_space", "fsdp_dtensor", "dp_zero_gather_scatter", "typo"])
-def test_a_form_that_cannot_be_saved_is_refused_by_name(megatron: Worlds, form: str) -> None:
-    for told in megatron.call("DP2", "refusal_of_form", form):
-        assert told.startswith("UnsupportedError") and form in told and "fully_reshardable" in told
+def test_a_form_that_cannot_be_saved_is_refused_by_name(megatron: Worlds, sharding_type: str) -> None:
+    for told in megatron.call("DP2", "refusal_of_form", sharding_type):
+        assert told.startswith("UnsupportedError") and sharding_type in told and "fully_reshardable" in told
 
 
 def test_fsdp_is_refused_by_name(megatron: Worlds) -> None:

@@ -90,9 +90,9 @@ def test_dp_reshardable_of_stock_is_not_loaded_in_another_layout(
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_random_states_make_the_difference_under_dropout(
-    megatron: Worlds, tmp_path: Path, layout: str, form: str
+    megatron: Worlds, tmp_path: Path, layout: str, sharding_type: str
 ) -> None:
-    for told in megatron.call(layout, "resume_with_dropout", str(tmp_path / "iter_2"), form):
+    for told in megatron.call(layout, "resume_with_dropout", str(tmp_path / "iter_2"), sharding_type):
         assert told["resumed"] == told["unbroken"]
         assert told["without random states"] != told["unbroken"]
         assert told["without tracker"] != told["unbroken"]

@@ -131,9 +131,11 @@ def test_planning_does_not_bring_back_what_was_thrown_away(megatron: Worlds, tmp
 
 
 @pytest.mark.parametrize("form", ["dp_reshardable", "fully_reshardable"])
-def test_a_save_before_the_first_step_is_refused_in_our_words(megatron: Worlds, tmp_path: Path, form: str) -> None:
-    for told, untouched in call(megatron, "save_before_the_first_step", str(tmp_path / "run"), form):
-        assert told.startswith("SaveFailed") and "no step yet" in told and form in told
+def test_a_save_before_the_first_step_is_refused_in_our_words(
+    megatron: Worlds, tmp_path: Path, sharding_type: str
+) -> None:
+    for told, untouched in call(megatron, "save_before_the_first_step", str(tmp_path / "run"), sharding_type):
+        assert told.startswith("SaveFailed") and "no step yet" in told and sharding_type in told
         assert untouched
 
 

@@ -33,9 +33,9 @@ def ranks(megatron: Worlds) -> World:
 def test_both_resume_on_the_same_losses_while_saves_overlap_training(ranks: World, tmp_path: Path) -> None:
     for unbroken, resumed in ranks.call(f"{CASES}:resumed", str(tmp_path / "run")):
         assert resumed == unbroken
-    unit = tmp_path / "run" / "checkpoint-1"
-    assert verification.verify(unit) == []
-    facts = manifests.read(unit).clusters
+    checkpoint_dir = tmp_path / "run" / "checkpoint-1"
+    assert verification.verify(checkpoint_dir) == []
+    facts = manifests.read(checkpoint_dir).clusters
     assert facts["actor"]["framework"] == "deepspeed" and facts["critic"]["framework"] == "megatron-core"
     assert facts["critic"]["layout"]["dp"] == 2
 
@@ -60,9 +60,9 @@ def test_a_cluster_saved_under_another_framework_is_refused(ranks: World, tmp_pa
 def test_companions_and_client_state_come_with_a_megatron_cluster(ranks: World, tmp_path: Path) -> None:
     for told in ranks.call(f"{CASES}:companions", str(tmp_path / "run")):
         assert told == {"epochs": 3}
-    unit = tmp_path / "run" / "checkpoint-1"
-    assert "critic/config.json" in {receipt.path for receipt in manifests.read(unit).files}
-    assert verification.verify(unit) == []
+    checkpoint_dir = tmp_path / "run" / "checkpoint-1"
+    assert "critic/config.json" in {receipt.path for receipt in manifests.read(checkpoint_dir).files}
+    assert verification.verify(checkpoint_dir) == []
 
 
 def test_what_a_safe_load_refuses_is_told_at_the_save_and_before_anything_is_loaded(

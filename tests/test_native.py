@@ -158,7 +158,7 @@ def check_random_extents(path: Path, rng: random.Random) -> None:
             start = at % mmap.PAGESIZE
             mapped[start : start + nbytes] = data
             address = extension.address_of(mapped)[0] + start
-        lazy = rng.choice([Lifetime.RETURN, Lifetime.FENCE, Lifetime.WRITTEN])
+        lazy = rng.choice([Lifetime.UNTIL_SAVE_RETURNS, Lifetime.UNTIL_FENCE, Lifetime.UNTIL_WRITTEN])
         image.add(at, address, nbytes, lazy=lazy)
         expected[at : at + nbytes] = data
         at += nbytes

@@ -84,7 +84,7 @@ def test_a_leased_file_holds_what_a_copied_one_holds(tmp_path: Path, seed: int, 
     with mover_of(blocks) as mover:
         plain = mover.save(tmp_path / "copied", sources.image(False))
         copied = plain.wait_written()
-        transfer = mover.save(tmp_path / "leased", sources.image(Lifetime.WRITTEN))
+        transfer = mover.save(tmp_path / "leased", sources.image(Lifetime.UNTIL_WRITTEN))
         assert transfer.wait_copied() and transfer.wait_released() and transfer.released
         leased = transfer.wait_written()
         assert (tmp_path / "leased").read_bytes() == (tmp_path / "copied").read_bytes()
@@ -101,7 +101,7 @@ def test_files_that_lease_share_an_arena_too_small_for_one(tmp_path: Path) -> No
         found: dict[int, list[int]] = {}
 
         def save(i: int) -> None:
-            for lazy in (Lifetime.WRITTEN, False, Lifetime.FENCE):
+            for lazy in (Lifetime.UNTIL_WRITTEN, False, Lifetime.UNTIL_FENCE):
                 transfer = mover.save(tmp_path / f"{i}.{int(lazy)}", sources[i].image(lazy))
                 found[i] = transfer.wait_written(60).crcs
                 assert found[i] == wanted[i]
@@ -122,7 +122,7 @@ def test_save_returns_before_a_state_larger_than_the_arena_was_read(tmp_path: Pa
         at, source = i * (part + 2 * PAGE), i * part
         extents.add(at, header := b"header %2d" % i)
         memory = Memory(extension.address_of(state)[0] + source, part - i % 2, state)
-        extents.add(at + PAGE, memory, Lifetime.WRITTEN)
+        extents.add(at + PAGE, memory, Lifetime.UNTIL_WRITTEN)
         wanted[at : at + len(header)] = header
         wanted[at + PAGE : at + PAGE + part - i % 2] = state[source : source + part - i % 2]
     with mover_of(16) as mover:
@@ -150,8 +150,8 @@ def test_blocks_that_hold_slots_do_not_wait_for_those_that_get_none(tmp_path: Pa
     data = os.urandom((3 + last) * BLOCK)
     address = extension.address_of(data)[0]
     image = HandMadeImage(len(data))
-    image.add(0, address, 3 * BLOCK, lazy=Lifetime.WRITTEN)
-    image.add(3 * BLOCK, address + 3 * BLOCK, last * BLOCK, lazy=Lifetime.FENCE)
+    image.add(0, address, 3 * BLOCK, lazy=Lifetime.UNTIL_WRITTEN)
+    image.add(3 * BLOCK, address + 3 * BLOCK, last * BLOCK, lazy=Lifetime.UNTIL_FENCE)
     with mover_of(8) as mover:
         saved: list[Transfer] = []
         thread = threading.Thread(target=lambda: saved.append(mover.save(tmp_path / "f", image)), daemon=True)
@@ -167,7 +167,7 @@ def test_a_crc_among_leased_bytes_stands_in_the_file_only(tmp_path: Path) -> Non
     state = mmap.mmap(-1, 4 * BLOCK)
     state[:] = data = os.urandom(len(state))
     image = HandMadeImage(len(state))
-    image.add(0, extension.address_of(state)[0], len(state), lazy=Lifetime.WRITTEN)
+    image.add(0, extension.address_of(state)[0], len(state), lazy=Lifetime.UNTIL_WRITTEN)
     image.crc_at(image.record(10, 100), 2 * BLOCK + 8)
     with mover_of(8) as mover:
         transfer = mover.save(tmp_path / "f", image)
@@ -184,7 +184,7 @@ def test_sources_live_until_they_are_written_and_no_longer(tmp_path: Path) -> No
 
     data = Owner(os.urandom(20 * BLOCK + 5))
     memory = Memory(extension.address_of(data)[0], len(data), data)
-    extents = Extents.of([Extent(0, b"header!"), Extent(7, memory, Lifetime.WRITTEN)])
+    extents = Extents.of([Extent(0, b"header!"), Extent(7, memory, Lifetime.UNTIL_WRITTEN)])
     image = native_image(FileImage(len(data) + 7, extents))
     with mover_of(4) as mover:
         with stuck(mover, tmp_path, threads=3):
@@ -200,12 +200,12 @@ def test_sources_live_until_they_are_written_and_no_longer(tmp_path: Path) -> No
 def test_a_transfer_that_fails_or_is_dropped_lets_go_of_its_sources(tmp_path: Path) -> None:
     sources = Sources(1)
     with mover_of(8) as mover:
-        failed = mover.save(tmp_path / "missing" / "f", sources.image(Lifetime.WRITTEN))
+        failed = mover.save(tmp_path / "missing" / "f", sources.image(Lifetime.UNTIL_WRITTEN))
         with pytest.raises(FileNotFoundError):
             failed.wait_written()
         assert failed.wait_released() and failed.released
         with stuck(mover, tmp_path, threads=3):
-            dropped = mover.save(tmp_path / "f", sources.image(Lifetime.WRITTEN))
+            dropped = mover.save(tmp_path / "f", sources.image(Lifetime.UNTIL_WRITTEN))
             done = threading.Thread(target=dropped.abandon)
             done.start()
         done.join(20)
@@ -217,8 +217,8 @@ def test_leased_memory_is_looked_at_though_no_slot_was_reserved(tmp_path: Path) 
     """Its blocks do not fit direct I/O, and other saves leave the arena too little room to reserve their window."""
     state, filler = mmap.mmap(-1, 20 * BLOCK), os.urandom(12 * BLOCK)
     image, other = HandMadeImage(len(state)), HandMadeImage(len(filler))
-    image.add(64, extension.address_of(state)[0], len(state) - 64, lazy=Lifetime.WRITTEN)
-    other.add(0, extension.address_of(filler)[0], len(filler), lazy=Lifetime.FENCE)
+    image.add(64, extension.address_of(state)[0], len(state) - 64, lazy=Lifetime.UNTIL_WRITTEN)
+    other.add(0, extension.address_of(filler)[0], len(filler), lazy=Lifetime.UNTIL_FENCE)
     with mover_of(16) as mover:
         with stuck(mover, tmp_path, threads=3):
             waiting = mover.save(tmp_path / "other", other)
@@ -234,7 +234,7 @@ def test_leased_memory_is_looked_at_though_no_slot_was_reserved(tmp_path: Path) 
 def test_a_block_written_from_its_source_is_looked_at_after_the_write(tmp_path: Path) -> None:
     state = mmap.mmap(-1, 4 * BLOCK)
     image = HandMadeImage(len(state))
-    image.add(0, extension.address_of(state)[0], len(state), lazy=Lifetime.WRITTEN)
+    image.add(0, extension.address_of(state)[0], len(state), lazy=Lifetime.UNTIL_WRITTEN)
     with mover_of(8) as mover:
         with stuck(mover, tmp_path, threads=3):
             transfer = mover.save(tmp_path / "f", image, check="full")
@@ -247,7 +247,7 @@ def test_a_block_written_from_its_source_is_looked_at_after_the_write(tmp_path: 
 def test_without_overlap_save_reads_everything_before_it_returns(tmp_path: Path) -> None:
     sources = Sources(2)
     with mover_of(8) as mover:
-        transfer = mover.save(tmp_path / "f", sources.image(Lifetime.WRITTEN), overlap=False)
+        transfer = mover.save(tmp_path / "f", sources.image(Lifetime.UNTIL_WRITTEN), overlap=False)
         assert transfer.released and transfer.stats["straight_bytes"] == 0
         transfer.wait_written()
 
@@ -255,7 +255,7 @@ def test_without_overlap_save_reads_everything_before_it_returns(tmp_path: Path)
 def test_only_memory_of_the_host_is_leased(tmp_path: Path) -> None:
     with mover_of(2) as mover:
         image = HandMadeImage(10)
-        image.add(0, 4096, 10, lazy=Lifetime.WRITTEN, device=0)
+        image.add(0, 4096, 10, lazy=Lifetime.UNTIL_WRITTEN, device=0)
         with pytest.raises(ValueError, match="not lazy memory of the host"):
             mover.save(tmp_path / "f", image)
 
@@ -289,7 +289,7 @@ def test_the_host_holds_one_copy(tmp_path: Path, aslant: int) -> None:
         """,
         str(tmp_path / "f"),
         str(aslant),
-        str(int(Lifetime.WRITTEN)),
+        str(int(Lifetime.UNTIL_WRITTEN)),
     )
     beside, arena = map(int, told.split())
     assert beside < 64 << 20

@@ -113,8 +113,8 @@ def test_a_run_keeps_what_it_shall_and_uploads_all(unbroken: Jobs) -> None:
     assert (unbroken.out / "latest").read_text().strip() == "checkpoint-8"
     uploaded = unbroken.folder / "upload"
     assert sorted(p.name for p in uploaded.iterdir()) == [f"checkpoint-{n}" for n in (2, 4, 6, 8)]
-    for unit in [*uploaded.iterdir(), *unbroken.out.glob("checkpoint-*")]:
-        assert verification.verify(unit) == []
+    for checkpoint_dir in [*uploaded.iterdir(), *unbroken.out.glob("checkpoint-*")]:
+        assert verification.verify(checkpoint_dir) == []
     assert verification.verify_run(unbroken.out) == [] and leftovers(unbroken.out) == []
 
 
@@ -181,14 +181,14 @@ def test_a_run_resumes_from_the_hub_on_the_same_losses(
     unbroken: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("huggingface_hub")
-    unit = unbroken.folder / "upload" / "checkpoint-4"
+    checkpoint_dir = unbroken.folder / "upload" / "checkpoint-4"
     with LocalHub(tmp_path / "hub", write_token="hf_writes") as hub:
         for name in [name for name in os.environ if name.upper().endswith("_PROXY")]:
             monkeypatch.delenv(name)
         for name, value in {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_writes"}.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
-        command = [sys.executable, "-m", "roll_ckpt", "push", str(unit), "dev/run"]
+        command = [sys.executable, "-m", "roll_ckpt", "push", str(checkpoint_dir), "dev/run"]
         subprocess.run(command, env=environment(), check=True)
         jobs = Jobs(tmp_path / "jobs")
         jobs.folder.mkdir()
@@ -213,9 +213,9 @@ def test_two_worlds_commit_each_step_together(tmp_path: Path) -> None:
         assert actor.wait(LIMIT_S) == 0, jobs.log("actor")
     assert sorted(p.name for p in jobs.out.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (2, 4, 6, 8)]
     assert verification.verify_run(jobs.out) == [] and leftovers(jobs.out) == []
-    for unit in jobs.out.glob("checkpoint-*"):
-        assert {"actor", "critic"} <= {p.name for p in unit.iterdir()}
-        assert {p.name for p in (unit / "pipeline").iterdir()} == {"actor", "critic"}
+    for checkpoint_dir in jobs.out.glob("checkpoint-*"):
+        assert {"actor", "critic"} <= {p.name for p in checkpoint_dir.iterdir()}
+        assert {p.name for p in (checkpoint_dir / "pipeline").iterdir()} == {"actor", "critic"}
 
 
 CASES = "pipeline_cases"
@@ -263,10 +263,10 @@ def test_another_model_is_refused_before_anything_is_loaded(two_ranks: World, un
 def test_companions_and_client_state_come_with_the_cluster(two_ranks: World, tmp_path: Path) -> None:
     for found in two_ranks.call(f"{CASES}:companions", str(tmp_path / "run")):
         assert found["client"] == {"epochs": 3}
-    unit = tmp_path / "run" / "checkpoint-1"
-    listed = {r.path for r in manifests.read(unit).files}
+    checkpoint_dir = tmp_path / "run" / "checkpoint-1"
+    listed = {r.path for r in manifests.read(checkpoint_dir).files}
     assert {"actor/config.json", "actor/latest", "actor/zero_to_fp32.py"} <= listed
-    assert verification.verify(unit) == []
+    assert verification.verify(checkpoint_dir) == []
 
 
 def test_save_only_model_holds_the_weights_and_cannot_be_resumed(two_ranks: World, tmp_path: Path) -> None:

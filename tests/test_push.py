@@ -26,11 +26,12 @@ STEPS = (1, 2)
 
 PUSH = """
 from pathlib import Path
-from roll_ckpt import hub, push, push_queue
+from roll_ckpt.upload.hub.address import Remote
+from roll_ckpt.upload.hub.push import push
 told = []
 def progress(*step):
     told.append(step)
-commit = push.push(Path(unit), hub.Remote(repo, revision), private=private, progress=progress)
+commit = push(Path(checkpoint_dir), Remote(repo, revision), private=private, progress=progress)
 {"commit": commit, "told": told}
 """
 
@@ -76,13 +77,13 @@ def repo(request: pytest.FixtureRequest) -> str:
     return "dev/r" + hashlib.sha1(request.node.name.encode()).hexdigest()[:12]
 
 
-def push(client: Client, unit: Path, repo: str, *, revision: str = "main", private: bool = True) -> str:
-    return str(client(PUSH, unit=unit, repo=repo, revision=revision, private=private)["commit"])
+def push(client: Client, checkpoint_dir: Path, repo: str, *, revision: str = "main", private: bool = True) -> str:
+    return str(client(PUSH, checkpoint_dir=checkpoint_dir, repo=repo, revision=revision, private=private)["commit"])
 
 
-def refused(client: Client, unit: Path, repo: str, **more: Any) -> Refused:
+def refused(client: Client, checkpoint_dir: Path, repo: str, **more: Any) -> Refused:
     with pytest.raises(Refused) as caught:
-        push(client, unit, repo, **more)
+        push(client, checkpoint_dir, repo, **more)
     assert TOKEN not in caught.value.text
     return caught.value
 
@@ -93,7 +94,7 @@ def refused(client: Client, unit: Path, repo: str, **more: Any) -> Refused:
 def test_a_push_is_one_commit_with_every_file_and_a_tag(
     hub: LocalHub, client: Client, run: Path, repo: str, tmp_path: Path
 ) -> None:
-    told = client(PUSH, unit=run / "checkpoint-1", repo=repo, revision="main", private=True)
+    told = client(PUSH, checkpoint_dir=run / "checkpoint-1", repo=repo, revision="main", private=True)
     assert assert_there_once(hub, repo, run / "checkpoint-1", tmp_path) == told["commit"]
     assert hub.store.repo(repo).private
     card = contents(hub, repo)["README.md"].decode()
@@ -113,14 +114,14 @@ def test_a_second_push_changes_nothing(hub: LocalHub, client: Client, run: Path,
 def test_files_of_the_checkpoint_before_go_and_those_of_others_stay(
     hub: LocalHub, client: Client, run: Path, repo: str, tmp_path: Path
 ) -> None:
-    (unit, other) = (run / "checkpoint-1", run / "checkpoint-2")
-    push(client, unit, repo)
+    (checkpoint_dir, other) = (run / "checkpoint-1", run / "checkpoint-2")
+    push(client, checkpoint_dir, repo)
     client(
         "ops = [Add(p, b'mine') for p in ('NOTES.md', 'README.md', 'actor/mine.txt')]\n"
         "api.create_commit(repo, [*ops, Delete('actor/also_1.txt')], commit_message='mine')",
         repo=repo,
     )
-    only_old = {r.path for r in manifests.read(unit).files} - {r.path for r in manifests.read(other).files}
+    only_old = {r.path for r in manifests.read(checkpoint_dir).files} - {r.path for r in manifests.read(other).files}
     assert only_old
     push(client, other, repo)
     there = contents(hub, repo)
@@ -128,7 +129,7 @@ def test_files_of_the_checkpoint_before_go_and_those_of_others_stay(
     assert {p: there[p] for p in ("NOTES.md", "README.md", "actor/mine.txt")} == dict.fromkeys(
         ("NOTES.md", "README.md", "actor/mine.txt"), b"mine"
     )
-    for each in (unit, other):
+    for each in (checkpoint_dir, other):
         assert_there_once(hub, repo, each, tmp_path)
 
 
@@ -161,13 +162,13 @@ def test_a_tag_of_another_branch_is_no_push_to_this_one(hub: LocalHub, client: C
     for branch in ("main", "experiment"):
         assert len(landed(hub, repo, run / "checkpoint-1", branch)) == 1
         assert "manifest.json" in contents(hub, repo, branch)
-    aside = PUSH.replace("progress=progress", "aside=True")
+    aside = PUSH.replace("progress=progress", "on_side_branch=True")
     push(client, run / "checkpoint-2", repo)
     client("api.create_branch(repo, branch='third', revision='main')", repo=repo)
     hub_runs.history(run, [3])
     made = {
         branch: [
-            client(aside, unit=run / "checkpoint-3", repo=repo, revision=branch, private=True)["commit"]
+            client(aside, checkpoint_dir=run / "checkpoint-3", repo=repo, revision=branch, private=True)["commit"]
             for _ in range(2)
         ]
         for branch in ("main", "experiment")
@@ -197,15 +198,15 @@ def test_a_public_repository_is_refused_where_a_private_one_is_asked_for(
 
 
 def test_a_damaged_checkpoint_is_not_pushed(hub: LocalHub, client: Client, run: Path, repo: str) -> None:
-    unit = run / "checkpoint-1"
+    checkpoint_dir = run / "checkpoint-1"
     for path in ("actor/rank_0.pt", "actor/large.bin", "votes/actor.0.json", "decision", "votes/expected.json"):
-        kept = (unit / path).read_bytes()
+        kept = (checkpoint_dir / path).read_bytes()
         data = bytearray(kept)
         data[len(data) // 2] ^= 1
-        (unit / path).write_bytes(data)
-        error = refused(client, unit, repo)
+        (checkpoint_dir / path).write_bytes(data)
+        error = refused(client, checkpoint_dir, repo)
         assert error.kind == "Damaged" and path in error.text
-        (unit / path).write_bytes(kept)
+        (checkpoint_dir / path).write_bytes(kept)
     assert contents(hub, repo).keys() == {".gitattributes"}
 
 
@@ -239,11 +240,11 @@ def test_a_gitignore_that_keeps_files_out_is_refused(
 def test_a_file_that_changes_while_it_is_sent_is_not_committed(
     hub: LocalHub, client: Client, run: Path, repo: str
 ) -> None:
-    unit = run / "checkpoint-1"
+    checkpoint_dir = run / "checkpoint-1"
     hub.faults.add(Fault("lfs_batch", stall_s=0.7))
-    client.start(PUSH, unit=unit, repo=repo, revision="main", private=True)
+    client.start(PUSH, checkpoint_dir=checkpoint_dir, repo=repo, revision="main", private=True)
     hub_runs.wait_for(lambda: any(line["route"] == "preupload" for line in hub.requests() if repo in line["path"]))
-    (unit / "actor/large.bin").write_bytes(LARGE)
+    (checkpoint_dir / "actor/large.bin").write_bytes(LARGE)
     with pytest.raises(Refused) as caught:
         client.finish()
     assert caught.value.kind == "Damaged" and contents(hub, repo).keys() == {".gitattributes"}
@@ -367,7 +368,7 @@ def test_no_secret_is_told(hub: LocalHub, run: Path, repo: str, tmp_path: Path) 
 def test_somebody_else_commits_meanwhile(hub: LocalHub, client: Client, run: Path, repo: str, tmp_path: Path) -> None:
     hub.store.create(repo, private=True)
     hub.faults.add(Fault("commit", stall_s=0.6))
-    client.start(PUSH, unit=run / "checkpoint-1", repo=repo, revision="main", private=True)
+    client.start(PUSH, checkpoint_dir=run / "checkpoint-1", repo=repo, revision="main", private=True)
     hub_runs.wait_for(lambda: any(line["route"] == "validate_yaml" for line in hub.requests()[-3:]))
     hub.store.commit(repo, "main", [], parent=None, title="another's", message="")
     client.finish()

@@ -19,6 +19,7 @@ import pytest
 import torch
 from late_copies import late_copies
 
+from roll_ckpt import process
 from roll_ckpt.config import Settings
 from roll_ckpt.disk import failpoints
 from roll_ckpt.errors import ConfigError, NoRoom, RanksDisagree, SaveFailed
@@ -27,7 +28,7 @@ from roll_ckpt.formats.image import Extent, Extents, FileImage, Memory
 from roll_ckpt.formats.torch_zip import layout
 from roll_ckpt.native import extension
 from roll_ckpt.ranks.group import RankGroup
-from roll_ckpt.save import arena, claims, one_file, pending
+from roll_ckpt.save import arena, one_file, pending
 from roll_ckpt.save.begin import Request, _check_agreement
 from roll_ckpt.save.begin import begin as begin_
 from roll_ckpt.save.cluster_save import ClusterSave
@@ -44,29 +45,23 @@ ALONE = RankGroup(0, 1, None)
 
 
 @pytest.fixture(autouse=True)
-def own_arena(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(arena, "_mover", None)
-    monkeypatch.setattr(arena, "_made_for", None)
-    yield
-    failpoints.listener = failpoints.observer = None
-    settle_all()
-    if arena._mover is not None:
+def own_process() -> Iterator[None]:
+    """A registry of the test's own: its arena, its claims and its pending saves end with it."""
+    with process.installed(process.Process()):
+        yield
+        failpoints.listener = failpoints.observer = None
+        settle_all()
         assert wait_until(lambda: arena.mover(SETTINGS).arena.leased_bytes == 0)
-        arena._mover.shutdown(10)
 
 
 @pytest.fixture
-def out(tmp_path: Path) -> Iterator[Path]:
-    yield tmp_path / "run"
-    settle_all()
-    claimed = claims._epochs.pop((tmp_path / "run").resolve(), None)
-    if claimed is not None:
-        claimed.release()
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "run"
 
 
 def settle_all() -> None:
     for save in pending.pending():
-        if not save._sealed:  # a test that failed in the middle
+        if not save.staged:  # a test that failed in the middle
             seal(save)
         assert save._finished.wait(20)
 
@@ -84,10 +79,10 @@ def begin(out: Path, name: str = "t1", settings: Settings = SETTINGS, **more: An
 
 
 def stage(save: Save, state: object, *, stable: bool = False, file: str = "model.pt") -> ClusterSave:
-    ticket = save.tickets.get("model") or save.ticket("model", {"framework": "none"})
+    cluster_save = save.cluster_saves.get("model") or save.add_cluster("model", {"framework": "none"})
     image = layout.lay_out(state, Path(file).stem, lambda storage: stable)
-    ticket.stage(save.attempt.unit / file, image, overlap=stable)
-    return ticket
+    cluster_save.stage(save.attempt.checkpoint_dir / file, image, overlap=stable)
+    return cluster_save
 
 
 def seal(save: Save) -> None:
@@ -128,9 +123,9 @@ class Gate:
 def test_a_save_goes_from_begin_to_a_sound_checkpoint(out: Path) -> None:
     state = {"w": torch.arange(100_000.0), "n": 3}
     save = begin(out)
-    assert not (out / "t1").exists() and save.attempt.unit.is_dir() and save.lead
-    ticket = stage(save, state)
-    ticket.parameters = {"w": {"dtype": "float32", "shape": [100_000]}}
+    assert not (out / "t1").exists() and save.attempt.checkpoint_dir.is_dir() and save.lead
+    cluster_save = stage(save, state)
+    cluster_save.parameters = {"w": {"dtype": "float32", "shape": [100_000]}}
     assert pending.pending() == [save] and not save.settled
     seal(save)
     save.wait(20)
@@ -171,11 +166,11 @@ def test_what_changes_after_the_fence_does_not_reach_the_file(out: Path) -> None
 def test_a_state_larger_than_the_arena_streams_through_it(out: Path) -> None:
     weight = torch.rand(1_000_000)
     save = begin(out)
-    ticket = stage(save, {"w": weight}, stable=True)
+    cluster_save = stage(save, {"w": weight}, stable=True)
     weight.zero_()  # stage could not overlap, so all is copied
     seal(save)
     save.wait(20)
-    assert ticket.nbytes > 3 * (1 << 20) and load(out)["w"].count_nonzero() > 900_000
+    assert cluster_save.nbytes > 3 * (1 << 20) and load(out)["w"].count_nonzero() > 900_000
 
 
 def test_wait_tells_when_it_was_not_done_in_time_and_the_save_goes_on(out: Path) -> None:
@@ -192,9 +187,9 @@ def test_wait_tells_when_it_was_not_done_in_time_and_the_save_goes_on(out: Path)
 
 def test_what_somebody_else_wrote_is_adopted(out: Path) -> None:
     save = begin(out)
-    ticket = stage(save, {"w": torch.ones(3)})
-    (save.attempt.unit / "tokenizer.json").write_text("{}")
-    ticket.adopt(save.attempt.unit / "tokenizer.json")
+    cluster_save = stage(save, {"w": torch.ones(3)})
+    (save.attempt.checkpoint_dir / "tokenizer.json").write_text("{}")
+    cluster_save.adopt(save.attempt.checkpoint_dir / "tokenizer.json")
     seal(save)
     save.wait(20)
     assert verification.verify(out / "t1") == []
@@ -204,7 +199,7 @@ def test_what_somebody_else_wrote_is_adopted(out: Path) -> None:
 def test_a_file_that_nobody_listed_keeps_the_save_from_being_committed(out: Path) -> None:
     save = begin(out)
     stage(save, {"w": torch.ones(3)})
-    (save.attempt.unit / "stranger").write_text("x")
+    (save.attempt.checkpoint_dir / "stranger").write_text("x")
     seal(save)
     with pytest.raises(SaveFailed, match="stranger"):
         save.wait(20)
@@ -253,13 +248,13 @@ def test_a_failed_write_names_the_path_and_leaves_older_checkpoints_alone(out: P
     save_now(out, {"w": torch.ones(3)}, "old")
     before = (out / "old" / "model.pt").read_bytes()
     save = begin(out, "new")
-    (save.attempt.unit / "model.pt").mkdir()  # in the way
-    ticket = stage(save, {"w": torch.ones(100_000)}, stable=stable)
+    (save.attempt.checkpoint_dir / "model.pt").mkdir()  # in the way
+    cluster_save = stage(save, {"w": torch.ones(100_000)}, stable=stable)
     seal(save)
     with pytest.raises(SaveFailed) as caught:
         save.wait(20)
     assert "model.pt" in str(caught.value) and "new" in str(caught.value) and "rank 0" in str(caught.value)
-    assert ticket.error is not None and save.reported
+    assert cluster_save.error is not None and save.reported
     assert sorted(p.name for p in out.iterdir() if not p.name.startswith(".")) == ["latest", "old"]
     assert not save.attempt.directory.exists()
     assert (out / "old" / "model.pt").read_bytes() == before and verification.verify(out / "old") == []
@@ -270,9 +265,9 @@ def test_a_failed_write_names_the_path_and_leaves_older_checkpoints_alone(out: P
 
 def test_a_ticket_that_failed_gives_the_arena_back_and_commits_nothing(out: Path) -> None:
     save = begin(out)
-    ticket = stage(save, {"w": torch.ones(100_000)}, stable=True)
-    ticket.fail(RuntimeError("out of luck"))
-    ticket.fail(RuntimeError("another"))  # the first error is the one that is told
+    cluster_save = stage(save, {"w": torch.ones(100_000)}, stable=True)
+    cluster_save.fail(RuntimeError("out of luck"))
+    cluster_save.fail(RuntimeError("another"))  # the first error is the one that is told
     seal(save)
     with pytest.raises(SaveFailed, match=r"cluster 'model' rank 0 failed: RuntimeError: out of luck"):
         save.wait(20)
@@ -284,7 +279,7 @@ def test_an_error_while_staging_is_the_callers_and_a_no(out: Path) -> None:
     save = begin(out)
     with pytest.raises(ValueError, match="extent"), save.staging():
         outside = FileImage(10, Extents.of([Extent(8, b"abc")]))
-        save.ticket("model", {}).stage(save.attempt.unit / "x", outside, overlap=True)
+        save.add_cluster("model", {}).stage(save.attempt.checkpoint_dir / "x", outside, overlap=True)
     with pytest.raises(SaveFailed, match=r"ValueError: .*extent"):
         save.wait(20)
 
@@ -437,15 +432,15 @@ class Owner:
 def owned_image(nbytes: int) -> tuple[FileImage, weakref.ref[Owner]]:
     owner = Owner(nbytes)
     source = Memory(extension.address_of(owner.data)[0], nbytes, owner)
-    return FileImage(nbytes, Extents.of([Extent(0, source, stable=True)])), weakref.ref(owner)
+    return FileImage(nbytes, Extents.of([Extent(0, source, lifetime=True)])), weakref.ref(owner)
 
 
 def test_sources_are_held_until_the_fence_and_no_longer(out: Path) -> None:
     with late_copies(SETTINGS):
         save = begin(out)
-        ticket = save.ticket("model", {})
+        cluster_save = save.add_cluster("model", {})
         image, owner = owned_image(300_000)
-        ticket.stage(save.attempt.unit / "f", image, overlap=True)
+        cluster_save.stage(save.attempt.checkpoint_dir / "f", image, overlap=True)
         del image
         gc.collect()
         assert owner() is not None, "copies are still to be made, and their source is gone"
@@ -459,7 +454,7 @@ def test_sources_are_held_until_the_fence_and_no_longer(out: Path) -> None:
 def test_sources_of_a_stage_without_overlap_are_not_held(out: Path) -> None:
     save = begin(out)
     image, owner = owned_image(300_000)
-    save.ticket("model", {}).stage(save.attempt.unit / "f", image, overlap=False)
+    save.add_cluster("model", {}).stage(save.attempt.checkpoint_dir / "f", image, overlap=False)
     del image
     gc.collect()
     assert owner() is None
@@ -470,12 +465,12 @@ def test_sources_of_a_stage_without_overlap_are_not_held(out: Path) -> None:
 @pytest.mark.parametrize("fails", [False, True])
 def test_sources_are_released_without_a_fence_once_the_save_has_ended(out: Path, fails: bool) -> None:
     save = begin(out)
-    ticket = save.ticket("model", {})
+    cluster_save = save.add_cluster("model", {})
     image, owner = owned_image(300_000)
-    ticket.stage(save.attempt.unit / "f", image, overlap=True)
+    cluster_save.stage(save.attempt.checkpoint_dir / "f", image, overlap=True)
     del image
     if fails:
-        ticket.fail(RuntimeError("x"))
+        cluster_save.fail(RuntimeError("x"))
     seal(save)
     assert wait_until(lambda: save.finished)
     gc.collect()

@@ -20,7 +20,7 @@ from roll_ckpt.config import HubUpload, PipelineConfig, Settings
 from roll_ckpt.errors import ConfigError
 from roll_ckpt.upload.hub import push_queue
 from roll_ckpt.upload.hub.address import Remote
-from roll_ckpt.upload.hub.push_queue import Destination
+from roll_ckpt.upload.hub.push_queue import Repository
 
 pytest.importorskip("huggingface_hub")
 
@@ -66,7 +66,7 @@ def hub(tmp_path: Path) -> Iterator[LocalHub]:
 def test_a_push_that_fails_dies_and_succeeds_leaves_no_secret_anywhere(hub: LocalHub, tmp_path: Path) -> None:
     run = tmp_path / "run"
     hub_runs.history(run, [1, 2])
-    push_queue.set_destination(run, Destination(REPO))
+    push_queue.set_repository(run, Repository(REPO))
     environment = {
         **{name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")},
         **settings(hub.url, tmp_path / "home"),

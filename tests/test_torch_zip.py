@@ -458,7 +458,7 @@ def test_the_index_points_at_each_tensors_bytes(mover: Mover, tmp_path: Path) ->
 
 def test_large_records_lie_at_multiples_of_4096_and_small_ones_of_64(mover: Mover, tmp_path: Path) -> None:
     image = write(mover, tmp_path / "s.pt", across_alignments())
-    for start, nbytes in zip(image.seals.records[::2], image.seals.records[1::2], strict=True):
+    for start, nbytes in zip(image.crc_patches.records[::2], image.crc_patches.records[1::2], strict=True):
         assert start % (4096 if nbytes >= BLOCK else 64) == 0
     ends = [0, *(extent.offset + extent.nbytes for extent in image.extents)]
     assert [extent.offset for extent in image.extents] == ends[:-1] and ends[-1] == image.nbytes
@@ -477,7 +477,7 @@ def test_only_stable_storages_may_be_copied_later() -> None:
     stable, other = torch.rand(4), torch.rand(4)
     image = layout.lay_out({"a": stable, "b": other[1:3]}, "s", lambda s: s._cdata == stable.untyped_storage()._cdata)
     memory = [extent for extent in image.extents if not isinstance(extent.source, bytes)]
-    assert [extent.stable for extent in memory] == [True, False]
+    assert [extent.lifetime for extent in memory] == [True, False]
     assert [extent.nbytes for extent in memory] == [16, 8]
 
 
@@ -558,7 +558,7 @@ def test_more_records_than_a_plain_directory_counts(mover: Mover, tmp_path: Path
     for key in range(66_000):
         made.add(f"data/{key}", b"")
     made.add_serialization_id()
-    image = FileImage(made.close(), made.extents, made.seals)
+    image = FileImage(made.close(), made.extents, made.crc_patches)
     mover.save(tmp_path / "s.pt", cluster_save.native_image(image)).wait_written()
     with zipfile.ZipFile(tmp_path / "s.pt") as archive:
         assert len(archive.namelist()) == 66_002

@@ -27,8 +27,9 @@ from roll_ckpt_hub_dev import Fault, LocalHub
 from roll_ckpt.disk import locks
 from roll_ckpt.errors import NotFound
 from roll_ckpt.transaction import retention
+from roll_ckpt.upload.destination import all_owing
 from roll_ckpt.upload.hub import push_queue, worker
-from roll_ckpt.upload.hub.push_queue import Destination
+from roll_ckpt.upload.hub.push_queue import Repository
 from roll_ckpt.upload.hub.uploader import Ended, Uploader
 
 pytest.importorskip("huggingface_hub")
@@ -61,12 +62,13 @@ threading.Event().wait(60)
 CRASHES = """
 import sys, time
 from pathlib import Path
-from roll_ckpt import push_queue, saver
+from roll_ckpt.save import pending
+from roll_ckpt.upload.hub import push_queue
 from roll_ckpt.upload.hub.uploader import Uploader
 run, tries = Path(sys.argv[2]), int(sys.argv[1])
-made = Uploader(run, on_end=lambda ended: None, background=lambda work, name: saver.in_background(work, name, 600.0))
+made = Uploader(run, on_end=lambda ended: None, background=lambda work, name: pending.in_background(work, name, 600.0))
 made.notify()
-while made._process is None or queue.list_entries(run)[0].attempts < tries:
+while made._process is None or push_queue.list_entries(run)[0].attempts < tries:
     time.sleep(0.02)
 raise RuntimeError("the loss is not a number")
 """
@@ -74,10 +76,11 @@ raise RuntimeError("the loss is not a number")
 TURNED_AROUND = """
 import sys
 from pathlib import Path
-from roll_ckpt import disk, push_queue, uploader
+from roll_ckpt.disk import failpoints
+from roll_ckpt.upload.hub import push_queue, worker
 def turn(reached, where):
     if reached == "push.sent":
-        push_queue.set_destination(Path(sys.argv[1]), push_queue.Destination("dev/other"))
+        push_queue.set_repository(Path(sys.argv[1]), push_queue.Repository("dev/other"))
 failpoints.listener = turn
 worker.main()
 """
@@ -87,7 +90,7 @@ worker.main()
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output_dir = tmp_path_factory.mktemp("run") / "run"
     hub_runs.history(output_dir, [1, 2])
-    push_queue.set_destination(output_dir, Destination(REPO))
+    push_queue.set_repository(output_dir, Repository(REPO))
     return output_dir
 
 
@@ -149,27 +152,27 @@ def assert_all_there(hub: LocalHub, run: Path, tmp_path: Path) -> None:
 
 def test_a_run_without_a_destination_owes_nothing(tmp_path: Path) -> None:
     hub_runs.history(tmp_path / "run", [1])
-    assert push_queue.destination(tmp_path / "run") is None
+    assert push_queue.repository(tmp_path / "run") is None
     assert push_queue.owed(tmp_path / "run") == [] == push_queue.list_entries(tmp_path / "run")
 
 
 def test_what_is_owed_is_derived(run: Path) -> None:
     assert push_queue.owed(run) == NAMES
     first, second = push_queue.list_entries(run)
-    push_queue.record(run, replace(first, state="done", commit="c" * 40), Destination(REPO))
-    push_queue.record(run, replace(second, state="failed", detail="no"), Destination(REPO))
+    push_queue.record(run, replace(first, state="done", commit="c" * 40), Repository(REPO))
+    push_queue.record(run, replace(second, state="failed", detail="no"), Repository(REPO))
     assert push_queue.owed(run) == ["checkpoint-2"] and states(run)["checkpoint-2"] == "failed"
     hub_runs.history(run, [1], salt="new")
     assert push_queue.owed(run) == ["checkpoint-2", "checkpoint-1"]  # another manifest: the newest epoch's
-    push_queue.set_destination(run, Destination("dev/other"))
+    push_queue.set_repository(run, Repository("dev/other"))
     assert push_queue.owed(run) == ["checkpoint-2", "checkpoint-1"]
-    push_queue.set_destination(run, Destination(REPO))
+    push_queue.set_repository(run, Repository(REPO))
     assert states(run)["checkpoint-2"] == "failed"
 
 
 def test_a_damaged_record_counts_as_missing(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     first, _ = push_queue.list_entries(run)
-    push_queue.record(run, replace(first, state="done"), Destination(REPO))
+    push_queue.record(run, replace(first, state="done"), Repository(REPO))
     record = run / ".hub/records/checkpoint-1.json"
     record.write_bytes(record.read_bytes().replace(b"done", b"dome"))
     assert push_queue.owed(run) == NAMES and "checkpoint-1.json" in caplog.text
@@ -177,12 +180,12 @@ def test_a_damaged_record_counts_as_missing(run: Path, caplog: pytest.LogCapture
 
 def test_retry_and_cancel(run: Path) -> None:
     first, second = push_queue.list_entries(run)
-    push_queue.record(run, replace(first, state="failed", detail="no", attempts=3), Destination(REPO))
+    push_queue.record(run, replace(first, state="failed", detail="no", attempts=3), Repository(REPO))
     assert push_queue.retry(run) == ["checkpoint-1"] and states(run)["checkpoint-1"] == "owed"
     push_queue.cancel(run, "checkpoint-2")
     assert push_queue.owed(run) == ["checkpoint-1"]
     assert push_queue.retry(run) == [] and push_queue.retry(run, "checkpoint-2") == ["checkpoint-2"]
-    push_queue.record(run, replace(second, state="done"), Destination(REPO))
+    push_queue.record(run, replace(second, state="done"), Repository(REPO))
     push_queue.cancel(run, "checkpoint-2")
     assert states(run)["checkpoint-2"] == "done"
     with pytest.raises(NotFound, match=r"checkpoint-9.*checkpoint-1, checkpoint-2"):
@@ -193,9 +196,9 @@ def test_of_what_was_pushed_and_pruned_the_newest_is_remembered(run: Path, monke
     monkeypatch.setattr(push_queue, "_GONE_KEPT", 2)
     first, second = push_queue.list_entries(run)
     for step in range(4):
-        push_queue.record(run, replace(first, name=f"pruned-{step}", state="done"), Destination(REPO))
+        push_queue.record(run, replace(first, name=f"pruned-{step}", state="done"), Repository(REPO))
         os.utime(run / f".hub/records/pruned-{step}.json", ns=(step, step))
-    push_queue.record(run, replace(second, state="done"), Destination(REPO))
+    push_queue.record(run, replace(second, state="done"), Repository(REPO))
     assert set(states(run)) == {*NAMES, "pruned-2", "pruned-3"}
 
 
@@ -357,14 +360,14 @@ def test_one_that_the_hub_does_not_take_lets_the_others_go_first(hub: LocalHub, 
 
 def test_a_push_is_recorded_for_where_it_went(hub: LocalHub, run: Path) -> None:
     finish(start(run, code=TURNED_AROUND))
-    assert push_queue.destination(run) == Destination("dev/other") and push_queue.owed(run) == []
+    assert push_queue.repository(run) == Repository("dev/other") and push_queue.owed(run) == []
     assert [len(landed(hub, REPO, run / name)) for name in NAMES] == [1, 0]
     assert [len(landed(hub, "dev/other", run / name)) for name in NAMES] == [1, 1]
 
 
 def test_what_became_of_it_meanwhile_stays(hub: LocalHub, run: Path) -> None:
     first, _ = push_queue.list_entries(run)
-    to = push_queue.destination(run)
+    to = push_queue.repository(run)
     assert to is not None
     push_queue.record(run, replace(first, state="done", commit="c" * 40), to)
     worker._note(run, replace(first, state="failed", detail="no"), to)
@@ -425,9 +428,9 @@ def test_of_two_at_once_one_waits(hub: LocalHub, run: Path, tmp_path: Path) -> N
 
 def test_nothing_owed_is_pruned(run: Path, hub: LocalHub, tmp_path: Path) -> None:
     epoch = runs.claim(run)
-    assert retention.prune(run, epoch, 1, lambda: push_queue.owed(run)) == []
+    assert retention.prune(run, epoch, 1, all_owing(run)) == []
     upload(run)
-    assert retention.prune(run, epoch, 1, lambda: push_queue.owed(run)) == ["checkpoint-1"]
+    assert retention.prune(run, epoch, 1, all_owing(run)) == ["checkpoint-1"]
     assert states(run) == dict.fromkeys(NAMES, "done")
     epoch.release()
 

@@ -15,7 +15,7 @@ from roll_ckpt.cli import survey
 from roll_ckpt.disk.retry import ReadRetries
 from roll_ckpt.errors import Damaged, Unreadable
 from roll_ckpt.formats import manifests, records
-from roll_ckpt.transaction import listing, verification
+from roll_ckpt.transaction import attempts, listing, settlement, verification
 from roll_ckpt.transaction.verification import Problem
 
 
@@ -26,8 +26,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     epoch = runs.claim(output_dir)
     for step in (10, 33):
         assert runs.save(epoch, step, f"salt{step}", alone=True).committed
-    attempt = runs.commit.begin(epoch, "checkpoint-44", step=44, expected=runs.CLUSTERS)
-    assert not runs.commit.settle(attempt, lead=True, timeout_s=0).committed
+    attempt = attempts.begin(epoch, "checkpoint-44", step=44, expected=runs.CLUSTERS)
+    assert not settlement.settle(attempt, lead=True, timeout_s=0).committed
     epoch.release()
     assert verification.verify_run(output_dir) == []
     return output_dir
@@ -113,9 +113,9 @@ def test_a_copy_under_another_name_is_not_a_second_checkpoint(run: Path) -> None
 
 
 def test_a_checkpoint_that_is_a_link_is_none_of_the_run(run: Path, tmp_path: Path) -> None:
-    unit = run / "checkpoint-33"
-    unit.rename(tmp_path / "moved")
-    unit.symlink_to(tmp_path / "moved")
+    checkpoint_dir = run / "checkpoint-33"
+    checkpoint_dir.rename(tmp_path / "moved")
+    checkpoint_dir.symlink_to(tmp_path / "moved")
     told: list[Damaged | Unreadable] = []
     assert [found.step for found in listing.committed(run, told.append)] == [10]
     assert "checkpoint-33: a symbolic link" in str(told[0])
@@ -123,8 +123,8 @@ def test_a_checkpoint_that_is_a_link_is_none_of_the_run(run: Path, tmp_path: Pat
     (run / "best").symlink_to("checkpoint-10")  # a name beside the name is none of ours
     assert len(told) == 1 and [found.step for found in listing.committed(run, told.append)] == [10] and len(told) == 2
     (run / "best").unlink()
-    unit.unlink()
-    (tmp_path / "moved").rename(unit)
+    checkpoint_dir.unlink()
+    (tmp_path / "moved").rename(checkpoint_dir)
     assert verification.verify_run(run) == []
 
 
@@ -141,7 +141,7 @@ def test_a_checkpoint_without_manifest_is_none_and_told_as_damaged(run: Path) ->
         assert [found.step for found in listing.committed(run, told.append)] == [10]
         with pytest.raises(Unreadable, match=r"checkpoint-33/manifest\.json: .*It may be sound"):
             listing.newest_first(run)
-    assert isinstance(told[1], Unreadable) and told[1].unit == run / "checkpoint-33"
+    assert isinstance(told[1], Unreadable) and told[1].checkpoint_dir == run / "checkpoint-33"
     assert "checkpoint-33/manifest.json: it cannot be read: Permission denied" in str(told[1])
     path.chmod(0o644)
 

@@ -19,13 +19,13 @@ def collect(posts: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def test_every_rank_gets_what_rank_0_made_of_all_posts(pair: Pair) -> None:
-    found = pair(lambda ranks: ranks.agree({"rank": ranks.rank}, collect, 10))
+    found = pair(lambda ranks: ranks.decide_on_rank0({"rank": ranks.rank}, collect, 10))
     assert found[0] == found[1] == {"posts": [{"rank": 0}, {"rank": 1}], "pid": os.getpid()}
 
 
 def test_rendezvous_do_not_mix_and_leave_little_behind(pair: Pair) -> None:
     def many(ranks: RankGroup) -> list[Any]:
-        return [ranks.agree({"n": n, "rank": ranks.rank}, collect, 10)["posts"] for n in range(20)]
+        return [ranks.decide_on_rank0({"n": n, "rank": ranks.rank}, collect, 10)["posts"] for n in range(20)]
 
     wanted = [[{"n": n, "rank": 0}, {"n": n, "rank": 1}] for n in range(20)]
     assert pair(many) == [wanted, wanted]
@@ -34,7 +34,7 @@ def test_rendezvous_do_not_mix_and_leave_little_behind(pair: Pair) -> None:
 def test_a_rank_that_comes_late_is_waited_for(pair: Pair) -> None:
     def late(ranks: RankGroup) -> Any:
         time.sleep(0.3 * ranks.rank)
-        return ranks.agree({"rank": ranks.rank}, collect, 10)["posts"]
+        return ranks.decide_on_rank0({"rank": ranks.rank}, collect, 10)["posts"]
 
     assert pair(late) == [[{"rank": 0}, {"rank": 1}]] * 2
 
@@ -44,7 +44,7 @@ def test_our_error_on_rank_0_is_raised_alike_on_all(pair: Pair, kind: type[RollC
     def refuse(posts: list[dict[str, Any]]) -> dict[str, Any]:
         raise kind("the reason, with figures: 1,234")
 
-    found = pair(lambda ranks: ranks.agree({}, refuse, 10))
+    found = pair(lambda ranks: ranks.decide_on_rank0({}, refuse, 10))
     assert found == [[kind.__name__, "the reason, with figures: 1,234"]] * 2
 
 
@@ -53,8 +53,8 @@ def test_the_world_goes_on_after_an_error(pair: Pair) -> None:
         raise NoRoom("full")
 
     def work(ranks: RankGroup) -> Any:
-        first = outcome(lambda same: same.agree({}, refuse, 10), ranks)
-        return [first, ranks.agree({"rank": ranks.rank}, collect, 10)["posts"]]
+        first = outcome(lambda same: same.decide_on_rank0({}, refuse, 10), ranks)
+        return [first, ranks.decide_on_rank0({"rank": ranks.rank}, collect, 10)["posts"]]
 
     assert pair(work) == [[["NoRoom", "full"], [{"rank": 0}, {"rank": 1}]]] * 2
 
@@ -64,14 +64,14 @@ def test_an_error_that_is_not_ours_reaches_every_rank_too(pair: Pair) -> None:
         raise PermissionError(13, "Permission denied", "/the/run")
 
     began = time.monotonic()
-    for found in pair(lambda ranks: ranks.agree({}, break_, 10)):
+    for found in pair(lambda ranks: ranks.decide_on_rank0({}, break_, 10)):
         assert found[0] == "SaveFailed" and "/the/run" in found[1]
     assert time.monotonic() - began < 8, "a rank waited for a verdict that nobody would give"
 
 
 def test_a_rank_that_does_not_come_is_named(pair: Pair) -> None:
     def work(ranks: RankGroup) -> Any:
-        return ranks.agree({}, collect, 0.3) if ranks.rank == 0 else "stayed away"
+        return ranks.decide_on_rank0({}, collect, 0.3) if ranks.rank == 0 else "stayed away"
 
     found = pair(work)
     assert found[1] == "stayed away" and found[0][0] == "RanksDisagree"
@@ -82,7 +82,7 @@ def test_a_rank_without_an_answer_says_so(pair: Pair, monkeypatch: pytest.Monkey
     monkeypatch.setattr(group, "_SLACK_S", 0.1)
 
     def work(ranks: RankGroup) -> Any:
-        return ranks.agree({}, collect, 0.3) if ranks.rank == 1 else "stayed away"
+        return ranks.decide_on_rank0({}, collect, 0.3) if ranks.rank == 1 else "stayed away"
 
     found = pair(work)
     assert found[0] == "stayed away"
@@ -96,14 +96,14 @@ def test_what_fails_on_one_rank_is_raised_on_all(pair: Pair, failing: int) -> No
             if ranks.rank == failing:
                 raise Damaged("file x")
 
-        ranks.together(action, 10)
+        ranks.run_on_all_ranks(action, 10)
 
     assert pair(work) == [["Damaged", "file x"]] * 2
 
 
 def test_any_error_of_an_action_is_told_with_its_rank(pair: Pair) -> None:
     def work(ranks: RankGroup) -> Any:
-        ranks.together(lambda: 1 // (1 - ranks.rank), 10)
+        ranks.run_on_all_ranks(lambda: 1 // (1 - ranks.rank), 10)
 
     for found in pair(work):
         assert found[0] == "SaveFailed" and "rank 1: ZeroDivisionError" in found[1]
@@ -112,6 +112,6 @@ def test_any_error_of_an_action_is_told_with_its_rank(pair: Pair) -> None:
 def test_a_world_of_one_agrees_with_itself() -> None:
     alone = RankGroup.current()
     assert (alone.rank, alone.size) == (0, 1)
-    assert alone.agree({"a": 1}, lambda posts: {"n": len(posts), **posts[0]}, 1) == {"n": 1, "a": 1}
+    assert alone.decide_on_rank0({"a": 1}, lambda posts: {"n": len(posts), **posts[0]}, 1) == {"n": 1, "a": 1}
     with pytest.raises(NoRoom, match="full"):
-        alone.agree({}, lambda posts: (_ for _ in ()).throw(NoRoom("full")), 1)
+        alone.decide_on_rank0({}, lambda posts: (_ for _ in ()).throw(NoRoom("full")), 1)

@@ -206,8 +206,8 @@ def look(output_dir: Path) -> Found:
     for entry in tree.list_dir(output_dir):
         path = output_dir / entry
         if attempt := names.parse_attempt_dir(entry):
-            for unit in _units(path, attempt[0]):
-                if age := _age_of_complete(unit):
+            for checkpoint_dir in _units(path, attempt[0]):
+                if age := _age_of_complete(checkpoint_dir):
                     found.complete[attempt[0]] = max(age, found.complete.get(attempt[0], NEVER))
         elif not entry.startswith(".") and tree.is_dir(path):
             if problems := verification.verify(path):
@@ -228,15 +228,15 @@ def _units(attempt: Path, name: str) -> Iterator[Path]:
     yield from (attempt / e / name for e in tree.list_dir(attempt) if e.startswith(names.SUPERSEDED))
 
 
-def _age_of_complete(unit: Path) -> Age | None:
+def _age_of_complete(checkpoint_dir: Path) -> Age | None:
     """The age of an attempt that only has to be finished: every vote is there and yes, and nothing says abort."""
     try:
-        expected = records.parse_expected(reads.read_bytes(unit / names.EXPECTED), unit)
-        votes = [records.parse_vote(reads.read_bytes(unit / names.VOTES / f), f) for f in expected.voters()]
+        expected = records.parse_expected(reads.read_bytes(checkpoint_dir / names.EXPECTED), checkpoint_dir)
+        votes = [records.parse_vote(reads.read_bytes(checkpoint_dir / names.VOTES / f), f) for f in expected.voters()]
     except (OSError, Damaged):
         return None
     with suppress(OSError):
-        if not records.parse_decision(reads.read_bytes(unit / names.DECISION), unit).commit:
+        if not records.parse_decision(reads.read_bytes(checkpoint_dir / names.DECISION), checkpoint_dir).commit:
             return None
     return age_of(expected) if all(vote.error is None for vote in votes) else None
 
@@ -298,7 +298,7 @@ class Kind(Protocol):
     def drain(self, torture: Torture) -> None:
         """Upload what is owed, while nobody else does; AssertionError if anything is left over, or not as it was."""
 
-    def check(self, unit: Path, step: int | None) -> None:
+    def check(self, checkpoint_dir: Path, step: int | None) -> None:
         """AssertionError unless `unit` holds what was saved at `step`, and nothing else."""
 
 

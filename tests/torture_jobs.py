@@ -36,7 +36,7 @@ from tiny import engine
 from torture_harness import ANY, LIMIT_S, OPERATION, Age, Blow, Copies, Run, Torture, age_of, arm, check_start
 from torture_ranks import COMMITS, KEEP, UPLOADS, VOTES
 
-from roll_ckpt import names
+from roll_ckpt import names, process
 from roll_ckpt.disk import failpoints, tree, writes
 from roll_ckpt.errors import EpochLost
 from roll_ckpt.formats import manifests
@@ -72,9 +72,9 @@ class Jobs(Copies):
         role = "committer" if victim == "uploader" else victim
         return [pid for pid in run.alive if victim == "job" or run.role_of[pid] == role]
 
-    def check(self, unit: Path, step: int | None) -> None:
-        told = json.loads((unit / "pipeline/worker_state_pipeline.json").read_text())
-        assert told["step"] == step, f"{unit} says step {told['step']}"
+    def check(self, checkpoint_dir: Path, step: int | None) -> None:
+        told = json.loads((checkpoint_dir / "pipeline/worker_state_pipeline.json").read_text())
+        assert told["step"] == step, f"{checkpoint_dir} says step {told['step']}"
 
 
 class HubJobs(Jobs):
@@ -110,21 +110,21 @@ class HubJobs(Jobs):
         worker.push_all_owed(torture.output_dir, lambda event: None, again=True)
         assert push_queue.owed(torture.output_dir) == []
         for name, age in (torture.uploaded | self.uploaded(torture)).items():
-            unit = pull(Remote.parse(f"hf://{REPO}@{name}"), torture.folder / "pulled")
-            assert age_of(manifests.read(unit)) == age, f"the Hub has another {name} than that of {age}"
-            self.check(unit, age[1])
+            checkpoint_dir = pull(Remote.parse(f"hf://{REPO}@{name}"), torture.folder / "pulled")
+            assert age_of(manifests.read(checkpoint_dir)) == age, f"the Hub has another {name} than that of {age}"
+            self.check(checkpoint_dir, age[1])
 
 
 def _uploaders(parents: Collection[int]) -> list[int]:
     """The uploaders that these processes have started."""
     found = []
-    for process in Path("/proc").iterdir():
+    for other in Path("/proc").iterdir():
         with suppress(OSError):
-            if process.name.isdecimal() and b"roll_ckpt.upload.hub.worker" in (process / "cmdline").read_bytes().split(
+            if other.name.isdecimal() and b"roll_ckpt.upload.hub.worker" in (other / "cmdline").read_bytes().split(
                 b"\0"
             ):
-                parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
-                found += [int(process.name)] if parent in parents else []
+                parent = int((other / "stat").read_text().rpartition(")")[2].split()[1])
+                found += [int(other.name)] if parent in parents else []
     return found
 
 
@@ -163,7 +163,7 @@ def fork_ranks(run: Run, blow: Blow, log: Path, work: Callable[[int], None]) -> 
                 traceback.print_exc()
                 if not any(word in str(problem) for word in PEER_IS_GONE) and not isinstance(problem, EpochLost):
                     raise
-            pending._finish_at_exit()  # a forked process does not come to it by itself
+            process.current().leave()  # a forked process does not come to it by itself
 
         run.fork("rank" if rank else "committer", start)
 

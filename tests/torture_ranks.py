@@ -96,14 +96,18 @@ class Ranks(Copies):
     def pids(self, run: Run, victim: str) -> list[int]:
         return [pid for pid in run.alive if victim in ("job", run.role_of[pid])]
 
-    def check(self, unit: Path, step: int | None) -> None:
-        told, number = (unit / "actor/note.txt").read_text().split()
-        assert int(told) == step, f"{unit} says step {told}"
-        assert (unit / "critic/note.txt").read_text().split() == [told, number], f"{unit} is a mixture"
+    def check(self, checkpoint_dir: Path, step: int | None) -> None:
+        told, number = (checkpoint_dir / "actor/note.txt").read_text().split()
+        assert int(told) == step, f"{checkpoint_dir} says step {told}"
+        assert (checkpoint_dir / "critic/note.txt").read_text().split() == [told, number], (
+            f"{checkpoint_dir} is a mixture"
+        )
         for cluster, size in CLUSTERS.items():
             for rank in range(size):
-                data = (unit / cluster / f"shard_{rank}.bin").read_bytes()
-                assert data == shard(step, int(number), cluster, rank), f"{unit}: {cluster} rank {rank} is a mixture"
+                data = (checkpoint_dir / cluster / f"shard_{rank}.bin").read_bytes()
+                assert data == shard(step, int(number), cluster, rank), (
+                    f"{checkpoint_dir}: {cluster} rank {rank} is a mixture"
+                )
 
 
 class Member:
@@ -185,7 +189,7 @@ class Member:
             os.write(self.journal, f"{attempt.epoch} {attempt.step} {attempt.attempt} {word}\n".encode())
             if outcome.committed and self.epoch is not None and "actor" in self.clusters:
                 output_dir, upload_dir = self.torture.output_dir, self.torture.upload_dir
-                retention.prune(output_dir, self.epoch, KEEP, lambda: file_system.owed(output_dir, upload_dir))
+                retention.prune(output_dir, self.epoch, KEEP, [file_system.Copies(output_dir, upload_dir)])
         except Exception as problem:
             if self._taken_over(attempt.epoch):
                 self.over = True
@@ -196,16 +200,16 @@ class Member:
         return epochs.newest_number(self.torture.output_dir) > number
 
     def _write(self, attempt: Attempt, cluster: str) -> Vote:
-        writes.make_dirs(attempt.unit / cluster)
+        writes.make_dirs(attempt.checkpoint_dir / cluster)
         path = f"{cluster}/shard_{self.rank}.bin"
         data = shard(attempt.step, self.run_.number, cluster, self.rank)
         image = HandMadeImage(len(data))
         image.add(0, extension.address_of(data)[0], len(data), lazy=True)
-        transfer = self.mover.save(attempt.unit / path, image)
+        transfer = self.mover.save(attempt.checkpoint_dir / path, image)
         receipts = []
         if self.rank == 0:
             note = f"{attempt.step} {self.run_.number}".encode()
-            writes.write_durable(attempt.unit / cluster / "note.txt", note)
+            writes.write_durable(attempt.checkpoint_dir / cluster / "note.txt", note)
             receipts.append(records.receipt_of_bytes(f"{cluster}/note.txt", note))
         digest = transfer.wait_written()
         root = records.root_of(digest.nbytes, digest.block_bytes, digest.crcs)

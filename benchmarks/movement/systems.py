@@ -90,13 +90,13 @@ class Ours(System):
         request = self._saver.Request(directory.parent, directory.name, None, {"model": 1})
         save = self._saver.begin(self._world, request, self._settings, nbytes=nbytes)
         with save.staging():
-            ticket = save.ticket("model", {"framework": "none"})
+            cluster_save = save.add_cluster("model", {"framework": "none"})
             kept = frozenset(tensor.untyped_storage()._cdata for tensor in state.values())
             until = self._until
             image, _ = self._layouts.lay_out(
                 "model.pt", state, "model", lambda storage: storage._cdata in kept and until
             )
-            ticket.stage(save.attempt.unit / "model.pt", image, overlap=True)
+            cluster_save.stage(save.attempt.checkpoint_dir / "model.pt", image, overlap=True)
         self._save = save
 
     def fence(self) -> None:
@@ -124,12 +124,12 @@ class Leased(Ours):
         from roll_ckpt.native.image import Lifetime
 
         super().open(state)
-        self._until = Lifetime.WRITTEN
+        self._until = Lifetime.UNTIL_WRITTEN
 
     @property
     def copied_bytes(self) -> int:
         """Bytes of the last save that were copied before it returned."""
-        (staged,) = self._save.tickets["model"]._staged
+        (staged,) = self._save.cluster_saves["model"]._staged
         return int(staged.transfer.stats["eager_bytes"])
 
 

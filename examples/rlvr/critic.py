@@ -128,7 +128,7 @@ class Critic:
             wd_incr_style="constant",
         )
         self.trained = MegatronModel(
-            self.model, self.optimizer, self.scheduler, form=config.distrib_optim_sharding_type
+            self.model, self.optimizer, self.scheduler, sharding_type=config.distrib_optim_sharding_type
         )
 
     def learn(self, tokens: torch.Tensor, targets: torch.Tensor) -> tuple[dict[str, float], torch.Tensor]:

@@ -200,8 +200,8 @@ def _compare_step(expected: dict[str, str], found: dict[str, str], where: str) -
             )
 
 
-def _step_of(unit: Path) -> int:
-    return names.step_of(unit.name) or 0
+def _step_of(checkpoint_dir: Path) -> int:
+    return names.step_of(checkpoint_dir.name) or 0
 
 
 def _must_not_exist(path: Path) -> None:

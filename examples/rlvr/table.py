@@ -109,8 +109,8 @@ def disk_tree(root: Path, opened: Path | None = None) -> Tree:
     for path in sorted(root.iterdir()):
         if names.parse_attempt_dir(path.name) is not None:
             attempt = tree.add(f"[red]{path.name}/[/]  [dim]no checkpoint: it never came to a decision[/]")
-            for unit in sorted(path.iterdir()):
-                _open_unit(attempt.add(f"{unit.name}/"), unit)
+            for checkpoint_dir in sorted(path.iterdir()):
+                _open_unit(attempt.add(f"{checkpoint_dir.name}/"), checkpoint_dir)
         elif path == opened:
             _open_unit(tree.add(f"[green]{path.name}/[/]  [dim]complete: {_content(path)}[/]"), path)
         elif names.step_of(path.name) is not None:
@@ -120,8 +120,8 @@ def disk_tree(root: Path, opened: Path | None = None) -> Tree:
     return tree
 
 
-def _open_unit(tree: Tree, unit: Path) -> None:
-    for path in sorted(unit.iterdir()):
+def _open_unit(tree: Tree, checkpoint_dir: Path) -> None:
+    for path in sorted(checkpoint_dir.iterdir()):
         below = _add(tree, path)
         if path.name == names.VOTES:
             for vote in sorted(path.iterdir()):

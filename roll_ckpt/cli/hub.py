@@ -18,7 +18,7 @@ from roll_ckpt.upload.hub.address import Remote
 from roll_ckpt.upload.hub.progress import ProgressBar
 from roll_ckpt.upload.hub.pull import pull
 from roll_ckpt.upload.hub.push import push
-from roll_ckpt.upload.hub.push_queue import Destination, Entry
+from roll_ckpt.upload.hub.push_queue import Entry, Repository
 
 _PULL = """\
 Bring a checkpoint from the Hub to DIR/<name>, complete and verified, or not at
@@ -132,25 +132,25 @@ def pull_uri(args: argparse.Namespace) -> int:
             moved = True
             bar({"name": remote.uri, "doing": "pulled", "done": here, "total": of})
 
-        unit = pull(remote, args.directory, progress)
-    told = manifests.read(unit)
+        checkpoint_dir = pull(remote, args.directory, progress)
+    told = manifests.read(checkpoint_dir)
     if args.json:
         found = {"name": told.name, "step": told.step, "bytes": told.nbytes(), "was_there": not moved}
-        print_json({"uri": remote.uri, "path": str(unit), **found})
+        print_json({"uri": remote.uri, "path": str(checkpoint_dir), **found})
     elif moved:
-        print_line(f"{unit}: complete and verified ({human_bytes(told.nbytes())})")
+        print_line(f"{checkpoint_dir}: complete and verified ({human_bytes(told.nbytes())})")
     else:
-        print_line(f"{unit}: was there already")
+        print_line(f"{checkpoint_dir}: was there already")
     return FINE
 
 
 def push_path(args: argparse.Namespace) -> int:
     """Push a checkpoint, or what a run owes."""
     place = locate(args.path)
-    known = push_queue.destination(place.output_dir)
+    known = push_queue.repository(place.output_dir)
     if args.repo is None and (args.revision is not None or args.public):
         raise ConfigError("--revision and --public go with a REPO: roll-ckpt push PATH REPO …")
-    wanted = Destination(args.repo, args.revision or "main", not args.public) if args.repo else known
+    wanted = Repository(args.repo, args.revision or "main", not args.public) if args.repo else known
     if wanted is None:
         raise ConfigError(
             f"{place.output_dir}: its run pushes nowhere; name a REPO: roll-ckpt push PATH namespace/name"
@@ -162,27 +162,27 @@ def push_path(args: argparse.Namespace) -> int:
             f"{place.output_dir}: its run pushes to {_spell(known)}, not to {_spell(wanted)}; push single checkpoints "
             "there, or change the run's checkpoint_config"
         )
-    push_queue.set_destination(place.output_dir, wanted)
+    push_queue.set_repository(place.output_dir, wanted)
     return _drain(place.output_dir, args)
 
 
-def _push_one(place: Place, to: Destination, known: Destination | None, args: argparse.Namespace) -> int:
-    name = place.unit.name
+def _push_one(place: Place, to: Repository, known: Repository | None, args: argparse.Namespace) -> int:
+    name = place.checkpoint_dir.name
     with _bar() as bar:
         if known is not None and known.remote == to.remote:
             made = worker.push_one(place.output_dir, name, to, _teller(bar, args))
         else:
             made = push(
-                place.unit,
+                place.checkpoint_dir,
                 to.remote,
                 private=to.private,
                 progress=lambda doing, done, total: bar({"name": name, "doing": doing, "done": done, "total": total}),
             )
     uri = Remote(to.repo_id, name).uri
     if args.json:
-        print_json({"path": str(place.unit), "name": name, "uri": uri, "commit": made})
+        print_json({"path": str(place.checkpoint_dir), "name": name, "uri": uri, "commit": made})
     else:
-        print_line(f"{place.unit}: is {uri}, commit {made[:12]}")
+        print_line(f"{place.checkpoint_dir}: is {uri}, commit {made[:12]}")
     return FINE
 
 
@@ -239,13 +239,13 @@ def queue_cancel(args: argparse.Namespace) -> int:
 
 def _queue_of(args: argparse.Namespace) -> Path:
     output_dir = run_directory(args.path, "queue")
-    if push_queue.destination(output_dir) is None:
+    if push_queue.repository(output_dir) is None:
         raise NotFound(f"{output_dir}: its run pushes nowhere, so nothing is owed. `roll-ckpt push DIR REPO` pushes it")
     return output_dir
 
 
 def _show_queue(output_dir: Path, args: argparse.Namespace) -> int:
-    to = push_queue.destination(output_dir)
+    to = push_queue.repository(output_dir)
     assert to is not None
     entries = push_queue.list_entries(output_dir)
     owed = [entry for entry in entries if entry.state in ("owed", "failed")]
@@ -270,5 +270,5 @@ def _print_entries(entries: list[Entry]) -> None:
             print_line(f"{entry.name}: {entry.detail}")
 
 
-def _spell(to: Destination) -> str:
+def _spell(to: Repository) -> str:
     return f"{to.remote.uri} ({'private' if to.private else 'public'})"

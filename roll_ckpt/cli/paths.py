@@ -21,7 +21,7 @@ class Place:
     part: str = ""
 
     @property
-    def unit(self) -> Path:
+    def checkpoint_dir(self) -> Path:
         """The checkpoint's directory; the output directory where no checkpoint was named."""
         return self.output_dir / (self.name or "")
 
@@ -31,20 +31,20 @@ def locate(given: str) -> Place:
     path = Path(os.path.abspath(given))
     if not tree.exists(path):
         raise NotFound(f"{given} does not exist")
-    for unit in (path, *path.parents):
-        if names.parse_attempt_dir(unit.name):
+    for checkpoint_dir in (path, *path.parents):
+        if names.parse_attempt_dir(checkpoint_dir.name):
             raise NotFound(
-                f"{given} is being written, or was left by a crash: no checkpoint yet. See {unit.parent}; "
+                f"{given} is being written, or was left by a crash: no checkpoint yet. See {checkpoint_dir.parent}; "
                 "the next start of the run, or `roll-ckpt recover`, finishes or discards it"
             )
-        if names.parse_pull_dir(unit.name):
+        if names.parse_pull_dir(checkpoint_dir.name):
             raise NotFound(
                 f"{given} is being pulled, or a pull that was killed left it: no checkpoint yet. The same "
                 "`roll-ckpt pull` goes on there; or remove it"
             )
-        if _is_checkpoint(unit):
-            part = path.relative_to(unit).as_posix()
-            return Place(unit.parent, unit.name, "" if part == "." else part)
+        if _is_checkpoint(checkpoint_dir):
+            part = path.relative_to(checkpoint_dir).as_posix()
+            return Place(checkpoint_dir.parent, checkpoint_dir.name, "" if part == "." else part)
     if _holds_checkpoints(path):
         return Place(path)
     raise NotFound(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
+from pathlib import Path
 
 from roll_ckpt.cli.claiming import claimed, recovered_rows
 from roll_ckpt.cli.paths import run_directory
@@ -22,21 +23,15 @@ from roll_ckpt.upload.hub import push_queue
 def prune(args: argparse.Namespace) -> int:
     """Remove all but the newest checkpoints of a run that is not running."""
     output_dir = run_directory(args.path, args.command)
-    sizes = {told.name: told.nbytes() for told in survey(output_dir).checkpoints}
-
-    def protected() -> set[str]:
-        copied_to = [file_system.owed(output_dir, args.upload_dir)] if args.upload_dir else []
-        return {*push_queue.owed(output_dir)}.union(*copied_to)
-
+    owing = _owing(output_dir, args.upload_dir)
+    sizes = {record.name: record.nbytes for record in retention.records_of(output_dir)}
     recovered: list[Recovery] = []
     if args.dry_run:
-        found = survey(output_dir)
-        kept = {*protected(), *([found.latest] if found.latest else [])}
-        kept.update(name for name in sizes if reader_locks.is_being_read(output_dir / name))
-        removed = retention.doomed(list(sizes), args.keep, kept)
+        being_read = [name for name in sizes if reader_locks.is_being_read(output_dir / name)]
+        removed = retention.doomed(retention.records_of(output_dir, owing, being_read), args.keep)
     else:
         with claimed(output_dir, args) as (claim, recovered):
-            removed = retention.prune(output_dir, claim, args.keep, protected)
+            removed = retention.prune(output_dir, claim, args.keep, owing)
     kept_names = [told.name for told in survey(output_dir).checkpoints if told.name not in removed]
     if args.json:
         print_json(
@@ -55,6 +50,12 @@ def prune(args: argparse.Namespace) -> int:
         print_line(f"{'would remove' if args.dry_run else 'removed'} {name} ({human_bytes(sizes.get(name, 0))})")
     print_line(f"{'would keep' if args.dry_run else 'kept'} {', '.join(kept_names) or 'nothing'}")
     return FINE
+
+
+def _owing(output_dir: Path, upload_dir: Path | None) -> list[retention.Owing]:
+    """What may still be owed checkpoints: the Hub, and with --upload-dir that directory."""
+    copies = [file_system.Copies(output_dir, upload_dir)] if upload_dir is not None else []
+    return [push_queue.RecordedQueue(output_dir), *copies]
 
 
 _PRUNE = """\

@@ -27,15 +27,15 @@ def show(args: argparse.Namespace) -> int:
             say(f"{args.path}: no committed checkpoint can be shown; see `roll-ckpt ls`")
             return DAMAGED if found.damaged else ERROR
         place = Place(place.output_dir, found.checkpoints[-1].name)
-    told = manifests.read(place.unit)
+    told = manifests.read(place.checkpoint_dir)
     files = [f for f in told.files if f"{f.path}/".startswith(f"{place.part}/" if place.part else "")]
     nbytes = sum(file.nbytes for file in files)
     if args.json:
         shown = {**asdict(told), "files": [asdict(file) for file in files]}
-        print_json({"path": str(place.unit), **shown, "bytes": nbytes})
+        print_json({"path": str(place.checkpoint_dir), **shown, "bytes": nbytes})
         return FINE
     step = "no step" if told.step is None else f"step {told.step}"
-    print_line(f"{place.unit / place.part}")
+    print_line(f"{place.checkpoint_dir / place.part}")
     print_line(f"  {step}, epoch {told.epoch}, attempt {told.attempt}, run_id {told.run_id!r}")
     print_line(f"  written by {told.software}; {len(files)} files, {human_bytes(nbytes)}")
     if not told.directories_durable:

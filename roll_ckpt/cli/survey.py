@@ -73,7 +73,7 @@ def look(place: Place) -> Survey:
         return survey(place.output_dir)
     checkpoints, damaged, latest = [], [], None
     try:
-        checkpoints.append(manifests.read(place.unit))
+        checkpoints.append(manifests.read(place.checkpoint_dir))
         latest = listing.read_latest(place.output_dir)
     except (Damaged, NotFound) as error:
         damaged.append(str(error))
@@ -83,19 +83,23 @@ def look(place: Place) -> Survey:
 
 
 def _look_at_attempt(output_dir: Path, name: str, number: int, attempt: int) -> Pending:
-    unit = output_dir / names.attempt_dir(name, number, attempt) / name
+    checkpoint_dir = output_dir / names.attempt_dir(name, number, attempt) / name
     votes = needed = 0
     try:
-        told = records.parse_expected(reads.read_bytes(unit / names.EXPECTED), unit / names.EXPECTED)
+        told = records.parse_expected(
+            reads.read_bytes(checkpoint_dir / names.EXPECTED), checkpoint_dir / names.EXPECTED
+        )
         needed = len(told.voters())
-        cast = set(tree.list_dir(unit / names.VOTES)) & set(told.voters())
+        cast = set(tree.list_dir(checkpoint_dir / names.VOTES)) & set(told.voters())
         votes = len(cast)
-        if tree.exists(unit / names.DECISION):
-            decision = records.parse_decision(reads.read_bytes(unit / names.DECISION), unit / names.DECISION)
+        if tree.exists(checkpoint_dir / names.DECISION):
+            decision = records.parse_decision(
+                reads.read_bytes(checkpoint_dir / names.DECISION), checkpoint_dir / names.DECISION
+            )
             fate, reason = ("finish", "committed") if decision.commit else ("discard", decision.reason)
             return Pending(name, number, attempt, votes, needed, fate, reason)
         for file in sorted(cast):
-            path = unit / names.VOTES / file
+            path = checkpoint_dir / names.VOTES / file
             if problem := manifests.objection(records.parse_vote(reads.read_bytes(path), path), told, file):
                 return Pending(name, number, attempt, votes, needed, "discard", problem)
     except Damaged as error:

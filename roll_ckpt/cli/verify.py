@@ -23,19 +23,23 @@ def check(args: argparse.Namespace) -> int:
     """Read every byte again and compare it with what was committed."""
     place = locate(args.path)
     found = look(place)
-    units = [place.unit] if place.name else [place.output_dir / told.name for told in found.checkpoints]
+    checkpoint_dirs = (
+        [place.checkpoint_dir] if place.name else [place.output_dir / told.name for told in found.checkpoints]
+    )
     names_read = [told.name for told in found.checkpoints]
     if place.name is None and not (names_read or found.damaged):
         raise NotFound(f"{args.path}: no committed checkpoint is there; see `roll-ckpt ls`")
     for name in found.foreign:
         say(f"not verified: {name} was not written by roll_ckpt and has no digests")
     nbytes = sum(told.nbytes() for told in found.checkpoints)
-    with _keep_from_pruning(units), notice(f"reading {human_bytes(nbytes)} ..."):
-        problems = verification.verify(place.unit) if place.name else verification.verify_run(place.output_dir)
+    with _keep_from_pruning(checkpoint_dirs), notice(f"reading {human_bytes(nbytes)} ..."):
+        problems = (
+            verification.verify(place.checkpoint_dir) if place.name else verification.verify_run(place.output_dir)
+        )
     if args.json:
         print_json(
             {
-                "path": str(place.unit),
+                "path": str(place.checkpoint_dir),
                 "sound": not problems,
                 "checkpoints": names_read,
                 "bytes": nbytes,
@@ -50,12 +54,12 @@ def check(args: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _keep_from_pruning(units: Sequence[Path]) -> Iterator[None]:
+def _keep_from_pruning(checkpoint_dirs: Sequence[Path]) -> Iterator[None]:
     """Keep a live run from pruning what is read. What is gone, or lacks its record, has no lease."""
     with ExitStack() as stack:
-        for unit in units:
+        for checkpoint_dir in checkpoint_dirs:
             with suppress(Damaged, OSError):
-                stack.enter_context(reader_locks.reading(unit))
+                stack.enter_context(reader_locks.reading(checkpoint_dir))
         yield
 
 

@@ -1,10 +1,7 @@
-"""The Python half of the seam to the disk: nothing else in roll_ckpt, but csrc/file, touches it.
+"""Record locks on files, and the opening of files so that no lock is lost.
 
-A test sets `observer` to record every mutating operation, to fail it, or to kill the process before it, and
-`listener` to stop at the named points of a save. Both are None in production.
-
-POSIX record locks belong to (process, file): closing ANY descriptor of a file drops this process's lock on
-it. So a file that this process has locked is never opened again here; its one descriptor serves every read.
+POSIX record locks belong to a process and a file: closing ANY descriptor of a file drops this process's lock on it.
+So a file that this process has locked is not opened again; the lock's one descriptor serves every read.
 """
 
 from __future__ import annotations
@@ -19,6 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from roll_ckpt import process
 from roll_ckpt.disk.tree import is_file
 from roll_ckpt.disk.writes import create, fsync, write_all
 from roll_ckpt.errors import Damaged
@@ -56,43 +54,48 @@ class Lock:
         self.key = (found.st_dev, found.st_ino)
 
     def drop(self) -> None:
-        """One user less; the last one closes the descriptor, and with it the lock. Call under _lock_table."""
+        """One user less; the last one closes the descriptor, and with it the lock. Call under the table's guard."""
         self.users -= 1
         if not self.users:
-            del _held[self.key]
+            del lock_table().held[self.key]
             os.close(self.descriptor)
             _close_parked(self.key)
 
     def release(self) -> None:
         """Give the lock back. In a forked child, which never had it, nothing happens."""
         if self.pid == os.getpid():
-            with lock_table:
+            with lock_table().guard:
                 self.drop()
 
 
-lock_table = threading.RLock()
-_held: dict[tuple[int, int], Lock] = {}
-_parked: dict[tuple[int, int], list[int]] = {}
 _FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 
-def _forget_in_child() -> None:
-    global lock_table
-    lock_table = threading.RLock()
-    _held.clear()
-    _parked.clear()
+class LockTable:
+    """The files that this process has locked, by device and inode.
+
+    `guard` is held while a file is opened or closed, so that no descriptor of a file that another thread has locked
+    meanwhile is closed. `parked` are descriptors that must stay open until the lock on their file is released.
+    """
+
+    def __init__(self) -> None:
+        self.guard = threading.RLock()
+        self.held: dict[tuple[int, int], Lock] = {}
+        self.parked: dict[tuple[int, int], list[int]] = {}
 
 
-os.register_at_fork(after_in_child=_forget_in_child)
+def lock_table() -> LockTable:
+    """The table of this process; a forked child, which has no locks, has an empty one."""
+    return process.part(LockTable)
 
 
 def held_at(path: Path) -> Lock | None:
-    if not _held:
+    if not lock_table().held:
         return None
     with suppress(FileNotFoundError, NotADirectoryError):
         found = os.stat(path)
-        return _held.get((found.st_dev, found.st_ino))
+        return lock_table().held.get((found.st_dev, found.st_ino))
     return None
 
 
@@ -100,14 +103,14 @@ def close_unlocked(descriptor: int) -> None:
     """Close a descriptor; if the file was locked meanwhile by another thread, park it until the release."""
     found = os.fstat(descriptor)
     key = (found.st_dev, found.st_ino)
-    if key in _held:
-        _parked.setdefault(key, []).append(descriptor)
+    if key in lock_table().held:
+        lock_table().parked.setdefault(key, []).append(descriptor)
     else:
         os.close(descriptor)
 
 
 def _close_parked(key: tuple[int, int]) -> None:
-    for descriptor in _parked.pop(key, []):
+    for descriptor in lock_table().parked.pop(key, []):
         os.close(descriptor)
 
 
@@ -127,9 +130,9 @@ def lock_new(path: Path, contents: Callable[[bool], bytes]) -> Lock:
             locked = False
         write_all(descriptor, contents(locked), path)
         fsync(descriptor, path)
-        with lock_table:
+        with lock_table().guard:
             lock = Lock(descriptor, True)
-            _held[lock.key] = lock
+            lock_table().held[lock.key] = lock
         return lock
     except BaseException:
         os.close(descriptor)
@@ -141,7 +144,7 @@ def try_lock(path: Path, *, exclusive: bool) -> Lock | None:
 
     OSError with ENOLCK, ENOSYS or ENOTSUP where the file system has no locks; Damaged as for read_bytes.
     """
-    with lock_table:
+    with lock_table().guard:
         held = held_at(path)
         if held is not None:
             if exclusive or held.exclusive:
@@ -157,13 +160,13 @@ def try_lock(path: Path, *, exclusive: bool) -> Lock | None:
                 return None
             raise
         lock = Lock(descriptor, exclusive)
-        _held[lock.key] = lock
+        lock_table().held[lock.key] = lock
         return lock
 
 
 def is_locked(path: Path) -> bool:
     """Whether any process of this host, this one included, has a lock on the file; nobody has one on anything else."""
-    with lock_table:
+    with lock_table().guard:
         if held_at(path) is not None:
             return True
         try:
@@ -180,7 +183,7 @@ def is_locked(path: Path) -> bool:
 
 def is_held(path: Path) -> bool:
     """Whether this process has the file locked, so that nobody here may open and close it."""
-    with lock_table:
+    with lock_table().guard:
         return held_at(path) is not None
 
 

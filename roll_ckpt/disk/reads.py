@@ -83,7 +83,7 @@ def _pread(descriptor: int, nbytes: int, offset: int) -> bytes:
 
 @contextmanager
 def _reader(path: Path) -> Iterator[int]:
-    with lock_table:
+    with lock_table().guard:
         held = held_at(path)
         if held is not None:
             held.users += 1
@@ -93,7 +93,7 @@ def _reader(path: Path) -> Iterator[int]:
     try:
         yield descriptor
     finally:
-        with lock_table:
+        with lock_table().guard:
             if held is not None:
                 held.drop()
             else:

@@ -29,7 +29,7 @@ class ReadRetries:
     def __init__(self) -> None:
         self._left = list(self.pauses_s)
 
-    def again(self, read: Callable[[], Found]) -> Found:
+    def run(self, read: Callable[[], Found]) -> Found:
         """What `read` returns; the OSError that it raises still when patience has ended."""
         while True:
             try:

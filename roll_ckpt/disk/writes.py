@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from roll_ckpt.errors import Damaged
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
+_NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 _REMOVALS = 20
 
 
@@ -166,6 +168,20 @@ def exchange(a: Path, b: Path) -> None:
     if function(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), ctypes.c_uint(_RENAME_EXCHANGE)):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), str(a), None, str(b))
+
+
+def swap(new: Path, target: Path, step_aside: Callable[[], None]) -> None:
+    """Put `new` in the place of `target`, which comes to lie where `new` was.
+
+    Where the file system cannot exchange two names, `step_aside` moves `target` away first.
+    """
+    try:
+        exchange(new, target)
+    except OSError as error:
+        if error.errno not in _NO_EXCHANGE:
+            raise
+        step_aside()
+        rename(new, target)
 
 
 def make_dir(path: Path) -> bool:

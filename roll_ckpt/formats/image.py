@@ -37,7 +37,7 @@ class Extent:
 
     offset: int
     source: bytes | Memory
-    stable: Lifetime | bool = False
+    lifetime: Lifetime | bool = False
 
     @property
     def nbytes(self) -> int:
@@ -67,24 +67,24 @@ class Extents:
     def of(cls, extents: Iterable[Extent]) -> Extents:
         made = cls()
         for extent in extents:
-            made.add(extent.offset, extent.source, extent.stable)
+            made.add(extent.offset, extent.source, extent.lifetime)
         return made
 
-    def add(self, offset: int, source: bytes | Memory, stable: Lifetime | bool = False) -> int:
+    def add(self, offset: int, source: bytes | Memory, lifetime: Lifetime | bool = False) -> int:
         """Append an extent; returns its place."""
         self.rows.extend((offset, 0, 0, True, HOST))
         self.owners.append(None)
-        self.put(len(self.owners) - 1, source, stable)
+        self.put(len(self.owners) - 1, source, lifetime)
         return len(self.owners) - 1
 
-    def put(self, place: int, source: bytes | Memory, stable: Lifetime | bool = False) -> None:
+    def put(self, place: int, source: bytes | Memory, lifetime: Lifetime | bool = False) -> None:
         """Let the extent at `place` come from `source`."""
         at = place * self.WIDTH
         if isinstance(source, bytes):
             self.rows[at + 1 : at + 5] = array("q", (0, len(source), True, HOST))
             self.owners[place] = source
             return
-        self.rows[at + 1 : at + 5] = array("q", (source.address, source.nbytes, stable, source.device))
+        self.rows[at + 1 : at + 5] = array("q", (source.address, source.nbytes, lifetime, source.device))
         self.owners[place] = source.owner
         if source.device != HOST:
             self.streams[source.device] = source.stream
@@ -106,16 +106,16 @@ class Extents:
     def __iter__(self) -> Iterator[Extent]:
         for place, owner in enumerate(self.owners):
             at = place * self.WIDTH
-            offset, address, nbytes, stable, device = self.rows[at : at + self.WIDTH]
+            offset, address, nbytes, lifetime, device = self.rows[at : at + self.WIDTH]
             if address:
                 memory = Memory(address, nbytes, owner, device, self.streams.get(device, 0))
-                yield Extent(offset, memory, Lifetime(stable))
+                yield Extent(offset, memory, Lifetime(lifetime))
             else:
-                yield Extent(offset, owner, Lifetime(stable))
+                yield Extent(offset, owner, Lifetime(lifetime))
 
 
 @dataclass(slots=True)
-class Seals:
+class CrcPatches:
     """What a file holds that follows from the CRC-32s of its own records.
 
     records: start, bytes of each, in order and disjoint. crcs: the record, and an offset behind it where its CRC-32
@@ -135,7 +135,7 @@ class Seals:
         self.records.extend((start, nbytes))
         return len(self) - 1
 
-    def extend(self, other: Seals, by: int) -> None:
+    def extend(self, other: CrcPatches, by: int) -> None:
         """Append all of `other`, `by` bytes further on."""
         first = len(self)
         records, crcs, serials = other.records[:], other.crcs[:], other.serials[:]
@@ -164,7 +164,7 @@ class FileImage:
 
     nbytes: int
     extents: Extents = field(default_factory=Extents)
-    seals: Seals = field(default_factory=Seals)
+    crc_patches: CrcPatches = field(default_factory=CrcPatches)
     pieces: tuple[TensorPiece, ...] = ()
 
     @classmethod

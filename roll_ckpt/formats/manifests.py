@@ -148,9 +148,9 @@ def parse(data: bytes, where: object) -> Manifest:
     return manifest
 
 
-def read(unit: Path) -> Manifest:
+def read(checkpoint_dir: Path) -> Manifest:
     """The commit record of a checkpoint. NotFound if it has none, Damaged if it cannot be trusted."""
-    path = unit / names.MANIFEST
+    path = checkpoint_dir / names.MANIFEST
     try:
         return parse(reads.read_bytes(path), path)
     except (FileNotFoundError, NotADirectoryError):

@@ -16,12 +16,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from roll_ckpt import names
+from roll_ckpt import __version__, names
 from roll_ckpt.errors import Damaged
 from roll_ckpt.formats.sealed_json import Fields, is_count, is_sha256, seal, unseal
 
 FORMAT = 1
-SOFTWARE = "roll_ckpt 0.1.0"
+SOFTWARE = f"roll_ckpt {__version__}"
 BLOCK_BYTES = 4 << 20
 SMALLEST_BLOCK_BYTES = 4096  # a record that asks for a digest of every byte would fill the memory
 _NO_ROOM = "No space left on device, not even to write down which rank met that first; see the logs of all"

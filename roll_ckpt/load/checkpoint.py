@@ -50,7 +50,7 @@ class Blocks:
     def read(self, index: int, target: memoryview) -> None:
         """Read one block into `target`, which has its length. Damaged if the bytes are not those that were written."""
         start = index * self.block_bytes
-        nbytes = ReadRetries().again(partial(reads.read_into, self.path, start, target))
+        nbytes = ReadRetries().run(partial(reads.read_into, self.path, start, target))
         if nbytes != len(target) or extension.crc32(target) != self.crcs[index]:
             raise Damaged(
                 f"{self.path}: block {index} (bytes {start} to {start + len(target)}) is not as it was written"
@@ -66,7 +66,7 @@ class OpenedCheckpoint:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         with as_unreadable(directory / names.MANIFEST):
-            self.manifest = ReadRetries().again(partial(manifests.read, directory))
+            self.manifest = ReadRetries().run(partial(manifests.read, directory))
         self._files = {receipt.path: receipt for receipt in self.manifest.files}
         self._digests: dict[str, dict[str, Any]] | None = None
 
@@ -76,10 +76,10 @@ class OpenedCheckpoint:
 
         Damaged if its manifest is gone: then nothing tells what belongs there. Unreadable if the disk does not tell.
         """
-        marks, patience = (names.MANIFEST, names.DECISION, names.EXPECTED), ReadRetries()
+        marks, retries = (names.MANIFEST, names.DECISION, names.EXPECTED), ReadRetries()
         for folder, enough in [(path, 1), *((parent, 2) for parent in list(path.absolute().parents)[:_LEVELS_UP])]:
             with as_unreadable(folder):
-                there = sum(patience.again(partial(tree.exists, folder / record)) for record in marks)
+                there = sum(retries.run(partial(tree.exists, folder / record)) for record in marks)
             if there < enough:
                 continue
             try:
@@ -99,7 +99,7 @@ class OpenedCheckpoint:
             Damaged: the manifest does not list the file, or its bytes are not those that were written.
         """
         blocks = self.blocks(path)
-        return ReadRetries().again(
+        return ReadRetries().run(
             partial(
                 files.read_file,
                 str(path),
@@ -158,7 +158,7 @@ class OpenedCheckpoint:
         path = self.directory / relative
         with as_unreadable(path):
             try:
-                data = ReadRetries().again(partial(reads.read_bytes, path))
+                data = ReadRetries().run(partial(reads.read_bytes, path))
             except FileNotFoundError as problem:
                 raise Damaged(f"{path}: it was committed and is not there") from problem
         if records.receipt_of_bytes(relative, data) != self._files[relative]:

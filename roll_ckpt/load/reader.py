@@ -32,7 +32,7 @@ class Reader:
     """
 
     def __init__(self, directory: Path, settings: Settings, allow: Iterable[Any]) -> None:
-        self.unit = OpenedCheckpoint.around(directory)
+        self.checkpoint = OpenedCheckpoint.around(directory)
         self._settings = settings
         self._allow = [*allow, *allowed(settings)]
         self._last: tuple[Path, Buffer] | None = None
@@ -41,8 +41,8 @@ class Reader:
 
     def read_bytes(self, path: Path) -> bytes:
         """The bytes of a small file of a checkpoint of ours. Damaged: see `Unit.read`."""
-        assert self.unit is not None
-        return bytes(self.unit.read(path, self._settings, cached=self.cached))
+        assert self.checkpoint is not None
+        return bytes(self.checkpoint.read(path, self._settings, cached=self.cached))
 
     def load(self, path: Path, map_location: Any) -> Any:
         """The state in `path`; its tensors lie where `map_location` says, as `torch.load` does it.
@@ -50,12 +50,12 @@ class Reader:
         Raises:
             FileNotFoundError: no such file. Damaged: see `Unit.read` and `torch_zip.parse`.
         """
-        if self.unit is None:
+        if self.checkpoint is None:
             return _load_stock(path, map_location, self._allow)
         if self._last is not None and self._last[0] == path:
             buffer, self._last = self._last[1], None
         else:
-            buffer = self.unit.read(path, self._settings, cached=self.cached)
+            buffer = self.checkpoint.read(path, self._settings, cached=self.cached)
             self._last = (path, buffer)
         return parse(buffer, str(path), map_location, self._allow)
 
@@ -85,13 +85,13 @@ def open_reader(directory: Path, settings: Settings, allow: Iterable[Any] = ()) 
 
 def enter_reader(stack: ExitStack, directory: Path, settings: Settings, allow: Iterable[Any]) -> Reader:
     reader = Reader(directory, settings, allow)
-    if reader.unit is not None:
-        stack.enter_context(reader_locks.reading(reader.unit.directory))
+    if reader.checkpoint is not None:
+        stack.enter_context(reader_locks.reading(reader.checkpoint.directory))
     return reader
 
 
 def warn_unverified(directory: Path, reader: Reader) -> None:
-    if reader.unit is None:
+    if reader.checkpoint is None:
         log.warning(
             "%s has no %s of ours: it is loaded, but what it holds cannot be verified", directory, names.MANIFEST
         )

@@ -25,7 +25,7 @@ _NAMED = 10  # damaged files in one message
 
 
 @contextmanager
-def open_together(world: RankGroup, directory: Path, settings: Settings, allow: Iterable[Any] = ()) -> Iterator[Reader]:
+def open_together(ranks: RankGroup, directory: Path, settings: Settings, allow: Iterable[Any] = ()) -> Iterator[Reader]:
     """`reading` of one and the same checkpoint on every rank. Every rank calls; blocks.
 
     A rank that does not see what another one sees looks again for a while: an NFS client believes for some seconds
@@ -48,8 +48,8 @@ def open_together(world: RankGroup, directory: Path, settings: Settings, allow: 
                     with suppress(OSError):
                         tree.list_dir(folder)
                 reader = enter_reader(stack, directory, settings, allow)
-                if reader.unit is not None:
-                    record = ReadRetries().again(partial(reads.read_bytes, reader.unit.directory / names.MANIFEST))
+                if reader.checkpoint is not None:
+                    record = ReadRetries().run(partial(reads.read_bytes, reader.checkpoint.directory / names.MANIFEST))
                     mine["manifest"] = sealed_json.sha256(record)
             opened.append(reader)
             mine["error"] = ""
@@ -60,9 +60,9 @@ def open_together(world: RankGroup, directory: Path, settings: Settings, allow: 
 
     with ExitStack() as stack:
         for round, pause in enumerate([*_LOOK_AGAIN_S, 0]):
-            world.together(partial(look, stack, round > 0), settings.commit_timeout_s)
+            ranks.run_on_all_ranks(partial(look, stack, round > 0), settings.commit_timeout_s)
             compare = partial(_compare_views, directory, not pause)
-            if not world.agree(mine, compare, settings.commit_timeout_s)["again"]:
+            if not ranks.decide_on_rank0(mine, compare, settings.commit_timeout_s)["again"]:
                 break
             time.sleep(pause)
         warn_unverified(directory, opened[0])
@@ -87,7 +87,7 @@ def _compare_views(directory: Path, last: bool, posts: list[dict[str, str]]) -> 
     )
 
 
-def check_bytes(world: RankGroup, unit: Path) -> None:
+def check_bytes(ranks: RankGroup, checkpoint_dir: Path) -> None:
     """Re-read every file of a checkpoint, each rank its share, through the page cache: who loads it then reads memory
     and not the disk, as far as memory goes. Every rank calls; blocks.
 
@@ -98,7 +98,7 @@ def check_bytes(world: RankGroup, unit: Path) -> None:
     mine: dict[str, list[str]] = {"damaged": [], "unreadable": []}
 
     def check() -> None:
-        problems = verification.verify(unit, part=world.rank, parts=world.size, cache=True)
+        problems = verification.verify(checkpoint_dir, part=ranks.rank, parts=ranks.size, cache=True)
         for problem in problems:
             kind = "unreadable" if problem.kind == "unreadable" else "damaged"
             mine[kind].append(f"{problem.path}: {problem.detail}")
@@ -108,10 +108,10 @@ def check_bytes(world: RankGroup, unit: Path) -> None:
         every = told["damaged"] + told["unreadable"]
         shown = "; ".join(every[:_NAMED]) + ("; and more, see `roll-ckpt verify`" if every[_NAMED:] else "")
         if told["damaged"]:
-            raise Damaged(f"{unit}: damaged: {shown}")
+            raise Damaged(f"{checkpoint_dir}: damaged: {shown}")
         if told["unreadable"]:
-            raise Unreadable(f"{unit}: it cannot be read: {shown}. {errors.BY_HAND}")
+            raise Unreadable(f"{checkpoint_dir}: it cannot be read: {shown}. {errors.BY_HAND}")
         return {}
 
-    world.together(check, LONGEST_S)
-    world.agree({kind: problems[: _NAMED + 1] for kind, problems in mine.items()}, decide, LONGEST_S)
+    ranks.run_on_all_ranks(check, LONGEST_S)
+    ranks.decide_on_rank0({kind: problems[: _NAMED + 1] for kind, problems in mine.items()}, decide, LONGEST_S)

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 class Lifetime(enum.IntEnum):
     """How long a source stays as it is; the numbers are those of the extension."""
 
-    RETURN = 0
-    FENCE = 1
-    WRITTEN = 2
+    UNTIL_SAVE_RETURNS = 0
+    UNTIL_FENCE = 1
+    UNTIL_WRITTEN = 2
     """Memory of the host that is leased: until its file is written, or a fence that is told it will change."""
 
 

@@ -7,11 +7,11 @@ a file is an OSError (of the subclass that fits errno) with errno and path, and 
 
 from __future__ import annotations
 
-import atexit
 import os
 import weakref
 from typing import TYPE_CHECKING
 
+from roll_ckpt import process
 from roll_ckpt.errors import SourceChanged
 from roll_ckpt.native.extension import Arena, Digest, _native
 from roll_ckpt.native.image import NativeImage
@@ -112,7 +112,18 @@ class Transfer:
         self._release_sources()
 
 
-_movers: weakref.WeakSet[Mover] = weakref.WeakSet()
+class Movers:
+    """The movers of this process whose threads run."""
+
+    exit = process.Exit.THREADS
+
+    def __init__(self) -> None:
+        self.running: weakref.WeakSet[Mover] = weakref.WeakSet()
+
+    def leave(self) -> None:
+        """End their threads, so that none reads memory that is being torn down."""
+        for mover in list(self.running):
+            mover.shutdown()
 
 
 class Mover:
@@ -127,9 +138,8 @@ class Mover:
         self, arena: Arena, copy_threads: int = 2, io_threads: int = 4, direct: bool = True, digests: bool = True
     ) -> None:
         self.arena = arena
-        self._pid = os.getpid()
         self._mover = _native.Mover(arena, copy_threads, io_threads, direct, digests)
-        _movers.add(self)
+        process.part(Movers).running.add(self)
 
     def save(self, path: StrOrBytesPath, image: NativeImage, *, overlap: bool = True, check: str = "off") -> Transfer:
         """Begins to write `image` to `path` (created or emptied, mode 0644 & umask).
@@ -161,12 +171,3 @@ class Mover:
         False: a thread hangs in the operating system and was left behind. Idempotent.
         """
         return self._mover.shutdown(timeout_s)
-
-
-def _shutdown_all() -> None:
-    for mover in list(_movers):
-        if mover._pid == os.getpid():
-            mover.shutdown()
-
-
-atexit.register(_shutdown_all)

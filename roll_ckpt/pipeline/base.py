@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import time
-from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -13,33 +10,24 @@ from typing import Any
 
 import torch
 
-from roll_ckpt import errors, names
+from roll_ckpt import names
 from roll_ckpt.config import PipelineConfig
-from roll_ckpt.disk import tree, writes
-from roll_ckpt.errors import ConfigError, Damaged, NotFound, SaveFailed, Unreadable, UnsupportedError
-from roll_ckpt.formats import manifests
-from roll_ckpt.formats.image import FileImage
-from roll_ckpt.formats.torch_zip.layout import Layouts
-from roll_ckpt.load import trust
-from roll_ckpt.load.checkpoint import as_unreadable
-from roll_ckpt.load.reader import open_reader
+from roll_ckpt.errors import ConfigError, NotFound
+from roll_ckpt.load.newest import newest_sound
+from roll_ckpt.load.reader import Reader
 from roll_ckpt.load.together import check_bytes, open_together
-from roll_ckpt.names import WORKER_STATE, rng_file, stateful_file
-from roll_ckpt.pipeline.after_commit import AfterCommit
+from roll_ckpt.pipeline import candidates
 from roll_ckpt.pipeline.cluster import Cluster
+from roll_ckpt.pipeline.metrics import add_ended
+from roll_ckpt.pipeline.state_files import StateFiles
 from roll_ckpt.pipeline.worker_state import Stateful, WorkerState
-from roll_ckpt.ranks.group import LONGEST_S, RankGroup
-from roll_ckpt.ranks.rng import capture, restore
-from roll_ckpt.save import arena, claims, pending
+from roll_ckpt.ranks import rng
+from roll_ckpt.ranks.group import RankGroup
+from roll_ckpt.save import arena, pending
 from roll_ckpt.save.begin import Request, SaveEstimate, begin
-from roll_ckpt.save.cluster_save import ClusterSave
 from roll_ckpt.save.save import Save
-from roll_ckpt.transaction import listing
+from roll_ckpt.upload.after_commit import AfterCommit, sends
 from roll_ckpt.upload.hub.address import Remote
-from roll_ckpt.upload.hub.progress import ProgressBar
-from roll_ckpt.upload.hub.pull import pull
-
-log = logging.getLogger("roll_ckpt")
 
 
 class BasePipeline:
@@ -54,12 +42,12 @@ class BasePipeline:
         self.state = WorkerState()
         self._async_save = config.async_save is not False
         self._clusters: dict[str, Cluster] = {}
-        self._stateful: dict[str, Stateful] = {}
-        self._world: RankGroup | None = None
+        self._state_files = StateFiles(config)
+        self._group: RankGroup | None = None
         self._saves: list[Save] = []
         self._after_commit = AfterCommit(config)
-        self._layouts = Layouts(trust.allowed(config))
-        self._warned: dict[str, set[str]] = {}
+        if config.checkpoint_config is not None:
+            self._after_commit.send_to(config.checkpoint_config, config.output_dir)
 
     # --- set-up
 
@@ -79,7 +67,7 @@ class BasePipeline:
             if cluster.name in registered:
                 raise ConfigError(f"cluster {cluster.name} is registered twice; names must differ")
             registered[cluster.name] = cluster
-        self._world = RankGroup.current()
+        self._group = RankGroup.current()
         self._check_expected(registered)
         for cluster in clusters:
             cluster.attach(self.config)
@@ -89,10 +77,7 @@ class BasePipeline:
 
     def register_stateful(self, name: str, component: Stateful) -> None:
         """Save and restore `component` on every rank with the pipeline; call it before `resume()`."""
-        names.check_name("stateful component", name)
-        if name in self._stateful:
-            raise ConfigError(f"stateful component {name} is registered twice; names must differ")
-        self._stateful[name] = component
+        self._state_files.register(name, component)
 
     def _check_expected(self, clusters: dict[str, Cluster]) -> None:
         expected = self.config.expected_clusters
@@ -108,12 +93,12 @@ class BasePipeline:
 
     @property
     def _ranks(self) -> RankGroup:
-        if self._world is None:
+        if self._group is None:
             raise ConfigError("register the clusters first: set_checkpoint_clusters(...)")
-        return self._world
+        return self._group
 
     @property
-    def _world_clusters(self) -> dict[str, int]:
+    def _own_clusters(self) -> dict[str, int]:
         return {name: self._ranks.size for name in self._clusters}
 
     @property
@@ -146,7 +131,7 @@ class BasePipeline:
         if self.state.log_history:
             self.state.log_history[-1]["system/step"] = global_step
         metrics: dict[str, Any] = {}
-        self._add_ended(metrics)
+        add_ended(metrics, self._saves, self._after_commit, fail_training=self.config.fail_training)
         if (global_step > 0 and global_step % self.config.save_steps == 0) or last:
             metrics |= self._save(global_step, last)
         if self.state.log_history:
@@ -157,7 +142,7 @@ class BasePipeline:
         began = time.monotonic()
         upload = self.config.checkpoint_config
         uploaded = last or (upload is not None and not upload.async_upload)
-        met = self._ranks.meetings
+        met = self._ranks.rendezvous_count
         save = self._begin(step, uploaded)
         metrics: dict[str, Any] = {}
         if not save.begun:
@@ -165,7 +150,7 @@ class BasePipeline:
             self._saves.append(save)
             if uploaded or not self._async_save:
                 save.wait()
-            self._add_ended(metrics)
+            add_ended(metrics, self._saves, self._after_commit, fail_training=self.config.fail_training)
             return metrics
         problem: Exception | None = None
         with save.staging():
@@ -176,18 +161,20 @@ class BasePipeline:
                     metrics |= cluster.do_checkpoint(global_step=step, is_last_step=last, blocking=False)
                 except Exception as found:  # raised below: the other ranks go on to the next cluster
                     problem = problem or found
-                metrics[f"time/{cluster.name}/do_checkpoint/host_collectives"] = self._ranks.meetings - met
-                met = self._ranks.meetings
+                metrics[f"time/{cluster.name}/do_checkpoint/host_collectives"] = self._ranks.rendezvous_count - met
+                met = self._ranks.rendezvous_count
             if problem is None:
-                self._stage_state(save.tickets[first.name])
+                self._state_files.stage(
+                    save.cluster_saves[first.name], self._pipeline_dir, self._ranks.rank, self.state
+                )
             else:
-                for ticket in save.tickets.values():
-                    ticket.fail(problem)
+                for cluster_save in save.cluster_saves.values():
+                    cluster_save.fail(problem)
         self._saves.append(save)
         if uploaded or not self._async_save:
             metrics[f"time/{first.name}/do_checkpoint/host_collectives"] += 1
-            pending.wait_together(self._ranks, save, uploaded=uploaded)
-            self._add_ended(metrics)
+            pending.wait_on_all_ranks(self._ranks, save, uploaded=uploaded)
+            add_ended(metrics, self._saves, self._after_commit, fail_training=self.config.fail_training)
         if problem is not None:
             raise problem
         metrics["time/do_checkpoint/total"] = time.monotonic() - began
@@ -198,7 +185,7 @@ class BasePipeline:
             output_dir=self.config.output_dir,
             name=names.checkpoint(step),
             step=step,
-            clusters=self._world_clusters,
+            clusters=self._own_clusters,
             expected_clusters=self.config.expected_clusters,
         )
         shares: dict[str, SaveEstimate] = {}
@@ -216,65 +203,6 @@ class BasePipeline:
             problem=problem,
             on_commit=partial(self._after_commit, awaited=uploaded),
         )
-
-    def _stage_state(self, ticket: ClusterSave) -> None:
-        """Stage the pipeline's own files with the first cluster's; an error becomes this rank's no vote."""
-        directory, rank = ticket.save.attempt.unit / self._pipeline_dir, self._ranks.rank
-        try:
-            writes.make_dirs(directory)
-            states: dict[str, Any] = {rng_file(rank): capture()}
-            for name, component in self._stateful.items():
-                states[stateful_file(name, rank)] = component.state_dict()
-            for file, state in states.items():
-                image, unsafe = self._layouts.lay_out(file, state, Path(file).stem, lambda storage: False)
-                trust.warn_unloadable(directory / file, unsafe, self._warned.setdefault(file, set()))
-                ticket.stage(directory / file, image, overlap=False)
-            if rank == 0:
-                ticket.stage(directory / WORKER_STATE, FileImage.of_bytes(self.state.to_json()), overlap=False)
-        except Exception as problem:
-            ticket.fail(problem)
-
-    def _add_ended(self, metrics: dict[str, Any]) -> None:
-        """Add the metrics of saves that ended since the last call, with the step that each belongs to.
-
-        Several may have ended: `checkpoint/ended` lists one record for each, the plain keys are the newest's.
-        """
-        for save in [save for save in self._saves if save.settled]:
-            if save.failure is None and not save.finished:
-                continue
-            self._saves.remove(save)
-            record = self._record(save)
-            metrics.setdefault("checkpoint/ended", []).append(record)
-            metrics |= record
-            if save.failure is not None and self.config.fail_training and not save.reported:
-                save.reported = True
-                raise save.failure
-        while self._after_commit.late:
-            record = self._after_commit.late.popleft()
-            if metrics.get("checkpoint/step") in (None, record["checkpoint/step"]):
-                metrics |= record
-            metrics.setdefault("checkpoint/ended", []).append(record)
-            if "checkpoint/failed" in record:
-                metrics["checkpoint/failed"] = record["checkpoint/failed"]
-                if self.config.fail_training:
-                    raise SaveFailed(record["checkpoint/failed"])
-
-    def _record(self, save: Save) -> dict[str, Any]:
-        record: dict[str, Any] = {"checkpoint/step": save.attempt.step}
-        record |= self._after_commit.report.pop(save.attempt.name, {})
-        for ticket in save.tickets.values():
-            prefix = f"time/{ticket.cluster}/do_checkpoint"
-            record |= {
-                f"{prefix}/step": save.attempt.step,
-                f"{prefix}/fence": ticket.timing.fence_s,
-                f"{prefix}/write": ticket.timing.write_s,
-                f"{prefix}/commit": ticket.timing.commit_s,
-                f"{prefix}/durable": save.durable_s,
-                f"{prefix}/bytes": ticket.nbytes,
-            }
-        if save.failure is not None:
-            record["checkpoint/failed"] = str(save.failure)
-        return record
 
     # --- coming back
 
@@ -296,163 +224,56 @@ class BasePipeline:
             UnsupportedError: another number of ranks saved it. On every rank, before anything changes.
             ModelMismatch: it holds another model. RunIsLive: another live run owns the output directory.
         """
-        step = self._restore(*self._claim_and_list())
-        if self._ranks.rank == 0 and _uploads(self._world_clusters, self.config.expected_clusters):
-            self._after_commit.catch_up()
+        listed = candidates.claim_and_list(self._ranks, self.config, self._own_clusters)
+        step = self._resume_as_asked(listed)
+        if self._ranks.rank == 0 and sends(self._own_clusters, self.config.expected_clusters):
+            self._after_commit.catch_up(self.config.output_dir)
         return step
 
-    def _restore(self, committed: list[str], refused: list[str], unread: Mapping[str, str]) -> int | None:
-        """Resume as the configuration says; `refused` are checkpoints that cannot be taken, as far as is known, and
-        `unread` those that could not be looked at, with the reason."""
+    def _resume_as_asked(self, listed: candidates.Candidates) -> int | None:
         wanted, output_dir = self.config.resume_from_checkpoint, self.config.output_dir
         if wanted is False:
             return None
-        if isinstance(wanted, str):
-            return self._resume_from(self._pulled(Remote.parse(wanted)), only=True)
-        if wanted is not True:
-            return self._resume_from(self._agreed_path(wanted), only=True)
-        for name in reversed(committed):
-            _refuse_to_pass(unread, names.step_of(name) or 0)
-            step = self._resume_from(output_dir / name, only=False)
-            if step is not None:
-                if refused:
-                    log.warning("%s: resumed from %s; refused: %s", output_dir, name, ", ".join(refused))
-                return step
-            refused = [*refused, name]
-        _refuse_to_pass(unread, 0)
-        if refused:
-            raise Damaged(
-                f"{output_dir}: none of its checkpoints is sound ({', '.join(refused)}); see `roll-ckpt verify "
-                f"{output_dir}`. To start anew set resume_from_checkpoint: false"
-            )
-        return None
-
-    def _pulled(self, remote: Remote) -> Path:
-        """Let rank 0 pull a checkpoint beside the output directory; its path on every rank. Blocks."""
-        directory = Path(f"{os.path.abspath(self.config.output_dir)}{names.PULLED}")
-
-        def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
-            bar = ProgressBar()
-
-            def show(here: int, of: int) -> None:
-                bar({"name": remote.uri, "doing": "pulled", "done": here, "total": of})
-
-            try:
-                return {"unit": str(pull(remote, directory, show))}
-            finally:
-                bar.end()
-
-        return Path(self._ranks.agree({}, decide, LONGEST_S)["unit"])
-
-    def _agreed_path(self, wanted: Path) -> Path:
-        """The checkpoint that a path means to rank 0; on every rank."""
-
-        def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
-            with as_unreadable(wanted):
-                return {"unit": os.path.abspath(_checked_path(wanted, self.config.output_dir))}
-
-        return Path(self._ranks.agree({}, decide, self.config.commit_timeout_s)["unit"])
-
-    def _claim_and_list(self) -> tuple[list[str], list[str], dict[str, str]]:
-        """The committed checkpoints, the oldest first, what else bears the name of one, and what of that could not be
-        read, with the reason; the same on every rank."""
-
-        def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
-            config = self.config
-            claims.claim(config.output_dir, config, self._world_clusters, config.expected_clusters)
-            unread = {}
-
-            def report(problem: Damaged | Unreadable) -> None:
-                log.warning("%s; this checkpoint is left out", problem)
-                if isinstance(problem, Unreadable) and problem.unit is not None:
-                    unread[problem.unit.name] = str(problem)
-
-            with as_unreadable(config.output_dir):
-                committed = [found.name for found in listing.committed(config.output_dir, report)]
-                others = [entry for entry in tree.list_dir(config.output_dir) if entry not in committed]
-            return {"committed": committed, "others": others, "unread": unread}
-
-        found = self._ranks.agree({}, decide, self.config.commit_timeout_s)
-        committed, others = (
-            [name for name in found[kind] if names.step_of(name) is not None] for kind in ("committed", "others")
-        )
-        return committed, others, found["unread"]
-
-    def _resume_from(self, unit: Path, only: bool) -> int | None:
         with ExitStack() as stack:
-            try:
-                reader = stack.enter_context(open_together(self._ranks, unit, self.config))
-                if reader.unit is None:
-                    raise NotFound(f"{unit}: no checkpoint of roll_ckpt is there")
-                check_bytes(self._ranks, unit)
-            except Damaged as problem:
-                if only:
-                    raise
-                log.error("%s. Falling back to the checkpoint before it.", problem)
-                return None
-            for cluster in self._clusters.values():
-                self._ranks.together(partial(cluster.check, unit), self.config.commit_timeout_s)
-            self._ranks.together(partial(self._check_state, unit), self.config.commit_timeout_s)
-            for cluster in self._clusters.values():
-                cluster.load(unit, reader.unit.manifest.name)
-            self._restore_state(unit)
-        if unit.parent.resolve() == self.config.output_dir.resolve():
-            self._after_commit.resumed_from = unit.name
+            if wanted is True:
+                found = stack.enter_context(
+                    newest_sound(
+                        output_dir,
+                        listed.newest_first(),
+                        self._open_verified,
+                        refused=listed.others,
+                        advice=". To start anew set resume_from_checkpoint: false",
+                    )
+                )
+                return None if found is None else self._restore(output_dir / found[0], found[1])
+            if isinstance(wanted, str):
+                path = candidates.pulled(self._ranks, self.config, Remote.parse(wanted))
+            else:
+                path = candidates.asked_for(self._ranks, self.config, wanted)
+            return self._restore(path, self._open_verified(stack, path))
+
+    def _open_verified(self, stack: ExitStack, checkpoint_dir: Path) -> Reader:
+        reader = stack.enter_context(open_together(self._ranks, checkpoint_dir, self.config))
+        if reader.checkpoint is None:
+            raise NotFound(f"{checkpoint_dir}: no checkpoint of roll_ckpt is there")
+        check_bytes(self._ranks, checkpoint_dir)
+        return reader
+
+    def _restore(self, checkpoint_dir: Path, reader: Reader) -> int:
+        """Check that everything fits on every rank, then load the clusters, the state, and the random states last."""
+        assert reader.checkpoint is not None
+        ranks, timeout_s = self._ranks, self.config.commit_timeout_s
+        for cluster in self._clusters.values():
+            ranks.run_on_all_ranks(partial(cluster.check, checkpoint_dir), timeout_s)
+        check_state = partial(self._state_files.check, checkpoint_dir, self._pipeline_dir, ranks, list(self._clusters))
+        ranks.run_on_all_ranks(check_state, timeout_s)
+        for cluster in self._clusters.values():
+            cluster.load(checkpoint_dir, reader.checkpoint.manifest.name)
+        self.state, random_states = self._state_files.load(reader, checkpoint_dir, self._pipeline_dir, ranks.rank)
+        self._restore_rng(random_states, checkpoint_dir / self._pipeline_dir / names.rng_file(ranks.rank))
+        if checkpoint_dir.parent.resolve() == self.config.output_dir.resolve():
+            self._after_commit.resumed_from = checkpoint_dir.name
         return self.state.step
 
-    def _check_state(self, unit: Path) -> None:
-        """Raise unless `unit` holds this rank's part of the pipeline's own state. No collective."""
-        directory, rank, size = unit / self._pipeline_dir, self._ranks.rank, self._ranks.size
-        voters = [names.parse_vote_file(vote) for vote in manifests.read(unit).votes]
-        for name in self._clusters:
-            saved = sum(voter is not None and voter[0] == name for voter in voters)
-            if saved != size:
-                raise UnsupportedError(
-                    f"{unit}: {saved} ranks saved cluster {name}, and this job has {size}; a pipeline resumes on as "
-                    f"many ranks as saved it. Start it on {saved} ranks"
-                )
-        for path in (directory / WORKER_STATE, directory / rng_file(rank)):
-            if not tree.exists(path):
-                raise NotFound(f"{path}: the checkpoint holds no state of this pipeline for rank {rank}")
-        for name in self._stateful:
-            path = directory / stateful_file(name, rank)
-            if not tree.exists(path):
-                raise NotFound(
-                    f"{path}: the checkpoint holds no state of {name!r} for rank {rank}; it was saved before the "
-                    "component was registered"
-                )
-
-    def _restore_state(self, unit: Path) -> None:
-        directory, rank = unit / self._pipeline_dir, self._ranks.rank
-        with open_reader(unit, self.config) as reader:
-            for name, component in self._stateful.items():
-                component.load_state_dict(reader.load(directory / stateful_file(name, rank), "cpu"))
-            path = directory / WORKER_STATE
-            self.state = WorkerState.from_json(reader.read_bytes(path), path)
-            path = directory / rng_file(rank)
-            self._restore_rng(reader.load(path, "cpu"), path)
-
     def _restore_rng(self, state: dict[str, Any], where: Path) -> None:
-        restore(state, where)
-
-
-def _uploads(clusters: Collection[str], expected: Collection[str] | None) -> bool:
-    """Whether this world uploads and prunes for the run: the one whose cluster comes first does."""
-    return expected is None or min(expected) in clusters
-
-
-def _refuse_to_pass(unread: Mapping[str, str], step: int) -> None:
-    """Raise if a checkpoint that could not be read is as new as `step`, or newer."""
-    newer = [why for name, why in unread.items() if (found := names.step_of(name)) is not None and found >= step]
-    if newer:
-        raise Unreadable(f"{'; '.join(newer)}. {errors.BY_HAND}")
-
-
-def _checked_path(path: Path, output_dir: Path) -> Path:
-    for candidate in (path, output_dir / path):
-        if tree.exists(candidate / names.MANIFEST):
-            return candidate
-    raise NotFound(
-        f"resume_from_checkpoint: {path} holds no complete checkpoint (no {names.MANIFEST} in it); give a committed "
-        f"checkpoint-N directory; `roll-ckpt ls {output_dir}` lists them"
-    )
+        rng.restore_portable(state, where)

@@ -8,14 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from roll_ckpt import names
-from roll_ckpt.backends.backend import Backend
-from roll_ckpt.backends.deepspeed.cluster import DeepSpeedCluster
-from roll_ckpt.backends.megatron import handle
-from roll_ckpt.backends.megatron.cluster import MegatronCluster
-from roll_ckpt.backends.megatron.model import MegatronModel
+from roll_ckpt.backends.backend import Backend, ClusterOptions, backend_of
 from roll_ckpt.config import PipelineConfig
 from roll_ckpt.disk import tree, writes
-from roll_ckpt.errors import ConfigError, ModelMismatch, NotFound, UnsupportedError
+from roll_ckpt.errors import ConfigError, ModelMismatch, NotFound
 from roll_ckpt.load.checkpoint import OpenedCheckpoint
 from roll_ckpt.save.begin import SaveEstimate
 from roll_ckpt.save.cluster_save import ClusterSave
@@ -62,7 +58,7 @@ class Cluster:
 
     @property
     def world_size(self) -> int:
-        return self._backend.world.size
+        return self._backend.ranks.size
 
     @property
     def _backend(self) -> Backend:
@@ -77,31 +73,8 @@ class Cluster:
             ConfigError: the engine's own `checkpoint.roll_ckpt` contradicts the pipeline's configuration.
             UnsupportedError: the model uses what is refused by name.
         """
-        # A framework is imported by the script that trains with it; nobody needs the other one.
-        if isinstance(self.trained, MegatronModel):
-            if self._exclude_frozen:
-                raise UnsupportedError(
-                    f"cluster {self.name}: roll_ckpt does not support exclude_frozen_parameters under Megatron-core: "
-                    "its load wants every parameter; leave it out"
-                )
-            attached = handle.attach(
-                self.trained.model,
-                self.trained.optimizer,
-                self.trained.scheduler,
-                settings=settings,
-                cluster=self.name,
-                form=self.trained.form,
-                save_only_model=self._save_only_model,
-            )
-            self._attached = MegatronCluster(attached)
-        else:
-            self._attached = DeepSpeedCluster(
-                self.trained,
-                settings,
-                self.name,
-                save_only_model=self._save_only_model,
-                exclude_frozen_parameters=self._exclude_frozen,
-            )
+        options = ClusterOptions(self.name, settings, self._save_only_model, self._exclude_frozen)
+        self._attached = backend_of(self.trained, options)
 
     def estimate_bytes(self) -> int:
         """About what this rank will write at each save, in bytes."""
@@ -131,42 +104,42 @@ class Cluster:
                 f"cluster {self.name}: do_checkpoint is called by BasePipeline.do_checkpoint, which begins the save"
             )
         began = time.monotonic()
-        directory = save.attempt.unit / self.name
-        ticket = self._backend.stage(save, directory)
-        ticket.facts["save_only_model"] = self._save_only_model
-        if ticket.rank == 0:
-            self._write_companions(ticket, directory)
+        directory = save.attempt.checkpoint_dir / self.name
+        cluster_save = self._backend.stage(save, directory)
+        cluster_save.facts["save_only_model"] = self._save_only_model
+        if cluster_save.rank == 0:
+            self._write_pretrained_files(cluster_save, directory)
         if blocking:
-            ticket.fence()
+            cluster_save.fence()
         prefix = f"time/{self.name}/do_checkpoint"
         return {
             f"{prefix}/total": time.monotonic() - began,
-            f"{prefix}/stage": ticket.timing.stage_s,
+            f"{prefix}/stage": cluster_save.timing.stage_s,
         }
 
-    def _write_companions(self, ticket: ClusterSave, directory: Path) -> None:
+    def _write_pretrained_files(self, cluster_save: ClusterSave, directory: Path) -> None:
         """Let tokenizer and the like write aside, then count what came of it: other ranks write in `directory`."""
         if not self._pretrained:
             return
-        aside = ticket.save.attempt.directory / f"{self.name}.companions"
+        on_side_branch = cluster_save.attempt.directory / f"{self.name}.companions"
         try:
-            writes.make_dir(aside)
+            writes.make_dir(on_side_branch)
             for part in self._pretrained:
-                part.save_pretrained(str(aside))
-            for path in list(tree.walk(aside)):
-                if ticket.holds(directory / path) or tree.exists(directory / path):
+                part.save_pretrained(str(on_side_branch))
+            for path in list(tree.walk(on_side_branch)):
+                if cluster_save.holds(directory / path) or tree.exists(directory / path):
                     raise ConfigError(
                         f"cluster {self.name}: its tokenizer, processor or config writes {path}, which its framework "
                         "writes too; give it another name"
                     )
                 writes.make_dirs((directory / path).parent)
-                writes.rename(aside / path, directory / path)
-                ticket.adopt(directory / path)
-            writes.remove_tree(aside)
+                writes.rename(on_side_branch / path, directory / path)
+                cluster_save.adopt(directory / path)
+            writes.remove_tree(on_side_branch)
         except Exception as problem:
-            ticket.fail(problem)
+            cluster_save.fail(problem)
 
-    def load(self, unit: Path, name: str) -> None:
+    def load(self, checkpoint_dir: Path, name: str) -> None:
         """Restore the model from this cluster's part of the checkpoint `unit`, whose bytes were verified just now.
 
         Every rank calls; blocks.
@@ -174,15 +147,15 @@ class Cluster:
         Raises:
             NotFound: the checkpoint does not hold this cluster. ModelMismatch, Damaged: see `loader`.
         """
-        self.loaded_client_state = dict(self._backend.load(unit, name))
+        self.loaded_client_state = dict(self._backend.load(checkpoint_dir, name))
 
-    def check(self, unit: Path) -> None:
+    def check(self, checkpoint_dir: Path) -> None:
         """Raise unless `unit` holds a resumable state of this cluster's model; nothing is loaded. No collective."""
-        opened = OpenedCheckpoint(unit)
-        known, where = opened.manifest.clusters, f"{unit}: cluster {self.name}"
+        opened = OpenedCheckpoint(checkpoint_dir)
+        known, where = opened.manifest.clusters, f"{checkpoint_dir}: cluster {self.name}"
         if self.name not in known:
             raise NotFound(
-                f"{unit}: holds clusters {', '.join(sorted(known))}, not {self.name}; "
+                f"{checkpoint_dir}: holds clusters {', '.join(sorted(known))}, not {self.name}; "
                 "register the clusters that were saved, or resume from another checkpoint"
             )
         if known[self.name].get("save_only_model"):

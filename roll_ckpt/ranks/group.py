@@ -5,6 +5,7 @@ The ranks meet over a store connection of our own, never over the training proce
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from datetime import timedelta
@@ -13,12 +14,15 @@ from typing import Any
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 
-from roll_ckpt import errors
+from roll_ckpt import errors, process
 from roll_ckpt.errors import RanksDisagree, RollCkptError
 
 _SLACK_S = 30.0
 LONGEST_S = 24 * 3600.0
 """Longest that ranks wait for each other while one verifies or uploads."""
+
+
+_generations = itertools.count(1)
 
 
 class RankGroup:
@@ -39,24 +43,22 @@ class RankGroup:
 
         One for each process group: its rendezvous are numbered, and all engines of a process share the numbers.
         """
-        global _current, _generation
         if not (dist.is_available() and dist.is_initialized()):
             return cls(0, 1, None)
-        shared = dist.distributed_c10d._get_default_store()
-        if _current is None or _current[0] is not shared:
+        shared, groups = dist.distributed_c10d._get_default_store(), process.part(_Groups)
+        if groups.current is None or groups.current[0] is not shared:
             own = shared.clone() if hasattr(shared, "clone") else shared
             # A group that is made again may live in the same store: its numbers must not meet old verdicts.
-            _generation += 1
-            ranks = cls(dist.get_rank(), dist.get_world_size(), PrefixStore(f"roll_ckpt/{_generation}", own))
-            _current = shared, ranks
-        return _current[1]
+            ranks = cls(dist.get_rank(), dist.get_world_size(), PrefixStore(f"roll_ckpt/{next(_generations)}", own))
+            groups.current = shared, ranks
+        return groups.current[1]
 
     @property
-    def meetings(self) -> int:
+    def rendezvous_count(self) -> int:
         """How many rendezvous there were so far."""
         return self._sequence
 
-    def agree(
+    def decide_on_rank0(
         self, mine: dict[str, Any], decide: Callable[[list[dict[str, Any]]], dict[str, Any]], timeout_s: float
     ) -> dict[str, Any]:
         """Give every rank the value that `decide`, run on rank 0, makes of all ranks' `mine`.
@@ -82,7 +84,7 @@ class RankGroup:
             ) from problem
         return self._unwrap(verdict)
 
-    def together(self, action: Callable[[], object], timeout_s: float) -> None:
+    def run_on_all_ranks(self, action: Callable[[], object], timeout_s: float) -> None:
         """Run `action` on every rank; if it fails on one, that error is raised on all. Every rank calls; blocks."""
         mine: dict[str, Any] = {}
         try:
@@ -98,7 +100,7 @@ class RankGroup:
                     raise getattr(errors, post["error"])(post["text"])
             return {}
 
-        self.agree(mine, decide, timeout_s)
+        self.decide_on_rank0(mine, decide, timeout_s)
 
     def _decide(
         self,
@@ -144,5 +146,8 @@ class RankGroup:
         return value
 
 
-_current: tuple[Store, RankGroup] | None = None
-_generation = 0
+class _Groups:
+    """The rank group of this process: one for each process group that was initialised."""
+
+    def __init__(self) -> None:
+        self.current: tuple[Store, RankGroup] | None = None

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import threading
+from dataclasses import dataclass
 from pathlib import Path
 
+from roll_ckpt import process
 from roll_ckpt.config import Settings
 from roll_ckpt.disk import reads
 from roll_ckpt.errors import ConfigError
@@ -12,9 +15,45 @@ from roll_ckpt.native.extension import Arena
 from roll_ckpt.native.mover import Mover
 
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
-_mover: Mover | None = None
-_made_for: tuple[int, int, int, bool] | None = None
-_pid = 0
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What an arena and its threads are made for."""
+
+    arena_bytes: int
+    block_bytes: int
+    io_threads: int
+    direct: bool
+
+
+class StagingArena:
+    """The arena of this process and the native threads that fill and empty it; see `process`."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._mover: Mover | None = None
+        self._sizes: _Sizes | None = None
+
+    def mover(self, settings: Settings) -> Mover:
+        """The mover, made at the first call.
+
+        Raises:
+            ConfigError: it was made for other sizes.
+        """
+        wanted = _Sizes(arena_bytes(settings), int(settings.io.block_bytes), settings.io.threads, settings.io.direct)
+        with self._lock:
+            if self._mover is None:
+                copiers = max(1, (os.cpu_count() or 1) // local_world_size())
+                arena = Arena(wanted.arena_bytes, wanted.block_bytes)
+                self._mover = Mover(arena, copy_threads=copiers, io_threads=wanted.io_threads, direct=wanted.direct)
+                self._sizes = wanted
+            if wanted != self._sizes:
+                raise ConfigError(
+                    f"two configurations of one process ask for different staging: {self._sizes} and {wanted}; give "
+                    "every engine and pipeline the same staging and io sections"
+                )
+            return self._mover
 
 
 def mover(settings: Settings) -> Mover:
@@ -23,25 +62,7 @@ def mover(settings: Settings) -> Mover:
     Raises:
         ConfigError: this process already has an arena of other sizes; all engines of a process share one.
     """
-    global _mover, _made_for, _pid
-    wanted = (
-        arena_bytes(settings),
-        int(settings.io.block_bytes),
-        settings.io.threads,
-        settings.io.direct,
-    )
-    if _mover is not None and _pid == os.getpid():
-        if wanted != _made_for:
-            raise ConfigError(
-                f"two configurations of one process ask for different staging: arena, block bytes, threads, direct "
-                f"= {_made_for} and {wanted}; give every engine and pipeline the same staging and io sections"
-            )
-        return _mover
-    capacity, block, threads, direct = wanted
-    copiers = max(1, (os.cpu_count() or 1) // local_world_size())
-    _mover = Mover(Arena(capacity, block), copy_threads=copiers, io_threads=threads, direct=direct)
-    _made_for, _pid = wanted, os.getpid()
-    return _mover
+    return process.part(StagingArena).mover(settings)
 
 
 def warm(settings: Settings, nbytes: int, device: int = -1) -> None:

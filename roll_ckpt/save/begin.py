@@ -1,30 +1,28 @@
-"""The save corridor of one process: begin, stage, write, vote, commit.
-
-A `Save` is this process's part of one checkpoint, a `Ticket` one cluster's part of it. Bytes are copied and
-written by native threads; a short-lived Python thread for each save only waits for them, votes and settles.
-"""
+"""How every rank of a job agrees to begin a save: one rendezvous, on which rank 0 makes the attempt."""
 
 from __future__ import annotations
 
 import errno
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from roll_ckpt import process
 from roll_ckpt.config import Settings
 from roll_ckpt.errors import NoRoom, RanksDisagree, SaveFailed
 from roll_ckpt.ranks.group import RankGroup
-from roll_ckpt.save.claims import _epochs, claim, clear
-from roll_ckpt.save.pending import remember, wait_pending
-from roll_ckpt.save.save import CommitHook, Save
+from roll_ckpt.save.claims import claim, clear, find_claim
+from roll_ckpt.save.pending import PendingSaves, wait_pending
+from roll_ckpt.save.save import Hook, Save
 from roll_ckpt.transaction import attempts
 from roll_ckpt.transaction.attempts import Attempt
 
 
 @dataclass(frozen=True)
 class Request:
-    """What every rank of a world must agree on before the first byte."""
+    """What every rank of a job must agree on before the first byte."""
 
     output_dir: Path
     name: str
@@ -32,6 +30,29 @@ class Request:
     clusters: Mapping[str, int]
     expected_clusters: Mapping[str, int] | None = None
     save_latest: bool = True
+
+    def differing(self) -> dict[str, Any]:
+        """The values that are compared between ranks, as JSON."""
+        return {
+            "output_dir": str(self.output_dir),
+            "name": self.name,
+            "step": self.step,
+            "clusters": dict(self.clusters),
+            "save_latest": self.save_latest,
+        }
+
+    def attempt(self, verdict: Mapping[str, Any]) -> Attempt:
+        """The attempt that rank 0 has made, as every rank knows it; number 0 if it made none."""
+        return Attempt(
+            output_dir=self.output_dir,
+            name=self.name,
+            step=self.step,
+            run_id=verdict.get("run_id", ""),
+            epoch=verdict.get("epoch", 0),
+            attempt=verdict.get("attempt", 0),
+            expected=dict(self.expected_clusters or self.clusters),
+            save_latest=self.save_latest,
+        )
 
 
 @dataclass(frozen=True)
@@ -44,24 +65,24 @@ class SaveEstimate:
 
 
 def begin(
-    world: RankGroup,
+    ranks: RankGroup,
     request: Request,
     settings: Settings,
     *,
     nbytes: int,
     problem: str | None = None,
     plans: Mapping[str, str | None] | None = None,
-    on_commit: CommitHook | None = None,
+    on_commit: Hook | None = None,
 ) -> Save:
-    """Agree on a new attempt and make its directory. Every rank of `world` calls; one rendezvous.
+    """Agree on a new attempt and make its directory. Every rank of `ranks` calls; blocks for one rendezvous.
 
     `nbytes` is what this rank is about to write; `problem` an error that this rank already has, which then is
     raised on all. `plans` names, for each cluster that has one, the plan of an earlier save that fits what this
-    rank saves now: `Save.replays` has those clusters for which every rank named the same. Waits for a pending save
-    of the same name.
+    rank saves now: `Save.reused_plans` has those clusters for which every rank named the same. Waits for a pending
+    save of the same name.
 
     A disk that is full or refuses does not end a training run that has saved there: the save that is returned is then
-    not `begun`, on every rank, and to be staged by nobody.
+    not `begun` on any rank and must not be staged; `failure` says why.
 
     Raises:
         RanksDisagree, RunIsLive, EpochLost, ConfigError: on every rank, with nothing on disk touched.
@@ -69,23 +90,35 @@ def begin(
     """
     request = replace(request, output_dir=request.output_dir.absolute())
     wait_pending(request.output_dir, request.name)
-    wish = {
-        "output_dir": str(request.output_dir),
-        "name": request.name,
-        "step": request.step,
-        "clusters": dict(request.clusters),
-        "save_latest": request.save_latest,
-    }
+    mine = {"wish": request.differing(), "nbytes": nbytes, "problem": problem, "plans": dict(plans or {})}
+    verdict = ranks.decide_on_rank0(mine, partial(_decide, request, settings), settings.commit_timeout_s)
+    reused_plans = frozenset(verdict.get("reused_plans", ()))
+    save = Save(
+        request.attempt(verdict), settings, ranks.rank, tuple(request.clusters), reused_plans, on_commit=on_commit
+    )
+    if save.begun:
+        process.part(PendingSaves).add(save)
+    else:
+        save.fail_to_begin((NoRoom if verdict["lacks_room"] else SaveFailed)(verdict["failure"]))
+    return save
 
-    def begin_here(needed_bytes: int) -> Attempt:
-        try:
-            attempts.check_room(request.output_dir, request.name, needed_bytes)
-            attempts.check_replaced(request.output_dir, request.name)
-        except Exception:
-            if (claimed := _epochs.get(request.output_dir.resolve())) is not None:
-                attempts.pass_over(claimed, request.name)
-            raise
-        return attempts.begin(
+
+def _decide(request: Request, settings: Settings, posts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Rank 0: make the attempt that all ranks ask for; every rank gets the values that are returned."""
+    claimed = find_claim(request.output_dir)
+    try:
+        _check_agreement(posts)
+        if claimed is not None:
+            clear(claimed)
+        needed_bytes = sum(post["nbytes"] for post in posts)
+        attempts.check_room(request.output_dir, request.name, needed_bytes)
+        attempts.check_replaced(request.output_dir, request.name)
+    except Exception as problem:
+        if claimed is not None:
+            attempts.pass_over(claimed, request.name)
+        return _not_begun(problem, request, claimed is not None)
+    try:
+        made = attempts.begin(
             claim(request.output_dir, settings, request.clusters, request.expected_clusters),
             request.name,
             step=request.step,
@@ -93,57 +126,31 @@ def begin(
             save_latest=request.save_latest,
             needed_bytes=needed_bytes,
         )
-
-    def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
-        _check_agreement(posts)
-        claimed = clear(request.output_dir)
-        try:
-            made = begin_here(sum(post["nbytes"] for post in posts))
-        except OSError as problem:
-            if not claimed:
-                raise
-            return {"failure": _told(problem, request.output_dir / request.name), "room": _lacks_room(problem)}
-        replays = [
-            cluster
-            for cluster, plan in posts[0]["plans"].items()
-            if plan and all(post["plans"].get(cluster) == plan for post in posts)
-        ]
-        return {"epoch": made.epoch, "attempt": made.attempt, "run_id": made.run_id, "replays": replays}
-
-    mine = {"wish": wish, "nbytes": nbytes, "problem": problem, "plans": dict(plans or {})}
-    verdict = world.agree(mine, decide, settings.commit_timeout_s)
-    attempt = Attempt(
-        output_dir=request.output_dir,
-        name=request.name,
-        step=request.step,
-        run_id=verdict.get("run_id", ""),
-        epoch=verdict.get("epoch", 0),
-        attempt=verdict.get("attempt", 0),
-        expected=dict(request.expected_clusters or request.clusters),
-        save_latest=request.save_latest,
-    )
-    replays = frozenset(verdict.get("replays", ()))
-    save = Save(attempt, settings, world.rank, tuple(request.clusters), replays, on_commit=on_commit)
-    if save.begun:
-        remember(save)
-    else:
-        save._fail((NoRoom if verdict["room"] else SaveFailed)(verdict["failure"]))
-        save._settled.set()
-        save._finished.set()
-    return save
+    except OSError as problem:
+        return _not_begun(problem, request, claimed is not None)
+    reused = [
+        cluster
+        for cluster, plan in posts[0]["plans"].items()
+        if plan and all(post["plans"].get(cluster) == plan for post in posts)
+    ]
+    return {"epoch": made.epoch, "attempt": made.attempt, "run_id": made.run_id, "reused_plans": reused}
 
 
-def _told(problem: OSError, final: Path) -> str:
+def _not_begun(problem: Exception, request: Request, claimed: bool) -> dict[str, Any]:
+    """The verdict where the disk refused in a run that has saved there; any other problem is raised."""
+    if not claimed or not isinstance(problem, OSError):
+        raise problem
+    lacks_room = isinstance(problem, NoRoom) or problem.errno in (errno.ENOSPC, errno.EDQUOT)
+    return {"failure": _failure(problem, request.output_dir / request.name), "lacks_room": lacks_room}
+
+
+def _failure(problem: OSError, final: Path) -> str:
     if isinstance(problem, NoRoom):
         return str(problem)
     return (
         f"{final}: the save could not begin: rank 0: {problem.strerror} ({problem.filename}). Older checkpoints are "
         "untouched; the next save tries again"
     )
-
-
-def _lacks_room(problem: OSError) -> bool:
-    return isinstance(problem, NoRoom) or problem.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _check_agreement(posts: list[dict[str, Any]]) -> None:

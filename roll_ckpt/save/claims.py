@@ -1,16 +1,13 @@
-"""The save corridor of one process: begin, stage, write, vote, commit.
-
-A `Save` is this process's part of one checkpoint, a `Ticket` one cluster's part of it. Bytes are copied and
-written by native threads; a short-lived Python thread for each save only waits for them, votes and settles.
-"""
+"""The output directories that this run has claimed; rank 0 only."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import threading
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from roll_ckpt import names
+from roll_ckpt import names, process
 from roll_ckpt.config import Settings
 from roll_ckpt.disk import tree
 from roll_ckpt.errors import ConfigError, RunIsLive, SaveFailed
@@ -21,7 +18,42 @@ from roll_ckpt.transaction.epochs import Epoch
 log = logging.getLogger("roll_ckpt")
 
 _EPOCHS_KEPT = 8
-_epochs: dict[Path, Epoch] = {}
+
+
+class ClaimedDirectories:
+    """The claims of this process by directory, the one used last at the end; see `process`."""
+
+    exit = process.Exit.CLAIMS
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._epochs: dict[Path, Epoch] = {}
+
+    def find(self, output_dir: Path) -> Epoch | None:
+        """The claim on `output_dir`, if this process has one."""
+        with self._lock:
+            return self._epochs.get(output_dir.resolve())
+
+    def use(self, output_dir: Path, epoch: Epoch) -> None:
+        """Keep `epoch` as the claim on `output_dir` that was used last."""
+        with self._lock:
+            self._epochs.pop(output_dir.resolve(), None)
+            self._epochs[output_dir.resolve()] = epoch
+
+    def release_unused(self, busy: Collection[Path]) -> None:
+        """Release directories of long ago, but none in `busy`: some hosts give every checkpoint a directory."""
+        with self._lock:
+            idle = [key for key in self._epochs if key not in busy]
+            old = [self._epochs.pop(key) for key in idle[: max(0, len(self._epochs) - _EPOCHS_KEPT)]]
+        for epoch in old:
+            epoch.release()
+
+    def leave(self) -> None:
+        """Release every directory, so that another run may claim it at once."""
+        with self._lock:
+            epochs, self._epochs = list(self._epochs.values()), {}
+        for epoch in epochs:
+            epoch.release()
 
 
 def claim(
@@ -35,8 +67,8 @@ def claim(
     Raises:
         RunIsLive: another live run owns the directory. EpochLost: one has taken it over since.
     """
-    key = output_dir.resolve()
-    epoch = _epochs.pop(key, None)
+    claimed = process.part(ClaimedDirectories)
+    epoch = claimed.find(output_dir)
     if epoch is None:
         epoch = claims.claim(
             output_dir,
@@ -45,9 +77,21 @@ def claim(
             expected_clusters=expected_clusters,
             take_over=settings.take_over,
         )
-        _release_unused()
-    _epochs[key] = epoch  # the one used last stands last
+        claimed.release_unused({save.attempt.output_dir.resolve() for save in pending()})
+    claimed.use(output_dir, epoch)
     epoch.check()
+    return epoch
+
+
+def find_claim(output_dir: Path) -> Epoch | None:
+    """The claim that this process made on `output_dir`, None if it made none."""
+    return process.part(ClaimedDirectories).find(output_dir)
+
+
+def epoch_of(output_dir: Path) -> Epoch:
+    """The claim that this process made on `output_dir`; it must have made one."""
+    epoch = find_claim(output_dir)
+    assert epoch is not None, f"{output_dir} is not claimed by this process"
     return epoch
 
 
@@ -64,30 +108,12 @@ def recover(output_dir: Path, settings: Settings, clusters: Mapping[str, int]) -
         log.warning("%s: an unfinished save lies there and is left alone: %s", output_dir, problem)
 
 
-def clear(output_dir: Path) -> bool:
-    """Give back the room of saves that ended while the disk refused; what it still refuses is logged. False if this
-    run has not claimed the directory yet."""
-    epoch = _epochs.get(output_dir.resolve())
-    if epoch is None:
-        return False
+def clear(epoch: Epoch) -> None:
+    """Free the disk space of saves that ended while the disk refused; what it still refuses is logged."""
     busy = {epoch.output_dir / save.attempt.directory.name for save in pending()}
     try:
-        for found in recovery.clear(epoch, busy):
+        for done in recovery.clear(epoch, busy):
             log.warning("%s: attempt %d.%d, which had ended with an error of the disk, is %s now (%s)",
-                        output_dir / found.name, found.epoch, found.attempt, found.action, found.reason)  # fmt: skip
+                        epoch.output_dir / done.name, done.epoch, done.attempt, done.action, done.reason)  # fmt: skip
     except (OSError, SaveFailed) as problem:
-        log.warning("%s: what an earlier save has left there cannot be removed yet: %s", output_dir, problem)
-    return True
-
-
-def _release_unused() -> None:
-    """Let go of directories of long ago: some hosts give every checkpoint a save directory of its own."""
-    busy = {save.attempt.output_dir.resolve() for save in pending()}
-    idle = [key for key in _epochs if key not in busy]
-    for key in idle[: max(0, len(_epochs) - _EPOCHS_KEPT)]:
-        _epochs.pop(key).release()
-
-
-def epoch_of(output_dir: Path) -> Epoch:
-    """The claim that this process made on `output_dir`; it must have made one."""
-    return _epochs[output_dir.resolve()]
+        log.warning("%s: what an earlier save left there cannot be removed yet: %s", epoch.output_dir, problem)

@@ -1,7 +1,7 @@
-"""The save corridor of one process: begin, stage, write, vote, commit.
+"""ClusterSave: one cluster's part of one save on one rank.
 
-A `Save` is this process's part of one checkpoint, a `Ticket` one cluster's part of it. Bytes are copied and
-written by native threads; a short-lived Python thread for each save only waits for them, votes and settles.
+Its bytes are copied and written by native threads. The training thread stages and fences; the save's own thread waits
+until the files are durable and makes the vote.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from roll_ckpt import names
-from roll_ckpt.config import Check
+from roll_ckpt.config import Check, Settings
 from roll_ckpt.disk import failpoints, tree, writes
 from roll_ckpt.errors import SourceChanged
 from roll_ckpt.formats import records, sealed_json
@@ -26,8 +26,8 @@ from roll_ckpt.native.extension import Digest
 from roll_ckpt.native.image import Lifetime, NativeImage
 from roll_ckpt.native.mover import Mover, Transfer
 from roll_ckpt.save import arena
-from roll_ckpt.save.save import Save
 from roll_ckpt.transaction import attempts
+from roll_ckpt.transaction.attempts import Attempt
 
 log = logging.getLogger("roll_ckpt")
 
@@ -60,11 +60,22 @@ class ClusterSave:
     The training thread stages and fences; the save's own thread finishes it and votes.
     """
 
-    def __init__(self, save: Save, cluster: str, rank: int, facts: Mapping[str, Any]) -> None:
-        self.save = save
+    def __init__(
+        self,
+        attempt: Attempt,
+        settings: Settings,
+        cluster: str,
+        rank: int,
+        facts: Mapping[str, Any],
+        reuses_plan: bool = False,
+    ) -> None:
+        self.attempt = attempt
+        self.settings = settings
         self.cluster = cluster
         self.rank = rank
         self.facts = dict(facts)
+        self.reuses_plan = reuses_plan
+        """Whether an earlier plan of this cluster fits again, on every rank."""
         self.parameters: dict[str, dict[str, Any]] = {}
         self.timing = Timing()
         self.nbytes = 0
@@ -80,7 +91,7 @@ class ClusterSave:
         false or the arena has too little room. Not durable on return.
         """
         began = time.monotonic()
-        settings = self.save.settings
+        settings = self.settings
         staged = stage_file(arena.mover(settings), path, image, overlap, settings.staging.check)
         self.timing.stage_s += time.monotonic() - began
         self.nbytes += image.nbytes
@@ -118,7 +129,7 @@ class ClusterSave:
 
     def finish(self) -> Vote:
         """Wait for the bytes to be durable and return this rank's vote; runs on the save's thread."""
-        attempt = self.save.attempt
+        attempt = self.attempt
         receipts: list[Receipt] = []
         try:
             if self.error is None:
@@ -153,15 +164,15 @@ class ClusterSave:
                 writes.discard_file(staged.path)
 
     def _receipts(self) -> list[Receipt]:
-        unit = self.save.attempt.unit
+        checkpoint_dir = self.attempt.checkpoint_dir
         digests: dict[str, Any] = {}
         for staged in self._staged:
-            digests[_relative(staged.path, unit)] = self._written(staged)
+            digests[_relative(staged.path, checkpoint_dir)] = self._written(staged)
             staged.image = None
         for path in sorted(set(self._adopted)):
             writes.fsync_file(path)
-            digests[_relative(path, unit)] = files.digest_file(str(path), records.BLOCK_BYTES)
-        failpoints.failpoint("write.done", cluster=self.cluster, rank=self.rank, name=self.save.attempt.name)
+            digests[_relative(path, checkpoint_dir)] = files.digest_file(str(path), records.BLOCK_BYTES)
+        failpoints.failpoint("write.done", cluster=self.cluster, rank=self.rank, name=self.attempt.name)
         receipts = [
             Receipt(path, d.nbytes, d.block_bytes, records.root_of(d.nbytes, d.block_bytes, d.crcs))
             for path, d in digests.items()
@@ -171,7 +182,9 @@ class ClusterSave:
             for path, d in digests.items()
         }
         pieces = [
-            record for staged in self._staged for record in _piece_records(staged.pieces, _relative(staged.path, unit))
+            record
+            for staged in self._staged
+            for record in _piece_records(staged.pieces, _relative(staged.path, checkpoint_dir))
         ]
         index = {"parameters": self.parameters, "pieces": pieces}
         for relative, record in (
@@ -179,27 +192,27 @@ class ClusterSave:
             (names.tensor_file(self.cluster, self.rank), index),
         ):
             data = sealed_json.canonical(record)
-            writes.make_dirs((unit / relative).parent)
-            writes.write_durable(unit / relative, data)
+            writes.make_dirs((checkpoint_dir / relative).parent)
+            writes.write_durable(checkpoint_dir / relative, data)
             receipts.append(records.receipt_of_bytes(relative, data))
         return receipts
 
     def _written(self, staged: _Staged) -> Digest:
         """Wait for one file, however long its disk takes, until the others have given this save up."""
-        save, told = self.save, False
+        told = False
         while True:
             try:
                 return _written(staged, _LOOK_S)
             except TimeoutError as problem:
                 if problem.errno is not None:  # the disk's own answer
                     raise
-            if not tree.is_dir(save.attempt.directory):
-                raise attempts.abandoned(save.attempt)
-            if not told and time.monotonic() - self._started > save.settings.commit_timeout_s:
+            if not tree.is_dir(self.attempt.directory):
+                raise attempts.abandoned(self.attempt)
+            if not told and time.monotonic() - self._started > self.settings.commit_timeout_s:
                 told = True
                 log.warning(
                     "%s: cluster %r rank %d still waits for the disk to take %s, after more than commit_timeout_s = "
-                    "%g s", save.attempt.label, self.cluster, self.rank, staged.path, save.settings.commit_timeout_s
+                    "%g s", self.attempt.label, self.cluster, self.rank, staged.path, self.settings.commit_timeout_s
                 )  # fmt: skip
 
 
@@ -219,8 +232,8 @@ def stage_file(mover: Mover, path: Path, image: FileImage, overlap: bool, check:
 def _borrowed(image: FileImage) -> Iterator[Any]:
     """The owners of the leased sources."""
     extents = image.extents
-    for owner, stable in zip(extents.owners, extents.rows[3 :: Extents.WIDTH], strict=True):
-        if stable == Lifetime.WRITTEN:
+    for owner, lifetime in zip(extents.owners, extents.rows[3 :: Extents.WIDTH], strict=True):
+        if lifetime == Lifetime.UNTIL_WRITTEN:
             yield owner
 
 
@@ -241,11 +254,17 @@ def _written(staged: _Staged, timeout_s: float) -> Digest:
 
 def native_image(image: FileImage) -> NativeImage:
     """The image as the extension takes it: addresses and sizes."""
-    extents, seals = image.extents, image.seals
+    extents, crc_patches = image.extents, image.crc_patches
     return NativeImage.of(
-        image.nbytes, extents.rows, extents.owners, seals.records, seals.crcs, seals.serials, extents.streams
+        image.nbytes,
+        extents.rows,
+        extents.owners,
+        crc_patches.records,
+        crc_patches.crcs,
+        crc_patches.serials,
+        extents.streams,
     )
 
 
-def _relative(path: Path, unit: Path) -> str:
-    return path.relative_to(unit).as_posix()
+def _relative(path: Path, checkpoint_dir: Path) -> str:
+    return path.relative_to(checkpoint_dir).as_posix()

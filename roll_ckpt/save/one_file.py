@@ -1,8 +1,4 @@
-"""The save corridor of one process: begin, stage, write, vote, commit.
-
-A `Save` is this process's part of one checkpoint, a `Ticket` one cluster's part of it. Bytes are copied and
-written by native threads; a short-lived Python thread for each save only waits for them, votes and settles.
-"""
+"""One file outside of any checkpoint, written through the staging arena."""
 
 from __future__ import annotations
 

@@ -1,89 +1,102 @@
-"""The save corridor of one process: begin, stage, write, vote, commit.
-
-A `Save` is this process's part of one checkpoint, a `Ticket` one cluster's part of it. Bytes are copied and
-written by native threads; a short-lived Python thread for each save only waits for them, votes and settles.
-"""
+"""The saves of this process that have not ended, and the work that follows them."""
 
 from __future__ import annotations
 
-import atexit
 import logging
-import os
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from roll_ckpt import process
 from roll_ckpt.errors import RollCkptError, SaveFailed
 from roll_ckpt.ranks.group import LONGEST_S, RankGroup
-from roll_ckpt.save.claims import _epochs
 from roll_ckpt.save.cluster_save import Changes
 from roll_ckpt.save.save import Save
 
 log = logging.getLogger("roll_ckpt")
 
 
-def wait_together(world: RankGroup, save: Save, *, uploaded: bool) -> None:
-    """`Save.wait` on every rank of `world`: none returns before all know the outcome; one rendezvous.
+class PendingSaves:
+    """Saves that have not ended, oldest first, and threads of background work; see `process`."""
 
-    Raises:
-        SaveFailed: on every rank, if it failed on any.
-    """
-    world.together(lambda: save.wait(uploaded=uploaded), LONGEST_S)
+    exit = process.Exit.SAVES
 
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._saves: list[Save] = []
+        self._background: list[tuple[threading.Thread, float]] = []
 
-_pending: list[Save] = []
-_pending_lock = threading.Lock()
-_pid = os.getpid()
+    def add(self, save: Save) -> None:
+        """Keep `save` until it ends; it settles after the one before it in the same directory."""
+        save.on_end = self._remove
+        with self._lock:
+            same = [other for other in self._saves if other.attempt.output_dir == save.attempt.output_dir]
+            save.after = same[-1] if same else None
+            self._saves.append(save)
 
+    def _remove(self, save: Save) -> None:
+        with self._lock:
+            self._saves.remove(save)
 
-def _forget_in_child() -> None:
-    global _pending_lock
-    _pending_lock = threading.Lock()  # another thread may have held it just then
+    def saves(self) -> list[Save]:
+        """The saves that have not ended, oldest first."""
+        with self._lock:
+            return list(self._saves)
 
+    def add_thread(self, thread: threading.Thread, exit_timeout_s: float) -> None:
+        """Let the interpreter's exit wait for `thread`, at most `exit_timeout_s` seconds."""
+        with self._lock:
+            self._background = [(other, limit) for other, limit in self._background if other.is_alive()]
+            self._background.append((thread, exit_timeout_s))
 
-os.register_at_fork(after_in_child=_forget_in_child)
+    def threads(self) -> list[tuple[threading.Thread, float]]:
+        """Threads of background work, each with the seconds that the exit waits for it."""
+        with self._lock:
+            return list(self._background)
 
-
-def remember(save: Save) -> None:
-    global _pid
-    with _pending_lock:
-        if _pid != os.getpid():
-            _pending.clear()
-            _pid = os.getpid()
-        same = [s for s in _pending if s.attempt.output_dir == save.attempt.output_dir]
-        save._after = same[-1] if same else None
-        _pending.append(save)
-
-
-def forget(save: Save) -> None:
-    save._after = None
-    with _pending_lock:
-        if save in _pending:
-            _pending.remove(save)
+    def leave(self) -> None:
+        """Wait for every save, then for background work, each within its own limit; log what failed."""
+        for save in self.saves():
+            try:
+                save.wait(save.settings.exit_timeout_s, uploaded=True)
+            except (RollCkptError, TimeoutError) as problem:
+                if not save.reported:
+                    log.error("at exit: %s", problem)
+        for thread, limit_s in self.threads():
+            thread.join(limit_s)
 
 
 def pending() -> list[Save]:
-    """Saves of this process that are not finished, oldest first; none in a forked child."""
-    with _pending_lock:
-        return list(_pending) if _pid == os.getpid() else []
+    """Saves of this process that have not ended, oldest first; none in a forked child."""
+    return process.part(PendingSaves).saves()
 
 
 def wait_pending(output_dir: Path | None = None, name: str | None = None) -> None:
-    """Block until pending saves (of one directory, of one name) are settled; failures stay with their saves."""
+    """Block until pending saves are settled: all, those into `output_dir`, or those of `name` in it.
+
+    Any rank may call by itself. On return each is committed and durable, or has failed; a failure is not raised here
+    but by the save's own `wait()`, or at the next fence with `fail_training`.
+
+    Raises:
+        SaveFailed: the caller is inside the staging of one of them.
+    """
     for save in pending():
         attempt = save.attempt
         if output_dir is not None and attempt.output_dir.resolve() != output_dir.resolve():
             continue
         if name is None or attempt.name == name:
-            if not save._sealed:
+            if not save.staged:
                 raise SaveFailed(
                     f"{attempt.label}: it is being staged by this very call; do not save or load inside of it"
                 )
-            save._settled.wait()
+            save.wait_settled()
 
 
 def fence(saves: Iterable[Save] | None = None) -> None:
-    """Wait until no pending save reads training tensors any more; for the disk only if a save leases some.
+    """Block until no pending save of this process reads training tensors any more; then they may change.
+
+    Any rank may call by itself, between two optimizer steps. It helps with the copies. It does not wait for the disk,
+    except for a save that borrows memory of the host. What is copied is not yet durable. Raises nothing.
 
     Call it before changing parameters by other means than the optimizer that was wired.
     """
@@ -107,30 +120,17 @@ def wait_copied(saves: list[Save], changes: Changes = lambda owner: True) -> Non
             raise save.failure
 
 
-_background: list[tuple[threading.Thread, float]] = []
+def wait_on_all_ranks(ranks: RankGroup, save: Save, *, uploaded: bool) -> None:
+    """`Save.wait` on every rank of `ranks`: none returns before all know the outcome; one rendezvous.
+
+    Raises:
+        SaveFailed: on every rank, if it failed on any.
+    """
+    ranks.run_on_all_ranks(lambda: save.wait(uploaded=uploaded), LONGEST_S)
 
 
 def in_background(action: Callable[[], None], name: str, exit_timeout_s: float) -> None:
-    """Run `action` on a thread that the interpreter's exit waits for, at most `exit_timeout_s`."""
+    """Run `action` on a thread that the interpreter's exit waits for, at most `exit_timeout_s` seconds."""
     thread = threading.Thread(target=action, name=f"roll_ckpt {name}", daemon=True)
-    _background[:] = [(other, limit) for other, limit in _background if other.is_alive()]
-    _background.append((thread, exit_timeout_s))
+    process.part(PendingSaves).add_thread(thread, exit_timeout_s)
     thread.start()
-
-
-def _finish_at_exit() -> None:
-    if _pid != os.getpid():
-        return
-    for save in pending():
-        try:
-            save.wait(save.settings.exit_timeout_s, uploaded=True)
-        except (RollCkptError, TimeoutError) as problem:
-            if not save.reported:
-                log.error("at exit: %s", problem)
-    for thread, limit_s in list(_background):
-        thread.join(limit_s)
-    for epoch in _epochs.values():
-        epoch.release()
-
-
-atexit.register(_finish_at_exit)

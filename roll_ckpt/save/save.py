@@ -1,7 +1,6 @@
-"""The save corridor of one process: begin, stage, write, vote, commit.
+"""Save: this process's part of one checkpoint, from the agreement to begin until the outcome.
 
-A `Save` is this process's part of one checkpoint, a `Ticket` one cluster's part of it. Bytes are copied and
-written by native threads; a short-lived Python thread for each save only waits for them, votes and settles.
+A short-lived Python thread for each save waits for the bytes, votes, settles, and does what follows a commit.
 """
 
 from __future__ import annotations
@@ -17,13 +16,12 @@ from typing import Any
 from roll_ckpt.config import Settings
 from roll_ckpt.errors import RollCkptError, SaveFailed
 from roll_ckpt.save.cluster_save import Changes, ClusterSave
-from roll_ckpt.save.pending import forget
 from roll_ckpt.transaction import ballot, settlement
 from roll_ckpt.transaction.attempts import Attempt
 
 log = logging.getLogger("roll_ckpt")
 
-CommitHook = Callable[["Save"], None]
+Hook = Callable[["Save"], None]
 
 
 @dataclass
@@ -35,25 +33,34 @@ class Save:
     rank: int
     clusters: tuple[str, ...]
     """The clusters of this world, whose votes this process casts."""
-    replays: frozenset[str] = frozenset()
+    reused_plans: frozenset[str] = frozenset()
     """The clusters whose earlier plan fits again, on every rank; see `begin`."""
-    on_commit: CommitHook | None = None
-    tickets: dict[str, ClusterSave] = field(default_factory=dict)
+    on_commit: Hook | None = None
+    """Called on the save's thread once the checkpoint is committed: what it raises becomes `failure`."""
+    on_end: Hook | None = None
+    """Called on the save's thread when all is done."""
+    after: Save | None = None
+    """The save before this one in the same directory, which settles first."""
+    cluster_saves: dict[str, ClusterSave] = field(default_factory=dict)
     failure: RollCkptError | None = None
     reported: bool = False
     durable_s: float | None = None
-    _sealed: bool = False
+    notes: list[str] = field(default_factory=list)
+    """What followed the commit, for the log: uploaded, pruned."""
+    stood_still_s: float = 0.0
+    """How long training waited for this save so far, in seconds."""
     _threaded: bool = False
     _staged: threading.Event = field(default_factory=threading.Event)
-    _after: Save | None = None
     _settled: threading.Event = field(default_factory=threading.Event)
     _finished: threading.Event = field(default_factory=threading.Event)
     _started: float = field(default_factory=time.monotonic)
 
-    def ticket(self, cluster: str, facts: Mapping[str, Any]) -> ClusterSave:
+    def add_cluster(self, cluster: str, facts: Mapping[str, Any]) -> ClusterSave:
         """The part of `cluster`; `facts` go into the manifest."""
-        self.tickets[cluster] = ClusterSave(self, cluster, self.rank, facts)
-        return self.tickets[cluster]
+        self.cluster_saves[cluster] = ClusterSave(
+            self.attempt, self.settings, cluster, self.rank, facts, cluster in self.reused_plans
+        )
+        return self.cluster_saves[cluster]
 
     @contextmanager
     def staging(self) -> Iterator[None]:
@@ -61,21 +68,22 @@ class Save:
 
         Whatever is raised in it, an interrupt too, turns all votes of this rank into a no.
         """
+        began = time.monotonic()
         self._start_thread()  # now: once there are copies to make, a thread waits long for a processor
         try:
             yield
         except BaseException as problem:
-            for ticket in self.tickets.values():
-                ticket.fail(problem)
+            for cluster_save in self.cluster_saves.values():
+                cluster_save.fail(problem)
             raise
         finally:
-            self._seal()
+            self.stood_still_s += time.monotonic() - began
+            self._end_staging()
 
-    def _seal(self) -> None:
+    def _end_staging(self) -> None:
         for cluster in self.clusters:
-            if cluster not in self.tickets:
-                self.ticket(cluster, {}).fail(RuntimeError("the trainer failed before this cluster was staged"))
-        self._sealed = True
+            if cluster not in self.cluster_saves:
+                self.add_cluster(cluster, {}).fail(RuntimeError("the trainer failed before this cluster was staged"))
         self._staged.set()
         if not self._threaded:  # no thread to be had: blocking beats a save that nobody finishes
             self._run()
@@ -98,6 +106,11 @@ class Save:
         return self.rank == 0
 
     @property
+    def staged(self) -> bool:
+        """Whether `staging()` has ended: the save goes on by itself."""
+        return self._staged.is_set()
+
+    @property
     def settled(self) -> bool:
         """The outcome is known: committed, or `failure` says why not."""
         return self._settled.is_set()
@@ -108,9 +121,11 @@ class Save:
         return self._finished.is_set()
 
     def fence(self, changes: Changes = lambda owner: True) -> None:
-        """`Ticket.fence` of all tickets."""
-        for ticket in self.tickets.values():
-            ticket.fence(changes)
+        """`ClusterSave.fence` of every cluster of this rank: blocks until their sources were copied."""
+        began = time.monotonic()
+        for cluster_save in self.cluster_saves.values():
+            cluster_save.fence(changes)
+        self.stood_still_s += time.monotonic() - began
 
     def wait(self, timeout_s: float | None = None, *, uploaded: bool = False) -> None:
         """Block until the checkpoint is committed; with `uploaded`, until its upload and pruning are done.
@@ -126,20 +141,24 @@ class Save:
             self.reported = True
             raise self.failure
 
+    def wait_settled(self) -> None:
+        """Block until the outcome is known, whatever it is."""
+        self._settled.wait()
+
     def _run(self) -> None:
         self._staged.wait()
         try:
-            if self._after is not None:
-                self._after._settled.wait()
+            if self.after is not None:
+                self.after.wait_settled()
             self._settle(self._vote())
         except RollCkptError as problem:
             self._fail(problem)
         except Exception as problem:
             self._fail(SaveFailed(f"{self.attempt.label}: {type(problem).__name__}: {problem}"))
         finally:
-            for ticket in self.tickets.values():
+            for cluster_save in self.cluster_saves.values():
                 if self.failure is not None:
-                    ticket.abandon()
+                    cluster_save.abandon()
             self._settled.set()
         try:
             if self.failure is None and self.on_commit is not None:
@@ -147,17 +166,20 @@ class Save:
         except Exception as problem:
             self._fail(SaveFailed(f"{self.attempt.label}: committed and sound, but what follows failed: {problem}"))
         finally:
+            self._log_outcome()
             self._finished.set()
-            forget(self)
+            self.after = None
+            if self.on_end is not None:
+                self.on_end(self)
 
     def _vote(self) -> str:
         """Cast the vote of each cluster; return why one could not be cast, "" if all were."""
         refusal = ""
-        for ticket in self.tickets.values():
+        for cluster_save in self.cluster_saves.values():
             try:
-                ballot.cast(self.attempt, ticket.finish())
+                ballot.cast(self.attempt, cluster_save.finish())
             except SaveFailed as problem:
-                ticket.fail(problem)
+                cluster_save.fail(problem)
                 refusal = refusal or str(problem).removeprefix(f"{self.attempt.label}: ")
         return refusal
 
@@ -169,7 +191,7 @@ class Save:
         now = time.monotonic()
         if not outcome.committed:
             untold = [
-                f"cluster {t.cluster!r} rank {t.rank} failed: {t.error}" for t in self.tickets.values() if t.error
+                f"cluster {t.cluster!r} rank {t.rank} failed: {t.error}" for t in self.cluster_saves.values() if t.error
             ]
             reason = "; ".join([outcome.reason, *(here for here in untold if here not in outcome.reason)])
             raise SaveFailed(
@@ -183,8 +205,23 @@ class Save:
                 "checkpoints are kept until a later save is durable. Look after the file system"
             )
         self.durable_s = now - self._started
-        for ticket in self.tickets.values():
-            ticket.timing.commit_s = now - began
+        for cluster_save in self.cluster_saves.values():
+            cluster_save.timing.commit_s = now - began
+
+    def _log_outcome(self) -> None:
+        """One line for whoever watches the run, on rank 0."""
+        if not self.lead or self.durable_s is None:
+            return
+        nbytes = sum(cluster_save.nbytes for cluster_save in self.cluster_saves.values())
+        notes = "".join(f", {note}" for note in self.notes)
+        log.info("%s: committed %.2f s after it began (this rank wrote %d bytes)%s; training stood still for %.3f s",
+                 self.attempt.final, self.durable_s, nbytes, notes, self.stood_still_s)  # fmt: skip
+
+    def fail_to_begin(self, problem: RollCkptError) -> None:
+        """End this save, for which there is no attempt, with `problem`."""
+        self._fail(problem)
+        self._settled.set()
+        self._finished.set()
 
     def _fail(self, problem: RollCkptError) -> None:
         self.failure = problem

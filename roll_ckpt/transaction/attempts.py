@@ -39,7 +39,7 @@ class Attempt:
         return self.output_dir / names.attempt_dir(self.name, self.epoch, self.attempt)
 
     @property
-    def unit(self) -> Path:
+    def checkpoint_dir(self) -> Path:
         """The checkpoint while it is being written."""
         return self.directory / self.name
 
@@ -153,32 +153,32 @@ def check_replaced(output_dir: Path, name: str) -> None:
     Raises:
         SaveFailed: names the first of them. Nothing was touched.
     """
-    unit = output_dir / name
-    if not tree.exists(unit):
+    checkpoint_dir = output_dir / name
+    if not tree.exists(checkpoint_dir):
         return
     try:
-        told = read_manifest(unit)
+        told = read_manifest(checkpoint_dir)
         known = {receipt.path for receipt in told.files} | {names.MANIFEST, names.DECISION}
     except NotFound:
-        if tree.exists(unit / names.DECISION) or tree.exists(unit / names.EXPECTED):
+        if tree.exists(checkpoint_dir / names.DECISION) or tree.exists(checkpoint_dir / names.EXPECTED):
             return  # ours, and to be replaced because it is damaged
         known = set()
     except (Damaged, OSError):
         return  # likewise
     foreign = [
         path
-        for path, _ in tree.walk_all(unit)
+        for path, _ in tree.walk_all(checkpoint_dir)
         if path not in known and not path.startswith(names.VOTES + "/") and not path.endswith("_states.pt")
     ]
     if foreign:
         raise SaveFailed(
-            f"{unit} exists and holds {len(foreign)} files that no save of ours wrote, such as {foreign[0]}. Saving "
+            f"{checkpoint_dir} exists and holds {len(foreign)} files that no save of ours wrote, such as {foreign[0]}. Saving "
             f"{name!r} would delete them: move them away, or save under another name. Nothing was touched"
         )
 
 
 def _make(attempt: Attempt) -> None:
-    for directory in (attempt.directory, attempt.unit, attempt.unit / names.VOTES):
+    for directory in (attempt.directory, attempt.checkpoint_dir, attempt.checkpoint_dir / names.VOTES):
         writes.make_dir(directory)  # the other world may have made it
     expected = Expected(
         name=attempt.name,
@@ -190,14 +190,14 @@ def _make(attempt: Attempt) -> None:
         save_latest=attempt.save_latest,
         software=SOFTWARE,
     ).to_bytes()
-    path = attempt.unit / names.EXPECTED
+    path = attempt.checkpoint_dir / names.EXPECTED
     if not writes.link_durable(path, expected, scratch=attempt.directory) and reads.read_bytes(path) != expected:
         raise RanksDisagree(
             f"{attempt.label}: another world has begun it with another step, other clusters or world sizes, "
             f"another save_latest, or another roll_ckpt than {SOFTWARE}; compare {path} with "
             f"step {attempt.step}, clusters {dict(attempt.expected)}, save_latest {attempt.save_latest}"
         )
-    for directory in (attempt.unit, attempt.directory, attempt.output_dir):
+    for directory in (attempt.checkpoint_dir, attempt.directory, attempt.output_dir):
         writes.fsync_dir(directory)
 
 
@@ -223,15 +223,15 @@ def places(attempt: Attempt) -> Iterator[Path]:
     """Where the unit may be: written, in the hands of a process that replaces a checkpoint, or committed."""
     entries = tree.list_dir(attempt.directory)
     if attempt.name in entries:
-        yield attempt.unit
+        yield attempt.checkpoint_dir
     yield from (attempt.directory / e / attempt.name for e in entries if e.startswith(names.SUPERSEDED))
     yield attempt.final
 
 
-def carries(unit: Path, attempt: Attempt) -> bool:
+def carries(checkpoint_dir: Path, attempt: Attempt) -> bool:
     """Whether the checkpoint in `unit` is the one of this attempt."""
     try:
-        found = read_manifest(unit)
+        found = read_manifest(checkpoint_dir)
     except (NotFound, Damaged):
         return False
     return (found.name, found.epoch, found.attempt) == (attempt.name, attempt.epoch, attempt.attempt)

@@ -38,18 +38,18 @@ def cast(attempt: Attempt, vote: Vote) -> None:
     try:
         if vote.error is None:
             # The vote refers to the files, so their names become durable before it.
-            durable = [writes.fsync_dir(path) for path in _directories(attempt.unit, vote.receipts)]
+            durable = [writes.fsync_dir(path) for path in _directories(attempt.checkpoint_dir, vote.receipts)]
             if not vote.rank:
                 _sync_beside(attempt)
             vote = replace(vote, directories_durable=vote.directories_durable and all(durable))
         epochs.check(attempt.output_dir, attempt.epoch)
         failpoints.failpoint("vote.before", name=attempt.name, cluster=vote.cluster, rank=vote.rank)
-        path = attempt.unit / names.VOTES / names.vote_file(vote.cluster, vote.rank)
+        path = attempt.checkpoint_dir / names.VOTES / names.vote_file(vote.cluster, vote.rank)
         data = vote.to_bytes()
         if not writes.link_durable(path, data, scratch=attempt.directory) and reads.read_bytes(path) != data:
             raise SaveFailed(f"{attempt.label}: {who} has voted already, and otherwise; a vote never changes")
     except FileNotFoundError as error:
-        if tree.is_dir(attempt.unit):
+        if tree.is_dir(attempt.checkpoint_dir):
             raise SaveFailed(f"{attempt.label}: {who} lists a file that is not there: {error.filename}") from error
         raise abandoned(attempt) from error
     except OSError as error:
@@ -57,11 +57,11 @@ def cast(attempt: Attempt, vote: Vote) -> None:
     failpoints.failpoint("vote.cast", name=attempt.name, cluster=vote.cluster, rank=vote.rank)
 
 
-def _directories(unit: Path, receipts: Iterable[Receipt]) -> list[Path]:
+def _directories(checkpoint_dir: Path, receipts: Iterable[Receipt]) -> list[Path]:
     """The directories of all files up to the unit, each once, the deepest first."""
-    found = {unit}
+    found = {checkpoint_dir}
     for receipt in receipts:
-        folder = (unit / receipt.path).parent
+        folder = (checkpoint_dir / receipt.path).parent
         while folder not in found:
             found.add(folder)
             folder = folder.parent
@@ -90,7 +90,7 @@ class Ballot:
 
 def decide(attempt: Attempt, ballot: Ballot, epoch: int, over: bool) -> Decision | None:
     """Decide if the votes that are there, or the time, suffice; return what was decided, by whomever."""
-    path = attempt.unit / names.EXPECTED
+    path = attempt.checkpoint_dir / names.EXPECTED
     expected = reads.read_bytes(path)
     told = parse_expected(expected, path)
     voters = told.voters()
@@ -104,12 +104,14 @@ def decide(attempt: Attempt, ballot: Ballot, epoch: int, over: bool) -> Decision
             f"no vote came from {_ranks_of(missing)} in time (commit_timeout_s): died, stopped, or waiting for the "
             "disk; see the log of those processes"
         )
-    reason = reason or _unsound(attempt.unit, ballot)
+    reason = reason or _unsound(attempt.checkpoint_dir, ballot)
     epochs.check(attempt.output_dir, epoch)
     sealed = ""
     if not reason:
         try:
-            writes.fsync_dir(attempt.unit / names.VOTES)  # a vote is seen before its rank has made its name durable
+            writes.fsync_dir(
+                attempt.checkpoint_dir / names.VOTES
+            )  # a vote is seen before its rank has made its name durable
             sealed = _write_manifest(attempt, ballot.data, expected)
         except Damaged as error:
             reason = str(error)
@@ -120,7 +122,7 @@ def decide(attempt: Attempt, ballot: Ballot, epoch: int, over: bool) -> Decision
     ours = Decision(not reason, attempt.name, attempt.epoch, attempt.attempt, sealed, reason)
     epochs.check(attempt.output_dir, epoch)
     try:
-        writes.link_durable(attempt.unit / names.DECISION, ours.to_bytes(), scratch=attempt.directory)
+        writes.link_durable(attempt.checkpoint_dir / names.DECISION, ours.to_bytes(), scratch=attempt.directory)
     except NotDurable:
         raise
     except OSError as error:
@@ -129,13 +131,13 @@ def decide(attempt: Attempt, ballot: Ballot, epoch: int, over: bool) -> Decision
         if ours.commit or error.errno not in _NO_ROOM:
             raise
         # Only its end gives the disk room again: see parse_decision.
-        writes.link(path, attempt.unit / names.DECISION)
+        writes.link(path, attempt.checkpoint_dir / names.DECISION)
     failpoints.failpoint("decision.linked", name=attempt.name, epoch=attempt.epoch, attempt=attempt.attempt)
     return decided(attempt)
 
 
 def _collect(attempt: Attempt, told: Expected, voters: list[str], ballot: Ballot) -> None:
-    folder = attempt.unit / names.VOTES
+    folder = attempt.checkpoint_dir / names.VOTES
     entries = set(tree.list_dir(folder))
     for file in voters:
         if file not in entries or file in ballot.votes:
@@ -163,7 +165,7 @@ def _ranks(ranks: list[int]) -> str:
     return shown if len(ranks) <= 8 else f"{shown} and {len(ranks) - 8} more"
 
 
-def _unsound(unit: Path, ballot: Ballot) -> str:
+def _unsound(checkpoint_dir: Path, ballot: Ballot) -> str:
     """Why the files in the unit are not those that the votes list, "" if they are."""
     listed: dict[str, tuple[int, str]] = {}
     for vote in ballot.votes.values():
@@ -175,14 +177,14 @@ def _unsound(unit: Path, ballot: Ballot) -> str:
         names.EXPECTED,
         *(f"{names.VOTES}/{file}" for file in ballot.votes),
     }
-    found = dict(tree.walk_all(unit))
+    found = dict(tree.walk_all(checkpoint_dir))
     for path, (nbytes, who) in sorted(listed.items()):
         if not found.get(path):
-            return f"{who} lists {unit / path}, which is not there as a file"
-        if (size := tree.file_bytes(unit / path)) != nbytes:
-            return f"{who} lists {unit / path} with {nbytes} bytes, and it has {size}"
+            return f"{who} lists {checkpoint_dir / path}, which is not there as a file"
+        if (size := tree.file_bytes(checkpoint_dir / path)) != nbytes:
+            return f"{who} lists {checkpoint_dir / path} with {nbytes} bytes, and it has {size}"
     if extra := sorted(set(found) - set(listed) - ours):
-        return f"no vote lists {unit / extra[0]}" + (f" and {len(extra) - 1} more" if extra[1:] else "")
+        return f"no vote lists {checkpoint_dir / extra[0]}" + (f" and {len(extra) - 1} more" if extra[1:] else "")
     return ""
 
 
@@ -190,15 +192,15 @@ def _write_manifest(attempt: Attempt, votes: Mapping[str, bytes], expected: byte
     """Make manifest.json durable; return its SHA-256. A second committer writes the same bytes."""
     data = build(votes, expected)
     failpoints.failpoint("manifest.before", name=attempt.name, epoch=attempt.epoch, attempt=attempt.attempt)
-    writes.write_durable(attempt.unit / names.MANIFEST, data, scratch=attempt.directory)
+    writes.write_durable(attempt.checkpoint_dir / names.MANIFEST, data, scratch=attempt.directory)
     failpoints.failpoint("manifest.written", name=attempt.name, epoch=attempt.epoch, attempt=attempt.attempt)
     return sha256(data)
 
 
 def decided(attempt: Attempt) -> Decision | None:
     """The decision of this attempt, wherever its unit lies by now."""
-    for unit in places(attempt):
-        path = unit / names.DECISION
+    for checkpoint_dir in places(attempt):
+        path = checkpoint_dir / names.DECISION
         with suppress(FileNotFoundError, NotADirectoryError):
             decision = parse_decision(reads.read_bytes(path), path)
             if (decision.epoch, decision.attempt) == (attempt.epoch, attempt.attempt):

@@ -34,19 +34,19 @@ def committed(output_dir: Path, report: Callable[[Damaged | Unreadable], None] =
     `report` is told of each directory whose manifest is gone or cannot be trusted, or cannot be read although it was
     tried for two seconds. File contents are not read. OSError if `output_dir` cannot be listed.
     """
-    found, patience = [], ReadRetries()
-    for entry in patience.again(partial(tree.list_dir, output_dir)):
-        unit = output_dir / entry
+    found, retries = [], ReadRetries()
+    for entry in retries.run(partial(tree.list_dir, output_dir)):
+        checkpoint_dir = output_dir / entry
         if entry.startswith(".") or entry == names.LOST_AND_FOUND:
             continue
         try:
-            manifest = patience.again(partial(_committed_in, unit))
+            manifest = retries.run(partial(_committed_in, checkpoint_dir))
         except Damaged as error:
             report(error)
             continue
         except OSError as error:
-            problem = Unreadable(f"{unit / names.MANIFEST}: it cannot be read: {error.strerror}")
-            problem.unit = unit
+            problem = Unreadable(f"{checkpoint_dir / names.MANIFEST}: it cannot be read: {error.strerror}")
+            problem.checkpoint_dir = checkpoint_dir
             report(problem)
             continue
         if manifest is not None:
@@ -54,21 +54,23 @@ def committed(output_dir: Path, report: Callable[[Damaged | Unreadable], None] =
     return sorted(found, key=lambda manifest: manifest.age)
 
 
-def _committed_in(unit: Path) -> Manifest | None:
+def _committed_in(checkpoint_dir: Path) -> Manifest | None:
     """The checkpoint in a directory, None if it is something else. Damaged if it cannot be trusted."""
-    if not tree.is_dir(unit):
+    if not tree.is_dir(checkpoint_dir):
         return None
     try:
-        manifest = read_manifest(unit)
+        manifest = read_manifest(checkpoint_dir)
     except NotFound:
-        if tree.exists(unit / names.DECISION) or tree.exists(unit / names.EXPECTED):
-            raise Damaged(f"{unit}: its {names.MANIFEST} is missing, so nothing in it can be verified") from None
+        if tree.exists(checkpoint_dir / names.DECISION) or tree.exists(checkpoint_dir / names.EXPECTED):
+            raise Damaged(
+                f"{checkpoint_dir}: its {names.MANIFEST} is missing, so nothing in it can be verified"
+            ) from None
         return None
-    real = tree.is_real_dir(unit)
-    if manifest.name == unit.name and not real:
-        raise Damaged(f"{unit}: a symbolic link; move the checkpoint itself there, or give its own path")
-    if manifest.name != unit.name and real:
-        raise Damaged(f"{unit}: its {names.MANIFEST} is the one of {manifest.name}; is it a copy?")
+    real = tree.is_real_dir(checkpoint_dir)
+    if manifest.name == checkpoint_dir.name and not real:
+        raise Damaged(f"{checkpoint_dir}: a symbolic link; move the checkpoint itself there, or give its own path")
+    if manifest.name != checkpoint_dir.name and real:
+        raise Damaged(f"{checkpoint_dir}: its {names.MANIFEST} is the one of {manifest.name}; is it a copy?")
     return manifest if real else None
 
 
@@ -99,6 +101,21 @@ def read_latest(output_dir: Path) -> str | None:
         return None
     except ValueError as error:
         raise Damaged(f"{path}: it does not name a checkpoint: {error}") from error
+
+
+def named_by_latest(output_dir: Path) -> list[str]:
+    """The checkpoint that `latest` names, if it names one; a damaged `latest` is logged."""
+    try:
+        latest = read_latest(output_dir)
+    except Damaged as problem:
+        log.warning("%s; pruning goes on without it", problem)
+        return []
+    return [] if latest is None else [latest]
+
+
+def committed_at_s(checkpoint_dir: Path) -> float:
+    """When a checkpoint was committed, or pulled or copied here: seconds since 1970, by the file system's clock."""
+    return reads.mtime_ns(checkpoint_dir / names.MANIFEST) / 1e9
 
 
 def write_latest(output_dir: Path, name: str, *, scratch: Path | None = None) -> None:

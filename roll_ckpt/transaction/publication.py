@@ -22,11 +22,10 @@ from roll_ckpt.formats.records import Decision
 from roll_ckpt.transaction import epochs
 from roll_ckpt.transaction.attempts import Attempt, carries
 from roll_ckpt.transaction.listing import committed, read_latest, write_latest
-from roll_ckpt.transaction.settlement import FIRST_PAUSE_S
 from roll_ckpt.transaction.trash import empty_trash, trash
 
+_PAUSE_S = 0.002
 _PATIENCE_S = 1.0  # how long a process that replaces a checkpoint is left alone by another that would do the same
-_NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 _TAKEN = (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 OLD = ".old"
 _REASONS_KEPT = 100
@@ -45,8 +44,8 @@ def _publish(attempt: Attempt, epoch: int) -> None:
     """Give the unit its final name; durable on return."""
     epochs.check(attempt.output_dir, epoch)
     try:
-        writes.fsync_dir(attempt.unit)  # whoever made the decision may not have come to that
-        writes.rename(attempt.unit, attempt.final)
+        writes.fsync_dir(attempt.checkpoint_dir)  # whoever made the decision may not have come to that
+        writes.rename(attempt.checkpoint_dir, attempt.final)
     except OSError as error:
         if error.errno not in _TAKEN:
             raise
@@ -68,7 +67,7 @@ def _replace(attempt: Attempt, epoch: int) -> None:
     while not carries(attempt.final, attempt):
         own = _take(attempt, patient=time.monotonic() - began < _PATIENCE_S)
         if own is None:
-            time.sleep(FIRST_PAUSE_S)
+            time.sleep(_PAUSE_S)
             continue
         try:
             epochs.check(attempt.output_dir, epoch)
@@ -85,7 +84,7 @@ def _take(attempt: Attempt, *, patient: bool) -> Path | None:
     if attempt.name in entries:
         writes.make_dir(own)
         with suppress(FileNotFoundError):
-            writes.rename(attempt.unit, own / attempt.name)
+            writes.rename(attempt.checkpoint_dir, own / attempt.name)
             return own
     for entry in entries:
         if entry.startswith(names.SUPERSEDED) and tree.exists(attempt.directory / entry / attempt.name):
@@ -93,7 +92,7 @@ def _take(attempt: Attempt, *, patient: bool) -> Path | None:
                 return None
             writes.rename(attempt.directory / entry, own)
             return own
-    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(attempt.unit))
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(attempt.checkpoint_dir))
 
 
 def _swap(attempt: Attempt, own: Path, epoch: int) -> None:
@@ -103,13 +102,7 @@ def _swap(attempt: Attempt, own: Path, epoch: int) -> None:
     if not tree.exists(attempt.final):
         writes.rename(new, attempt.final)
         return
-    try:
-        writes.exchange(new, attempt.final)
-    except OSError as error:
-        if error.errno not in _NO_EXCHANGE:
-            raise
-        _step_aside(attempt, own)
-        writes.rename(new, attempt.final)
+    writes.swap(new, attempt.final, lambda: _step_aside(attempt, own))
 
 
 def _step_aside(attempt: Attempt, own: Path) -> None:
@@ -174,7 +167,7 @@ def _abandon(attempt: Attempt, epoch: int) -> None:
     if attempt.epoch == epoch:
         record = names.aborted_file(attempt.name, attempt.epoch, attempt.attempt)
         with suppress(OSError):  # a reason is a courtesy: a full disk gets its room back without it
-            writes.link(attempt.unit / names.DECISION, attempt.output_dir / names.EPOCHS / record)
+            writes.link(attempt.checkpoint_dir / names.DECISION, attempt.output_dir / names.EPOCHS / record)
             _forget_reasons(attempt.output_dir / names.EPOCHS)
     throw_away(attempt, epoch)
     failpoints.failpoint("attempt.removed", name=attempt.name, epoch=attempt.epoch, attempt=attempt.attempt)

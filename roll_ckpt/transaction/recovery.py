@@ -24,7 +24,8 @@ from roll_ckpt.transaction.ballot import Ballot, decide, decided
 from roll_ckpt.transaction.epochs import Epoch
 from roll_ckpt.transaction.listing import committed, read_latest
 from roll_ckpt.transaction.publication import OLD, carry_out, throw_away
-from roll_ckpt.transaction.settlement import FIRST_PAUSE_S
+
+_PAUSE_S = 0.002
 from roll_ckpt.transaction.trash import empty_trash, retire_trash
 
 
@@ -99,7 +100,7 @@ def _recover_one(output_dir: Path, name: str, old_epoch: int, number: int, epoch
             # Where another world has just published it, what is left is that world's to finish, or ours: look again.
             if not any(tree.exists(u / names.EXPECTED) for u in places(bare) if u != bare.final or carries(u, bare)):
                 return _discard(bare, epoch, f"it was interrupted at its beginning, before {error.filename}")
-        time.sleep(FIRST_PAUSE_S)
+        time.sleep(_PAUSE_S)
     raise SaveFailed(f"{bare.label}: it cannot be recovered; another process keeps changing {bare.directory}")
 
 
@@ -113,9 +114,9 @@ def _link_in(attempt: Attempt) -> Path | None:
 
 def _is_newest(attempt: Attempt) -> bool:
     """Whether `latest` is to name this committed attempt: it wished so, and no newer one is named."""
-    for unit in places(attempt):
+    for checkpoint_dir in places(attempt):
         with suppress(NotFound, Damaged):
-            found = read_manifest(unit)
+            found = read_manifest(checkpoint_dir)
             if (found.epoch, found.attempt) != (attempt.epoch, attempt.attempt):
                 continue
             named = read_latest(attempt.output_dir)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from roll_ckpt.disk import tree
@@ -25,7 +24,7 @@ from roll_ckpt.transaction.publication import carry_out
 
 log = logging.getLogger("roll_ckpt")
 
-FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.2
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.2
 _STUBBORN_S = 10.0  # how long a disk is asked again that refuses what settling needs
 
 
@@ -41,9 +40,7 @@ class Outcome:
     durable: bool = True
 
 
-def settle(
-    attempt: Attempt, *, lead: bool, timeout_s: float, refusal: str = "", clock: Callable[[], float] = time.monotonic
-) -> Outcome:
+def settle(attempt: Attempt, *, lead: bool, timeout_s: float, refusal: str = "") -> Outcome:
     """Wait until the attempt is committed or abandoned. Blocks; a commit is durable on return.
 
     A lead (rank 0 of each world) collects the votes, decides and carries out; two may do so at once. The
@@ -57,7 +54,7 @@ def settle(
     """
     attempt.refuse_fork()
     try:
-        return _settle(attempt, lead, timeout_s, refusal, clock)
+        return _settle(attempt, lead, timeout_s, refusal)
     except EpochLost:
         if carries(attempt.final, attempt):
             return Outcome(True, "a newer run has finished it")
@@ -69,14 +66,14 @@ def settle(
         ) from error
 
 
-def _settle(attempt: Attempt, lead: bool, timeout_s: float, refusal: str, clock: Callable[[], float]) -> Outcome:
-    limit = clock() + timeout_s
+def _settle(attempt: Attempt, lead: bool, timeout_s: float, refusal: str) -> Outcome:
+    limit = time.monotonic() + timeout_s
     ballot = Ballot(refusal=refusal)
     decision: Decision | None = None
-    pause, vanished, refused = FIRST_PAUSE_S, 0, 0.0
+    pause, vanished, refused = _FIRST_PAUSE_S, 0, 0.0
     doubt: NotDurable | None = None
     while True:
-        over = clock() >= limit
+        over = time.monotonic() >= limit
         try:
             if attempt.directory.name not in tree.list_dir(attempt.output_dir):
                 return _afterwards(attempt, decision)
@@ -98,10 +95,10 @@ def _settle(attempt: Attempt, lead: bool, timeout_s: float, refusal: str, clock:
             if isinstance(error, NotDurable):
                 doubt = error  # what is left to do is done all the same
             if not refused:
-                refused = clock()
+                refused = time.monotonic()
                 log.warning("%s: %s (%s); it is tried again for %g s", attempt.label, error.strerror, error.filename,
                             _STUBBORN_S)  # fmt: skip
-            elif clock() - refused > _STUBBORN_S:
+            elif time.monotonic() - refused > _STUBBORN_S:
                 raise
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE_S)

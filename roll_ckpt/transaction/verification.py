@@ -34,7 +34,7 @@ class Problem:
     detail: str
 
 
-def verify(unit: Path, *, part: int = 0, parts: int = 1, cache: bool = False) -> list[Problem]:
+def verify(checkpoint_dir: Path, *, part: int = 0, parts: int = 1, cache: bool = False) -> list[Problem]:
     """All problems of one checkpoint, sorted by path; [] if every byte is as it was committed.
 
     Several processes share the reading: each of `parts` reads its `part` of the large files, and all records. With
@@ -42,9 +42,9 @@ def verify(unit: Path, *, part: int = 0, parts: int = 1, cache: bool = False) ->
     What the disk refuses is tried again for two seconds, in all.
     A process that holds `commit.reading(unit)` may call it.
     """
-    path, patience = unit / names.MANIFEST, ReadRetries()
+    path, retries = checkpoint_dir / names.MANIFEST, ReadRetries()
     try:
-        record = patience.again(partial(reads.read_bytes, path))
+        record = retries.run(partial(reads.read_bytes, path))
         told = manifests.parse(record, path)
     except (FileNotFoundError, NotADirectoryError):
         return [Problem(names.MANIFEST, "missing", "there is no manifest, so nothing can be verified")]
@@ -52,52 +52,52 @@ def verify(unit: Path, *, part: int = 0, parts: int = 1, cache: bool = False) ->
         return [Problem(names.MANIFEST, "digest" if tree.is_file(path) else "link", str(error))]
     except OSError as error:
         return [_unreadable(names.MANIFEST, error)]
-    problems = _listing(unit, told, patience)
-    if names.is_another(unit.absolute().name, told.name):
+    problems = _listing(checkpoint_dir, told, retries)
+    if names.is_another(checkpoint_dir.absolute().name, told.name):
         problems.append(Problem(names.MANIFEST, "name", f"it is the manifest of {told.name}"))
     bad = {problem.path for problem in problems}
     paths = {names.EXPECTED, names.DECISION, *(f"{names.VOTES}/{file}" for file in told.votes)}
     if not bad & paths:
-        problems += _records(unit, told, record, patience)
+        problems += _records(checkpoint_dir, told, record, retries)
     for receipt in _share([r for r in told.files if r.path not in bad], part, parts):
-        problems += _contents(unit, receipt, patience, direct=not cache)
+        problems += _contents(checkpoint_dir, receipt, retries, direct=not cache)
     return sorted(set(problems))
 
 
-def _listing(unit: Path, told: Manifest, patience: ReadRetries) -> list[Problem]:
+def _listing(checkpoint_dir: Path, told: Manifest, retries: ReadRetries) -> list[Problem]:
     try:
-        return patience.again(partial(_compare, unit, told))
+        return retries.run(partial(_compare, checkpoint_dir, told))
     except OSError as error:
-        return [_unreadable(Path(error.filename).relative_to(unit).as_posix(), error)]
+        return [_unreadable(Path(error.filename).relative_to(checkpoint_dir).as_posix(), error)]
 
 
-def _compare(unit: Path, told: Manifest) -> list[Problem]:
+def _compare(checkpoint_dir: Path, told: Manifest) -> list[Problem]:
     listed = {receipt.path: receipt.nbytes for receipt in told.files}
     ours = {names.MANIFEST, names.DECISION, *(f"{names.VOTES}/{file}" for file in told.votes)}
-    found = dict(tree.walk_all(unit))
+    found = dict(tree.walk_all(checkpoint_dir))
     problems = []
     for path, regular in found.items():
         if not regular:
             problems.append(Problem(path, "link", "it is a symbolic link or a special file"))
         elif path not in listed and path not in ours:
             problems.append(Problem(path, "extra", "it was not there when the checkpoint was committed"))
-        elif path in listed and (size := tree.file_bytes(unit / path)) != listed[path]:
+        elif path in listed and (size := tree.file_bytes(checkpoint_dir / path)) != listed[path]:
             problems.append(Problem(path, "size", f"it has {size} bytes instead of {listed[path]}"))
     for path in sorted(({*listed} | ours) - {*found}):
-        if tree.is_dir(unit / path):
+        if tree.is_dir(checkpoint_dir / path):
             problems.append(Problem(path, "link", "a directory is in its place"))
         else:
             problems.append(Problem(path, "missing", "it was committed and is not there"))
     return problems
 
 
-def _records(unit: Path, told: Manifest, record: bytes, patience: ReadRetries) -> list[Problem]:
+def _records(checkpoint_dir: Path, told: Manifest, record: bytes, retries: ReadRetries) -> list[Problem]:
     """Votes, expected.json and decision, each against its own digest and against the manifest."""
     problems: list[Problem] = []
-    read = {file: _read(unit, f"{names.VOTES}/{file}", problems, patience) for file in told.votes}
+    read = {file: _read(checkpoint_dir, f"{names.VOTES}/{file}", problems, retries) for file in told.votes}
     votes = {file: vote for file, vote in read.items() if vote is not None}
-    expected = _read(unit, names.EXPECTED, problems, patience)
-    decision = _read(unit, names.DECISION, problems, patience)
+    expected = _read(checkpoint_dir, names.EXPECTED, problems, retries)
+    decision = _read(checkpoint_dir, names.DECISION, problems, retries)
     foreign = [file for file, vote in votes.items() if sha256(vote) != told.votes[file]]
     for file in foreign:
         problems.append(Problem(f"{names.VOTES}/{file}", "digest", "it is not the vote that the manifest rests on"))
@@ -124,15 +124,15 @@ def _check_rebuilt(votes: dict[str, bytes], expected: bytes, record: bytes) -> N
         raise Damaged("it is not what the votes amount to")
 
 
-def _contents(unit: Path, receipt: Receipt, patience: ReadRetries, *, direct: bool) -> list[Problem]:
-    path = unit / receipt.path
+def _contents(checkpoint_dir: Path, receipt: Receipt, retries: ReadRetries, *, direct: bool) -> list[Problem]:
+    path = checkpoint_dir / receipt.path
     try:
         if receipt.nbytes <= _SMALL_BYTES or locks.is_held(path):
             # Under our own lock an open by anybody but disk.py would drop it.
-            data = patience.again(partial(reads.read_bytes, path))
+            data = retries.run(partial(reads.read_bytes, path))
             nbytes, crcs = len(data), records.digest_bytes(data, receipt.block_bytes)
         else:
-            digest = patience.again(partial(files.digest_file, str(path), receipt.block_bytes, direct=direct))
+            digest = retries.run(partial(files.digest_file, str(path), receipt.block_bytes, direct=direct))
             nbytes, crcs = digest.nbytes, list(digest.crcs)
     except Damaged as error:
         return [Problem(receipt.path, "size", str(error))]
@@ -165,18 +165,18 @@ def verify_run(output_dir: Path) -> list[Problem]:
     problems = []
     sound: dict[str, Manifest] = {}
     for entry in tree.list_dir(output_dir):
-        unit = output_dir / entry
-        if entry.startswith(".") or entry == names.LOST_AND_FOUND or not _looks_committed(unit):
+        checkpoint_dir = output_dir / entry
+        if entry.startswith(".") or entry == names.LOST_AND_FOUND or not _looks_committed(checkpoint_dir):
             continue
-        problems += [Problem(f"{entry}/{p.path}", p.kind, p.detail) for p in verify(unit)]
+        problems += [Problem(f"{entry}/{p.path}", p.kind, p.detail) for p in verify(checkpoint_dir)]
         try:
-            told = manifests.read(unit)
+            told = manifests.read(checkpoint_dir)
         except (Damaged, NotFound, OSError):
             continue  # verify has told
         if told.name != entry:
             if not names.is_another(entry, told.name):  # of which verify has told
                 problems.append(Problem(entry, "extra", f"its manifest is the one of {told.name}"))
-        elif not tree.is_real_dir(unit):
+        elif not tree.is_real_dir(checkpoint_dir):
             problems.append(Problem(entry, "link", "a run takes no link for a checkpoint"))
         else:
             sound[entry] = told
@@ -186,12 +186,14 @@ def verify_run(output_dir: Path) -> list[Problem]:
     return sorted(problems)
 
 
-def _looks_committed(unit: Path) -> bool:
+def _looks_committed(checkpoint_dir: Path) -> bool:
     ours = (names.MANIFEST, names.DECISION, names.EXPECTED)
     try:
-        if not tree.is_dir(unit):
+        if not tree.is_dir(checkpoint_dir):
             return False
-        return names.step_of(unit.name) is not None or any(tree.exists(unit / path) for path in ours)
+        return names.step_of(checkpoint_dir.name) is not None or any(
+            tree.exists(checkpoint_dir / path) for path in ours
+        )
     except OSError:
         return True  # so that verify says what cannot be read
 
@@ -249,9 +251,9 @@ def _damage(path: str, check: Callable[[], object]) -> list[Problem]:
     return []
 
 
-def _read(unit: Path, path: str, problems: list[Problem], patience: ReadRetries) -> bytes | None:
+def _read(checkpoint_dir: Path, path: str, problems: list[Problem], retries: ReadRetries) -> bytes | None:
     try:
-        return patience.again(partial(reads.read_bytes, unit / path))
+        return retries.run(partial(reads.read_bytes, checkpoint_dir / path))
     except OSError as error:
         problems.append(_unreadable(path, error))
         return None

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from roll_ckpt import names
 from roll_ckpt.disk import failpoints, reads, tree, writes
@@ -16,8 +20,56 @@ from roll_ckpt.formats.sealed_json import sha256
 from roll_ckpt.native import extension
 from roll_ckpt.transaction import listing, reader_locks
 
-_NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+_POLL_S = 0.2
 _OLD = ".old"
+
+
+@dataclass(frozen=True)
+class Copies:
+    """What a directory of copies is owed; see `retention.Owing`."""
+
+    output_dir: Path
+    upload_dir: Path
+
+    def owed(self) -> list[str]:
+        return owed(self.output_dir, self.upload_dir)
+
+    def forget(self, name: str) -> None:
+        for entry in tree.list_dir(self.upload_dir):
+            parsed = names.parse_attempt_dir(entry)
+            if parsed is not None and parsed[0] == name:
+                writes.remove_tree(self.upload_dir / entry)
+
+
+class FileSystemDestination:
+    """A directory that receives copies; see `destination.Destination`."""
+
+    in_background: ClassVar[bool] = False
+
+    def __init__(self, output_dir: Path, upload_dir: Path) -> None:
+        self._copies = Copies(output_dir, upload_dir)
+        self._one_at_a_time = threading.Lock()
+
+    def owed(self) -> list[str]:
+        return self._copies.owed()
+
+    def upload(self, name: str, *, again: bool = False) -> None:
+        with self._one_at_a_time:
+            upload(self._copies.output_dir / name, self._copies.upload_dir)
+
+    def wait(self, name: str, patience_s: float, check: Callable[[], None]) -> None:
+        limit = time.monotonic() + patience_s
+        while name in self.owed():
+            if time.monotonic() > limit:
+                raise SaveFailed(
+                    f"{self._copies.output_dir / name}: committed, but the job that uploads has not done so within "
+                    f"{patience_s:g} s (exit_timeout_s); see its log"
+                )
+            check()
+            time.sleep(_POLL_S)
+
+    def forget(self, name: str) -> None:
+        self._copies.forget(name)
 
 
 def owed(output_dir: Path, upload_dir: Path) -> list[str]:
@@ -32,10 +84,10 @@ def owed(output_dir: Path, upload_dir: Path) -> list[str]:
     ]
 
 
-def is_complete(unit: Path, copy: Path) -> bool:
+def is_complete(checkpoint_dir: Path, copy: Path) -> bool:
     """Whether `copy` has the manifest of `unit`, and every file in its size."""
     try:
-        if reads.read_bytes(copy / names.MANIFEST) != reads.read_bytes(unit / names.MANIFEST):
+        if reads.read_bytes(copy / names.MANIFEST) != reads.read_bytes(checkpoint_dir / names.MANIFEST):
             return False
         told = manifests.read(copy)
         return all(tree.file_bytes(copy / r.path) == r.nbytes for r in told.files) and all(
@@ -45,7 +97,7 @@ def is_complete(unit: Path, copy: Path) -> bool:
         return False
 
 
-def upload(unit: Path, upload_dir: Path, progress: Callable[[int], None] | None = None) -> None:
+def upload(checkpoint_dir: Path, upload_dir: Path, progress: Callable[[int], None] | None = None) -> None:
     """Copy a committed checkpoint to `<upload_dir>/<name>`: complete under that name or not there; durable.
 
     Blocks. Idempotent: a complete copy is left alone, what a killed upload left is removed, a damaged copy or
@@ -56,20 +108,20 @@ def upload(unit: Path, upload_dir: Path, progress: Callable[[int], None] | None 
         Damaged: a file is not as it was committed; nothing appears under the final name.
         NotFound: the unit is not there. ConfigError: `upload_dir` lies inside the run's directory.
     """
-    source = unit.parent.resolve()
+    source = checkpoint_dir.parent.resolve()
     if upload_dir.resolve() == source or source in upload_dir.resolve().parents:
-        raise ConfigError(f"uploads to {upload_dir} would lie inside {unit.parent}; choose another directory")
-    with reader_locks.reading(unit):
-        told = manifests.read(unit)
+        raise ConfigError(f"uploads to {upload_dir} would lie inside {checkpoint_dir.parent}; choose another directory")
+    with reader_locks.reading(checkpoint_dir):
+        told = manifests.read(checkpoint_dir)
         _remove_leftovers(upload_dir, told)
-        if is_complete(unit, upload_dir / told.name):
+        if is_complete(checkpoint_dir, upload_dir / told.name):
             return
         staging = upload_dir / names.attempt_dir(told.name, told.epoch, told.attempt)
         writes.make_dirs(upload_dir)
         writes.make_dir(staging)
-        _copy_all(unit, staging / told.name, told, progress or (lambda _: None))
+        _copy_all(checkpoint_dir, staging / told.name, told, progress or (lambda _: None))
     failpoints.failpoint("upload.copied", name=told.name)
-    if not is_complete(unit, staging / told.name):
+    if not is_complete(checkpoint_dir, staging / told.name):
         raise SaveFailed(f"{staging}: another process changed it while it was copied; upload {told.name} again")
     _publish(staging, upload_dir / told.name)
     failpoints.failpoint("upload.renamed", name=told.name)
@@ -89,19 +141,19 @@ def _records(told: Manifest) -> list[str]:
     return [*(f"{names.VOTES}/{file}" for file in sorted(told.votes)), names.DECISION]
 
 
-def _copy_all(unit: Path, copy: Path, told: Manifest, progress: Callable[[int], None]) -> None:
+def _copy_all(checkpoint_dir: Path, copy: Path, told: Manifest, progress: Callable[[int], None]) -> None:
     folders = {copy}
     for path in [*(receipt.path for receipt in told.files), *_records(told)]:
         folders.update(parent for parent in (copy / path).parents if copy in parent.parents)
     for folder in sorted(folders):
         writes.make_dir(folder)
     for receipt in told.files:
-        crcs = _copy(unit / receipt.path, copy / receipt.path, receipt.block_bytes, progress)
+        crcs = _copy(checkpoint_dir / receipt.path, copy / receipt.path, receipt.block_bytes, progress)
         nbytes = tree.file_bytes(copy / receipt.path)
         if nbytes != receipt.nbytes or records.root_of(nbytes, receipt.block_bytes, crcs) != receipt.root:
-            raise Damaged(f"{unit / receipt.path}: not as it was committed; the upload was abandoned")
+            raise Damaged(f"{checkpoint_dir / receipt.path}: not as it was committed; the upload was abandoned")
     for path in [*_records(told), names.MANIFEST]:
-        _copy(unit / path, copy / path, records.BLOCK_BYTES, progress)
+        _copy(checkpoint_dir / path, copy / path, records.BLOCK_BYTES, progress)
     _check_records(copy, told)
     for folder in sorted(folders, reverse=True):  # what refers to something becomes durable after it
         writes.fsync_dir(folder)
@@ -143,12 +195,10 @@ def _publish(staging: Path, target: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
             raise
-        try:
-            writes.exchange(new, target)
-        except OSError as refusal:
-            if refusal.errno not in _NO_EXCHANGE:
-                raise
-            writes.make_dir(staging / _OLD)
-            writes.rename(target, staging / _OLD / target.name)
-            writes.rename(new, target)
+        writes.swap(new, target, lambda: _step_aside(target, staging))
     writes.fsync_dir(target.parent)
+
+
+def _step_aside(target: Path, staging: Path) -> None:
+    writes.make_dir(staging / _OLD)
+    writes.rename(target, staging / _OLD / target.name)

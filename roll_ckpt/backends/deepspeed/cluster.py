@@ -17,10 +17,12 @@ from typing import Any
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from roll_ckpt import names
+from roll_ckpt.backends.backend import ClusterOptions
 from roll_ckpt.backends.deepspeed.facts import FRAMEWORK, SECTION, parameters_of, section_of
 from roll_ckpt.backends.deepspeed.install import attach, stock
 from roll_ckpt.backends.deepspeed.load import check_world
 from roll_ckpt.backends.deepspeed.refusals import refuse_parts
+from roll_ckpt.backends.deepspeed.save import run_stock
 from roll_ckpt.backends.deepspeed.tensors import estimate_bytes
 from roll_ckpt.config import Settings
 from roll_ckpt.disk import tree
@@ -35,6 +37,11 @@ from roll_ckpt.save.save import Save
 MODEL_ONLY_FILE = "pytorch_model.bin"
 
 
+def cluster_of(engine: DeepSpeedEngine, options: ClusterOptions) -> DeepSpeedCluster:
+    """The engine as a cluster; see `backend.backend_of`."""
+    return DeepSpeedCluster(engine, options)
+
+
 class DeepSpeedCluster:
     """A `DeepSpeedEngine` as a cluster of a pipeline: see `cluster.Backend`.
 
@@ -45,29 +52,17 @@ class DeepSpeedCluster:
 
     framework = FRAMEWORK
 
-    def __init__(
-        self,
-        engine: DeepSpeedEngine,
-        settings: Settings,
-        cluster: str,
-        *,
-        save_only_model: bool,
-        exclude_frozen_parameters: bool,
-    ) -> None:
-        if not isinstance(engine, DeepSpeedEngine):
-            raise ConfigError(
-                f"cluster {cluster}: trained is {type(engine).__name__}; give a DeepSpeedEngine, or a MegatronModel"
-            )
-        _check_section(engine, settings, cluster)
-        if save_only_model:
+    def __init__(self, engine: DeepSpeedEngine, options: ClusterOptions) -> None:
+        _check_section(engine, options.settings, options.name)
+        if options.save_only_model:
             refuse_parts(engine)
         self._engine = engine
-        self._cluster = cluster
-        self._save_only_model = save_only_model
-        self._exclude_frozen = exclude_frozen_parameters
+        self._cluster = options.name
+        self._save_only_model = options.save_only_model
+        self._exclude_frozen = options.exclude_frozen_parameters
         self._client_state: Mapping[str, Any] = {}
-        self._ours = attach(engine, settings, cluster)
-        self.world = self._ours.world
+        self._ours = attach(engine, options.settings, options.name)
+        self.ranks = self._ours.ranks
 
     def estimate_bytes(self) -> int:
         return estimate_bytes(self._engine)
@@ -82,14 +77,14 @@ class DeepSpeedCluster:
     def stage(self, save: Save, directory: Path) -> ClusterSave:
         arguments: dict[str, Any] = {"exclude_frozen_parameters": self._exclude_frozen}
         if self._save_only_model:
-            ticket = self._ours.run_stock(self._stock_model_only, save, directory, MODEL_ONLY_FILE, arguments)
+            cluster_save = run_stock(self._ours, self._stock_model_only, save, directory, MODEL_ONLY_FILE, arguments)
         else:
             name = save.attempt.name
             arguments |= {"client_state": self._client_state, "save_latest": False}
-            ticket = self._ours.run_stock(stock("save_checkpoint"), save, directory, name, arguments)
-        if ticket.rank == 0:
-            self._add_stock_files(ticket, directory)
-        return ticket
+            cluster_save = run_stock(self._ours, stock("save_checkpoint"), save, directory, name, arguments)
+        if cluster_save.rank == 0:
+            self._add_stock_files(cluster_save, directory)
+        return cluster_save
 
     def _stock_model_only(self, engine: Any, save_dir: str, tag: str, **kwargs: Any) -> None:
         if not stock("save_16bit_model")(engine, save_dir, tag, **kwargs):
@@ -98,31 +93,31 @@ class DeepSpeedCluster:
                 "stage3_gather_16bit_weights_on_model_save in the DeepSpeed config"
             )
 
-    def _add_stock_files(self, ticket: ClusterSave, directory: Path) -> None:
+    def _add_stock_files(self, cluster_save: ClusterSave, directory: Path) -> None:
         """Count the scripts that stock code writes beside the tag, and write `latest` as it would."""
-        name = ticket.save.attempt.name
+        name = cluster_save.attempt.name
         try:
             for path in tree.walk(directory):
                 if path.partition("/")[0] != name and path != MODEL_ONLY_FILE:
-                    ticket.adopt(directory / path)
+                    cluster_save.adopt(directory / path)
             if not self._save_only_model:
-                ticket.stage(directory / names.LATEST, FileImage.of_bytes(name.encode()), overlap=False)
+                cluster_save.stage(directory / names.LATEST, FileImage.of_bytes(name.encode()), overlap=False)
         except Exception as problem:
-            ticket.fail(problem)
+            cluster_save.fail(problem)
 
     def check(self, opened: OpenedCheckpoint, where: str) -> None:
-        check_world(opened.manifest.clusters[self._cluster], self.world.size, where)
-        saved = opened.parameters(self._cluster, self.world.rank)
+        check_world(opened.manifest.clusters[self._cluster], self.ranks.size, where)
+        saved = opened.parameters(self._cluster, self.ranks.rank)
         compare_models(saved, parameters_of(self._engine), where)
 
-    def load(self, unit: Path, name: str) -> Mapping[str, Any]:
-        self._ours.verified = unit
+    def load(self, checkpoint_dir: Path, name: str) -> Mapping[str, Any]:
+        self._ours.verified = checkpoint_dir
         try:
-            path, client_state = self._engine.load_checkpoint(str(unit / self._cluster), tag=name)
+            path, client_state = self._engine.load_checkpoint(str(checkpoint_dir / self._cluster), tag=name)
         finally:
             self._ours.verified = None
         if path is None:
-            raise NotFound(f"{unit / self._cluster}: DeepSpeed found nothing to load for it")
+            raise NotFound(f"{checkpoint_dir / self._cluster}: DeepSpeed found nothing to load for it")
         return dict(client_state)
 
 

@@ -23,6 +23,7 @@ from deepspeed.utils import tensor_fragment
 
 from roll_ckpt.backends.deepspeed.checkpoint_engine import RollCheckpointEngine, nothing
 from roll_ckpt.backends.deepspeed.facts import section_of
+from roll_ckpt.backends.deepspeed.load import load_checkpoint
 from roll_ckpt.backends.deepspeed.refusals import (
     refusals_of_config,
     refuse,
@@ -30,6 +31,7 @@ from roll_ckpt.backends.deepspeed.refusals import (
     refuse_unsupported,
     without_optimizer,
 )
+from roll_ckpt.backends.deepspeed.save import save_16bit_model, save_checkpoint
 from roll_ckpt.backends.deepspeed.tensors import stepped_tensors, storages_of
 from roll_ckpt.config import Settings
 from roll_ckpt.errors import UnsupportedError
@@ -139,7 +141,7 @@ def _configure_checkpointing(original: Callable[..., Any], engine: DeepSpeedEngi
 def _save_checkpoint(original: Callable[..., Any], engine: DeepSpeedEngine, *args: Any, **kwargs: Any) -> Any:
     ours = attached(engine)
     if ours is not None:
-        return ours.save_checkpoint(original, *args, **kwargs)
+        return save_checkpoint(ours, original, *args, **kwargs)
     if section_of(engine) is not None:
         raise UnsupportedError(
             "this engine has no optimizer, and DeepSpeed cannot save such an engine at any ZeRO stage; keep it "
@@ -152,7 +154,7 @@ def _load_checkpoint(original: Callable[..., Any], engine: DeepSpeedEngine, *arg
     ours = attached(engine)
     if ours is None:
         return original(engine, *args, **kwargs)
-    loaded = ours.load_checkpoint(original, *args, **kwargs)
+    loaded = load_checkpoint(ours, original, *args, **kwargs)
     _forget_secondary_partitions(engine)
     return loaded
 
@@ -169,7 +171,7 @@ def _save_16bit_model(original: Callable[..., Any], engine: DeepSpeedEngine, *ar
     ours = attached(engine)
     if ours is None:
         return original(engine, *args, **kwargs)
-    return ours.save_16bit_model(original, *args, **kwargs)
+    return save_16bit_model(ours, original, *args, **kwargs)
 
 
 def _fence_first(original: Callable[..., Any], engine: DeepSpeedEngine, *args: Any, **kwargs: Any) -> Any:

@@ -69,14 +69,14 @@ class _CheckedFile(io.RawIOBase):
         return count
 
 
-def _opened(unit: OpenedCheckpoint, path: str | os.PathLike[str]) -> io.BufferedReader:
-    return io.BufferedReader(_CheckedFile(unit.blocks(Path(path))), _BUFFER_BYTES)
+def _opened(checkpoint_dir: OpenedCheckpoint, path: str | os.PathLike[str]) -> io.BufferedReader:
+    return io.BufferedReader(_CheckedFile(checkpoint_dir.blocks(Path(path))), _BUFFER_BYTES)
 
 
 class _CheckedFiles(FileSystem):
-    def __init__(self, unit: OpenedCheckpoint) -> None:
+    def __init__(self, checkpoint_dir: OpenedCheckpoint) -> None:
         super().__init__()
-        self._unit = unit
+        self._unit = checkpoint_dir
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
@@ -86,9 +86,9 @@ class _CheckedFiles(FileSystem):
 
 
 class _Common(TorchCommonLoadStrategy):  # type: ignore[misc]
-    def __init__(self, unit: OpenedCheckpoint) -> None:
+    def __init__(self, checkpoint_dir: OpenedCheckpoint) -> None:
         super().__init__()
-        self._unit = unit
+        self._unit = checkpoint_dir
 
     def load_common(self, checkpoint_dir: str | os.PathLike[str]) -> Any:
         with _opened(self._unit, Path(checkpoint_dir) / COMMON) as stream:
@@ -96,7 +96,7 @@ class _Common(TorchCommonLoadStrategy):  # type: ignore[misc]
 
 
 @contextmanager
-def checked(unit: OpenedCheckpoint) -> Iterator[TorchCommonLoadStrategy]:
+def checked(checkpoint_dir: OpenedCheckpoint) -> Iterator[TorchCommonLoadStrategy]:
     """Inside the block stock's strategies read the files of `unit` through us. Yields the one for the common state,
     which stock opens past every seam.
 
@@ -106,13 +106,13 @@ def checked(unit: OpenedCheckpoint) -> Iterator[TorchCommonLoadStrategy]:
 
     def reader(directory: str | os.PathLike[str], cache_metadata: bool = False) -> CachedMetadataFileSystemReader:
         made = CachedMetadataFileSystemReader(directory)
-        made.fs = _CheckedFiles(unit)
+        made.fs = _CheckedFiles(checkpoint_dir)
         return made
 
     kept = stock._get_filesystem_reader
     stock._get_filesystem_reader = reader
     try:
-        yield _Common(unit)
+        yield _Common(checkpoint_dir)
     except CheckpointException as problem:  # what a rank raised while it read, on all ranks; no Exception
         for cause, _ in problem.failures.values():
             if isinstance(cause, Damaged):

@@ -30,18 +30,18 @@ def check_sharding_type(content_metadata: Mapping[str, Any] | None) -> None:
     Raises:
         UnsupportedError: names the form and those to choose from.
     """
-    form = (content_metadata or {}).get("distrib_optim_sharding_type")
-    if form is not None and form not in RESHARDABLE:
+    sharding_type = (content_metadata or {}).get("distrib_optim_sharding_type")
+    if sharding_type is not None and sharding_type not in RESHARDABLE:
         raise UnsupportedError(
-            f"roll_ckpt does not support distrib_optim_sharding_type {form!r}: Megatron cannot save it as whole "
+            f"roll_ckpt does not support distrib_optim_sharding_type {sharding_type!r}: Megatron cannot save it as whole "
             f"tensors, or it was not tried; choose one of {', '.join(sorted(RESHARDABLE))}"
         )
 
 
-def content_metadata_of(form: str) -> dict[str, Any]:
+def content_metadata_of(sharding_type: str) -> dict[str, Any]:
     """What Megatron's `sharded_state_dict` functions are told, and what the checkpoint records of it."""
     return {
-        "distrib_optim_sharding_type": form,
+        "distrib_optim_sharding_type": sharding_type,
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,
     }

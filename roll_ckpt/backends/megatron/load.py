@@ -51,17 +51,17 @@ def load(
             and before a tensor was read.
     """
     settings = settings or Settings()
-    path, world = Path(directory).absolute(), RankGroup.current()
+    path, ranks = Path(directory).absolute(), RankGroup.current()
     pending.wait_pending()
-    world.together(lambda: check_complete(path), settings.commit_timeout_s)
-    with open_together(world, path, settings) as reader:
-        if reader.unit is not None and not verified:
-            check_bytes(world, reader.unit.directory)
-        if reader.unit is None:
-            world.together(lambda: told_by_stock(path, settings), settings.commit_timeout_s)
-        world.together(lambda: check_content(sharded_state_dict, path, settings, world), LONGEST_S)
+    ranks.run_on_all_ranks(lambda: check_complete(path), settings.commit_timeout_s)
+    with open_together(ranks, path, settings) as reader:
+        if reader.checkpoint is not None and not verified:
+            check_bytes(ranks, reader.checkpoint.directory)
+        if reader.checkpoint is None:
+            ranks.run_on_all_ranks(lambda: told_by_stock(path, settings), settings.commit_timeout_s)
+        ranks.run_on_all_ranks(lambda: check_content(sharded_state_dict, path, settings, ranks), LONGEST_S)
         with torch.serialization.safe_globals(trust.allowed(settings)), ExitStack() as stack:
-            common = None if reader.unit is None else stack.enter_context(checked(reader.unit))
+            common = None if reader.checkpoint is None else stack.enter_context(checked(reader.checkpoint))
             loaded: dict[str, Any] = dist_checkpointing.load(sharded_state_dict, str(path), strategy, common)
         return loaded
 
@@ -92,14 +92,14 @@ def told_by_stock(path: Path, settings: Settings) -> dict[str, Any]:
         return dist_checkpointing.load_content_metadata(str(path)) or {}
 
 
-def check_content(sharded_state_dict: dict[str, Any], path: Path, settings: Settings, world: RankGroup) -> None:
+def check_content(sharded_state_dict: dict[str, Any], path: Path, settings: Settings, ranks: RankGroup) -> None:
     """Refuse what stock code would unpickle without restriction, or stumble over (the index, the common state, and
     this rank's share of the objects), and tensors that are not those that this rank wants. No collective."""
     allowed = trust.allowed(settings)
     index = dcp_index.read(path, [kind for kind in allowed if isinstance(kind, type)])
     dcp_index.check_file(path / COMMON, allowed)
     _compare(sharded_state_dict, path, index)
-    dcp_index.check_objects(path, index, allowed, part=world.rank, parts=world.size)
+    dcp_index.check_objects(path, index, allowed, part=ranks.rank, parts=ranks.size)
 
 
 def _compare(sharded_state_dict: dict[str, Any], path: Path, index: Metadata) -> None:
@@ -119,9 +119,9 @@ def _tensors(sharded_state_dict: dict[str, Any]) -> Iterator[ShardedTensor]:
             yield value
 
 
-def recorded(unit: OpenedCheckpoint | None, cluster: str) -> Mapping[str, Any]:
+def recorded(checkpoint_dir: OpenedCheckpoint | None, cluster: str) -> Mapping[str, Any]:
     """The facts that the manifest holds of a cluster; nothing for a checkpoint that stock wrote."""
-    if unit is None:
+    if checkpoint_dir is None:
         return {}
-    clusters = unit.manifest.clusters
+    clusters = checkpoint_dir.manifest.clusters
     return clusters[cluster if cluster in clusters else next(iter(clusters))]

@@ -14,11 +14,11 @@ class MegatronModel:
         model: the module, or the list of this rank's virtual pipeline stages, in DistributedDataParallel or bare.
         optimizer: what `get_megatron_optimizer` returned.
         scheduler: the `OptimizerParamScheduler`, if there is one.
-        form: Megatron's `distrib_optim_sharding_type`: `dp_reshardable` gathers nothing and loads at other data
+        sharding_type: Megatron's `distrib_optim_sharding_type`: `dp_reshardable` gathers nothing and loads at other data
             parallel sizes, `fully_reshardable` gathers on data parallel rank 0 at each save and loads anywhere.
     """
 
     model: Any
     optimizer: Any
     scheduler: Any = None
-    form: str = "dp_reshardable"
+    sharding_type: str = "dp_reshardable"

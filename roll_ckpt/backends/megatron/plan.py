@@ -31,14 +31,14 @@ class PlannedFile:
     """
 
     name: str
-    form: FileTemplate
+    sharding_type: FileTemplate
     tensors: tuple[int, ...]
     objects: tuple[tuple[int, ...], ...]
     slots: tuple[Span, ...]
 
-    def image(self, parts: Sequence[Any], objects: Iterator[FileImage], stable: sources.LifetimeOf) -> FileImage:
+    def image(self, parts: Sequence[Any], objects: Iterator[FileImage], lifetime_of: sources.LifetimeOf) -> FileImage:
         """The file as it is to be written now; takes its share of `objects`."""
-        tensors = self.form.fill((parts[at].data for at in self.tensors), stable)
+        tensors = self.sharding_type.fill((parts[at].data for at in self.tensors), lifetime_of)
         slotted = [(slot, next(objects)) for slot in self.slots]
         return dcp.join([(Span(0, tensors.nbytes), tensors), *slotted])
 
@@ -88,13 +88,15 @@ def plan_file(name: str, items: Sequence[Any], parts: Sequence[Any]) -> tuple[Pl
             tensors.append((item, found[0]))
         else:
             objects.append((item, tuple(found)))
-    form, spans = dcp.template((item.index.fqn, _shaped(parts[at])) for item, at in tensors)
+    sharding_type, spans = dcp.template((item.index.fqn, _shaped(parts[at])) for item, at in tensors)
     slots: list[Span] = []
-    end = form.image.nbytes
+    end = sharding_type.image.nbytes
     for _, group in objects:
         slots.append(dcp.place(end, _slot_bytes(_pickled([parts[at] for at in group]).nbytes)))
         end = slots[-1].end
-    file = PlannedFile(name, form, tuple(at for _, at in tensors), tuple(found for _, found in objects), tuple(slots))
+    file = PlannedFile(
+        name, sharding_type, tuple(at for _, at in tensors), tuple(found for _, found in objects), tuple(slots)
+    )
     planned = [item for item, _ in (*tensors, *objects)]
     results = [
         WriteResult(item.index, span.length, _StorageInfo(name, span.offset, span.length))

@@ -29,11 +29,11 @@ from roll_ckpt.errors import RollCkptError, SaveFailed
 from roll_ckpt.formats.image import FileImage
 from roll_ckpt.formats.torch_zip import layout, sources
 from roll_ckpt.ranks.group import RankGroup
-from roll_ckpt.save import claims, pending
+from roll_ckpt.save import pending
 from roll_ckpt.save.begin import Request, begin
 from roll_ckpt.save.cluster_save import ClusterSave
 from roll_ckpt.save.save import Save
-from roll_ckpt.transaction import retention
+from roll_ckpt.upload.after_commit import AfterCommit
 
 
 def save(
@@ -59,8 +59,10 @@ def save(
     check_sharding_type(content_metadata)
     strategy_of(strategy)
 
-    def stage_it(ticket: ClusterSave, directory: Path, prepared: Prepared) -> None:
-        stage(ticket, directory, sharded_state_dict, strategy, content_metadata, prepared=prepared)
+    def stage_it(save: Save, cluster_save: ClusterSave, prepared: Prepared) -> None:
+        stage(
+            cluster_save, save.attempt.checkpoint_dir, sharded_state_dict, strategy, content_metadata, prepared=prepared
+        )
 
     return transact(
         lambda: prepare(sharded_state_dict, strategy, content_metadata),
@@ -76,7 +78,7 @@ def save(
 
 def transact(
     prepare_it: Callable[[], Prepared],
-    stage_it: Callable[[ClusterSave, Path, Prepared], None],
+    stage_it: Callable[[Save, ClusterSave, Prepared], None],
     path: Path,
     *,
     step: int | None,
@@ -86,8 +88,8 @@ def transact(
     save_latest: bool,
 ) -> Save:
     """Prepare, begin, stage, commit. What `prepare_it` raises on one rank is raised on all."""
-    world = RankGroup.current()
-    request = Request(path.parent, path.name, step, {cluster: world.size}, None, save_latest)
+    ranks = RankGroup.current()
+    request = Request(path.parent, path.name, step, {cluster: ranks.size}, None, save_latest)
     prepared: Prepared | None = None
     problem = None
     try:
@@ -98,13 +100,13 @@ def transact(
     except Exception as found:
         problem = f"{type(found).__name__}: {found}"
     begun = begin(
-        world,
+        ranks,
         request,
         settings,
         nbytes=prepared.nbytes if prepared else 0,
         problem=problem,
         plans={cluster: prepared.plan if prepared else None},
-        on_commit=_prune,
+        on_commit=AfterCommit(settings),
     )
     if not begun.begun:
         if not settings.async_save:
@@ -112,16 +114,10 @@ def transact(
         return begun
     assert prepared is not None, "a rank with a problem does not begin"
     with begun.staging():
-        stage_it(begun.ticket(cluster, facts()), begun.attempt.unit, prepared)
+        stage_it(begun, begun.add_cluster(cluster, facts()), prepared)
     if not settings.async_save:
-        pending.wait_together(world, begun, uploaded=True)
+        pending.wait_on_all_ranks(ranks, begun, uploaded=True)
     return begun
-
-
-def _prune(done: Save) -> None:
-    keep, output_dir = done.settings.max_ckpt_to_keep, done.attempt.output_dir
-    if done.lead and keep:
-        retention.prune(output_dir, claims.epoch_of(output_dir), keep=keep)
 
 
 @dataclass(frozen=True)
@@ -171,14 +167,14 @@ def prepare(
 
 
 def stage(
-    ticket: ClusterSave,
+    cluster_save: ClusterSave,
     directory: Path,
     sharded_state_dict: dict[str, Any],
     strategy: Any,
     content_metadata: Mapping[str, Any] | None = None,
     *,
     prepared: Prepared | None = None,
-    stable: sources.LifetimeOf = lambda storage: False,
+    lifetime_of: sources.LifetimeOf = lambda storage: False,
 ) -> None:
     """Stage what stock `dist_checkpointing.save` would write into `directory`, inside the attempt of `ticket`;
     every rank calls.
@@ -189,26 +185,26 @@ def stage(
     no vote, so that no rank waits for it in a collective.
     """
     ours = strategy_of(strategy)
-    replay = ticket.cluster in ticket.save.replays
+    replay = cluster_save.reuses_plan
     if prepared is None:
-        prepared, replay = _prepare_together(ticket, sharded_state_dict, strategy, content_metadata)
+        prepared, replay = _prepare_together(cluster_save, sharded_state_dict, strategy, content_metadata)
     try:
         writes.make_dirs(directory)
     except Exception as problem:
-        ticket.fail(problem)  # but plan with the others: they would wait for this rank
+        cluster_save.fail(problem)  # but plan with the others: they would wait for this rank
     try:
         if not replay:
-            _plan_together(ticket, prepared, strategy)
-        if ours.plan is None or ticket.error is not None:
+            _plan_together(cluster_save, prepared, strategy)
+        if ours.plan is None or cluster_save.error is not None:
             return  # this rank has voted no
         objects = prepared.objects if replay else ours.plan.pickled(prepared.parts)
-        _stage_planned(ticket, directory, ours, ours.plan, prepared, objects, stable)
+        _stage_planned(cluster_save, directory, ours, ours.plan, prepared, objects, lifetime_of)
     except Exception as problem:
-        ticket.fail(problem)
+        cluster_save.fail(problem)
 
 
 def _prepare_together(
-    ticket: ClusterSave, state: dict[str, Any], strategy: Any, content_metadata: Mapping[str, Any] | None
+    cluster_save: ClusterSave, state: dict[str, Any], strategy: Any, content_metadata: Mapping[str, Any] | None
 ) -> tuple[Prepared, bool]:
     """`prepare`, and whether every rank names the same plan; one rendezvous."""
     mine: dict[str, Any] = {"plan": None, "problem": None}
@@ -222,51 +218,51 @@ def _prepare_together(
     def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
         problems = [f"rank {rank}: {post['problem']}" for rank, post in enumerate(posts) if post["problem"]]
         if problems:
-            raise SaveFailed(f"{ticket.save.attempt.label}: {ticket.cluster}: " + "; ".join(problems))
+            raise SaveFailed(f"{cluster_save.attempt.label}: {cluster_save.cluster}: " + "; ".join(problems))
         plan = posts[0]["plan"]
         return {"replay": plan is not None and all(post["plan"] == plan for post in posts)}
 
-    verdict = RankGroup.current().agree(mine, decide, ticket.save.settings.commit_timeout_s)
+    verdict = RankGroup.current().decide_on_rank0(mine, decide, cluster_save.settings.commit_timeout_s)
     assert prepared is not None, "a rank with a problem has none of this"
     return prepared, verdict["replay"]
 
 
 def _stage_planned(
-    ticket: ClusterSave,
+    cluster_save: ClusterSave,
     directory: Path,
     strategy: SaveStrategy,
     plan: Plan,
     prepared: Prepared,
     objects: Sequence[FileImage],
-    stable: sources.LifetimeOf,
+    lifetime_of: sources.LifetimeOf,
 ) -> None:
     """Every file of this rank, by the plan. Small ones go first: their bytes need not wait behind large copies."""
-    if ticket.rank == 0:
+    if cluster_save.rank == 0:
         small = {
             COMMON: layout.lay_out(prepared.common, Path(COMMON).stem),
             DCP_METADATA: FileImage.of_bytes(plan.metadata),
             MARKER: FileImage.of_bytes(MARKER_BYTES),
         }
-        strategy.warn_unloadable(prepared.common, directory, ticket.save.settings)
+        strategy.warn_unloadable(prepared.common, directory, cluster_save.settings)
         for name, image in small.items():
-            ticket.stage(directory / name, image, overlap=False)
+            cluster_save.stage(directory / name, image, overlap=False)
     rest = iter(objects)
     for file in plan.files:
-        ticket.stage(directory / file.name, file.image(prepared.parts, rest, stable), overlap=True)
+        cluster_save.stage(directory / file.name, file.image(prepared.parts, rest, lifetime_of), overlap=True)
 
 
-def _plan_together(ticket: ClusterSave, prepared: Prepared, strategy: Any) -> None:
+def _plan_together(cluster_save: ClusterSave, prepared: Prepared, strategy: Any) -> None:
     """Let stock code plan, and keep what it planned; every rank calls, also one that cannot lay its part out: it
     votes no and has no plan then.
 
     Raises:
         SaveFailed: on every rank, if stock code finds the state invalid, which it says on rank 0 alone.
     """
-    ours, attempt = strategy_of(strategy), ticket.save.attempt
+    ours, attempt = strategy_of(strategy), cluster_save.attempt
     ours.plan = None
     sharded: dict[str, Any] = {}
-    RankGroup.current().together(
-        lambda: sharded.update(save_preprocess(prepared.state)[0]), ticket.save.settings.commit_timeout_s
+    RankGroup.current().run_on_all_ranks(
+        lambda: sharded.update(save_preprocess(prepared.state)[0]), cluster_save.settings.commit_timeout_s
     )
     # Planned for a directory that is there: stock code would make the attempt's again after it was thrown away.
     writer, metadata, group = ours.planned_by_stock(strategy, sharded, attempt.output_dir)
@@ -286,6 +282,6 @@ def _plan_together(ticket: ClusterSave, prepared: Prepared, strategy: Any) -> No
         if problem is not None:
             raise problem
         written = metadata_bytes(metadata, gathered) if group.is_coordinator else b""
-        ours.plan = Plan(str(attempt.unit), prepared.structure, tuple(files), written)
+        ours.plan = Plan(str(attempt.checkpoint_dir), prepared.structure, tuple(files), written)
     except Exception as found_problem:
-        ticket.fail(found_problem)
+        cluster_save.fail(found_problem)

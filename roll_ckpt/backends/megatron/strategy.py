@@ -184,8 +184,8 @@ class _Files:
         Raises:
             SaveFailed: on every rank, if it failed on any; the directory has no `metadata.json` then.
         """
-        world = RankGroup.current()
-        world.together(self._check, LONGEST_S)
+        ranks = RankGroup.current()
+        ranks.run_on_all_ranks(self._check, LONGEST_S)
         gathered = self._group.gather_object(self._results)
 
         def write_metadata() -> None:
@@ -195,7 +195,7 @@ class _Files:
                 writes.fsync_file(path / DCP_METADATA)
                 writes.fsync_dir(path)
 
-        world.together(write_metadata, LONGEST_S)
+        ranks.run_on_all_ranks(write_metadata, LONGEST_S)
 
     def _check(self) -> None:
         self.write()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from roll_ckpt.formats.image import Extents, FileImage, Memory, Seals, TensorPiece
+from roll_ckpt.formats.image import CrcPatches, Extents, FileImage, Memory, TensorPiece
 from roll_ckpt.formats.torch_zip import layout, sources
 
 ARCHIVE = "archive"
@@ -35,7 +35,7 @@ class Span:
 
 
 def lay_out(
-    items: Iterable[tuple[str, torch.Tensor | bytes]], stable: sources.LifetimeOf = lambda storage: False
+    items: Iterable[tuple[str, torch.Tensor | bytes]], lifetime_of: sources.LifetimeOf = lambda storage: False
 ) -> tuple[FileImage, tuple[Span, ...]]:
     """Describe the file that holds `items`, without copying a tensor, and tell where each item lies in it.
 
@@ -45,7 +45,7 @@ def lay_out(
     parts: list[tuple[Span, FileImage]] = []
     end = 0
     for name, value in items:
-        image = _item(name, value, stable)
+        image = _item(name, value, lifetime_of)
         span = place(end, image.nbytes)
         parts.append((span, image))
         end = span.end
@@ -59,25 +59,25 @@ def place(end: int, nbytes: int) -> Span:
 
 def join(parts: Iterable[tuple[Span, FileImage]]) -> FileImage:
     """The file that holds `parts`, each at its span; spans ascend, and may be longer than what lies in them."""
-    extents, seals = Extents(), Seals()
+    extents, crc_patches = Extents(), CrcPatches()
     pieces: list[TensorPiece] = []
     end = 0
     for span, image in parts:
         extents.extend(image.extents, by=span.offset)
-        seals.extend(image.seals, by=span.offset)
+        crc_patches.extend(image.crc_patches, by=span.offset)
         pieces += (
             [replace(piece, offset=span.offset + piece.offset) for piece in image.pieces]
             if span.offset
             else image.pieces
         )
         end = span.end
-    return FileImage(end, extents, seals, tuple(pieces))
+    return FileImage(end, extents, crc_patches, tuple(pieces))
 
 
-def _item(name: str, value: torch.Tensor | bytes, stable: sources.LifetimeOf) -> FileImage:
+def _item(name: str, value: torch.Tensor | bytes, lifetime_of: sources.LifetimeOf) -> FileImage:
     if isinstance(value, bytes):
         return FileImage.of_bytes(value)
-    image = layout.lay_out(value, ARCHIVE, stable)
+    image = layout.lay_out(value, ARCHIVE, lifetime_of)
     return replace(image, pieces=tuple(replace(piece, name=name) for piece in image.pieces))
 
 
@@ -91,7 +91,7 @@ class FileTemplate:
     image: FileImage
     _holes: tuple[tuple[int, int], ...]  # place in the extents, bytes
 
-    def fill(self, tensors: Iterable[torch.Tensor], stable: sources.LifetimeOf) -> FileImage:
+    def fill(self, tensors: Iterable[torch.Tensor], lifetime_of: sources.LifetimeOf) -> FileImage:
         """What `lay_out` would return for `tensors`, which are those of `form` in its order, made contiguous.
 
         Raises:
@@ -106,7 +106,7 @@ class FileTemplate:
             place, wanted = next(holes)
             if nbytes != wanted:
                 raise ValueError(f"a tensor has {nbytes} bytes, its place in the file {wanted}")
-            source, steady = sources.source_of(tensor.contiguous(), nbytes, stable)
+            source, steady = sources.source_of(tensor.contiguous(), nbytes, lifetime_of)
             extents.put(place, source, steady)
         return replace(self.image, extents=extents)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass, field
 
-from roll_ckpt.formats.image import Extents, Memory, Seals
+from roll_ckpt.formats.image import CrcPatches, Extents, Memory
 from roll_ckpt.native.image import Lifetime
 
 _LARGE = 64 << 10
@@ -40,7 +40,7 @@ class Archive:
 
     folder: str
     extents: Extents = field(default_factory=Extents)
-    seals: Seals = field(default_factory=Seals)
+    crc_patches: CrcPatches = field(default_factory=CrcPatches)
     _entries: list[_Entry] = field(default_factory=list)
     _plain: bytearray = field(default_factory=bytearray)
     _plain_at: int = 0
@@ -49,7 +49,7 @@ class Archive:
     def _end(self) -> int:
         return self._plain_at + len(self._plain)
 
-    def add(self, name: str, source: bytes | Memory, stable: Lifetime | bool = False) -> int:
+    def add(self, name: str, source: bytes | Memory, lifetime_of: Lifetime | bool = False) -> int:
         """Append one record; return the file offset of its first byte."""
         nbytes = len(source) if isinstance(source, bytes) else source.nbytes
         header_at, encoded = self._end, f"{self.folder}/{name}".encode()
@@ -62,9 +62,9 @@ class Archive:
         self._plain += encoded + b"FB" + struct.pack("<H", padding) + b"Z" * padding
         start, record = self._end, None
         if nbytes:
-            self._put(source, stable)
-            record = self.seals.record(start, nbytes)
-            self.seals.crcs.extend((record, self._end + 4))
+            self._put(source, lifetime_of)
+            record = self.crc_patches.record(start, nbytes)
+            self.crc_patches.crcs.extend((record, self._end + 4))
             wide = nbytes >= ZIP64_LIMIT
             self._plain += struct.pack("<4sIQQ" if wide else "<4sIII", b"PK\x07\x08", 0, nbytes, nbytes)
         self._entries.append(_Entry(encoded, header_at, nbytes, flags, record))
@@ -77,7 +77,7 @@ class Archive:
             for byte in entry.name:
                 names = (names ^ byte) * 0x100000001B3 % 2**64  # FNV-1a
         start = self.add(".data/serialization_id", b"%020d%020d" % (names, 0))
-        self.seals.serials.extend((start + 20, 0, len(self.seals) - 1))
+        self.crc_patches.serials.extend((start + 20, 0, len(self.crc_patches) - 1))
 
     def close(self, at_least: int = 0) -> int:
         """Append the directory, behind zeros if the file would be shorter than `at_least` bytes; return its size."""
@@ -104,7 +104,7 @@ class Archive:
         extra = _zip64_extra(entry)
         short = ZIP64_LIMIT if large else entry.nbytes
         if entry.record is not None:
-            self.seals.crcs.extend((entry.record, self._end + 16))
+            self.crc_patches.crcs.extend((entry.record, self._end + 16))
         self._plain += struct.pack(
             "<4s6H3I5H2I",
             *(b"PK\x01\x02", 0, 45 if extra else 0, entry.flags, 0, 0, 0),
@@ -113,12 +113,12 @@ class Archive:
         )
         self._plain += entry.name + extra
 
-    def _put(self, source: bytes | Memory, stable: Lifetime | bool) -> None:
+    def _put(self, source: bytes | Memory, lifetime_of: Lifetime | bool) -> None:
         if isinstance(source, bytes):
             self._plain += source
             return
         self._flush()
-        self.extents.add(self._plain_at, source, stable)
+        self.extents.add(self._plain_at, source, lifetime_of)
         self._plain_at += source.nbytes
 
     def _flush(self) -> None:

@@ -35,7 +35,7 @@ from roll_ckpt.formats.torch_zip.sources import (
     Piece,
     Runs,
     Signature,
-    location,
+    location_of,
     look_at,
     memory_of,
     named_tensors,
@@ -46,7 +46,9 @@ from roll_ckpt.formats.torch_zip.sources import (
 )
 
 
-def lay_out(state: object, archive: str, stable: LifetimeOf = lambda storage: False, *, at_least: int = 0) -> FileImage:
+def lay_out(
+    state: object, archive: str, lifetime_of: LifetimeOf = lambda storage: False, *, at_least: int = 0
+) -> FileImage:
     """Describe the file that holds `state`, without copying a tensor.
 
     Python objects are pickled now, on the calling thread; tensors are only referred to. `archive` is the
@@ -57,7 +59,7 @@ def lay_out(state: object, archive: str, stable: LifetimeOf = lambda storage: Fa
     Raises:
         SaveFailed: a tensor's memory was freed, or two view the same data as different types.
     """
-    return _laid_out(state, skeleton_of(state), archive, stable, at_least=at_least)[1]
+    return _laid_out(state, skeleton_of(state), archive, lifetime_of, at_least=at_least)[1]
 
 
 class Layouts:
@@ -70,7 +72,7 @@ class Layouts:
         self._kinds: dict[str, frozenset[Any]] = {}
 
     def lay_out(
-        self, name: str, state: object, archive: str, stable: LifetimeOf
+        self, name: str, state: object, archive: str, lifetime_of: LifetimeOf
     ) -> tuple[FileImage, dict[str, list[str]]]:
         """The file called `name`, as the function `lay_out` describes it; and what `unsafe_parts` says of its state
         when that holds other kinds of objects than at its last save."""
@@ -78,9 +80,9 @@ class Layouts:
         skeleton = skeleton_of(state, plan.skeleton.reserved if plan else MEMO_RESERVED)
         image = None
         if plan is not None and plan.archive == archive:
-            plan, image = plan.refilled(state, skeleton, stable)
+            plan, image = plan.refilled(state, skeleton, lifetime_of)
         if plan is None or image is None:
-            plan, image = _laid_out(state, skeleton, archive, stable, room=len(skeleton.data) // 16 + 1024)
+            plan, image = _laid_out(state, skeleton, archive, lifetime_of, room=len(skeleton.data) // 16 + 1024)
         self._plans[name] = plan
         unsafe: dict[str, list[str]] = {}
         if self._kinds.get(name) != skeleton.kinds:
@@ -105,7 +107,7 @@ class _KeptLayout:
     names: list[tuple[Any, ...]]
 
     def refilled(
-        self, state: object, skeleton: Skeleton, stable: LifetimeOf
+        self, state: object, skeleton: Skeleton, lifetime_of: LifetimeOf
     ) -> tuple[_KeptLayout | None, FileImage | None]:
         """The plan and the image for a state that fits this plan; None and None for any other."""
         signature, storages = look_at(skeleton.marked)
@@ -123,14 +125,14 @@ class _KeptLayout:
             plan = replace(self, skeleton=replace(skeleton, marked=()), image=replace(self.image, extents=extents))
         if any(storage.nbytes() < needed for storage, needed in zip(storages, self.needed, strict=True)):
             return None, None
-        return plan, plan.fill(storages, stable)
+        return plan, plan.fill(storages, lifetime_of)
 
-    def fill(self, storages: list[torch.UntypedStorage], stable: LifetimeOf) -> FileImage:
+    def fill(self, storages: list[torch.UntypedStorage], lifetime_of: LifetimeOf) -> FileImage:
         """The image of the file whose tensors lie in `storages`."""
         extents = self.image.extents.copy()
         rows, owners, width = extents.rows, extents.owners, Extents.WIDTH
         bases = [storage.data_ptr() for storage in storages]
-        steady = [stable(storage) for storage in storages]
+        steady = [lifetime_of(storage) for storage in storages]
         if any(row[DEVICE] != CPU for row in self.signature if len(row) > 1):
             for place, number, start, stop in self.holes:
                 extents.put(place, memory_of(storages[number], start, stop), steady[number])
@@ -148,7 +150,7 @@ def _replaced(data: bytes, at: int, new: bytes) -> bytes:
 
 
 def _laid_out(
-    state: object, skeleton: Skeleton, archive: str, stable: LifetimeOf, *, at_least: int = 0, room: int = 0
+    state: object, skeleton: Skeleton, archive: str, lifetime_of: LifetimeOf, *, at_least: int = 0, room: int = 0
 ) -> tuple[_KeptLayout, FileImage]:
     """Lay a state out; its pickle may grow by `room` bytes before the file must be laid out anew."""
     signature, storages = look_at(skeleton.marked)
@@ -157,7 +159,7 @@ def _laid_out(
         fragments, used = _fragments(skeleton, signature, storages, runs)
     except MemoFull:
         wider = skeleton_of(state, 2 * skeleton.reserved + len(skeleton.marked))
-        return _laid_out(state, wider, archive, stable, at_least=at_least, room=room)
+        return _laid_out(state, wider, archive, lifetime_of, at_least=at_least, room=room)
     pickled = splice(skeleton.data, fragments)
     written = Archive(archive)
     pickle_at = written.add("data.pkl", pickled.ljust(len(pickled) + room, b"\0"))
@@ -172,7 +174,7 @@ def _laid_out(
     written.add_serialization_id()
     nbytes = written.close(at_least)
     pieces = tuple(_index(state, storages, runs))
-    image = FileImage(nbytes, written.extents, written.seals, pieces)
+    image = FileImage(nbytes, written.extents, written.crc_patches, pieces)
     plan = _KeptLayout(
         archive,
         replace(skeleton, marked=()),
@@ -185,7 +187,7 @@ def _laid_out(
         [max((piece.stop for piece in pieces_of), default=0) for pieces_of in runs],
         tensor_names(state),
     )
-    return plan, plan.fill(storages, stable)
+    return plan, plan.fill(storages, lifetime_of)
 
 
 def _fragments(
@@ -194,7 +196,7 @@ def _fragments(
     """What stands in the place of each mark; and the pieces with the numbers of their storages, in file order."""
     written = Fragments(skeleton.reserved)
     repeated = {row[0] for row in signature if len(row) == 1}
-    locations = [location(storage) for storage in storages]
+    locations = [location_of(storage) for storage in storages]
     used: list[tuple[int, Piece]] = []
     fragments = []
     for place, (obj, row) in enumerate(zip(skeleton.marked, signature, strict=True)):

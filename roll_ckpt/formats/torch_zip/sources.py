@@ -48,7 +48,7 @@ class Piece:
         self.dtype = dtype
 
 
-def source_of(tensor: torch.Tensor, nbytes: int, stable: LifetimeOf) -> tuple[Memory, Lifetime | bool]:
+def source_of(tensor: torch.Tensor, nbytes: int, lifetime_of: LifetimeOf) -> tuple[Memory, Lifetime | bool]:
     """The memory of a contiguous tensor of `nbytes` bytes, and how long it is stable.
 
     Raises:
@@ -58,7 +58,7 @@ def source_of(tensor: torch.Tensor, nbytes: int, stable: LifetimeOf) -> tuple[Me
     start = tensor.data_ptr() - storage.data_ptr()
     if start + nbytes > storage.nbytes():
         raise freed(tensor, start + nbytes, storage)
-    return memory_of(storage, start, start + nbytes), stable(storage)
+    return memory_of(storage, start, start + nbytes), lifetime_of(storage)
 
 
 def freed(tensor: torch.Tensor, needed: int, storage: torch.UntypedStorage) -> SaveFailed:
@@ -203,5 +203,5 @@ def piece_of(runs: list[Piece], start: int) -> Piece:
     return runs[bisect.bisect_right(runs, start, key=lambda piece: piece.start) - 1]
 
 
-def location(storage: torch.UntypedStorage) -> str:
+def location_of(storage: torch.UntypedStorage) -> str:
     return "cpu" if storage.device.type == "cpu" else torch.serialization.location_tag(storage)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from roll_ckpt.errors import TOKEN, USER, HubRefused, HubUnavailable, RollCkptError
 from roll_ckpt.upload.hub.address import TOKENS_BELONG, Remote
-from roll_ckpt.upload.hub.client import api
 
 if TYPE_CHECKING:
     pass
@@ -79,7 +78,10 @@ def _token() -> str | None:
 
 
 def endpoint() -> str:
-    return redact(api().endpoint)
+    """The Hub's address, without secrets."""
+    from huggingface_hub import constants
+
+    return redact(constants.ENDPOINT)
 
 
 def _causes(problem: BaseException) -> Iterator[BaseException]:

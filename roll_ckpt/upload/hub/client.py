@@ -1,7 +1,7 @@
-"""The Hugging Face Hub: addresses, our client, its errors as ours. huggingface_hub is imported here alone.
+"""What a pull asks the Hub, by huggingface_hub's shared client; each call carries time limits of its own.
 
 The endpoint and the token come from where the Hub's own tools take them (HF_ENDPOINT, HF_TOKEN, `hf auth login`),
-never from arguments or files of ours; what looks like a token is taken out of every message.
+never from arguments or files of ours. A pull runs in a training process, so nothing of that process is changed.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from itertools import islice
-from typing import TYPE_CHECKING
+from operator import index
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from roll_ckpt.errors import ConfigError, HubRefused, HubUnavailable, NotFound
@@ -20,6 +20,7 @@ from roll_ckpt.upload.hub.address import Remote
 from roll_ckpt.upload.hub.answers import endpoint, speaking
 
 if TYPE_CHECKING:
+    import httpx2
     from huggingface_hub import HfApi
 
 _CONNECT_S = 10.0
@@ -29,37 +30,26 @@ _TIMEOUT = "ROLL_CKPT_HUB_TIMEOUT_S"  # for tests: another limit in the place of
 
 @cache
 def api() -> HfApi:
-    """The Hub's client, with time limits. It is huggingface_hub's own, shared by the whole process.
+    """huggingface_hub's own client. Nothing in the process is changed, and no request is made.
 
-    ConfigError if huggingface_hub is not installed. No request is made.
+    ConfigError if huggingface_hub is not installed.
     """
     try:
         import huggingface_hub
-        from huggingface_hub.utils import disable_progress_bars, logging  # type: ignore[attr-defined]
     except ImportError as error:
         raise ConfigError(
             f"the Hub needs huggingface_hub ({error}); install it: pip install 'roll-ckpt[hub]'"
         ) from None
+    return huggingface_hub.HfApi()
+
+
+def time_limits() -> httpx2.Timeout:
+    """How long a call may take to connect, and how long the Hub may then be silent."""
     import httpx2
 
     limit = os.environ.get(_TIMEOUT)
     connect, silence = (float(limit), float(limit)) if limit else (_CONNECT_S, _SILENCE_S)
-    timeout = httpx2.Timeout(silence, connect=connect).as_dict()
-    usual = huggingface_hub.utils._http.default_client_factory
-
-    def limit_time(request: httpx2.Request) -> None:
-        # Here and not as the client's default: many of its calls ask for `timeout=None` by themselves.
-        request.extensions = {**request.extensions, "timeout": timeout}
-
-    def client() -> httpx2.Client:
-        made = usual()
-        made.event_hooks = {**made.event_hooks, "request": [*made.event_hooks["request"], limit_time]}
-        return made
-
-    huggingface_hub.set_client_factory(client)
-    disable_progress_bars()
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its warnings show signed addresses
-    return huggingface_hub.HfApi()
+    return httpx2.Timeout(silence, connect=connect)
 
 
 @dataclass(frozen=True)
@@ -79,33 +69,31 @@ def head(remote: Remote) -> str:
 def look(remote: Remote) -> Head:
     """What the revision is now. HubRefused: no such repository or revision."""
     with speaking(remote, "looking up the newest commit"):
-        told = api().model_info(remote.repo_id, revision=remote.revision)
+        told = api().model_info(remote.repo_id, revision=remote.revision, timeout=time_limits())  # type: ignore[arg-type]
     assert told.sha is not None and told.private is not None  # missing only where `expand` is asked for
     return Head(told.sha, told.private, frozenset(file.rfilename for file in told.siblings or ()))
 
 
-def exists(remote: Remote) -> bool:
-    """Whether there is such a repository that this token may see."""
-    with speaking(remote, "looking it up"):
-        return api().repo_exists(remote.repo_id)
+def sizes(remote: Remote, commit: str) -> dict[str, int]:
+    """The path of every file of a commit, and how many bytes it has."""
+    with speaking(remote, "listing its files"):
+        entries = _pages(f"{api().endpoint}/api/models/{remote.repo_id}/tree/{quote(commit, safe='')}?recursive=true")
+        return {entry["path"]: index(entry["size"]) for entry in entries if entry["type"] == "file"}
 
 
-def refs(remote: Remote) -> tuple[dict[str, str], dict[str, str]]:
-    """The branches and the tags of the repository, each with its commit."""
-    with speaking(remote, "listing branches and tags"):
-        told = api().list_repo_refs(remote.repo_id)
-    return tuple({ref.name: ref.target_commit for ref in kind} for kind in (told.branches, told.tags))  # type: ignore[return-value]
+def _pages(url: str) -> Iterator[Any]:
+    """The entries of a list that comes page by page.
 
+    Not by huggingface_hub's `paginate`: it tries again for minutes, and logs addresses with what is secret in them.
+    """
+    from huggingface_hub import get_session
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
-def history(remote: Remote, limit: int) -> Iterator[tuple[str, str]]:
-    """The newest `limit` commits of the revision, newest first: id and whole message. Asks page by page."""
-    client = api()
-    from huggingface_hub.utils import build_hf_headers, paginate  # type: ignore[attr-defined]
-
-    url = f"{client.endpoint}/api/models/{remote.repo_id}/commits/{quote(remote.revision, safe='')}"
-    with speaking(remote, "reading its history"):
-        for told in islice(paginate(url, params={}, headers=build_hf_headers()), limit):
-            yield told["id"], f"{told['title']}\n{told.get('message') or ''}"
+    while url:
+        answer = get_session().get(url, headers=build_hf_headers(), timeout=time_limits(), follow_redirects=True)
+        hf_raise_for_status(answer)
+        yield from answer.json()
+        url = answer.links.get("next", {}).get("url", "")
 
 
 @contextmanager
@@ -122,7 +110,10 @@ def stream(remote: Remote, path: str, commit: str, *, start: int = 0) -> Iterato
     headers = build_hf_headers(headers={"Range": f"bytes={start}-"} if start else None)
     # Blocks as they are stored: a compressed answer would have another length.
     headers["Accept-Encoding"] = "identity"
-    with speaking(remote, f"reading {path}"), get_session().stream("GET", url, headers=headers) as answer:
+    with (
+        speaking(remote, f"reading {path}"),
+        get_session().stream("GET", url, headers=headers, timeout=time_limits(), follow_redirects=True) as answer,
+    ):
         if answer.status_code >= 400:
             answer.read()
         if answer.headers.get("X-Error-Code") == "EntryNotFound":
@@ -150,33 +141,3 @@ def read_file(remote: Remote, path: str, commit: str, *, limit: int = 256 << 20)
     except NotFound:
         return None
     return b"".join(parts)
-
-
-def create(remote: Remote, *, private: bool) -> None:
-    """Make the repository, unless it is there."""
-    with speaking(remote, "creating the repository"):
-        try:
-            api().create_repo(remote.repo_id, private=private)
-        except Exception as error:
-            if getattr(getattr(error, "response", None), "status_code", None) != 409:
-                raise
-
-
-def tag(remote: Remote, name: str, commit: str, *, instead_of: str | None) -> None:
-    """Let the tag name the commit; `instead_of` is the commit that it names now."""
-    with speaking(remote, f"tagging {name}"):
-        if instead_of is not None:
-            api().delete_tag(remote.repo_id, tag=name)
-        api().create_tag(remote.repo_id, tag=name, revision=commit)
-
-
-def branch(remote: Remote, *, start: str) -> None:
-    """Make the branch where `start` is, unless it is there."""
-    with speaking(remote, "making a branch"):
-        api().create_branch(remote.repo_id, branch=remote.revision, revision=start, exist_ok=True)
-
-
-def drop_branch(remote: Remote) -> None:
-    """Remove the branch; its commits stay where a tag names them."""
-    with speaking(remote, "removing a branch"):
-        api().delete_branch(remote.repo_id, branch=remote.revision)

@@ -13,34 +13,26 @@ from __future__ import annotations
 
 import errno
 import logging
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from roll_ckpt import names
 from roll_ckpt.disk import failpoints, locks, reads, tree, writes
-from roll_ckpt.errors import ConfigError, Damaged, HubUnavailable, NoRoom, NotFound, RunIsLive
-from roll_ckpt.formats import manifests
+from roll_ckpt.errors import ConfigError, Damaged, NoRoom, RunIsLive
 from roll_ckpt.formats.manifests import Manifest
 from roll_ckpt.formats.sealed_json import sha256
 from roll_ckpt.transaction import epochs
 from roll_ckpt.transaction.epochs import Member
 from roll_ckpt.upload import file_system
-from roll_ckpt.upload.hub import answers
 from roll_ckpt.upload.hub.address import Remote
-from roll_ckpt.upload.hub.client import api, head, read_file
-from roll_ckpt.upload.hub.download import bring, pause_s
+from roll_ckpt.upload.hub.download import Progress, bring
 from roll_ckpt.upload.hub.staging import alone
+from roll_ckpt.upload.hub.wanted import Wanted, look_patiently
 
 log = logging.getLogger("roll_ckpt")
 
-_TRIES_TO_LOOK = 3
-_NAMED = 5  # files that an error names
 _TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
-Progress = Callable[[int, int], None]
-"""Told now and then of the bytes that are here and of all bytes, by one thread at a time."""
 
 
 def pull(remote: Remote, directory: Path, progress: Progress | None = None) -> Path:
@@ -56,7 +48,7 @@ def pull(remote: Remote, directory: Path, progress: Progress | None = None) -> P
         NoRoom: the file system is too small. ConfigError: something else has the name. RunIsLive: a running job
             owns `directory`. After each of these nothing has changed under the final name.
     """
-    wanted = _look_patiently(remote)
+    wanted = look_patiently(remote)
     target = directory / wanted.told.name
     if _is_there(wanted, target):
         return target
@@ -71,58 +63,6 @@ def pull(remote: Remote, directory: Path, progress: Progress | None = None) -> P
                 _publish(staging / wanted.told.name, target)
         _remove_leftovers(directory, wanted.told.name, staging)
     return target
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """A checkpoint on the Hub: the commit that has it, its manifest, and the size of every other file."""
-
-    remote: Remote
-    commit: str
-    record: bytes
-    told: Manifest
-    sizes: dict[str, int]
-
-    @property
-    def where(self) -> str:
-        return f"{self.remote.uri} (commit {self.commit[:12]})"
-
-
-def _look_patiently(remote: Remote) -> Wanted:
-    for failures in range(1, _TRIES_TO_LOOK):
-        try:
-            return _look(remote)
-        except HubUnavailable as error:
-            pause = pause_s(failures, error)
-            log.info("%s; trying again in %.0f s", error, pause)
-            time.sleep(pause)
-    return _look(remote)
-
-
-def _look(remote: Remote) -> Wanted:
-    """The checkpoint of a revision. Damaged: its commit lacks a file, or has one in another size."""
-    commit = head(remote)
-    record = read_file(remote, names.MANIFEST, commit)
-    if record is None:
-        raise NotFound(
-            f"{remote.uri}: it has no {names.MANIFEST}, so no checkpoint of roll_ckpt is there; name the tag of one, "
-            f"{remote.repo_id}@checkpoint-N"
-        )
-    told = manifests.parse(record, f"{remote.uri}: {names.MANIFEST}")
-    listed = {receipt.path: receipt.nbytes for receipt in told.files}
-    records = {names.DECISION, *(f"{names.VOTES}/{file}" for file in told.votes)}
-    with answers.speaking(remote, "listing its files"):
-        tree = api().list_repo_tree(remote.repo_id, recursive=True, revision=commit)
-        there = {entry.path: getattr(entry, "size", None) for entry in tree}
-    wanted = Wanted(remote, commit, record, told, {path: there.get(path) or 0 for path in [*listed, *sorted(records)]})
-    missing = [f"{path} is missing" for path in wanted.sizes if there.get(path) is None]
-    other = [
-        f"{path} has {there[path]} bytes instead of {nbytes}"
-        for path, nbytes in listed.items()
-        if there.get(path) not in (None, nbytes)
-    ]
-    refuse_damage(wanted, missing + other)
-    return wanted
 
 
 def _is_there(wanted: Wanted, target: Path) -> bool:
@@ -166,15 +106,6 @@ def _claimed(directory: Path, told: Manifest) -> Iterator[None]:
         mine.release()
 
 
-def refuse_damage(wanted: Wanted, problems: list[str]) -> None:
-    if problems:
-        more = f", and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
-        raise Damaged(
-            f"{wanted.where}: {wanted.told.name} is not as it was committed: {'; '.join(problems[:_NAMED])}{more}. "
-            "Nothing was put under its name; pull another revision, or push the checkpoint again"
-        )
-
-
 def _check_room(wanted: Wanted, staging: Path) -> None:
     begun = tree.walk_all(staging) if tree.is_real_dir(staging) else ()
     here = sum(tree.file_bytes(staging / path) for path, regular in begun if regular)
@@ -186,10 +117,10 @@ def _check_room(wanted: Wanted, staging: Path) -> None:
         )
 
 
-def _publish(unit: Path, target: Path) -> None:
+def _publish(checkpoint_dir: Path, target: Path) -> None:
     failpoints.failpoint("pull.verified", name=target.name)
     try:
-        writes.rename(unit, target)
+        writes.rename(checkpoint_dir, target)
     except OSError as error:
         if error.errno not in _TAKEN:
             raise

@@ -26,7 +26,8 @@ from roll_ckpt.native import extension
 from roll_ckpt.transaction import reader_locks
 from roll_ckpt.upload.hub import answers
 from roll_ckpt.upload.hub.address import Remote
-from roll_ckpt.upload.hub.client import Head, branch, create, drop_branch, exists, history, look, read_file, refs, tag
+from roll_ckpt.upload.hub.client import Head, look, read_file
+from roll_ckpt.upload.hub.push_client import branch, create, drop_branch, exists, history, refs, tag
 from roll_ckpt.upload.hub.sending import HubFile, Sending
 
 CARD = "README.md"
@@ -60,13 +61,13 @@ class _Checked:
 
 
 def push(
-    unit: Path,
+    checkpoint_dir: Path,
     remote: Remote,
     *,
     private: bool,
     progress: Progress | None = None,
     hashes: Hashes | None = None,
-    aside: bool = False,
+    on_side_branch: bool = False,
 ) -> str:
     """Put a committed checkpoint at the root of a repository, as one commit, and tag it; return the commit's id.
 
@@ -80,18 +81,20 @@ def push(
             token; or the revision is no branch. HubUnavailable: try again later.
         Damaged: a file is not as it was committed; nothing was committed on the Hub. NotFound: no checkpoint.
     """
-    with reader_locks.reading(unit):
-        record = reads.read_bytes(unit / names.MANIFEST)
-        told = manifests.parse(record, unit / names.MANIFEST)
+    with reader_locks.reading(checkpoint_dir):
+        record = reads.read_bytes(checkpoint_dir / names.MANIFEST)
+        told = manifests.parse(record, checkpoint_dir / names.MANIFEST)
         digest = sha256(record)
         _open(remote, private)
         side = Remote(remote.repo_id, f"roll_ckpt-{sha256(f'{digest} {remote.revision}'.encode())[:16]}")
         landed = _find(remote, side, told.name, digest)
         if landed is None:
-            checked = _check(unit, told, record, hashes, progress or (lambda *_: None))
-            if aside:
+            checked = _check(checkpoint_dir, told, record, hashes, progress or (lambda *_: None))
+            if on_side_branch:
                 branch(side, start=remote.revision)
-            landed = _commit_once(unit, side if aside else remote, checked, progress or (lambda *_: None))
+            landed = _commit_once(
+                checkpoint_dir, side if on_side_branch else remote, checked, progress or (lambda *_: None)
+            )
         failpoints.failpoint("push.committed", name=told.name)
         _tag(remote, told.name, landed)
         failpoints.failpoint("push.tagged", name=told.name)
@@ -159,7 +162,7 @@ def _is_newer(remote: Remote, one: str, other: str) -> bool:
     return one in order and other in order and order.index(one) < order.index(other)
 
 
-def _commit_once(unit: Path, remote: Remote, checked: _Checked, progress: Progress) -> str:
+def _commit_once(checkpoint_dir: Path, remote: Remote, checked: _Checked, progress: Progress) -> str:
     sending = Sending(remote, checked.uploads, _Sum("sending", checked.uploads, progress))
     sending.send()
     failpoints.failpoint("push.sent", name=checked.told.name)
@@ -172,7 +175,7 @@ def _commit_once(unit: Path, remote: Remote, checked: _Checked, progress: Progre
             return landed
         if problem is not None and problem.status != 412:
             raise problem  # it did not land, and the Hub wants a pause
-        _check_untouched(unit, checked)
+        _check_untouched(checkpoint_dir, checked)
         try:
             return sending.commit(
                 _card(remote, head, checked),
@@ -238,11 +241,11 @@ brings the newest one, every byte checked; `hf://{remote.repo_id}@{told.name}` n
 """
 
 
-def _check(unit: Path, told: Manifest, record: bytes, hashes: Hashes | None, progress: Progress) -> _Checked:
+def _check(checkpoint_dir: Path, told: Manifest, record: bytes, hashes: Hashes | None, progress: Progress) -> _Checked:
     uploads, touched = [], {}
     done = 0
     for receipt in told.files:
-        path = unit / receipt.path
+        path = checkpoint_dir / receipt.path
         if receipt.nbytes <= _SMALL_BYTES or locks.is_held(path):
             data = reads.read_bytes(path)
             if records.receipt_of_bytes(receipt.path, data, receipt.block_bytes) != receipt:
@@ -254,18 +257,18 @@ def _check(unit: Path, told: Manifest, record: bytes, hashes: Hashes | None, pro
         done += receipt.nbytes
         progress("checking", done, told.nbytes())
     for file, digest in told.votes.items():
-        data = reads.read_bytes(unit / names.VOTES / file)
+        data = reads.read_bytes(checkpoint_dir / names.VOTES / file)
         if sha256(data) != digest:
-            raise _damaged(unit / names.VOTES / file)
+            raise _damaged(checkpoint_dir / names.VOTES / file)
         uploads.append(_small(f"{names.VOTES}/{file}", data))
-    decided = reads.read_bytes(unit / names.DECISION)
-    decision = records.parse_decision(decided, unit / names.DECISION)
+    decided = reads.read_bytes(checkpoint_dir / names.DECISION)
+    decision = records.parse_decision(decided, checkpoint_dir / names.DECISION)
     if not decision.commit or decision.manifest != sha256(record):
-        raise _damaged(unit / names.DECISION)
+        raise _damaged(checkpoint_dir / names.DECISION)
     uploads += [_small(names.DECISION, decided), _small(names.MANIFEST, record)]
     if leaking := [u.path for u in uploads if isinstance(u.source, bytes) and answers.holds_token(u.source)]:
         raise HubRefused(
-            f"{unit / leaking[0]}: it holds what looks like a token of the Hub; nothing of {told.name} was sent. "
+            f"{checkpoint_dir / leaking[0]}: it holds what looks like a token of the Hub; nothing of {told.name} was sent. "
             "Revoke that token, keep it out of what is saved, and save again"
         )
     return _Checked(told, sha256(record), uploads, touched)
@@ -295,16 +298,18 @@ def _large(path: Path, receipt: Receipt, mtime_ns: int, hashes: Hashes | None) -
     return HubFile(receipt.path, path, receipt.nbytes, known)
 
 
-def _check_untouched(unit: Path, checked: _Checked) -> None:
+def _check_untouched(checkpoint_dir: Path, checked: _Checked) -> None:
     """What was sent is what was checked, and the checkpoint under this name is still the same."""
     try:
-        same = sha256(reads.read_bytes(unit / names.MANIFEST)) == checked.digest and all(
-            reads.mtime_ns(unit / path) == mtime_ns for path, mtime_ns in checked.touched.items()
+        same = sha256(reads.read_bytes(checkpoint_dir / names.MANIFEST)) == checked.digest and all(
+            reads.mtime_ns(checkpoint_dir / path) == mtime_ns for path, mtime_ns in checked.touched.items()
         )
     except FileNotFoundError:
         same = False
     if not same:
-        raise Damaged(f"{unit}: it changed while it was sent; nothing was committed on the Hub. Push it again")
+        raise Damaged(
+            f"{checkpoint_dir}: it changed while it was sent; nothing was committed on the Hub. Push it again"
+        )
 
 
 class _Sum:

@@ -37,7 +37,7 @@ _GONE_KEPT = 100
 
 
 @dataclass(frozen=True)
-class Destination:
+class Repository:
     """Where a run's checkpoints go."""
 
     repo_id: str
@@ -66,34 +66,34 @@ class Entry:
     age: tuple[int, ...]
 
 
-def set_destination(output_dir: Path, wanted: Destination) -> None:
+def set_repository(output_dir: Path, wanted: Repository) -> None:
     """Let the run's checkpoints go there; durable. What was pushed elsewhere is owed again."""
     Remote(wanted.repo_id, wanted.revision)
     with suppress(Damaged):
-        if destination(output_dir) == wanted:
+        if repository(output_dir) == wanted:
             return
     _write(output_dir / names.HUB_DESTINATION, asdict(wanted))
 
 
-def destination(output_dir: Path) -> Destination | None:
+def repository(output_dir: Path) -> Repository | None:
     """Where the run's checkpoints go; None if nobody has said so. Damaged: set it again."""
     path = output_dir / names.HUB_DESTINATION
     try:
         fields = Fields(_read(path), path)
     except FileNotFoundError:
         return None
-    found = Destination(fields.take("repo_id", str), fields.take("revision", str), fields.take("private", bool))
+    found = Repository(fields.take("repo_id", str), fields.take("revision", str), fields.take("private", bool))
     fields.end()
     return found
 
 
-def list_entries(output_dir: Path, to: Destination | None = None) -> list[Entry]:
+def list_entries(output_dir: Path, to: Repository | None = None) -> list[Entry]:
     """Every checkpoint of the run and what `to`, its destination if None, has of it: the oldest first, those that
     were pushed and then pruned (the newest of them) before the others.
 
     [] if the run has no destination.
     """
-    to = to or destination(output_dir)
+    to = to or repository(output_dir)
     if to is None:
         return []
     records = _records(output_dir, to)
@@ -102,12 +102,25 @@ def list_entries(output_dir: Path, to: Destination | None = None) -> list[Entry]
     return [*sorted(gone, key=lambda entry: entry.age), *(entry for entry in here if entry is not None)]
 
 
-def owed(output_dir: Path) -> list[str]:
+def owed(output_dir: Path, to: Repository | None = None) -> list[str]:
     """The committed checkpoints that the destination has not, the oldest first: failed ones too.
 
     They must not be pruned. [] if the run has no destination.
     """
-    return [entry.name for entry in list_entries(output_dir) if entry.state in ("owed", "failed")]
+    return [entry.name for entry in list_entries(output_dir, to) if entry.state in ("owed", "failed")]
+
+
+@dataclass(frozen=True)
+class RecordedQueue:
+    """What is owed to the repository that is recorded in `output_dir`, whoever recorded it; see `Destination`."""
+
+    output_dir: Path
+
+    def owed(self) -> list[str]:
+        return owed(self.output_dir)
+
+    def forget(self, name: str) -> None:
+        writes.discard_file(self.output_dir / names.hub_hashes(name))
 
 
 def find(output_dir: Path, name: str) -> Entry:
@@ -125,22 +138,22 @@ def _committed(output_dir: Path) -> list[Manifest]:
     return listing.committed(output_dir, report=lambda problem: log.debug("%s", problem))
 
 
-def _entry(unit: Path, told: Manifest, known: Entry | None) -> Entry | None:
+def _entry(checkpoint_dir: Path, told: Manifest, known: Entry | None) -> Entry | None:
     """The entry of a committed checkpoint: what is recorded of it, unless that is about another manifest."""
     try:
-        digest = sealed_json.sha256(reads.read_bytes(unit / names.MANIFEST))
+        digest = sealed_json.sha256(reads.read_bytes(checkpoint_dir / names.MANIFEST))
     except FileNotFoundError:
         return None  # pruned or replaced just now
     if known is not None and known.manifest_sha256 == digest:
         return known
     age = (told.epoch, -1 if told.step is None else told.step, told.attempt)
-    return Entry(unit.name, "owed", "", None, 0, told.nbytes(), digest, age)
+    return Entry(checkpoint_dir.name, "owed", "", None, 0, told.nbytes(), digest, age)
 
 
-def record(output_dir: Path, entry: Entry, to: Destination) -> None:
+def record(output_dir: Path, entry: Entry, to: Repository) -> None:
     """Keep what became of a push to `to`; durable. Nothing is kept if the run goes elsewhere by now: its record of
     that destination stays, and whoever comes back to `to` finds on the Hub what is there."""
-    now = destination(output_dir)
+    now = repository(output_dir)
     if now is None or now.remote != to.remote:
         return
     _write(output_dir / names.hub_record(entry.name), {**asdict(entry), **asdict(to)})
@@ -176,7 +189,7 @@ def cancel(output_dir: Path, name: str) -> None:
         record(output_dir, replace(entry, state="cancelled"), to)
 
 
-def _records(output_dir: Path, to: Destination) -> dict[str, Entry]:
+def _records(output_dir: Path, to: Repository) -> dict[str, Entry]:
     found = {}
     for file in tree.list_dir(output_dir / names.HUB_RECORDS):
         name = names.parse_hub_record(file)
@@ -185,7 +198,7 @@ def _records(output_dir: Path, to: Destination) -> dict[str, Entry]:
         path = output_dir / names.hub_record(name)
         try:
             fields = Fields(_read(path), path)
-            where = Destination(fields.take("repo_id", str), fields.take("revision", str), fields.take("private", bool))
+            where = Repository(fields.take("repo_id", str), fields.take("revision", str), fields.take("private", bool))
             entry = Entry(
                 name=fields.take("name", str, lambda value, name=name: value == name),  # type: ignore[misc]
                 state=cast(State, fields.take("state", str, lambda value: value in get_args(State))),
@@ -211,8 +224,8 @@ def _is_age(value: Any) -> bool:
     return len(value) == 3 and all(type(part) is int for part in value)
 
 
-def _needed(output_dir: Path) -> Destination:
-    to = destination(output_dir)
+def _needed(output_dir: Path) -> Repository:
+    to = repository(output_dir)
     if to is None:
         raise NotFound(f"{output_dir}: nobody has said where its checkpoints go; name a repository")
     return to

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from roll_ckpt.errors import Damaged, HubRefused
 from roll_ckpt.upload.hub.address import Remote
 from roll_ckpt.upload.hub.answers import speaking
-from roll_ckpt.upload.hub.client import api
+from roll_ckpt.upload.hub.push_client import own_api
 
 if TYPE_CHECKING:
     pass
@@ -40,7 +40,7 @@ class Sending:
 
     def __init__(self, remote: Remote, uploads: Iterable[HubFile], sent: Callable[[int], None]) -> None:
         """`sent` is told of bytes as they leave: several threads call it, and a second try counts once."""
-        api()
+        own_api()
         self._remote = remote
         self._operations = [_addition(upload, sent) for upload in uploads]
 
@@ -51,7 +51,7 @@ class Sending:
         """
         with speaking(self._remote, "sending files"):
             for group in _groups(self._operations):
-                api().preupload_lfs_files(
+                own_api().preupload_lfs_files(
                     self._remote.repo_id, group, revision=self._remote.revision, free_memory=False, num_threads=4
                 )
                 for operation in group:
@@ -75,7 +75,7 @@ class Sending:
         additions = [*self._operations, *(_addition(upload, lambda _: None) for upload in more)]
         deletions = [CommitOperationDelete(path, is_folder=False) for path in deleted]
         with speaking(self._remote, f"committing {title}"):
-            made = api().create_commit(
+            made = own_api().create_commit(
                 self._remote.repo_id,
                 [*additions, *deletions],
                 commit_message=title,

@@ -39,6 +39,7 @@ _ENDED_KEPT = 100
 class Ended:
     """What became of one checkpoint's push: done, failed, cancelled, or owed still because nothing moved."""
 
+    output_dir: Path
     name: str
     state: State
     detail: str = ""
@@ -106,7 +107,7 @@ class Uploader:
             if not serving:
                 return self._as_recorded(name)
             if time.monotonic() - self._moved > patience_s:
-                return Ended(name, "owed", self._trouble or f"nothing has moved for {patience_s:g} s")
+                return Ended(self._output_dir, name, "owed", self._trouble or f"nothing has moved for {patience_s:g} s")
             if progress is not None:
                 show(progress)
 
@@ -133,8 +134,8 @@ class Uploader:
         try:
             entry = push_queue.find(self._output_dir, name)
         except NotFound as problem:
-            return Ended(name, "failed", str(problem))
-        return Ended(name, entry.state, entry.detail or self._trouble)
+            return Ended(self._output_dir, name, "failed", str(problem))
+        return Ended(self._output_dir, name, entry.state, entry.detail or self._trouble)
 
     def _serve(self) -> None:
         try:
@@ -207,7 +208,7 @@ class Uploader:
         kind, name = event["event"], event["name"]
         ended: Ended | None = None
         if kind in ("done", "failed"):
-            ended = Ended(name, kind, event.get("detail", ""), event.get("seconds", 0.0))
+            ended = Ended(self._output_dir, name, kind, event.get("detail", ""), event.get("seconds", 0.0))
             self._on_end(ended)
         elif kind == "waiting":
             log.warning("%s; what is owed stays here, and is tried again", event["detail"])

@@ -26,7 +26,7 @@ from roll_ckpt.disk import failpoints, locks, reads, writes
 from roll_ckpt.errors import HubUnavailable, NotFound, RollCkptError
 from roll_ckpt.upload.hub import push_queue
 from roll_ckpt.upload.hub.push import push
-from roll_ckpt.upload.hub.push_queue import Destination, Entry, Hashes
+from roll_ckpt.upload.hub.push_queue import Entry, Hashes, Repository
 
 Tell = Callable[[dict[str, Any]], None]
 _PROGRESS_S = 0.5
@@ -86,7 +86,7 @@ def push_all_owed(output_dir: Path, tell: Tell, *, again: bool = False, patient:
                 tell({"event": "done", "name": entry.name, "commit": made, "seconds": seconds})
 
 
-def push_one(output_dir: Path, name: str, to: Destination, tell: Tell) -> str:
+def push_one(output_dir: Path, name: str, to: Repository, tell: Tell) -> str:
     """Push one checkpoint to the run's destination, whatever is recorded of it, and record it; its commit's id.
 
     Blocks, and waits for another process that pushes. `tell` as for `drain`. Raises what `push.push` does.
@@ -102,15 +102,15 @@ def push_one(output_dir: Path, name: str, to: Destination, tell: Tell) -> str:
 _Key = tuple[str, str]
 
 
-def _key(to: Destination, entry: Entry) -> _Key:
+def _key(to: Repository, entry: Entry) -> _Key:
     """This very checkpoint, there."""
     return (to.remote.uri, entry.manifest_sha256)
 
 
 def _next(
     output_dir: Path, tried: set[_Key], again: bool, not_taken: dict[_Key, int]
-) -> tuple[Destination, Entry] | None:
-    to = push_queue.destination(output_dir)
+) -> tuple[Repository, Entry] | None:
+    to = push_queue.repository(output_dir)
     if to is None:
         return None
     states = ("owed", "failed") if again else ("owed",)
@@ -120,7 +120,7 @@ def _next(
     return to, min(left, key=lambda entry: not_taken.get(_key(to, entry), 0) // _TRIES)
 
 
-def _push(output_dir: Path, entry: Entry, to: Destination, tell: Tell, furthest: dict[tuple[str, _Key], int]) -> str:
+def _push(output_dir: Path, entry: Entry, to: Repository, tell: Tell, furthest: dict[tuple[str, _Key], int]) -> str:
     """Push one. `furthest` is how far earlier tries got: what is only done once more is no progress."""
     told = [float("-inf")]
 
@@ -144,11 +144,11 @@ def _push(output_dir: Path, entry: Entry, to: Destination, tell: Tell, furthest:
         private=to.private,
         progress=progress,
         hashes=Hashes(output_dir, entry),
-        aside=newest > entry.age,
+        on_side_branch=newest > entry.age,
     )
 
 
-def _note(output_dir: Path, entry: Entry, to: Destination) -> None:
+def _note(output_dir: Path, entry: Entry, to: Repository) -> None:
     """Record a push that did not come about, unless somebody has cancelled or made it meanwhile."""
     with suppress(NotFound):
         if push_queue.find(output_dir, entry.name).state not in ("cancelled", "done"):

@@ -1,0 +1,56 @@
+"""The metrics of saves that have ended; docs/metrics.md says what each means."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from roll_ckpt.errors import SaveFailed
+from roll_ckpt.save.save import Save
+from roll_ckpt.upload.after_commit import AfterCommit
+
+
+def add_ended(metrics: dict[str, Any], saves: list[Save], after_commit: AfterCommit, *, fail_training: bool) -> None:
+    """Add to `metrics` the records of saves, and of their uploads, that ended since the last call.
+
+    Several may have ended: `checkpoint/ended` lists one record for each, the plain keys are the newest's. Saves that
+    have ended leave the list.
+
+    Raises:
+        SaveFailed, EpochLost: one failed in the background, and `fail_training` is set.
+    """
+    for save in [save for save in saves if save.settled]:
+        if save.failure is None and not save.finished:
+            continue
+        saves.remove(save)
+        record = _record(save, after_commit.report.pop(save.attempt.name, {}))
+        metrics.setdefault("checkpoint/ended", []).append(record)
+        metrics |= record
+        if save.failure is not None and fail_training and not save.reported:
+            save.reported = True
+            raise save.failure
+    while after_commit.late:
+        record = after_commit.late.popleft()
+        if metrics.get("checkpoint/step") in (None, record["checkpoint/step"]):
+            metrics |= record
+        metrics.setdefault("checkpoint/ended", []).append(record)
+        if "checkpoint/failed" in record:
+            metrics["checkpoint/failed"] = record["checkpoint/failed"]
+            if fail_training:
+                raise SaveFailed(record["checkpoint/failed"])
+
+
+def _record(save: Save, report: dict[str, Any]) -> dict[str, Any]:
+    record: dict[str, Any] = {"checkpoint/step": save.attempt.step, **report}
+    for part in save.cluster_saves.values():
+        prefix = f"time/{part.cluster}/do_checkpoint"
+        record |= {
+            f"{prefix}/step": save.attempt.step,
+            f"{prefix}/fence": part.timing.fence_s,
+            f"{prefix}/write": part.timing.write_s,
+            f"{prefix}/commit": part.timing.commit_s,
+            f"{prefix}/durable": save.durable_s,
+            f"{prefix}/bytes": part.nbytes,
+        }
+    if save.failure is not None:
+        record["checkpoint/failed"] = str(save.failure)
+    return record

@@ -1,0 +1,93 @@
+"""The pipeline's own files in a checkpoint: its state, random states, and registered components, of every rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from roll_ckpt import names
+from roll_ckpt.config import PipelineConfig
+from roll_ckpt.disk import tree, writes
+from roll_ckpt.errors import ConfigError, NotFound, UnsupportedError
+from roll_ckpt.formats import manifests
+from roll_ckpt.formats.image import FileImage
+from roll_ckpt.formats.torch_zip.layout import Layouts
+from roll_ckpt.load import trust
+from roll_ckpt.load.reader import Reader
+from roll_ckpt.native.image import Lifetime
+from roll_ckpt.pipeline.worker_state import Stateful, WorkerState
+from roll_ckpt.ranks import rng
+from roll_ckpt.ranks.group import RankGroup
+from roll_ckpt.save.cluster_save import ClusterSave
+
+
+class StateFiles:
+    """Stages, checks and loads the pipeline's own files; one for each pipeline and rank."""
+
+    def __init__(self, config: PipelineConfig) -> None:
+        self._config = config
+        self._components: dict[str, Stateful] = {}
+        self._layouts = Layouts(trust.allowed(config))
+        self._warned: dict[str, set[str]] = {}
+
+    def register(self, name: str, component: Stateful) -> None:
+        """Save and load `component` on every rank, too."""
+        names.check_name("stateful component", name)
+        if name in self._components:
+            raise ConfigError(f"stateful component {name} is registered twice; names must differ")
+        self._components[name] = component
+
+    def stage(self, cluster_save: ClusterSave, folder: str, rank: int, state: WorkerState) -> None:
+        """Stage them in `folder` of the checkpoint, as a part of `cluster_save`; an error becomes its no vote."""
+        directory = cluster_save.attempt.checkpoint_dir / folder
+        try:
+            writes.make_dirs(directory)
+            states: dict[str, Any] = {names.rng_file(rank): rng.capture_portable()}
+            for name, component in self._components.items():
+                states[names.stateful_file(name, rank)] = component.state_dict()
+            for file, value in states.items():
+                image, unsafe = self._layouts.lay_out(
+                    file, value, Path(file).stem, lambda storage: Lifetime.UNTIL_SAVE_RETURNS
+                )
+                trust.warn_unloadable(directory / file, unsafe, self._warned.setdefault(file, set()))
+                cluster_save.stage(directory / file, image, overlap=False)
+            if rank == 0:
+                image = FileImage.of_bytes(state.to_json())
+                cluster_save.stage(directory / names.WORKER_STATE, image, overlap=False)
+        except Exception as problem:
+            cluster_save.fail(problem)
+
+    def check(self, checkpoint_dir: Path, folder: str, ranks: RankGroup, clusters: list[str]) -> None:
+        """Raise unless the checkpoint holds this rank's part of the pipeline's own state. No collective.
+
+        Raises:
+            UnsupportedError: another number of ranks saved it. NotFound: a file of this rank is not there.
+        """
+        voters = [names.parse_vote_file(vote) for vote in manifests.read(checkpoint_dir).votes]
+        for name in clusters:
+            saved = sum(voter is not None and voter[0] == name for voter in voters)
+            if saved != ranks.size:
+                raise UnsupportedError(
+                    f"{checkpoint_dir}: {saved} ranks saved cluster {name}, and this job has {ranks.size}; a pipeline "
+                    f"resumes on as many ranks as saved it. Start it on {saved} ranks"
+                )
+        directory = checkpoint_dir / folder
+        for path in (directory / names.WORKER_STATE, directory / names.rng_file(ranks.rank)):
+            if not tree.exists(path):
+                raise NotFound(f"{path}: the checkpoint holds no state of this pipeline for rank {ranks.rank}")
+        for name in self._components:
+            path = directory / names.stateful_file(name, ranks.rank)
+            if not tree.exists(path):
+                raise NotFound(
+                    f"{path}: the checkpoint holds no state of {name!r} for rank {ranks.rank}; it was saved before the "
+                    "component was registered"
+                )
+
+    def load(self, reader: Reader, checkpoint_dir: Path, folder: str, rank: int) -> tuple[WorkerState, dict[str, Any]]:
+        """Load the components, and return the pipeline's state and this rank's random states, yet to be set."""
+        directory = checkpoint_dir / folder
+        for name, component in self._components.items():
+            component.load_state_dict(reader.load(directory / names.stateful_file(name, rank), "cpu"))
+        path = directory / names.WORKER_STATE
+        state = WorkerState.from_json(reader.read_bytes(path), path)
+        return state, reader.load(directory / names.rng_file(rank), "cpu")
