@@ -87,7 +87,7 @@ def test_dp_reshardable_of_stock_is_not_loaded_in_another_layout(
         assert untouched
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("sharding_type", FORMS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_random_states_make_the_difference_under_dropout(
     megatron: Worlds, tmp_path: Path, layout: str, sharding_type: str

@@ -130,7 +130,7 @@ def test_planning_does_not_bring_back_what_was_thrown_away(megatron: Worlds, tmp
 # --- refusals ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["dp_reshardable", "fully_reshardable"])
+@pytest.mark.parametrize("sharding_type", ["dp_reshardable", "fully_reshardable"])
 def test_a_save_before_the_first_step_is_refused_in_our_words(
     megatron: Worlds, tmp_path: Path, sharding_type: str
 ) -> None:
