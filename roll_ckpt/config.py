@@ -128,8 +128,8 @@ class Staging(Section):
     """How bytes leave the training tensors. All engines of a process give the same values."""
 
     arena_bytes: ByteSize | None = Field(default=None, ge=2 * SMALLEST_BLOCK_BYTES)
-    """Cap of the staging memory of one host, shared by its ranks. Unset: a quarter of the memory of the host, or of
-    the container where that has less."""
+    """Cap of the staging memory on one host, shared by the job's ranks there. Unset: a quarter of the memory of the
+    host, or of the container where that has less."""
     overlap: bool = True
     """True: what only the optimizer changes is copied during the next forward and backward pass. False: everything is
     copied before the save returns."""
