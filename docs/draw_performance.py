@@ -15,6 +15,7 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "RESULTS.md"
 OURS = "roll_ckpt"
+MACHINE = "Two shared CPU cores, ext4, no GPU"
 NAMES = {
     "dcp.async_save, reused stager": "DCP async_save",
     "torchsnapshot.async_take": "torchsnapshot",
@@ -118,7 +119,7 @@ def panel(shown: Panel, rows: list[Row], x: float, y: float, width: float) -> It
     for index, (row, value) in enumerate(zip(rows, values, strict=True)):
         top, length, mine = y + 28 + index * ROW, longest * value / max(values), row.name == OURS
         ratio = value / values[0]
-        told = "" if mine else f" ({ratio:.1f}×)" if ratio >= 1 else f" ({ratio:.2f}×)"
+        told = "" if mine else f" ({ratio:.1f}\u00d7)" if ratio >= 1 else f" ({ratio:.2f}\u00d7)"
         yield text(NAMES.get(row.name, row.name), x + NAME - 8, top + 13, "ours-text" if mine else "", "end")
         yield bar("ours" if mine else "peer", x + NAME, top, length, BAR)
         yield text(f"{value:.2f} {shown.unit}{told}", x + NAME + length + 6, top + 13, "figure")
@@ -136,7 +137,7 @@ def draw() -> str:
         f"<style>{LIGHT}@media (prefers-color-scheme: dark) {{{DARK}}}</style>",
         bar("card", 0.5, 0.5, WIDTH - 1, HEIGHT - 1, 8),
         text("A state of 1 GiB in 400 tensors, saved and loaded by roll_ckpt and its peers", LEFT, 32, "title"),
-        text(f"Medians; two shared CPU cores, ext4, no GPU; {date}. In brackets: the multiple of roll_ckpt", LEFT, 52, "quiet"),
+        text(f"Medians. {MACHINE}, {date}. In brackets: the multiple of roll_ckpt", LEFT, 52, "quiet"),
     ]
     for index, shown in enumerate(PANELS):
         parts += panel(shown, rows, LEFT + index % 2 * half, TOP + index // 2 * PANEL, half - 8)

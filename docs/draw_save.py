@@ -144,7 +144,7 @@ def legend() -> Iterator[str]:
 
 def draw() -> str:
     """The picture as SVG."""
-    told = "A save on a time line: training stands still only for the first copies and for the rest of them at the fence"
+    told = "A save on a time line: training stands still only while the save begins and at the fence"
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
         f'role="img" aria-label="{told}">',

@@ -1,12 +1,13 @@
 """Writes docs/settings.md from the schema in roll_ckpt/config.py: keys, types, defaults, and the text under each field.
 
-    python docs/list_settings.py        writes it again; tests/test_docs.py fails if it is not up to date
+python docs/list_settings.py        writes it again; tests/test_docs.py fails if it is not up to date
 """
 
 from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,10 +45,10 @@ def docstrings(section: type[BaseModel]) -> dict[str, str]:
     """The text that stands under each field of a class."""
     body = ast.parse(inspect.getsource(section).lstrip()).body[0].body  # type: ignore[attr-defined]
     found = {}
-    for field, below in zip(body, body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
-            if isinstance(below.value, ast.Constant) and isinstance(below.value.value, str):
-                found[field.target.id] = " ".join(inspect.cleandoc(below.value.value).split())
+    for field, below in itertools.pairwise(body):
+        match field, below:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                found[name] = " ".join(inspect.cleandoc(text).split())
     return found
 
 
