@@ -8,7 +8,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help run train run-worlds test test-long matrix torture bench bench-quick bench-gpu bench-megatron bench-push sanitize fuzz lint format clean ready
+.PHONY: help metrics run train run-worlds test test-long matrix torture bench bench-quick bench-gpu bench-megatron bench-push sanitize fuzz lint format clean ready
 
 PYTHON ?= python3
 ARGS ?=
@@ -20,6 +20,8 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.venv/torch_extensions
 export DS_ACCELERATOR ?= cpu
 export OMP_NUM_THREADS ?= 1
+# For scripts that import from examples/ and from each other, wherever they lie.
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -94,7 +96,7 @@ format: .venv/.installed ## write all code in the format that lint wants
 	clang-format -i $(CSRC)
 
 clean: ## remove what set-up and builds made; runs/ stays
-	rm -rf .venv build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache roll_ckpt/*.so
+	rm -rf .venv build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache roll_ckpt/native/*.so
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 
 # ---- set-up ---------------------------------------------------------------------------------------------
