@@ -84,6 +84,9 @@ $(3) LD_PRELOAD="$$(g++ -print-file-name=lib$(2).so) $$(g++ -print-file-name=lib
 	pytest --noconftest -o addopts= -W ignore::pytest.PytestUnknownMarkWarning tests/test_native.py $(4) $(ARGS)
 endef
 
+metrics: ## the house in figures, each beside its bound; needs nothing but Python
+	@$(OUTER_PYTHON) tests/metrics.py $(ARGS)
+
 lint: .venv/.installed ## ruff, mypy, clang-format
 	ruff check .
 	ruff format --check .
