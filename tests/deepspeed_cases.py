@@ -26,6 +26,7 @@ from late_copies import copied, late_copies
 from tiny import Net, config, engine, train
 
 from roll_ckpt import process
+from roll_ckpt.backends.backend import ClusterOptions
 from roll_ckpt.backends.deepspeed import checkpoint_engine, install
 from roll_ckpt.backends.deepspeed.checkpoint_engine import RollCheckpointEngine
 from roll_ckpt.backends.deepspeed.cluster import DeepSpeedCluster
@@ -297,7 +298,8 @@ def start_and_save(asked_for: dict[str, Any], folder: str) -> None:
         made = deepspeed.initialize(model=model, config=asked_for, mpu=mpu)[0]
         if cluster:
             parsed = DeepSpeedConfig.parse(section, "test")
-            DeepSpeedCluster(made, parsed, "actor", **cluster, exclude_frozen_parameters=False)
+            options = ClusterOptions("actor", parsed, exclude_frozen_parameters=False, **cluster)
+            DeepSpeedCluster(made, options)
         made.save_checkpoint(folder)
 
 
@@ -361,14 +363,14 @@ def collectives_of_one_save(out: str) -> dict[str, int]:
             return kept[_name](*a, **k)
 
         setattr(dist, name, count)
-    rendezvous = install.attached(made).world._sequence  # type: ignore[union-attr]
+    rendezvous = install.attached(made).ranks.rendezvous_count  # type: ignore[union-attr]
     try:
         made.save_checkpoint(out, tag="warm")
     finally:
         for name in watched:
             setattr(dist, name, kept[name])
     pending_module.wait_pending()
-    return {**counted, "ours": install.attached(made).world._sequence - rendezvous}  # type: ignore[union-attr]
+    return {**counted, "ours": install.attached(made).ranks.rendezvous_count - rendezvous}  # type: ignore[union-attr]
 
 
 def changes_after_save_stay_out(out: str) -> dict[str, bool]:
