@@ -30,9 +30,7 @@ class Results:
     memory: dict[str, dict[str, Any]] = field(default_factory=dict)
     """One fresh process of each contestant; ours with the cap at a quarter of the state."""
     cap_bytes: int = 0
-    digests: dict[str, list[float]] = field(default_factory=dict)
-    """Seconds until durable with our digests "on" and "off"."""
-    leased: dict[str, Any] = field(default_factory=dict)
+    borrowed: dict[str, Any] = field(default_factory=dict)
     """A fresh process of ours that saves offloaded state."""
     missing: dict[str, str] = field(default_factory=dict)
     loop_missing: dict[str, str] = field(default_factory=dict)
@@ -104,18 +102,18 @@ def verdicts(figures: Figures) -> list[Verdict]:
 
 
 def _at_most(
-    figure: str, value: float | None, limit: float, checkpoint_dir: str, scale: float = 1, digits: int = 2
+    figure: str, value: float | None, limit: float, unit: str, scale: float = 1, digits: int = 2
 ) -> Verdict:
     if value is None or value != value:
-        return Verdict(figure, f"<= {limit * scale:.{digits}f} {checkpoint_dir}", "not measured", None)
-    told = f"{value * scale:.{digits}f} {checkpoint_dir}"
-    return Verdict(figure, f"<= {limit * scale:.{digits}f} {checkpoint_dir}", told, value <= limit)
+        return Verdict(figure, f"<= {limit * scale:.{digits}f} {unit}", "not measured", None)
+    told = f"{value * scale:.{digits}f} {unit}"
+    return Verdict(figure, f"<= {limit * scale:.{digits}f} {unit}", told, value <= limit)
 
 
-def _at_least(figure: str, value: float | None, limit: float, checkpoint_dir: str) -> Verdict:
+def _at_least(figure: str, value: float | None, limit: float, unit: str) -> Verdict:
     if value is None or value != value:
-        return Verdict(figure, f">= {limit:.2f} {checkpoint_dir}", "not measured", None)
-    return Verdict(figure, f">= {limit:.2f} {checkpoint_dir}", f"{value:.2f} {checkpoint_dir}", value >= limit)
+        return Verdict(figure, f">= {limit:.2f} {unit}", "not measured", None)
+    return Verdict(figure, f">= {limit:.2f} {unit}", f"{value:.2f} {unit}", value >= limit)
 
 
 def _peers(figures: Figures) -> list[str]:
@@ -170,8 +168,6 @@ def _disk(figures: Figures) -> list[Verdict]:
     if "torchsnapshot.async_take" in figures.names:
         ratio = figures.of("torchsnapshot.async_take", "durable") / durable
         found.append(_at_least("durable: against torchsnapshot.async_take, durable", ratio, 1.25, "x"))
-    on, off = (median(figures.results.digests.get(key, [])) for key in ("on", "off"))
-    found.append(_at_least("rate with all digests against none", off / on, 0.95, "of its rate"))
     found.append(_at_least("load: share of raw direct read", figures.raw_read / load, 0.9, "of its rate"))
     if "torch.save" in figures.names:
         found.append(_at_least("load: against torch.load", figures.of("torch.save", "load") / load, 1.3, "x"))
@@ -187,8 +183,8 @@ def _process(figures: Figures) -> list[Verdict]:
         if results.firsts:
             same = all(first["crc"] == small["crc"] for first in results.firsts)
             found.append(Verdict("the same bytes on disk with that cap", "yes", "yes" if same else "no", same))
-    if results.leased:
-        copied, above = float(results.leased["copied"]), results.leased["peak"]
+    if results.borrowed:
+        copied, above = float(results.borrowed["copied"]), results.borrowed["peak"]
         found.append(_at_most("offloaded state: copied by the training thread", copied, 0.0, "bytes", 1, 0))
         found.append(_at_most("offloaded state: host memory above it", above, 256 << 20, "MiB", 2**-20, 0))
     for key, told in (("blocked", "save() and fence()"), ("durable", "durable")):
@@ -208,7 +204,7 @@ def table(figures: Figures) -> list[str]:
     loops = list(results.loops)
     heads = ["save()", "blocked", "blocked", "durable", "of raw", "load", "of raw", *["lost/save"] * len(loops)]
     heads += ["peak", "pause"]
-    checkpoint_dirs = [
+    units = [
         "ms",
         "ms",
         "memcpy",
@@ -218,8 +214,8 @@ def table(figures: Figures) -> list[str]:
         "read",
         *(f"{kind.split()[0]}, ms" for kind in loops),
     ]
-    checkpoint_dirs += ["MiB", "ms"]
-    lines = [_line("", heads), _line("medians", checkpoint_dirs)]
+    units += ["MiB", "ms"]
+    lines = [_line("", heads), _line("medians", units)]
     for name in figures.names:
         cells = [
             f"{figures.of(name, 'save') * MILLI:.1f}",
@@ -317,7 +313,6 @@ def as_json(figures: Figures, found: Sequence[Verdict]) -> dict[str, Any]:
                 for name, rows in results.saves.systems.items()
             },
             "many_tensors_save": spread(results.many),
-            "digests": {key: spread(values) for key, values in results.digests.items()},
         },
         "noise": {
             "memcpy": machine.noise(results.saves.memcpy),
@@ -338,7 +333,7 @@ def as_json(figures: Figures, found: Sequence[Verdict]) -> dict[str, Any]:
         },
         "first_saves": results.firsts,
         "memory": results.memory,
-        "offloaded": results.leased,
+        "offloaded": results.borrowed,
         "blank": {**results.missing, **results.loop_missing},
         "targets": [vars(one) for one in found],
         "samples": {
