@@ -101,9 +101,7 @@ def verdicts(figures: Figures) -> list[Verdict]:
     return [*found, Verdict("on one GPU", "", "make bench-gpu", None)]
 
 
-def _at_most(
-    figure: str, value: float | None, limit: float, unit: str, scale: float = 1, digits: int = 2
-) -> Verdict:
+def _at_most(figure: str, value: float | None, limit: float, unit: str, scale: float = 1, digits: int = 2) -> Verdict:
     if value is None or value != value:
         return Verdict(figure, f"<= {limit * scale:.{digits}f} {unit}", "not measured", None)
     told = f"{value * scale:.{digits}f} {unit}"

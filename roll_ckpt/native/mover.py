@@ -57,7 +57,7 @@ class Transfer:
 
     @property
     def copied(self) -> bool:
-        """Whether no source byte will be read any more, except borrowed ones: all are copied, or the transfer failed."""
+        """Whether no source byte will be read any more, except borrowed ones: all are copied, or the save failed."""
         return self._transfer.copied
 
     @property
