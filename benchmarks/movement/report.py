@@ -202,16 +202,7 @@ def table(figures: Figures) -> list[str]:
     loops = list(results.loops)
     heads = ["save()", "blocked", "blocked", "durable", "of raw", "load", "of raw", *["lost/save"] * len(loops)]
     heads += ["peak", "pause"]
-    units = [
-        "ms",
-        "ms",
-        "memcpy",
-        "GB/s",
-        "write",
-        "GB/s",
-        "read",
-        *(f"{kind.split()[0]}, ms" for kind in loops),
-    ]
+    units = ["ms", "ms", "memcpy", "GB/s", "write", "GB/s", "read", *(f"{kind.split()[0]}, ms" for kind in loops)]
     units += ["MiB", "ms"]
     lines = [_line("", heads), _line("medians", units)]
     for name in figures.names:

@@ -183,7 +183,7 @@ def is_locked(path: Path) -> bool:
         try:
             descriptor = open_regular(path)
         except Damaged as error:
-            log.debug("nobody can hold a lock there: %s", error)
+            log.debug("no process can have a lock on it: %s", error)
             return False
         try:
             query = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)

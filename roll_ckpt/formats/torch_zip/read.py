@@ -1,4 +1,4 @@
-"""Reading a file of `torch.save` (stock's or ours): its zip directory, and its state as views of the bytes.
+"""Reading a file of `torch.save` (torch's own or ours): its zip directory, and its state as views of the bytes.
 
 Every offset and size is checked before it is used, and the pickle runs no code. Format: torch/serialization.py.
 """
