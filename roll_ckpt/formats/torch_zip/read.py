@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import struct
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,30 +35,12 @@ def parse(buffer: Any, path: str, map_location: Any = "cpu", allow: Iterable[Any
     records = read_directory(view, path)
     if "byteorder" in records and bytes(_slice(view, records["byteorder"])) != sys.byteorder.encode():
         raise Damaged(f"{path}: written on a machine of the other byte order; load it there and save it anew")
-    restore = torch.serialization._get_restore_location(map_location)
-    storages: dict[str, Any] = {}
-
-    def storage_of(persistent_id: tuple[Any, ...]) -> Any:
-        _, kind, key, location, numel = persistent_id
-        if not isinstance(key, str):
-            raise Damaged(f"{path}: a storage has no name")
-        if key not in storages:
-            dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
-            start, nbytes = records[f"data/{key}"]
-            if nbytes != numel * dtype.itemsize:
-                raise Damaged(f"{path}: storage {key} has {nbytes} bytes, its tensors need {numel}")
-            raw = torch.UntypedStorage(0)
-            if nbytes:
-                raw = torch.frombuffer(buffer, dtype=torch.uint8, count=nbytes, offset=start).untyped_storage()
-            stored = restore(raw, location)
-            storages[key] = torch.storage.TypedStorage(wrap_storage=stored, dtype=dtype, _internal=True)
-        return storages[key]
-
+    storages = _Storages(buffer, path, records, torch.serialization._get_restore_location(map_location))
     try:
         with safe_loads(allow):
             data_pkl = GuardedPickle(_slice(view, records["data.pkl"]))
             data_pkl.unpickler = unpickler = safe_pickle.Unpickler(data_pkl, encoding="utf-8")
-            setattr(unpickler, "persistent_load", storage_of)  # noqa: B010 (torch sets it the same way)
+            setattr(unpickler, "persistent_load", storages.load)  # noqa: B010 (torch sets it the same way)
             state = unpickler.load()
             torch._utils._validate_loaded_sparse_tensors()
             return state
@@ -67,6 +50,36 @@ def parse(buffer: Any, path: str, map_location: Any = "cpu", allow: Iterable[Any
         raise Damaged(
             f"{path}: refused to load: {problem}. If you trust the file, add the name it needs to load.allow"
         ) from problem
+
+
+@dataclass
+class _Storages:
+    """The storages of an archive as views of `buffer`, each created when the pickle first refers to it."""
+
+    buffer: Any
+    path: str
+    records: dict[str, tuple[int, int]]
+    restore: Callable[[torch.UntypedStorage, Any], Any]
+    """Moves a storage that was saved on a device to where `map_location` says."""
+    _by_key: dict[str, Any] = field(default_factory=dict)
+
+    def load(self, persistent_id: tuple[Any, ...]) -> Any:
+        """What torch's unpickler calls for each persistent id."""
+        _, kind, key, location, numel = persistent_id
+        if not isinstance(key, str):
+            raise Damaged(f"{self.path}: a storage has no name")
+        if key not in self._by_key:
+            dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
+            start, nbytes = self.records[f"data/{key}"]
+            needed = numel * dtype.itemsize
+            if nbytes != needed:
+                raise Damaged(f"{self.path}: storage {key} has {nbytes} bytes, its tensors need {needed}")
+            raw = torch.UntypedStorage(0)
+            if nbytes:
+                raw = torch.frombuffer(self.buffer, dtype=torch.uint8, count=nbytes, offset=start).untyped_storage()
+            restored = self.restore(raw, location)
+            self._by_key[key] = torch.storage.TypedStorage(wrap_storage=restored, dtype=dtype, _internal=True)
+        return self._by_key[key]
 
 
 def _slice(view: memoryview, record: tuple[int, int]) -> memoryview:
