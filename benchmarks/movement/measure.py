@@ -337,7 +337,7 @@ def child_main(name: str, nbytes: int, tensors: int, cap_bytes: int | None, save
         path = directory_of(root, system, f"save-{number}")
         rows.append(save_once(system, state, path))
         if ours:
-            told["crc"] = _crcs(path / "model.pt")
+            told["crc"] = _crcs(next(path.rglob("state_rank_0.pt")))
         shutil.rmtree(path)
     if isinstance(system, systems.Borrowed):
         told["copied"] = system.copied_bytes
