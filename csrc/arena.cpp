@@ -19,7 +19,8 @@ namespace {
 
 constexpr uint64_t kHugePage = 2 << 20;
 constexpr uint64_t kMinBlock = 64 << 10;
-// Pinning keeps other CUDA calls of the process waiting, and takes memory that is not needed yet.
+// Pinned in steps: pinning blocks other CUDA calls of the process and commits memory that may not be needed
+// yet.
 constexpr uint64_t kPinBytes = 64 << 20;
 
 uint64_t checked_capacity(uint64_t capacity, uint64_t block) {
@@ -35,7 +36,7 @@ uint64_t checked_capacity(uint64_t capacity, uint64_t block) {
     return capacity / block * block;
 }
 
-// Makes pages present without changing what they hold; safe while others use them.
+// Makes pages present without changing their contents; safe while other threads use them.
 void fault_in(uint8_t* data, uint64_t nbytes) {
     if (madvise(data, nbytes, MADV_POPULATE_WRITE) == 0) return;
     for (uint64_t i = 0; i < nbytes; i += kPage) __atomic_fetch_or(data + i, uint8_t{0}, __ATOMIC_RELAXED);
@@ -72,9 +73,9 @@ Arena::~Arena() {
     }
 }
 
-uint64_t Arena::leased_bytes() const {
+uint64_t Arena::used_bytes() const {
     std::lock_guard lock(mutex_);
-    return leased_;
+    return used_;
 }
 
 uint64_t Arena::peak_bytes() const {
@@ -82,23 +83,23 @@ uint64_t Arena::peak_bytes() const {
     return peak_;
 }
 
-bool Arena::try_lease(uint64_t count, std::vector<uint8_t*>& slots) {
+bool Arena::try_take_slots(uint64_t count, std::vector<uint8_t*>& slots) {
     std::lock_guard lock(mutex_);
     if (free_.size() < count) return false;
     slots.insert(slots.end(), free_.rbegin(), free_.rbegin() + static_cast<ptrdiff_t>(count));
     free_.resize(free_.size() - count);
-    leased_ += count * block_bytes_;
-    peak_ = std::max(peak_, leased_);
+    used_ += count * block_bytes_;
+    peak_ = std::max(peak_, used_);
     return true;
 }
 
-void Arena::lease_free(uint64_t most, std::vector<uint8_t*>& slots) {
+void Arena::take_free_slots(uint64_t most, std::vector<uint8_t*>& slots) {
     std::lock_guard lock(mutex_);
     uint64_t count = std::min<uint64_t>(most, free_.size());
     slots.insert(slots.end(), free_.rbegin(), free_.rbegin() + static_cast<ptrdiff_t>(count));
     free_.resize(free_.size() - count);
-    leased_ += count * block_bytes_;
-    peak_ = std::max(peak_, leased_);
+    used_ += count * block_bytes_;
+    peak_ = std::max(peak_, used_);
 }
 
 bool Arena::wait_free(Clock::time_point deadline) {
@@ -107,16 +108,16 @@ bool Arena::wait_free(Clock::time_point deadline) {
     return !free_.empty();
 }
 
-void Arena::give_back(uint8_t* slot) {
+void Arena::return_slot(uint8_t* slot) {
     {
         std::lock_guard lock(mutex_);
         free_.push_back(slot);
-        leased_ -= block_bytes_;
+        used_ -= block_bytes_;
     }
     freed_.notify_all();
 }
 
-void Arena::nudge() { freed_.notify_all(); }
+void Arena::wake_waiters() { freed_.notify_all(); }
 
 void Arena::warm(uint64_t nbytes, int device) {
     std::lock_guard lock(warm_mutex_);
@@ -125,11 +126,11 @@ void Arena::warm(uint64_t nbytes, int device) {
     warmer_ = std::thread([this, nbytes = std::min(nbytes, capacity_), device] {
         name_this_thread("roll-warm");
         for (uint64_t done = 0; done < nbytes && !stop_;) {
-            // One page a call: whoever maps or unmaps memory meanwhile waits until the call returns.
+            // One huge page per call: other threads that map or unmap memory wait for the call to return.
             uint64_t step = std::min(kHugePage, nbytes - done);
             fault_in(mapping_.data() + done, round_up(step, kPage));
             done += step;
-            // Faulting in while pinning would be slower.
+            // Pin only pages that are already faulted in: pinning untouched pages is slower.
             if (device >= 0 && (done == nbytes || done >= pinned_bytes_ + pin_step()))
                 pin_first(device, done);
         }

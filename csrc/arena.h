@@ -19,7 +19,7 @@ namespace roll {
 // Anonymous, zeroed memory with huge pages advised; unmapped with the object.
 class Mapping {
   public:
-    explicit Mapping(uint64_t nbytes);  // throws std::bad_alloc-like FileError (ENOMEM)
+    explicit Mapping(uint64_t nbytes);  // throws std::bad_alloc
     ~Mapping();
     Mapping(const Mapping&) = delete;
     Mapping& operator=(const Mapping&) = delete;
@@ -31,8 +31,8 @@ class Mapping {
     uint64_t mapped_;
 };
 
-// A pool of slots of block_bytes each. Any thread may call anything. Slots are handed out last in, first out,
-// so that pages that were touched are used again. The mapping is not passed on to forked children.
+// A pool of slots of block_bytes each. Any thread may call any method. The slot returned last is taken first,
+// because its pages are already faulted in. Forked children do not inherit the mapping.
 class Arena {
   public:
     Arena(uint64_t capacity_bytes, uint64_t block_bytes);
@@ -40,27 +40,32 @@ class Arena {
 
     uint64_t block_bytes() const { return block_bytes_; }
     uint64_t capacity_bytes() const { return capacity_; }
-    uint64_t leased_bytes() const;
-    uint64_t peak_bytes() const;
+    uint64_t used_bytes() const;  // of slots in use
+    uint64_t peak_bytes() const;  // the most that were in use at once
 
-    bool try_lease(uint64_t count, std::vector<uint8_t*>& slots);  // all of them at once, or none
-    void lease_free(uint64_t most, std::vector<uint8_t*>& slots);  // what is free, perhaps nothing
-    bool wait_free(Clock::time_point deadline);                    // until a slot may be free
-    void give_back(uint8_t* slot);
-    void nudge();  // wakes wait_free
+    // Both append the slots they take to `slots` and never wait.
+    bool try_take_slots(uint64_t count, std::vector<uint8_t*>& slots);  // all `count` of them, or none
+    void take_free_slots(uint64_t most, std::vector<uint8_t*>& slots);  // as many as are free, perhaps none
+    // Waits until a slot is free, wake_waiters() is called or the deadline has passed; says whether one is
+    // free.
+    bool wait_free(Clock::time_point deadline);
+    void return_slot(uint8_t* slot);
+    void wake_waiters();  // ends every wait_free
 
-    // Faults the first nbytes in on a background thread, and with device >= 0 pins them for CUDA there.
+    // Faults in the first nbytes on a background thread; with device >= 0, also pins them for CUDA on that
+    // device.
     void warm(uint64_t nbytes, int device);
-    void wait_warm();
-    // Native threads: pins the memory up to the end of this slot where that is not done yet, and says whether
-    // the slot is pinned now. Failure is no error: nothing more is pinned then, and pinned_reason() says why.
+    void wait_warm();  // until the background thread has ended
+    // Native threads only: pins all memory up to the end of this slot, as far as it is not pinned yet, and
+    // says whether the slot is pinned now. A failure is not an error: nothing more is pinned from then on,
+    // and pinned_reason() says why.
     bool pin(int device, const uint8_t* slot);
     bool pinned() const { return pinned_bytes_ > 0; }
     std::string pinned_reason() const;
 
   private:
     bool pin_first(int device, uint64_t nbytes);
-    // What is pinned at once: whole slots, since no copy may leave the memory of one registration.
+    // How many bytes are pinned at once: whole slots, because a copy must stay within one CUDA registration.
     uint64_t pin_step() const;
 
     uint64_t block_bytes_, capacity_;
@@ -68,7 +73,7 @@ class Arena {
     mutable std::mutex mutex_;
     std::condition_variable freed_;
     std::vector<uint8_t*> free_;
-    uint64_t leased_ = 0, peak_ = 0;
+    uint64_t used_ = 0, peak_ = 0;
 
     std::mutex warm_mutex_;
     std::thread warmer_;

@@ -1,4 +1,4 @@
-// The only part of the extension that knows Python. Waits release the GIL and look for signals ten times a
+// The only part of the extension that knows Python. Waits release the GIL and check for signals ten times a
 // second; native objects hold no Python references.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -16,7 +16,7 @@
 #include "digest.h"
 #include "image.h"
 #include "reader.h"
-#include "watch.h"
+#include "source_check.h"
 #include "writer.h"
 
 namespace py = pybind11;
@@ -24,7 +24,7 @@ using namespace roll;
 
 namespace {
 
-// Lets other Python threads run, also in a destructor.
+// Releases the GIL if this thread holds it, so that a destructor can use it too.
 class GilReleased {
   public:
     GilReleased() {
@@ -35,8 +35,8 @@ class GilReleased {
     std::optional<py::gil_scoped_release> released_;
 };
 
-// A native object with threads or leased memory, usable only in the process that made it. A forked child has
-// neither, so there it is refused, and dropping it leaks it rather than joining threads that do not exist.
+// A native object with threads or memory that only the process that created it has. In a forked child any use
+// of it throws, and the destructor leaks it instead of joining threads that do not exist there.
 template <class T>
 class Owned {
   public:
@@ -44,12 +44,12 @@ class Owned {
     Owned(Owned&&) = default;
     Owned& operator=(Owned&&) = delete;
     ~Owned() {
-        if (object_ && !ours()) leak();
+        if (object_ && !in_owner_process()) leak();
     }
-    bool ours() const { return getpid() == pid_; }
+    bool in_owner_process() const { return getpid() == pid_; }
     void leak() { new std::shared_ptr<T>(std::move(object_)); }
     const std::shared_ptr<T>& get() const {
-        if (!ours()) {
+        if (!in_owner_process()) {
             throw std::runtime_error(
                 "a forked child of process " + std::to_string(pid_) +
                 " cannot use its parent's arena, mover or transfers: save in the parent");
@@ -66,15 +66,16 @@ class Owned {
 struct PyArena {
     Owned<Arena> arena;
     ~PyArena() {
-        if (!arena.ours()) return;
+        if (!arena.in_owner_process()) return;
         GilReleased released;  // unmapping and joining take time
         arena.raw().reset();
     }
 };
 
-// The last holder of a mover ends its threads; ones that hang in the operating system are left alone.
-void let_go(Owned<Mover>& mover) {
-    if (!mover.ours()) return;
+// Drops one reference to a mover. The last one ends its threads; if one hangs in the operating system, the
+// mover is leaked.
+void release_mover(Owned<Mover>& mover) {
+    if (!mover.in_owner_process()) return;
     GilReleased released;
     if (mover.raw().use_count() == 1 && !mover.raw()->shutdown(Clock::time_point::min())) mover.leak();
     mover.raw().reset();
@@ -82,21 +83,21 @@ void let_go(Owned<Mover>& mover) {
 
 struct PyMover {
     Owned<Mover> mover;
-    ~PyMover() { let_go(mover); }
+    ~PyMover() { release_mover(mover); }
 };
 
 struct PyTransfer {
     Owned<Transfer> transfer;
     Owned<Mover> mover;
     ~PyTransfer() {
-        if (!transfer.ours()) return;
+        if (!transfer.in_owner_process()) return;
         {
             GilReleased released;
-            // Nobody is left to keep the sources alive.
+            // Nobody keeps the sources alive any more.
             if (!transfer.raw()->released()) transfer.raw()->abandon();
             transfer.raw().reset();
         }
-        let_go(mover);
+        release_mover(mover);
     }
 };
 
@@ -107,7 +108,8 @@ Clock::time_point deadline_after(std::optional<double> seconds) {
                               std::chrono::duration<double>(std::max(0.0, *seconds)));
 }
 
-// Calls step(until) without the GIL until it is true or the time is up; raises what a signal handler raised.
+// Calls step(until) without the GIL until it returns true or the time is up; rethrows what a signal handler
+// raised.
 template <class Step>
 bool wait_for(std::optional<double> timeout, Step step) {
     const auto deadline = deadline_after(timeout);
@@ -123,13 +125,13 @@ bool wait_for(std::optional<double> timeout, Step step) {
     }
 }
 
-// For work on threads that read files: true once a Python signal handler raised.
+// The `poll` of read_file and digest_file: true once a Python signal handler has raised.
 bool signalled() {
     py::gil_scoped_acquire gil;
     return PyErr_CheckSignals() != 0;
 }
 
-// The bytes of any contiguous buffer, held while this lives.
+// The bytes of any contiguous buffer, which is held during this object's lifetime.
 class Bytes {
   public:
     explicit Bytes(const py::object& object) {
@@ -145,7 +147,7 @@ class Bytes {
     Py_buffer view_;
 };
 
-// Rows of `width` 64-bit integers: any contiguous buffer of them, such as array('q').
+// Rows of `width` 64-bit integers in any contiguous buffer, such as array('q').
 template <size_t width>
 class Table {
   public:
@@ -167,7 +169,7 @@ class Table {
     Bytes bytes_;
 };
 
-// The bytes objects among the owners are themselves the sources of rows without an address.
+// The address of a row that has none: its owner is then the source itself, a `bytes` object.
 uint64_t address_of_owner(const py::list& owners, size_t i, uint64_t nbytes) {
     if (nbytes == 0 || i >= owners.size()) return 0;
     PyObject* owner = PyList_GET_ITEM(owners.ptr(), static_cast<Py_ssize_t>(i));
@@ -175,7 +177,7 @@ uint64_t address_of_owner(const py::list& owners, size_t i, uint64_t nbytes) {
     return reinterpret_cast<uint64_t>(PyBytes_AS_STRING(owner));
 }
 
-constexpr uint64_t kLeased = 2;  // image.Until.WRITTEN
+constexpr uint64_t kBorrowed = 2;  // native.image.Lifetime.UNTIL_WRITTEN
 
 std::shared_ptr<Image> make_image(uint64_t nbytes, const py::object& extents, const py::list& owners,
                                   const py::object& records, const py::object& patches,
@@ -183,14 +185,14 @@ std::shared_ptr<Image> make_image(uint64_t nbytes, const py::object& extents, co
     const Table<5> extent_rows(extents, "extents");
     std::vector<Extent> all_extents;
     all_extents.reserve(extent_rows.size());
-    bool leases = false;
-    for (size_t i = 0; i < extent_rows.size(); ++i) leases |= extent_rows[i][3] == kLeased;
+    bool any_borrowed = false;
+    for (size_t i = 0; i < extent_rows.size(); ++i) any_borrowed |= extent_rows[i][3] == kBorrowed;
     for (size_t i = 0; i < extent_rows.size(); ++i) {
         auto row = extent_rows[i];
-        const bool owned = row[1] == 0;  // never changes, and lives as long as what is leased
-        if (owned) row[1] = address_of_owner(owners, i, row[2]);
+        const bool is_bytes = row[1] == 0;  // immutable, so it may be borrowed too
+        if (is_bytes) row[1] = address_of_owner(owners, i, row[2]);
         all_extents.push_back({row[0], row[1], row[2], row[3] != 0, static_cast<int32_t>(row[4]),
-                               row[3] == kLeased || (leases && owned)});
+                               row[3] == kBorrowed || (any_borrowed && is_bytes)});
     }
     const Table<2> record_rows(records, "records"), patch_rows(patches, "patches");
     const Table<3> serial_rows(serials, "serials");
@@ -199,28 +201,28 @@ std::shared_ptr<Image> make_image(uint64_t nbytes, const py::object& extents, co
     for (size_t i = 0; i < record_rows.size(); ++i) {
         all_records.push_back({record_rows[i][0], record_rows[i][1]});
     }
-    std::vector<Stamp> stamps;
-    stamps.reserve(patch_rows.size() + serial_rows.size());
+    std::vector<CrcPatch> all_patches;
+    all_patches.reserve(patch_rows.size() + serial_rows.size());
     for (size_t i = 0; i < patch_rows.size(); ++i) {
-        stamps.push_back({Stamp::kCrc, patch_rows[i][1], patch_rows[i][0], 1});
+        all_patches.push_back({CrcPatch::kCrc, patch_rows[i][1], patch_rows[i][0], 1});
     }
     for (size_t i = 0; i < serial_rows.size(); ++i) {
-        stamps.push_back({Stamp::kSerial, serial_rows[i][0], serial_rows[i][1], serial_rows[i][2]});
+        all_patches.push_back({CrcPatch::kSerial, serial_rows[i][0], serial_rows[i][1], serial_rows[i][2]});
     }
-    return std::make_shared<Image>(nbytes, std::move(all_extents), std::move(all_records), std::move(stamps),
-                                   streams);
+    return std::make_shared<Image>(nbytes, std::move(all_extents), std::move(all_records),
+                                   std::move(all_patches), streams);
 }
 
 std::unique_ptr<PyTransfer> save(PyMover& self, const std::string& path, const std::shared_ptr<Image>& image,
                                  bool overlap, const std::string& check) {
-    const Check wanted = check_named(check);
+    const Check chosen_check = check_named(check);
     auto mover = self.mover.get();
     std::shared_ptr<Transfer> transfer;
     {
         py::gil_scoped_release released;
-        transfer = mover->begin(path, image, overlap, wanted);
+        transfer = mover->begin(path, image, overlap, chosen_check);
     }
-    // From here on the handle's destructor stops the transfer if a signal handler raises.
+    // From here on the destructor of the handle stops the transfer if a signal handler raises.
     auto handle = std::unique_ptr<PyTransfer>(new PyTransfer{Owned(transfer), Owned(mover)});
     transfer.reset();
     mover.reset();
@@ -244,8 +246,8 @@ py::dict stats(const PyTransfer& self) {
     result["nbytes"] = stats.nbytes;
     result["eager_bytes"] = stats.eager_bytes;
     result["lazy_bytes"] = stats.lazy_bytes;
-    result["leased_bytes"] = stats.leased_bytes;
-    result["straight_bytes"] = stats.straight_bytes;
+    result["borrowed_bytes"] = stats.borrowed_bytes;
+    result["zero_copy_bytes"] = stats.zero_copy_bytes;
     result["save_s"] = stats.save_s;
     result["copy_s"] = stats.copy_s;
     result["write_s"] = stats.write_s;
@@ -263,9 +265,8 @@ void raise_file_error(const FileError& error) {
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
-    m.doc() = "The C++ half of roll_ckpt; roll_ckpt.native is its Python face.";
+    m.doc() = "The C++ half of roll_ckpt. Import it through roll_ckpt.native.extension.";
     m.attr("cuda_compiled") = cuda::table().compiled;
-    m.attr("crc32_kind") = crc32_kind();
 
     static py::handle damaged = py::exception<DamagedFile>(m, "DamagedFile", PyExc_ValueError).release();
     static py::handle source_changed =
@@ -301,7 +302,6 @@ PYBIND11_MODULE(_native, m) {
             return (portable ? crc32_portable : crc32)(bytes.data(), bytes.nbytes(), start);
         },
         py::arg("buffer"), py::arg("start") = 0, py::arg("portable") = false);
-    m.def("crc32_combine", &crc32_combine, py::arg("a"), py::arg("b"), py::arg("nbytes_b"));
     m.def(
         "address_of",
         [](const py::object& buffer) {
@@ -333,7 +333,7 @@ PYBIND11_MODULE(_native, m) {
         .def_property_readonly("block_bytes", [](const PyArena& a) { return a.arena.get()->block_bytes(); })
         .def_property_readonly("capacity_bytes",
                                [](const PyArena& a) { return a.arena.get()->capacity_bytes(); })
-        .def_property_readonly("leased_bytes", [](const PyArena& a) { return a.arena.get()->leased_bytes(); })
+        .def_property_readonly("used_bytes", [](const PyArena& a) { return a.arena.get()->used_bytes(); })
         .def_property_readonly("peak_bytes", [](const PyArena& a) { return a.arena.get()->peak_bytes(); })
         .def_property_readonly("pinned", [](const PyArena& a) { return a.arena.get()->pinned(); })
         .def_property_readonly("pinned_reason",
@@ -388,15 +388,14 @@ PYBIND11_MODULE(_native, m) {
         });
 
     py::class_<PyMover>(m, "Mover")
-        .def(py::init([](const PyArena& arena, int copy_threads, int io_threads, bool direct, bool digests) {
+        .def(py::init([](const PyArena& arena, int copy_threads, int io_threads, bool direct) {
                  if (copy_threads < 0 || io_threads < 1)
                      throw py::value_error(
-                         "a Mover needs a thread that writes, and no negative number of others");
-                 return std::unique_ptr<PyMover>(new PyMover{Owned(
-                     std::make_shared<Mover>(arena.arena.get(), copy_threads, io_threads, direct, digests))});
+                         "a Mover needs io_threads of at least 1 and copy_threads of at least 0");
+                 return std::unique_ptr<PyMover>(new PyMover{
+                     Owned(std::make_shared<Mover>(arena.arena.get(), copy_threads, io_threads, direct))});
              }),
-             py::arg("arena"), py::arg("copy_threads"), py::arg("io_threads"), py::arg("direct"),
-             py::arg("digests"))
+             py::arg("arena"), py::arg("copy_threads"), py::arg("io_threads"), py::arg("direct"))
         .def("save", &save, py::arg("path"), py::arg("image"), py::arg("overlap"), py::arg("check"))
         .def(
             "shutdown",

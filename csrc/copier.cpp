@@ -7,7 +7,7 @@
 namespace roll {
 namespace {
 
-bool wanted(const Extent& extent, Pass pass) { return (pass & (extent.lazy ? kLazy : kEager)) != 0; }
+bool is_in(Pass pass, const Extent& extent) { return (pass & (extent.lazy ? kLazy : kEager)) != 0; }
 
 // Visits the extents and gaps of [start, end) in order: on_extent(extent, from, to), on_gap(from, to). A
 // visitor returns false to stop.
@@ -25,7 +25,7 @@ void walk(const Image& image, uint64_t start, uint64_t end, OnExtent on_extent, 
     if (at < end) on_gap(at, end);
 }
 
-// The stream of one native thread on its device, made at its first copy.
+// The stream of one native thread on its device, created at the thread's first copy.
 struct ThreadStream {
     void* stream = nullptr;
     ~ThreadStream() {
@@ -36,25 +36,25 @@ struct ThreadStream {
 }  // namespace
 
 bool has_host_bytes(const Image& image, uint64_t start, uint64_t end, Pass pass) {
-    bool found = false;
+    bool has_bytes = false;
     walk(
         image, start, end,
         [&](const Extent& extent, uint64_t, uint64_t) {
-            found = extent.device < 0 && wanted(extent, pass);
-            return !found;
+            has_bytes = extent.device < 0 && is_in(pass, extent);
+            return !has_bytes;
         },
         [&](uint64_t, uint64_t) {
-            found = (pass & kLazy) != 0;
-            return !found;
+            has_bytes = (pass & kLazy) != 0;
+            return !has_bytes;
         });
-    return found;
+    return has_bytes;
 }
 
 void copy_host_bytes(const Image& image, uint64_t start, uint64_t end, Pass pass, uint8_t* target) {
     walk(
         image, start, end,
         [&](const Extent& extent, uint64_t from, uint64_t to) {
-            if (extent.device < 0 && wanted(extent, pass)) {
+            if (extent.device < 0 && is_in(pass, extent)) {
                 auto source = reinterpret_cast<const uint8_t*>(extent.address) + (from - extent.offset);
                 std::memcpy(target + (from - start), source, to - from);
             }
@@ -72,7 +72,7 @@ std::vector<cuda::Region> device_regions(const Image& image, uint64_t start, uin
     walk(
         image, start, end,
         [&](const Extent& extent, uint64_t from, uint64_t to) {
-            if (extent.device == device && wanted(extent, pass)) {
+            if (extent.device == device && is_in(pass, extent)) {
                 auto source = reinterpret_cast<const uint8_t*>(extent.address) + (from - extent.offset);
                 regions.push_back({source, target + (from - start), to - from});
             }
@@ -84,7 +84,7 @@ std::vector<cuda::Region> device_regions(const Image& image, uint64_t start, uin
 
 Copier::Copier(int threads) {
     SignalsBlocked blocked;
-    std::lock_guard lock(mutex_);  // the threads start to look at lanes_ when all are there
+    std::lock_guard lock(mutex_);  // no thread looks at lanes_ before all have started
     for (int i = 0; i < threads; ++i) {
         try {
             threads_.emplace_back([this] { run(); });
@@ -128,7 +128,7 @@ void Copier::submit(const std::shared_ptr<CopyJob>& job, const std::vector<Chunk
     wake_.notify_all();
 }
 
-// With the lock held: the next chunk, urgent ones of all jobs first, or of `only` this job.
+// With mutex_ held: takes the next chunk, of `only` this job unless it is null; urgent chunks come first.
 bool Copier::take(const CopyJob* only, bool urgent_only, std::shared_ptr<CopyJob>& job, Chunk& chunk) {
     for (bool urgent : {true, false}) {
         if (!urgent && urgent_only) break;
@@ -180,8 +180,8 @@ void Copier::run() {
 void Copier::submit_device(int device, std::function<void(void*, const std::string&)> task) {
     std::lock_guard lock(mutex_);
     auto& pool = devices_[device];
-    // A block takes about as long to cross the bus as its thread to wake up and settle it: while one does,
-    // the streams of the others keep the copy engine busy.
+    // A block crosses the bus in about the time that its thread needs to wake up and finish it. Several
+    // threads, each with its stream, keep the copy engine busy meanwhile.
     if (!pool) pool = std::make_unique<ThreadPool>(4, "roll-device", 0);
     pool->submit([device, task = std::move(task)] {
         thread_local ThreadStream own;

@@ -1,5 +1,5 @@
-// Moves the bytes of an image into the slots of its blocks. Nothing but copies runs here, so that whoever
-// waits for a copy waits for memory, never for a digest or a disk.
+// Copies the bytes of an image into the slots of its blocks. Its threads do nothing but copy, so a caller
+// that waits for a copy never waits for a digest or a disk.
 #pragma once
 
 #include <condition_variable>
@@ -17,10 +17,10 @@
 
 namespace roll {
 
-// Which bytes a pass over a range takes. Gaps are zeroed by the pass that takes lazy bytes.
+// Which bytes a pass over a range copies. The pass that copies lazy bytes also zeroes the gaps.
 enum Pass : uint8_t { kEager = 1, kLazy = 2, kEverything = 3 };
 
-// Host bytes of file range [start, end) that are to be copied into block `block`.
+// A range [start, end) of the file whose host bytes are to be copied into block `block`.
 struct Chunk {
     uint64_t block, start, end;
     Pass pass;
@@ -35,24 +35,24 @@ void copy_host_bytes(const Image& image, uint64_t start, uint64_t end, Pass pass
 std::vector<cuda::Region> device_regions(const Image& image, uint64_t start, uint64_t end, Pass pass,
                                          int device, uint8_t* target);
 
-// Someone whose chunks are to be copied.
+// The owner of chunks that are to be copied.
 class CopyJob {
   public:
     virtual ~CopyJob() = default;
     virtual void copy(const Chunk& chunk) noexcept = 0;
 };
 
-// A queue of chunks and the threads that empty it. Any thread may call anything.
+// A queue of chunks and the threads that empty it. Any thread may call any method.
 class Copier {
   public:
-    explicit Copier(int threads);  // with none, only help() copies what lies on the host
+    explicit Copier(int threads);  // with 0 threads, host bytes are copied by help() alone
     ~Copier();
 
     void submit(const std::shared_ptr<CopyJob>& job, const std::vector<Chunk>& chunks);
-    // Copies one chunk of this job on the calling thread; false if none waits in the queue.
+    // Copies one chunk of `job` on the calling thread; false if the queue holds none.
     bool help(const CopyJob* job, bool urgent_only);
-    // Runs task(stream) on a thread of that device; `stream` is null when it could not be made (error says
-    // why).
+    // Runs task(stream, error) on a thread of that device. `stream` is null if it could not be created; then
+    // `error` says why.
     void submit_device(int device, std::function<void(void* stream, const std::string& error)> task);
     bool finish(Clock::time_point deadline);  // as ThreadPool::finish
 

@@ -20,7 +20,7 @@ namespace {
 #ifdef ROLL_CKPT_CUDA
 
 constexpr uint64_t kSmall = 64 << 10;  // below this a copy engine call costs more than the bytes
-constexpr size_t kFew = 8;             // so many copies of their own are no dearer than a kernel
+constexpr size_t kFew = 8;             // fewer separate copies than this cost no more than a kernel
 
 void check(cudaError_t code, const char* call) {
     if (code == cudaSuccess) return;
@@ -29,8 +29,8 @@ void check(cudaError_t code, const char* call) {
                              std::to_string(static_cast<int>(code)) + ")");
 }
 
-// A stream, and the event by which its thread waits for it: made beforehand, so that waiting cannot fail for
-// want of one.
+// A stream, and the event by which its thread waits for it. The event is created with the stream, so that
+// waiting cannot fail for lack of one.
 struct Stream {
     cudaStream_t queue = nullptr;
     cudaEvent_t end = nullptr;
@@ -53,7 +53,7 @@ std::string status() {
            std::to_string(static_cast<int>(code)) + ")";
 }
 
-// Lets this thread make CUDA calls while some thread captures a graph; puts the old mode back.
+// Permits CUDA calls of this thread while another captures a graph; restores the old mode.
 class RelaxedCapture {
   public:
     RelaxedCapture() {
@@ -71,9 +71,9 @@ void use(int device) {
     check(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
 }
 
-// Runs `work` where `device` is the current one: here, or else on a thread that lives as long as the work.
-// Setting the caller's device and then setting it back would make a context, hundreds of megabytes, on the
-// device that it happens to have, which in a new thread is 0 whatever the process uses.
+// Runs `work` where `device` is the current one: on this thread, or else on a temporary one. Switching this
+// thread's device back and forth would create a context (hundreds of megabytes) on the thread's current
+// device, which in a new thread is 0 whatever the process uses.
 void on_device(int device, const std::function<void()>& work) {
     int current = -1;
     check(cudaGetDevice(&current), "cudaGetDevice");
@@ -137,7 +137,7 @@ void drop(int device, void* event) {
     try {
         on_device(device, [event] { cudaEventDestroy(static_cast<cudaEvent_t>(event)); });
     } catch (const std::exception&) {
-        // The context is gone, and the event with it.
+        // The context was destroyed, and the event with it.
     }
 }
 
@@ -149,7 +149,7 @@ void follow(void* stream, void* event) {
 void copy(void* stream, const Region* regions, size_t count, bool mapped) {
     const Stream& own = stream_of(stream);
     const bool gathers = mapped && own.gathers && count >= kFew;
-    ptrdiff_t seen_from_device = 0;  // what the device adds to an address of the host
+    ptrdiff_t seen_from_device = 0;  // device address minus host address of the same pinned byte
     if (gathers) {
         void* seen = nullptr;
         check(cudaHostGetDevicePointer(&seen, regions[0].target, 0), "cudaHostGetDevicePointer");
@@ -194,7 +194,7 @@ void unpin(int device, void* data) {
     try {
         on_device(device, [data] { cudaHostUnregister(data); });
     } catch (const std::exception&) {
-        // The context is gone, and the registration with it.
+        // The context was destroyed, and the registration with it.
     }
 }
 

@@ -36,7 +36,7 @@ constexpr Tables make_tables() {
 
 constexpr Tables kTables = make_tables();
 
-// `state` here and below is the inverted CRC, as it stands between bytes.
+// `state`, here and below, is the inverted CRC between two bytes.
 uint32_t advance_portable(uint32_t state, const uint8_t* p, size_t n) {
     if constexpr (std::endian::native == std::endian::little) {
         for (; n >= 8; n -= 8, p += 8) {
@@ -80,7 +80,7 @@ __attribute__((target("pclmul,sse4.1"))) uint32_t advance_pclmul(uint32_t state,
     }
     a = fold(fold(fold(a, by_16, b), by_16, c), by_16, d);
     for (; n >= 16; p += 16, n -= 16) a = fold(a, by_16, load(p));
-    // The 16 folded bytes have the remainder of everything before: hand them to the table form.
+    // The 16 folded bytes have the remainder of everything before: the table form takes them.
     uint8_t rest[16];
     _mm_storeu_si128(reinterpret_cast<__m128i*>(rest), a);
     return advance_portable(advance_portable(0, rest, 16), p, n);
@@ -100,24 +100,17 @@ uint32_t advance_armv8(uint32_t state, const uint8_t* p, size_t n) {
 
 #endif
 
-struct Kind {
-    const char* name;
-    uint32_t (*advance)(uint32_t, const uint8_t*, size_t);
-};
+using Advance = uint32_t (*)(uint32_t, const uint8_t*, size_t);
 
-const Kind& kind() {
-    static const Kind chosen = [] {
+// The fastest form that this processor has.
+Advance fastest() {
 #if defined(__x86_64__)
-        __builtin_cpu_init();
-        if (__builtin_cpu_supports("pclmul") && __builtin_cpu_supports("sse4.1")) {
-            return Kind{"pclmul", advance_pclmul};
-        }
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("pclmul") && __builtin_cpu_supports("sse4.1")) return advance_pclmul;
 #elif defined(__ARM_FEATURE_CRC32)
-        return Kind{"armv8", advance_armv8};
+    return advance_armv8;
 #endif
-        return Kind{"portable", advance_portable};
-    }();
-    return chosen;
+    return advance_portable;
 }
 
 // The product of two polynomials modulo the CRC's; the highest bit is the coefficient of x^0.
@@ -143,7 +136,8 @@ constexpr std::array<uint32_t, 64> kPowers = make_powers();
 }  // namespace
 
 uint32_t crc32(const void* data, size_t nbytes, uint32_t start) {
-    return ~kind().advance(~start, static_cast<const uint8_t*>(data), nbytes);
+    static const Advance advance = fastest();
+    return ~advance(~start, static_cast<const uint8_t*>(data), nbytes);
 }
 
 uint32_t crc32_portable(const void* data, size_t nbytes, uint32_t start) {
@@ -156,7 +150,5 @@ uint32_t crc32_combine(uint32_t a, uint32_t b, uint64_t nbytes_b) {
     }
     return a ^ b;
 }
-
-const char* crc32_kind() { return kind().name; }
 
 }  // namespace roll

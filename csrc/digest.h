@@ -16,10 +16,7 @@ uint32_t crc32_portable(const void* data, size_t nbytes, uint32_t start = 0);
 // The CRC-32 of A followed by B, given both CRCs and the length of B.
 uint32_t crc32_combine(uint32_t a, uint32_t b, uint64_t nbytes_b);
 
-// Which form crc32() uses on this processor: "pclmul", "armv8" or "portable".
-const char* crc32_kind();
-
-// What is known about a file's bytes: a block is block_bytes long, the last one may be shorter, and an empty
+// The CRC-32 of each block of a file. A block is block_bytes long, the last one may be shorter, and an empty
 // file has no block.
 struct Digest {
     uint64_t nbytes = 0;

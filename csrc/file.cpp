@@ -35,7 +35,8 @@ File File::open_with(const std::string& path, int flags, bool direct) {
         struct stat info;
         if (code == EWOULDBLOCK && (flags & O_NONBLOCK) && stat(path.c_str(), &info) == 0 &&
             S_ISREG(info.st_mode)) {
-            // Another process has a lease on the file, and gives it up for an open that waits.
+            // Another process holds a lease (fcntl F_SETLEASE) on the file; an open that waits makes it give
+            // that up.
             flags &= ~O_NONBLOCK;
             continue;
         }
@@ -48,7 +49,7 @@ File File::create(const std::string& path, bool direct) {
 }
 
 File File::open(const std::string& path, bool direct) {
-    // Without O_NONBLOCK the open of a named pipe waits for ever.
+    // Without O_NONBLOCK the open of a named pipe would wait forever.
     return open_with(path, O_RDONLY | O_NONBLOCK, direct);
 }
 
@@ -63,7 +64,7 @@ void File::fail(int code, const std::string& operation) const {
     throw FileError(code, operation + " failed: " + text_of(code), path_);
 }
 
-// Whether an error only means that this file system has no direct I/O; if so, goes on without.
+// True if the error only means that this file system has no direct I/O; then direct I/O is switched off.
 bool File::leave_direct(int code) {
     if (!direct_ || (code != EINVAL && code != EOPNOTSUPP)) return false;
     int flags = fcntl(fd_, F_GETFL);
@@ -97,7 +98,7 @@ void File::write_at(const void* data, uint64_t nbytes, uint64_t offset) {
                                static_cast<off_t>(offset + done));
         if (count > 0) {
             done += static_cast<uint64_t>(count);
-            // A direct write goes on at a page: the bytes before it are written once more, unchanged.
+            // A direct write must continue at a page: the bytes between are written once more, unchanged.
             if (was_direct && done < nbytes) {
                 uint64_t aligned = done / kPage * kPage;
                 if (aligned + static_cast<uint64_t>(count) <= done)
@@ -108,11 +109,11 @@ void File::write_at(const void* data, uint64_t nbytes, uint64_t offset) {
         }
         int code = count == 0 ? EIO : errno;
         if (code == EINTR) continue;
-        // Another thread may have left direct I/O between this write and its answer.
+        // Another thread may have switched direct I/O off while this write was running.
         if ((was_direct && !direct_ && code == EINVAL) || leave_direct(code)) continue;
         fail(code, "writing " + span(nbytes - done, offset + done));
     }
-    // Through the page cache: start the disk now, so that dirty pages do not pile up until fsync.
+    // Start writeback now, so that dirty pages do not pile up until fsync.
     if (!direct_)
         sync_file_range(fd_, static_cast<off_t>(offset), static_cast<off_t>(nbytes), SYNC_FILE_RANGE_WRITE);
 }
@@ -126,7 +127,7 @@ uint64_t File::read_at(void* data, uint64_t nbytes, uint64_t offset) {
         if (count == 0) break;
         if (count > 0) {
             done += static_cast<uint64_t>(count);
-            continue;  // after a short direct read in mid-file, the unaligned rest leaves direct I/O below
+            continue;  // an unaligned rest after a short direct read switches direct I/O off below
         }
         int code = errno;
         if (code == EINTR) continue;
@@ -150,7 +151,7 @@ void File::sync() {
 }
 
 void File::close() {
-    // After close the descriptor is gone even when an error is reported (EINTR too): never close it twice.
+    // close() frees the descriptor even if it reports an error (EINTR too): never close it twice.
     int code = ::close(std::exchange(fd_, -1)) == 0 ? 0 : errno;
     if (code != 0 && code != EINTR) fail(code, "close");
 }

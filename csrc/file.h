@@ -13,16 +13,16 @@ constexpr uint64_t kPage = 4096;  // what direct I/O needs of addresses, offsets
 
 constexpr uint64_t round_up(uint64_t value, uint64_t unit) { return (value + unit - 1) / unit * unit; }
 
-// A failed operation on a file: what was tried, where, and why.
+// A failed operation on a file: the operation, the path and errno.
 struct FileError : std::runtime_error {
     FileError(int code, const std::string& what, std::string path);
     int code;
     std::string path;
 };
 
-// One open descriptor, closed with it. Reads and writes may come from several threads at once; they loop over
-// short counts and EINTR. Direct I/O is used if asked for and if the file system takes it; one that refuses
-// (EINVAL, EOPNOTSUPP) is served through the page cache instead. Nothing else is ever retried.
+// One open descriptor, closed by the destructor. Several threads may read and write at once; reads and writes
+// loop over short counts and EINTR. Direct I/O is used if requested and supported; a file system that refuses
+// it (EINVAL, EOPNOTSUPP) is served through the page cache instead. Nothing else is ever retried.
 class File {
   public:
     static File create(const std::string& path, bool direct);  // O_CREAT | O_TRUNC, mode 0644 & umask
@@ -35,9 +35,9 @@ class File {
     uint64_t size() const;
     bool direct() const { return direct_; }
 
-    void allocate(uint64_t nbytes);  // throws when there is no room; a file system without fallocate is fine
+    void allocate(uint64_t nbytes);  // throws if the disk is full; does nothing without fallocate
     void write_at(const void* data, uint64_t nbytes, uint64_t offset);
-    // Reads until nbytes are there or the file ends, and returns how many came.
+    // Reads until nbytes are read or the file ends; returns how many were read.
     uint64_t read_at(void* data, uint64_t nbytes, uint64_t offset);
     void truncate(uint64_t nbytes);
     void sync();

@@ -6,9 +6,10 @@ namespace roll::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kBlocks = 32;  // fill the bus, and leave most multiprocessors to training
+constexpr int kBlocks = 32;  // enough to fill the bus; most multiprocessors stay with training
 
-// Copies as much as whole words can hold, if source and target are aligned for them; returns how much.
+// Copies as many whole words as nbytes hold, if source and target are aligned for them; returns the bytes
+// copied.
 template <class Word>
 __device__ uint64_t copy_as(const unsigned char* source, unsigned char* target, uint64_t nbytes) {
     if ((reinterpret_cast<uintptr_t>(source) | reinterpret_cast<uintptr_t>(target)) % sizeof(Word)) return 0;
@@ -19,7 +20,7 @@ __device__ uint64_t copy_as(const unsigned char* source, unsigned char* target, 
     return words * sizeof(Word);
 }
 
-// A thread block takes one region after another, in the widest words that it allows.
+// Each thread block copies one region after another, in the widest words that its alignment allows.
 __global__ void __launch_bounds__(kThreads)
     gather(const __grid_constant__ GatherTable regions, const int count) {
     for (int i = blockIdx.x; i < count; i += gridDim.x) {

@@ -5,7 +5,7 @@
 
 namespace roll::cuda {
 
-constexpr int kGatherRegions = 128;  // the table travels as kernel argument, which CUDA limits to 4 KiB
+constexpr int kGatherRegions = 128;  // the table is a kernel argument, which CUDA limits to 4 KiB
 
 struct GatherTable {
     const unsigned char* source[kGatherRegions];
@@ -13,10 +13,10 @@ struct GatherTable {
     uint64_t nbytes[kGatherRegions];
 };
 
-// Both return a cudaError_t. Loads the kernel onto the current device; one too old for every target it was
-// compiled for has cudaErrorNoKernelImageForDevice.
+// Loads the kernel onto the current device; returns a cudaError_t, cudaErrorNoKernelImageForDevice if the
+// device is older than every target it was compiled for.
 int load_gather();
-// Queues one kernel that copies `count` regions.
+// Queues one kernel that copies `count` regions; returns a cudaError_t.
 int launch_gather(const GatherTable& regions, int count, void* stream);
 
 }  // namespace roll::cuda

@@ -16,10 +16,10 @@ uint64_t blocks_of(uint64_t nbytes, uint64_t block_bytes) {
     return nbytes / block_bytes + (nbytes % block_bytes != 0);
 }
 
-// Direct I/O needs whole pages, also where the file ends within one.
+// Direct I/O needs whole pages, even where the file ends within one.
 uint64_t read_piece(File& file, uint8_t* data, uint64_t nbytes, uint64_t offset) {
-    uint64_t asked = file.direct() ? round_up(nbytes, kPage) : nbytes;
-    return std::min(nbytes, file.read_at(data, asked, offset));
+    uint64_t padded = file.direct() ? round_up(nbytes, kPage) : nbytes;
+    return std::min(nbytes, file.read_at(data, padded, offset));
 }
 
 std::string block_name(const std::string& path, uint64_t block, uint64_t start, uint64_t end) {
@@ -74,9 +74,9 @@ std::unique_ptr<Buffer> read_file(const std::string& path, uint64_t nbytes, uint
         uint64_t count = read_piece(file, data + start, end - start, start);
         if (count < end - start) truncated(path, block, start, end, count);
         if (!crcs) return;
-        uint32_t found = crc32(data + start, end - start);
-        if (found != (*crcs)[block]) {
-            throw DamagedFile(block_name(path, block, start, end) + " has CRC-32 " + std::to_string(found) +
+        uint32_t crc = crc32(data + start, end - start);
+        if (crc != (*crcs)[block]) {
+            throw DamagedFile(block_name(path, block, start, end) + " has CRC-32 " + std::to_string(crc) +
                               " where " + std::to_string((*crcs)[block]) + " was written");
         }
     });
@@ -95,10 +95,10 @@ Digest digest_file(const std::string& path, uint64_t block_bytes, int threads, b
                        if (!scratch || scratch->nbytes < piece) scratch = std::make_unique<Buffer>(piece);
                        uint32_t crc = 0;
                        for (uint64_t at = start; at < end; at += piece) {
-                           uint64_t wanted = std::min(piece, end - at);
-                           uint64_t count = read_piece(file, scratch->mapping.data(), wanted, at);
-                           if (count < wanted) truncated(path, block, start, end, at - start + count);
-                           crc = crc32(scratch->mapping.data(), wanted, crc);
+                           uint64_t length = std::min(piece, end - at);
+                           uint64_t count = read_piece(file, scratch->mapping.data(), length, at);
+                           if (count < length) truncated(path, block, start, end, at - start + count);
+                           crc = crc32(scratch->mapping.data(), length, crc);
                        }
                        digest.crcs[block] = crc;
                    });

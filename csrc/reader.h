@@ -14,14 +14,14 @@
 
 namespace roll {
 
-// Bytes on disk are not the bytes that were written.
+// The bytes on disk are not the bytes that were written.
 struct DamagedFile : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
 struct Cancelled {};
 
-// The bytes of a file in huge pages of their own.
+// The bytes of a file in a mapping of their own (huge pages).
 struct Buffer {
     explicit Buffer(uint64_t nbytes) : mapping(nbytes), nbytes(nbytes) {}
     Mapping mapping;
@@ -35,7 +35,8 @@ std::unique_ptr<Buffer> read_file(const std::string& path, uint64_t nbytes, uint
                                   const std::optional<std::vector<uint32_t>>& crcs, int threads, bool direct,
                                   const std::function<bool()>& poll);
 
-// The digest of the file as it is now.
+// The digest of the file as it is now. FileError if it cannot be read; DamagedFile if it shrinks meanwhile;
+// Cancelled once poll() is true.
 Digest digest_file(const std::string& path, uint64_t block_bytes, int threads, bool direct,
                    const std::function<bool()>& poll);
 

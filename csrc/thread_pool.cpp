@@ -47,7 +47,7 @@ ThreadPool::ThreadPool(int threads, std::string name, int nice) : name_(std::mov
             }
         }
     } catch (const std::system_error&) {
-        if (threads_.empty()) throw;  // fewer threads than asked for are slower, not wrong
+        if (threads_.empty()) throw;  // fewer threads than requested are slower, not wrong
     }
 }
 
@@ -85,7 +85,7 @@ void ThreadPool::run() {
         tasks_.pop_front();
         lock.unlock();
         task();
-        task = nullptr;  // what the task held is let go outside the lock
+        task = nullptr;  // destroys what the task captured, outside the lock
         lock.lock();
     }
     --alive_;

@@ -1,4 +1,4 @@
-// Native threads: they block every signal, carry a name, and never touch Python.
+// Native threads. Each blocks every signal, has a name, and never touches Python.
 #pragma once
 
 #include <atomic>
@@ -16,7 +16,8 @@ namespace roll {
 
 using Clock = std::chrono::steady_clock;
 
-// Waits until `done`, at most until `deadline` (Clock::time_point::max() has no end); whether it is.
+// Waits until done() is true, at most until `deadline`; returns done(). Clock::time_point::max() waits
+// without end.
 template <class Done>
 bool wait_until(std::condition_variable& changed, std::unique_lock<std::mutex>& lock,
                 Clock::time_point deadline, Done done) {
@@ -25,7 +26,7 @@ bool wait_until(std::condition_variable& changed, std::unique_lock<std::mutex>& 
     return true;
 }
 
-// Blocks all signals in the calling thread while it lives; threads started meanwhile inherit the mask.
+// Blocks all signals in the calling thread during its lifetime; threads started meanwhile inherit the mask.
 class SignalsBlocked {
   public:
     SignalsBlocked();
@@ -41,15 +42,15 @@ class SignalsBlocked {
 void name_this_thread(const char* name);
 void lower_this_thread(int nice);  // best effort; affects this thread alone
 
-// Runs tasks in the order submitted. A task must not throw.
+// Runs tasks in the order of their submission. A task must not throw.
 class ThreadPool {
   public:
     ThreadPool(int threads, std::string name, int nice);
-    ~ThreadPool();  // runs what was submitted, then joins
+    ~ThreadPool();  // runs all submitted tasks, then joins
 
     void submit(std::function<void()> task);
-    // Ends the threads once the queue is empty. False: they had not ended by the deadline. Then the pool must
-    // never be destroyed, because its threads still use it.
+    // Ends the threads once the queue is empty. False if they have not ended by the deadline: then the pool
+    // must never be destroyed, because its threads still use it.
     bool finish(Clock::time_point deadline);
 
   private:
@@ -65,8 +66,8 @@ class ThreadPool {
     bool closing_ = false;
 };
 
-// Runs work(cancelled) on `threads` fresh threads, waits for all of them and rethrows the first exception.
-// `poll` is called by the waiting thread about ten times a second; once it returns true, `cancelled` is set.
+// Runs work(cancelled) on `threads` new threads, waits for all of them and rethrows the first exception. The
+// waiting thread calls `poll` about ten times a second; `cancelled` is set once it returns true.
 void in_parallel(int threads, const char* name, const std::function<void(const std::atomic<bool>&)>& work,
                  const std::function<bool()>& poll);
 

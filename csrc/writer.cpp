@@ -24,7 +24,7 @@ Transfer::Transfer(Mover& mover, std::string path, std::shared_ptr<const Image> 
       block_bytes_(mover.arena_->block_bytes()),
       nblocks_((image_->nbytes() + block_bytes_ - 1) / block_bytes_),
       window_(std::clamp<uint64_t>(mover_.arena_->capacity_bytes() / block_bytes_ / 8, 1, kDeferredBlocks)),
-      sealer_(*image_, block_bytes_),
+      crc_patcher_(*image_, block_bytes_),
       blocks_(nblocks_),
       crcs_(nblocks_, 0) {}
 
@@ -39,7 +39,8 @@ void Transfer::start(bool overlap, Check check) {
             cuda::table().record(device, stream == image_->streams().end() ? 0 : stream->second);
     }
     auto self = shared_from_this();
-    // Opened in the background but first, so that a full disk is known before the bytes arrive.
+    // The file is opened in the background, first of all, so that a full disk shows before the copies are
+    // made.
     mover_.io_.submit([self] {
         try {
             self->open_early();
@@ -50,72 +51,75 @@ void Transfer::start(bool overlap, Check check) {
     std::vector<uint8_t*> slots;
     {
         std::lock_guard lock(mutex_);
-        uint64_t windowed = 0;
+        uint64_t streamed = 0;
         for (uint64_t block = 0; block < nblocks_; ++block) {
-            Way way = overlap && image_->leased_bytes() > 0 ? way_of(block) : kNow;
-            blocks_[block].way = way;
-            if (way == kNow) {
-                ++now_left_;
-                rush_end_ = block + 1;
+            Route route = overlap && image_->borrowed_bytes() > 0 ? route_of(block) : kStaged;
+            blocks_[block].route = route;
+            if (route == kStaged) {
+                ++staged_left_;
+                required_end_ = block + 1;
             } else {
-                leases_ = true;
+                has_unstaged_ = true;
             }
-            if (way == kWindow) ++windowed;
-            if (way == kStraight) straight_bytes_ += end_of(block) - start_of(block);
+            if (route == kStreamed) ++streamed;
+            if (route == kZeroCopy) zero_copy_bytes_ += end_of(block) - start_of(block);
         }
-        slotless_ = now_left_ + windowed;
+        slotless_ = staged_left_ + streamed;
         if (overlap && image_->lazy_bytes() > 0) {
-            overlapped_ = mover_.arena_->try_lease(now_left_ + std::min(window_, windowed), slots);
+            overlapped_ = mover_.arena_->try_take_slots(staged_left_ + std::min(window_, streamed), slots);
         }
-        if (overlapped_) rush_end_ = 0;
-        for (uint64_t block = 0; block < rush_end_; ++block) rush_left_ += blocks_[block].way != kStraight;
+        if (overlapped_) required_end_ = 0;
+        for (uint64_t block = 0; block < required_end_; ++block)
+            required_slots_ += blocks_[block].route != kZeroCopy;
     }
-    // Before any copy, while the caller is in save().
-    if (overlapped_ || leases_) watch_ = Watch(*image_, block_bytes_, check);
-    go_on(slots);
+    // Digest the sources before any copy, while the caller is still in save().
+    if (overlapped_ || has_unstaged_) source_check_ = SourceCheck(*image_, block_bytes_, check);
+    begin_blocks(slots);
 }
 
-Transfer::Way Transfer::way_of(uint64_t block) const {
+Transfer::Route Transfer::route_of(uint64_t block) const {
     const uint64_t from = start_of(block), to = end_of(block);
     auto ends_by = [from](const auto& range) { return range.end() <= from; };
     const auto& extents = image_->extents();
-    const auto& stamps = image_->stamps();
+    const auto& patches = image_->patches();
     auto extent = std::partition_point(extents.begin(), extents.end(), ends_by);
-    auto stamp = std::partition_point(stamps.begin(), stamps.end(), ends_by);
-    // A stamp cannot be written into the source.
-    if ((to - from) % kPage == 0 && (stamp == stamps.end() || stamp->offset >= to) &&
-        extent != extents.end() && extent->leased && extent->offset <= from && extent->end() >= to &&
+    auto patch = std::partition_point(patches.begin(), patches.end(), ends_by);
+    // A block with a patch cannot be written from its source: the patch would have to be written into that.
+    if ((to - from) % kPage == 0 && (patch == patches.end() || patch->offset >= to) &&
+        extent != extents.end() && extent->borrowed && extent->offset <= from && extent->end() >= to &&
         (extent->address + from - extent->offset) % kPage == 0) {
-        return kStraight;
+        return kZeroCopy;
     }
     for (; extent != extents.end() && extent->offset < to; ++extent) {
-        if (!extent->leased) return kNow;
+        if (!extent->borrowed) return kStaged;
     }
-    return kWindow;
+    return kStreamed;
 }
 
-// Takes slots in, sends the next blocks on their way, and gives slots back that are needed no more.
-void Transfer::go_on(const std::vector<uint8_t*>& slots) {
+// Adds `slots` to the spare ones, begins the blocks that can begin, and returns slots that are no longer
+// needed.
+void Transfer::begin_blocks(const std::vector<uint8_t*>& slots) {
     Work work;
     {
         std::lock_guard lock(mutex_);
-        spare_.insert(spare_.end(), slots.begin(), slots.end());
-        // Nothing may begin after a stop: the threads may already be ending.
-        for (uint64_t block = 0; overlapped_ && now_left_ > 0 && !stopped_; ++block) {
-            if (blocks_[block].way == kNow) begin(block, work);
+        spare_slots_.insert(spare_slots_.end(), slots.begin(), slots.end());
+        // No block may begin after a stop: the threads may already be ending.
+        for (uint64_t block = 0; overlapped_ && staged_left_ > 0 && !stopped_; ++block) {
+            if (blocks_[block].route == kStaged) begin_block(block, work);
         }
         for (; next_ < nblocks_ && !stopped_; ++next_) {
             const Block& block = blocks_[next_];
             if (block.begun) continue;
-            if (block.way != kNow && next_ >= rush_end_ && deferred_ >= kDeferredBlocks) break;
-            if (block.way != kStraight && spare_.empty()) break;
-            begin(next_, work);
+            if (block.route != kStaged && next_ >= required_end_ && deferred_ >= kDeferredBlocks) break;
+            if (block.route != kZeroCopy && spare_slots_.empty()) break;
+            begin_block(next_, work);
         }
         const uint64_t room = window_ - std::min(window_, window_slots_);
         const uint64_t keep = stopped_ ? 0 : std::min(slotless_, room);
-        for (; spare_.size() > keep; spare_.pop_back()) mover_.arena_->give_back(spare_.back());
+        for (; spare_slots_.size() > keep; spare_slots_.pop_back())
+            mover_.arena_->return_slot(spare_slots_.back());
         note_progress();
-        finish_if_through();
+        finish_if_all_ended();
     }
     auto self = shared_from_this();
     for (const DeviceCopy& copy : work.device_copies) {
@@ -124,31 +128,31 @@ void Transfer::go_on(const std::vector<uint8_t*>& slots) {
         });
     }
     mover_.copier_.submit(self, work.chunks);
-    for (uint64_t block : work.straight) {
+    for (uint64_t block : work.zero_copy) {
         mover_.digests_.submit([self, block] { self->scan(block); });
     }
 }
 
-// With mutex_ held: sends a block on its way; one that needs a slot takes a spare one.
-void Transfer::begin(uint64_t index, Work& work) {
+// With mutex_ held: begins one block, which takes a spare slot if it needs one.
+void Transfer::begin_block(uint64_t index, Work& work) {
     Block& block = blocks_[index];
     block.begun = true;
     ++begun_;
-    if (block.way != kNow) ++deferred_;
-    if (block.way == kStraight) {
+    if (block.route != kStaged) ++deferred_;
+    if (block.route == kZeroCopy) {
         auto extent = std::partition_point(image_->extents().begin(), image_->extents().end(),
                                            [&](const Extent& e) { return e.end() <= start_of(index); });
         block.data = reinterpret_cast<const uint8_t*>(extent->address) + (start_of(index) - extent->offset);
-        work.straight.push_back(index);
+        work.zero_copy.push_back(index);
         return;
     }
-    block.data = block.slot = spare_.back();
-    spare_.pop_back();
+    block.data = block.slot = spare_slots_.back();
+    spare_slots_.pop_back();
     --slotless_;
-    if (index < rush_end_) --rush_left_;
+    if (index < required_end_) --required_slots_;
     const size_t before = work.chunks.size() + work.device_copies.size();
     auto listed = [&] { return work.chunks.size() + work.device_copies.size() - before; };
-    if (block.way == kWindow) {
+    if (block.route == kStreamed) {
         ++window_slots_;
         list_copies(index, kLazy, false, work.chunks, work.device_copies);
     } else if (overlapped_) {
@@ -160,8 +164,8 @@ void Transfer::begin(uint64_t index, Work& work) {
         urgent_left_ += listed();
     }
     block.copies_left = static_cast<uint32_t>(listed());
-    if (block.way == kNow) {
-        --now_left_;
+    if (block.route == kStaged) {
+        --staged_left_;
         copies_left_ += block.copies_left;
     }
 }
@@ -202,7 +206,7 @@ void Transfer::copy_from_device(const DeviceCopy& copy, void* stream, const std:
         } catch (const std::exception& thrown) {
             failure = thrown.what();
         }
-        // Whatever was queued must have ended before the slot or the source may be used for anything else.
+        // All queued copies must have ended before the slot or the source may be used for anything else.
         try {
             cuda.finish(stream);
         } catch (const std::exception& thrown) {
@@ -220,7 +224,7 @@ void Transfer::copy_ended(uint64_t block, bool urgent) {
     bool block_is_full;
     {
         std::lock_guard lock(mutex_);
-        if (blocks_[block].way == kNow) --copies_left_;
+        if (blocks_[block].route == kStaged) --copies_left_;
         if (urgent) --urgent_left_;
         block_is_full = --blocks_[block].copies_left == 0;
         note_progress();
@@ -228,13 +232,11 @@ void Transfer::copy_ended(uint64_t block, bool urgent) {
     if (block_is_full) mover_.digests_.submit([self = shared_from_this(), block] { self->scan(block); });
 }
 
-// Digests one block, then seals those whose turn has come. Whoever finds another thread sealing leaves it to
-// it.
+// Digests one block, then patches the blocks whose turn has come, unless another thread is doing so.
 void Transfer::scan(uint64_t block) noexcept {
     try {
         if (!stopped_) {
-            const uint8_t* data = blocks_[block].data;
-            if (mover_.digests_wanted_) sealer_.scan(block, data);
+            crc_patcher_.scan(block, blocks_[block].data);
             check_unchanged(block);
         }
     } catch (...) {
@@ -244,80 +246,80 @@ void Transfer::scan(uint64_t block) noexcept {
         std::lock_guard lock(mutex_);
         blocks_[block].scanned = true;
     }
-    seal_scanned();
+    patch_scanned();
 }
 
 void Transfer::check_unchanged(uint64_t block) const {
-    if (auto piece = watch_.changed(start_of(block), end_of(block), blocks_[block].data)) {
+    if (auto piece = source_check_.changed(start_of(block), end_of(block), blocks_[block].data)) {
         throw SourceChanged(path_, piece->start, piece->end);
     }
 }
 
-void Transfer::seal_scanned() noexcept {
+void Transfer::patch_scanned() noexcept {
     std::unique_lock lock(mutex_);
-    if (sealing_) return;
-    sealing_ = true;
-    while (next_to_seal_ < nblocks_) {
-        const uint64_t next = next_to_seal_;
-        if (stopped_ && !blocks_[next].begun) {  // it never will be; those behind it wait for their end
-            ++next_to_seal_;
+    if (patching_) return;
+    patching_ = true;
+    while (next_to_patch_ < nblocks_) {
+        const uint64_t next = next_to_patch_;
+        if (stopped_ && !blocks_[next].begun) {  // it never will begin; blocks behind it may have
+            ++next_to_patch_;
             continue;
         }
         if (!blocks_[next].scanned) break;
         lock.unlock();
         uint32_t crc = 0;
         try {
-            if (!stopped_ && mover_.digests_wanted_) crc = sealer_.seal(next, blocks_[next].slot);
+            if (!stopped_) crc = crc_patcher_.patch(next, blocks_[next].slot);
         } catch (...) {
             fail(std::current_exception());
         }
         lock.lock();
         crcs_[next] = crc;  // before the write: once the last block is written the digest is read
-        ++next_to_seal_;
+        ++next_to_patch_;
         lock.unlock();
         mover_.io_.submit([self = shared_from_this(), next] { self->write(next); });
         lock.lock();
     }
-    sealing_ = false;
+    patching_ = false;
 }
 
 void Transfer::write(uint64_t block) noexcept {
     const Block& written = blocks_[block];
     try {
         if (!stopped_) {
-            File& file = opened();
+            File& file = opened_file();
             const uint64_t nbytes = end_of(block) - start_of(block);
             const uint64_t padded = file.direct() ? round_up(nbytes, kPage) : nbytes;
             if (padded > nbytes)
-                std::memset(written.slot + nbytes, 0, padded - nbytes);  // never a straight one
+                std::memset(written.slot + nbytes, 0, padded - nbytes);  // a kZeroCopy block is never padded
             file.write_at(written.data, padded, start_of(block));
-            if (written.way == kStraight) check_unchanged(block);  // its source was read once more
+            if (written.route == kZeroCopy) check_unchanged(block);  // the write read its source again
         }
     } catch (...) {
         fail(std::current_exception());
     }
     {
         std::lock_guard lock(mutex_);
-        if (written.slot && now_left_ > 0) {
-            mover_.arena_->give_back(written.slot);  // save() waits there
+        if (written.slot && staged_left_ > 0) {
+            mover_.arena_->return_slot(written.slot);  // save() waits for it there
         } else if (written.slot) {
-            spare_.push_back(written.slot);
+            spare_slots_.push_back(written.slot);
         }
-        if (written.way == kWindow) --window_slots_;
-        if (written.way != kNow) --deferred_;
-        ++through_;
+        if (written.route == kStreamed) --window_slots_;
+        if (written.route != kStaged) --deferred_;
+        ++ended_;
     }
-    go_on({});
+    begin_blocks({});
 }
 
-// Its thread may get a processor only after the others have written and closed the file: to open it again
-// then would empty it.
+// This may run only after the other threads have written and closed the file: opening it again would truncate
+// it.
 void Transfer::open_early() {
     std::lock_guard lock(file_mutex_);
     if (!closed_ && !stopped_) open();
 }
 
-File& Transfer::opened() {
+File& Transfer::opened_file() {
     std::lock_guard lock(file_mutex_);
     open();
     return *file_;
@@ -342,8 +344,8 @@ void Transfer::finish() noexcept {
     bool direct = false;
     try {
         if (!stopped_) {
-            File& file = opened();
-            file.truncate(image_->nbytes());  // takes the padding of the last direct write off
+            File& file = opened_file();
+            file.truncate(image_->nbytes());  // cuts off the padding of the last direct write
             file.sync();
             direct = file.direct();
             file.close();
@@ -370,22 +372,22 @@ void Transfer::fail(std::exception_ptr error) {
         if (!error_) error_ = error;
         stopped_ = true;
         note_progress();
-        finish_if_through();
-        mover_.arena_->nudge();
+        finish_if_all_ended();
+        mover_.arena_->wake_waiters();
     }
-    seal_scanned();
+    patch_scanned();
 }
 
-bool Transfer::all_copied() const { return copies_left_ == 0 && (now_left_ == 0 || stopped_); }
+bool Transfer::all_copied() const { return copies_left_ == 0 && (staged_left_ == 0 || stopped_); }
 
-bool Transfer::all_released() const { return all_copied() && (!leases_ || finishing_); }
+bool Transfer::all_released() const { return all_copied() && (!has_unstaged_ || finishing_); }
 
-// Slots that save() has to wait for: those of a file that did not fit at once, then one that the rest of it
-// goes on with by itself.
+// Slots that save() has to wait for: those of all required blocks if the file did not fit into the arena at
+// once, then one with which the rest can go on in the background.
 uint64_t Transfer::missing_slots() const {
     if (stopped_) return 0;
-    if (now_left_ > 0) return rush_left_ - std::min<uint64_t>(rush_left_, spare_.size());
-    return spare_.empty() && window_slots_ == 0 ? std::min(window_, slotless_) : 0;
+    if (staged_left_ > 0) return required_slots_ - std::min<uint64_t>(required_slots_, spare_slots_.size());
+    return spare_slots_.empty() && window_slots_ == 0 ? std::min(window_, slotless_) : 0;
 }
 
 bool Transfer::may_return() const {
@@ -398,11 +400,11 @@ void Transfer::note_progress() {
     if (may_return()) changed_.notify_all();
 }
 
-void Transfer::finish_if_through() {
-    if (finishing_ || through_ != begun_ || (begun_ != nblocks_ && !stopped_)) return;
+void Transfer::finish_if_all_ended() {
+    if (finishing_ || ended_ != begun_ || (begun_ != nblocks_ && !stopped_)) return;
     finishing_ = true;
-    for (; !spare_.empty(); spare_.pop_back()) mover_.arena_->give_back(spare_.back());
-    changed_.notify_all();  // leased sources are free
+    for (; !spare_slots_.empty(); spare_slots_.pop_back()) mover_.arena_->return_slot(spare_slots_.back());
+    changed_.notify_all();  // borrowed sources are released
     mover_.io_.submit([self = shared_from_this()] { self->finish(); });
 }
 
@@ -416,8 +418,8 @@ bool Transfer::advance(Clock::time_point deadline) {
         }
         if (missing > 0) {
             std::vector<uint8_t*> slots;
-            mover_.arena_->lease_free(missing, slots);
-            if (!slots.empty()) go_on(slots);
+            mover_.arena_->take_free_slots(missing, slots);
+            if (!slots.empty()) begin_blocks(slots);
             missing -= slots.size();
         }
         if (mover_.copier_.help(this, true)) {
@@ -428,7 +430,7 @@ bool Transfer::advance(Clock::time_point deadline) {
             mover_.arena_->wait_free(std::min(deadline, Clock::now() + std::chrono::milliseconds(50)));
         } else {
             std::unique_lock lock(mutex_);
-            changed_.wait_until(lock, deadline, [this] { return may_return(); });
+            wait_until(changed_, lock, deadline, [this] { return may_return(); });
         }
         if (Clock::now() >= deadline) {
             std::lock_guard lock(mutex_);
@@ -438,22 +440,23 @@ bool Transfer::advance(Clock::time_point deadline) {
 }
 
 bool Transfer::wait_copied(Clock::time_point deadline) {
-    while (!copied() && mover_.copier_.help(this, false)) {  // never with what is leased, once that is all
+    while (!copied() &&
+           mover_.copier_.help(this, false)) {  // once all is copied, borrowed bytes are left to the threads
         if (Clock::now() >= deadline) return copied();
     }
     std::unique_lock lock(mutex_);
-    return changed_.wait_until(lock, deadline, [this] { return all_copied(); });
+    return wait_until(changed_, lock, deadline, [this] { return all_copied(); });
 }
 
 bool Transfer::wait_released(Clock::time_point deadline) {
     if (!wait_copied(deadline)) return false;
     std::unique_lock lock(mutex_);
-    return changed_.wait_until(lock, deadline, [this] { return all_released(); });
+    return wait_until(changed_, lock, deadline, [this] { return all_released(); });
 }
 
 bool Transfer::wait_written(Clock::time_point deadline) {
     std::unique_lock lock(mutex_);
-    if (!changed_.wait_until(lock, deadline, [this] { return written_; })) return false;
+    if (!wait_until(changed_, lock, deadline, [this] { return written_; })) return false;
     if (error_) std::rethrow_exception(error_);
     return true;
 }
@@ -488,18 +491,17 @@ TransferStats Transfer::stats() const {
     return {image_->nbytes(),
             image_->eager_bytes(),
             image_->lazy_bytes(),
-            image_->leased_bytes(),
-            straight_bytes_,
+            image_->borrowed_bytes(),
+            zero_copy_bytes_,
             save_s_,
             copy_s_,
             write_s_,
             direct_held_};
 }
 
-Mover::Mover(std::shared_ptr<Arena> arena, int copy_threads, int io_threads, bool direct, bool digests)
+Mover::Mover(std::shared_ptr<Arena> arena, int copy_threads, int io_threads, bool direct)
     : arena_(std::move(arena)),
       direct_(direct),
-      digests_wanted_(digests),
       io_(io_threads, "roll-io", kBackgroundNice),
       digests_(std::max(2, copy_threads), "roll-digest", kBackgroundNice),
       copier_(copy_threads) {}
@@ -512,7 +514,8 @@ std::shared_ptr<Transfer> Mover::begin(std::string path, std::shared_ptr<const I
     {
         std::lock_guard lock(mutex_);
         if (closed_)
-            throw std::runtime_error("this Mover was shut down: make a new one to save " + transfer->path());
+            throw std::runtime_error("this Mover was shut down: create a new one to save " +
+                                     transfer->path());
         std::erase_if(transfers_, [](const auto& other) { return other.expired(); });
         transfers_.push_back(transfer);
     }
@@ -531,7 +534,7 @@ bool Mover::shutdown(Clock::time_point deadline) {
     }
     for (const auto& transfer : running) {
         std::unique_lock lock(transfer->mutex_);
-        transfer->changed_.wait_until(lock, deadline, [&] { return transfer->written_; });
+        wait_until(transfer->changed_, lock, deadline, [&] { return transfer->written_; });
     }
     for (const auto& transfer : running) {
         transfer->fail(std::make_exception_ptr(FileError(
@@ -541,7 +544,7 @@ bool Mover::shutdown(Clock::time_point deadline) {
     for (const auto& transfer : running) {
         if (!transfer->wait_copied(last)) return false;
         std::unique_lock lock(transfer->mutex_);
-        if (!transfer->changed_.wait_until(lock, last, [&] { return transfer->written_; })) return false;
+        if (!wait_until(transfer->changed_, lock, last, [&] { return transfer->written_; })) return false;
     }
     return copier_.finish(last) && digests_.finish(last) && io_.finish(last);
 }

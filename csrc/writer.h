@@ -1,7 +1,7 @@
-// The corridor of one file: lease a slot -> copy -> digest -> write -> give the slot back. Leased extents are
-// on the host already: a block that lies in one of them as it must for direct I/O is digested and written
-// where it is, and the other blocks that hold nothing else go through a small window of slots, after save()
-// returned.
+// The path of one file to disk, block by block: take a slot of the arena, copy, digest, write, return the
+// slot. Borrowed extents are on the host already. A block that lies in one of them, aligned for direct I/O,
+// is digested and written from its source; other blocks that hold nothing but borrowed bytes go through a
+// small window of slots after save() has returned.
 #pragma once
 
 #include <sys/types.h>
@@ -18,7 +18,7 @@
 #include "copier.h"
 #include "file.h"
 #include "image.h"
-#include "watch.h"
+#include "source_check.h"
 
 namespace roll {
 
@@ -26,25 +26,25 @@ class Mover;
 
 struct TransferStats {
     uint64_t nbytes, eager_bytes, lazy_bytes;
-    uint64_t leased_bytes, straight_bytes;  // of lazy_bytes; those that are never copied
-    double save_s;                          // until save() may return
-    double copy_s;                          // until the last byte was copied
-    double write_s;                         // until the file was durable
-    bool direct;                            // whether direct I/O held to the end
+    uint64_t borrowed_bytes;   // part of lazy_bytes
+    uint64_t zero_copy_bytes;  // written from their source, never copied
+    double save_s;             // seconds until save() may return
+    double copy_s;             // seconds until the last byte that is not borrowed was copied
+    double write_s;            // seconds until the file was durable
+    bool direct;               // whether direct I/O was used to the end
 };
 
-// One file on its way to disk. Any thread may call; the first failure is kept and ends the transfer, and a
-// failed write is never tried again. What was written so far stays on disk: the caller owns the path.
+// One file on its way to disk. Any thread may call any method. The first failure is kept and ends the
+// transfer; a failed write is never tried again. What was written so far stays on disk: the caller owns the
+// path.
 class Transfer : public CopyJob, public std::enable_shared_from_this<Transfer> {
   public:
-    // Each of these works or waits until `deadline` and says whether its condition holds: save() may return;
-    // no source but leased ones will be read any more; no source at all; the file is durable or has failed
-    // (wait_written rethrows why).
-    bool advance(Clock::time_point deadline);
-    bool wait_copied(Clock::time_point deadline);
-    bool wait_released(Clock::time_point deadline);
-    bool wait_written(Clock::time_point deadline);
-    // Stops early. On return no source byte is read any more; slots come back as running writes end.
+    // Each of these works or waits until `deadline` and says whether its condition holds.
+    bool advance(Clock::time_point deadline);        // save() may return
+    bool wait_copied(Clock::time_point deadline);    // no source will be read any more, except borrowed ones
+    bool wait_released(Clock::time_point deadline);  // no source will be read any more
+    bool wait_written(Clock::time_point deadline);  // the file is durable; rethrows a failure of the transfer
+    // Stops early. On return no source byte is read any more; slots are returned as running writes end.
     void abandon();
 
     bool overlapped() const { return overlapped_; }
@@ -61,16 +61,16 @@ class Transfer : public CopyJob, public std::enable_shared_from_this<Transfer> {
 
   private:
     friend class Mover;
-    enum Way : uint8_t {
-        kNow,       // holds bytes that are not leased: gets its slot before save() returns, if all fit
-        kWindow,    // leased bytes and gaps: takes a slot of the window
-        kStraight,  // written from its source
+    enum Route : uint8_t {
+        kStaged,    // holds bytes that are not borrowed: takes its slot before save() returns, if all fit
+        kStreamed,  // borrowed bytes and gaps only: takes a slot of the window
+        kZeroCopy,  // one borrowed extent, aligned: written from its source
     };
     struct Block {
-        const uint8_t* data = nullptr;  // the slot, or the source of a straight one
+        const uint8_t* data = nullptr;  // the slot, or the source of a kZeroCopy block
         uint8_t* slot = nullptr;
         uint32_t copies_left = 0;
-        Way way = kNow;
+        Route route = kStaged;
         bool begun = false, scanned = false;
     };
     struct DeviceCopy {
@@ -79,30 +79,30 @@ class Transfer : public CopyJob, public std::enable_shared_from_this<Transfer> {
         int device;
         bool urgent;
     };
-    // What threads are to do next for blocks that were begun.
+    // What the threads are to do next for blocks that have begun.
     struct Work {
         std::vector<Chunk> chunks;
         std::vector<DeviceCopy> device_copies;
-        std::vector<uint64_t> straight;
+        std::vector<uint64_t> zero_copy;
     };
 
     void start(bool overlap, Check check);
-    Way way_of(uint64_t block) const;
-    void go_on(const std::vector<uint8_t*>& slots);
-    void begin(uint64_t block, Work& work);
+    Route route_of(uint64_t block) const;
+    void begin_blocks(const std::vector<uint8_t*>& slots);
+    void begin_block(uint64_t block, Work& work);
     void list_copies(uint64_t block, Pass pass, bool urgent, std::vector<Chunk>& chunks,
                      std::vector<DeviceCopy>& device_copies) const;
     void copy_from_device(const DeviceCopy& copy, void* stream, const std::string& error) noexcept;
     void copy_ended(uint64_t block, bool urgent);
     void scan(uint64_t block) noexcept;
     void check_unchanged(uint64_t block) const;  // throws SourceChanged
-    void seal_scanned() noexcept;
+    void patch_scanned() noexcept;
     void write(uint64_t block) noexcept;
     void finish() noexcept;
     void fail(std::exception_ptr error);
     void open_early();
     void open();
-    File& opened();
+    File& opened_file();
 
     uint64_t start_of(uint64_t block) const { return block * block_bytes_; }
     uint64_t end_of(uint64_t block) const {
@@ -113,19 +113,19 @@ class Transfer : public CopyJob, public std::enable_shared_from_this<Transfer> {
     bool all_copied() const;
     bool all_released() const;
     uint64_t missing_slots() const;
-    void finish_if_through();
+    void finish_if_all_ended();
     void note_progress();
 
     Mover& mover_;
     const std::string path_;
     const std::shared_ptr<const Image> image_;
     const uint64_t block_bytes_, nblocks_;
-    const uint64_t window_;  // slots for kWindow blocks: an eighth of the arena, so that several saves fit
+    const uint64_t window_;  // slots for kStreamed blocks: an eighth of the arena, so that several saves fit
     const Clock::time_point began_ = Clock::now();
     bool overlapped_ = false;
-    std::map<int, void*> events_;  // per device: behind all the caller had queued when save() began
-    Sealer sealer_;
-    Watch watch_;
+    std::map<int, void*> events_;  // per device: behind all work queued when save() began
+    CrcPatcher crc_patcher_;
+    SourceCheck source_check_;
 
     std::mutex file_mutex_;
     std::unique_ptr<File> file_;
@@ -138,41 +138,45 @@ class Transfer : public CopyJob, public std::enable_shared_from_this<Transfer> {
     std::exception_ptr error_;
     std::vector<Block> blocks_;
     std::vector<uint32_t> crcs_;
-    std::vector<uint8_t*> spare_;  // slots that wait for their block
-    uint64_t begun_ = 0, through_ = 0, next_ = 0, next_to_seal_ = 0;
-    uint64_t rush_end_ = 0, rush_left_ = 0;       // save() waits for slots up to here, and for so many
-    uint64_t now_left_ = 0, slotless_ = 0;        // blocks not begun: kNow; all that need a slot
-    uint64_t deferred_ = 0, window_slots_ = 0;    // on their way: not kNow; of those, the ones with a slot
-    uint64_t copies_left_ = 0, urgent_left_ = 0;  // of kNow blocks
-    uint64_t straight_bytes_ = 0;
-    bool leases_ = false;  // some block is not kNow
-    bool sealing_ = false, finishing_ = false, written_ = false, direct_held_ = false;
+    std::vector<uint8_t*> spare_slots_;      // slots without a block yet
+    uint64_t next_ = 0, next_to_patch_ = 0;  // the first block not begun; the first not patched
+    uint64_t begun_ = 0, ended_ = 0;         // blocks that have begun; of those, the ones written or given up
+    uint64_t required_end_ = 0;              // save() waits until every block before this one has its slot,
+    uint64_t required_slots_ = 0;            // which so many of them do not have yet
+    uint64_t staged_left_ = 0;               // kStaged blocks not begun
+    uint64_t slotless_ = 0;                  // blocks not begun that need a slot
+    uint64_t deferred_ = 0;                  // blocks on their way that are not kStaged
+    uint64_t window_slots_ = 0;              // slots that kStreamed blocks hold
+    uint64_t copies_left_ = 0;               // running or queued copies of kStaged blocks
+    uint64_t urgent_left_ = 0;               // those of them that save() waits for
+    uint64_t zero_copy_bytes_ = 0;
+    bool has_unstaged_ = false;  // some block is not kStaged
+    bool patching_ = false, finishing_ = false, written_ = false, direct_held_ = false;
     double save_s_ = -1, copy_s_ = -1, write_s_ = -1;
 };
 
-// The threads that carry transfers. Make it once for an arena; any thread may save. Several transfers share
-// the arena without deadlock: slots go to a file's blocks in order, or to all that hold other than leased
-// bytes at once and at least one more for the rest; a block that has one needs nothing else.
+// The threads that carry transfers. Create one for an arena; any thread may save. Several transfers share the
+// arena without deadlock: a file takes slots for its blocks in order, or at once for all blocks with bytes
+// that are not borrowed and at least one more for the rest; a block that has a slot needs nothing else.
 class Mover {
   public:
-    // Without `digests` the CRC-32s in the files and in Digest are 0: a benchmark shows what they cost.
-    Mover(std::shared_ptr<Arena> arena, int copy_threads, int io_threads, bool direct, bool digests);
+    Mover(std::shared_ptr<Arena> arena, int copy_threads, int io_threads, bool direct);
     ~Mover();
 
-    // Begins a transfer and returns at once; the caller then drives advance() until it is true. Sources of
-    // lazy extents must stay as they are until wait_copied, of leased ones until wait_released, all others
-    // until advance() is true. What `check` finds changed by then fails the transfer with SourceChanged.
+    // Begins a transfer and returns at once; the caller then calls advance() until it returns true. Sources
+    // must not change: lazy ones until wait_copied, borrowed ones until wait_released, all others until
+    // advance() has returned true. If `check` finds a changed source, the transfer fails with SourceChanged.
     std::shared_ptr<Transfer> begin(std::string path, std::shared_ptr<const Image> image, bool overlap,
                                     Check check);
-    // Lets running transfers end until the deadline, then stops them. True: all threads have ended. False:
-    // some hang in the operating system, and this object must never be destroyed.
+    // Lets running transfers end until the deadline, then stops them. False if a thread hangs in the
+    // operating system: then this object must never be destroyed. True if all threads have ended.
     bool shutdown(Clock::time_point deadline);
     bool closed() const { return closed_; }
 
   private:
     friend class Transfer;
     std::shared_ptr<Arena> arena_;
-    const bool direct_, digests_wanted_;
+    const bool direct_;
     std::atomic<bool> closed_{false};
     std::mutex mutex_;
     std::vector<std::weak_ptr<Transfer>> transfers_;

@@ -45,10 +45,10 @@ def meet_a_fault(out: str, operations: str, code: int, times: int, ours: dict[st
     used = arena.mover(made.checkpoint_engine.settings).arena
     waiting = threading.Event()
     for _ in range(500):
-        if not used.leased_bytes:
+        if not used.used_bytes:
             break
         waiting.wait(0.01)
-    found["leased"] = used.leased_bytes
+    found["used_bytes"] = used.used_bytes
     found["again"] = faults.synced_again(faults.logged())[0]
     dist.barrier()
     found["entries"] = tree.list_dir(Path(out))

@@ -138,7 +138,7 @@ def attempt(fault: str, output_dir: Path, skip: int, say: int) -> None:
     for end in ends:
         assert end is None or (WORDS[fault] in str(end) and str(output_dir) in str(end)), told
     never_synced_twice(calls, output_dir)
-    until(lambda: arena.mover(SETTINGS).arena.leased_bytes == 0)
+    until(lambda: arena.mover(SETTINGS).arena.used_bytes == 0)
     # Then the disk is well again.
     assert save(output_dir, "checkpoint-4", "next") == [None, None], told
     left = [name for name in tree.list_dir(output_dir) if names.parse_attempt_dir(name)]

@@ -83,7 +83,7 @@ def arena_full(folder: Path) -> None:
         t.stage(first, state, stable=True)
     first.fence()
     used = arena.mover(t.SETTINGS).arena
-    assert used.leased_bytes > used.capacity_bytes // 2
+    assert used.used_bytes > used.capacity_bytes // 2
     second = t.begin(folder / "run", "t2")
 
     def save() -> None:
@@ -92,7 +92,7 @@ def arena_full(folder: Path) -> None:
 
     waiting = threading.Thread(target=save)
     waiting.start()
-    assert t.wait_until(lambda: used.leased_bytes == used.capacity_bytes)
+    assert t.wait_until(lambda: used.used_bytes == used.capacity_bytes)
     assert waiting.is_alive() and not second.settled
     assert t.wait_until(lambda: faults.struck() > 0, 30), "its disk does not hang yet"
     faults.clear()
@@ -104,7 +104,7 @@ def arena_full(folder: Path) -> None:
     except SaveFailed as problem:
         assert "rank 0" in str(problem) and "model.pt" in str(problem) and "Input/output error" in str(problem)
     assert used.peak_bytes <= used.capacity_bytes
-    assert t.wait_until(lambda: used.leased_bytes == 0)
+    assert t.wait_until(lambda: used.used_bytes == 0)
     assert torch.equal(t.load(folder / "run", "t2")["w"], state["w"])
     assert not (folder / "run" / "t1").exists()
 
@@ -183,7 +183,7 @@ def forks(folder: Path) -> None:
     assert pending.pending() == [save] and is_locked(record)
     faults.clear()
     save.wait(20)
-    assert t.wait_until(lambda: arena.mover(t.SETTINGS).arena.leased_bytes == 0)
+    assert t.wait_until(lambda: arena.mover(t.SETTINGS).arena.used_bytes == 0)
     with open_reader(out / "t1", t.SETTINGS) as reader:
         loaded = reader.load(out / "t1" / "model.pt", "cpu")
         children()

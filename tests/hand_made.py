@@ -26,7 +26,7 @@ class HandMadeImage(NativeImage):
         """File bytes [offset, offset + nbytes) come from `address` of the host, or of CUDA device `device`.
 
         A lazy extent may be copied after save() returned; any other is copied before. One that is lazy
-        `Lifetime.WRITTEN` is leased: host memory that is read where it is until wait_released.
+        `Lifetime.UNTIL_WRITTEN` is borrowed: host memory that may be read until wait_released.
         """
         self._extents.extend((offset, address, nbytes, lazy, device))
 

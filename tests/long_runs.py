@@ -203,7 +203,7 @@ def corridor(output_dir: Path, saves: int) -> Iterator[dict[str, Any]]:
         pending.wait_copied(running)
         staging = arena.mover(settings).arena
         roots = [claims.epoch_of(output_dir), layouts]
-        return sample(output_dir, roots, seconds, leased=staging.leased_bytes, running=len(running))
+        return sample(output_dir, roots, seconds, used_bytes=staging.used_bytes, running=len(running))
 
     yield from measured(saves, save, look)
 

@@ -61,8 +61,8 @@ def transfers() -> dict[str, Transfer]:
     return {s.path.name: s.transfer for s in staged}
 
 
-def leasing() -> list[Transfer]:
-    found = [transfer for transfer in transfers().values() if transfer.stats["leased_bytes"]]
+def borrowing() -> list[Transfer]:
+    found = [transfer for transfer in transfers().values() if transfer.stats["borrowed_bytes"]]
     assert found
     return found
 
@@ -93,27 +93,27 @@ def save_offloaded(out: str, stage: int) -> dict[str, Any]:
     for each in (unsaved, made):
         train(each, 3, seed=1)
     offload(made)
-    made.save_checkpoint(f"{out}/leased", tag="t")
+    made.save_checkpoint(f"{out}/borrowed", tag="t")
     stats = {name: transfer.stats for name, transfer in transfers().items()}
     made.reload_states()
     made.save_checkpoint(f"{out}/copied", tag="t")
-    assert not any(transfer.stats["leased_bytes"] for transfer in transfers().values())
+    assert not any(transfer.stats["borrowed_bytes"] for transfer in transfers().values())
     pending.wait_pending()
     found: dict[str, Any] = {
         "stats": stats,
-        "same": {name: (Path(out) / "leased/t" / name).read_bytes() for name in stats}
+        "same": {name: (Path(out) / "borrowed/t" / name).read_bytes() for name in stats}
         == {name: (Path(out) / "copied/t" / name).read_bytes() for name in stats},
         "losses": train(made, 3, seed=2),
         "unsaved": train(unsaved, 3, seed=2),
     }
     for name, ours in (("stock", None), ("ours", settings())):
         again = engine(stage, "bf16", ours, seed=7)
-        again.load_checkpoint(f"{out}/leased")
+        again.load_checkpoint(f"{out}/borrowed")
         found[name] = train(again, 3, seed=2)
     return found
 
 
-def train_on_what_is_leased(out: str, stage: int) -> dict[str, Any]:
+def train_on_what_is_borrowed(out: str, stage: int) -> dict[str, Any]:
     """Save offloaded, then reload and train at once; where the host is the device, that is what the save reads."""
     unsaved = engine(stage, "bf16", None, width=WIDE)
     made = engine(stage, "bf16", None, width=WIDE)
@@ -123,7 +123,7 @@ def train_on_what_is_leased(out: str, stage: int) -> dict[str, Any]:
         offload(made)
         made.save_checkpoint(out, tag="t")
         made.reload_states()
-        released = any(transfer.released for transfer in leasing())
+        released = any(transfer.released for transfer in borrowing())
         timer = after(0.5, disk)
         losses = train(made, 2, seed=2)
         timer.join()
@@ -142,7 +142,7 @@ def train_on_what_is_leased(out: str, stage: int) -> dict[str, Any]:
     }
 
 
-def train_beside_what_is_leased(out: str, stage: int, by: str) -> dict[str, Any]:
+def train_beside_what_is_borrowed(out: str, stage: int, by: str) -> dict[str, Any]:
     """The same where the host is not the device: the disk answers only when training is done and offloads again."""
     made = engine(stage, "bf16", None, width=WIDE)
     train(made, 2, seed=1)
@@ -150,7 +150,7 @@ def train_beside_what_is_leased(out: str, stage: int, by: str) -> dict[str, Any]
         offload(made)
         made.save_checkpoint(out, tag="t")
         reload_as_on_a_gpu(made)
-        waiting = leasing()
+        waiting = borrowing()
         too_late = after(30, disk)
         losses = train(made, 2, seed=2)
         found = {"released_after_training": any(transfer.released for transfer in waiting)}
@@ -165,8 +165,8 @@ def train_beside_what_is_leased(out: str, stage: int, by: str) -> dict[str, Any]
     return {**found, "losses": losses, "again": train(again, 2, seed=2)}
 
 
-def what_is_leased() -> list[int]:
-    """How many storages of an offloaded state a save may lease: as it is, where somebody replaced `offload_states` of
+def what_is_borrowed() -> list[int]:
+    """How many storages of an offloaded state a save may borrow: as it is, where somebody replaced `offload_states` of
     the engine or of its optimizer, and where DeepSpeed pins memory by itself."""
     made = engine(2, "bf16", None)
     train(made, 1, seed=1)
@@ -185,7 +185,7 @@ def what_is_leased() -> list[int]:
 
 def memory_beside_the_state(out: str) -> list[int]:
     """In a world of this process: bytes of the offloaded state, what the process needs beside it while it is saved
-    through an arena of 64 MiB, and bytes that were leased."""
+    through an arena of 64 MiB, and bytes that were borrowed."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{out}/store", rank=0, world_size=1)
     ours = settings(io={}, staging={"arena_bytes": 64 << 20})
     made = engine(2, "bf16", ours, width=3072)
@@ -194,9 +194,9 @@ def memory_beside_the_state(out: str) -> list[int]:
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     made.save_checkpoint(f"{out}/run", tag="t")
-    leased = sum(int(transfer.stats["leased_bytes"]) for transfer in transfers().values())
+    borrowed = sum(int(transfer.stats["borrowed_bytes"]) for transfer in transfers().values())
     pending.wait_pending()
-    return [tensors.estimate_bytes(made), resident("VmHWM") - before, leased]
+    return [tensors.estimate_bytes(made), resident("VmHWM") - before, borrowed]
 
 
 def resident(what: str) -> int:

@@ -153,7 +153,7 @@ def assert_given_back(found: dict[str, Any], *also: str) -> None:
         ["good", "next", "latest", *also]
     )
     assert not [name for name in found["entries"] if name.endswith(".tmp")] and found["trash"] == []
-    assert found["leased"] == 0 and found["latest"] == "next" and found["problems"] == []
+    assert found["used_bytes"] == 0 and found["latest"] == "next" and found["problems"] == []
 
 
 @pytest.mark.parametrize(("operations", "code"), [("write", faults.SHORT), ("direct", errno.EINVAL)])

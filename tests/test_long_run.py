@@ -38,7 +38,7 @@ def assert_flat(found: list[dict[str, Any]], scattered: int = 2 << 20) -> None:
     assert max(len(one["left"]) for one in after) <= max(len(one["left"]) for one in before), after[-1]["left"]
     for key, size in after[-1]["tables"].items():
         assert size <= max(one["tables"].get(key, 0) for one in before), (key, size)
-    assert {one.get("leased", 0) for one in found} == {0} and {one.get("running", 0) for one in found} == {0}
+    assert {one.get("used_bytes", 0) for one in found} == {0} and {one.get("running", 0) for one in found} == {0}
     # Not one Python object for every twentieth save.
     blocks = [one["blocks"] for one in after]
     assert statistics.median(blocks[-5:]) - statistics.median(blocks[:5]) < 200 + saves / 20, blocks

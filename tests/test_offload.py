@@ -79,22 +79,22 @@ class Sources:
 @pytest.mark.parametrize("eager", [0.0, 0.2])
 @pytest.mark.parametrize("blocks", [2, 16, 96])
 @pytest.mark.parametrize("seed", range(3))
-def test_a_leased_file_holds_what_a_copied_one_holds(tmp_path: Path, seed: int, blocks: int, eager: float) -> None:
+def test_a_borrowed_file_holds_what_a_copied_one_holds(tmp_path: Path, seed: int, blocks: int, eager: float) -> None:
     sources = Sources(seed, eager=eager)
     with mover_of(blocks) as mover:
         plain = mover.save(tmp_path / "copied", sources.image(False))
         copied = plain.wait_written()
-        transfer = mover.save(tmp_path / "leased", sources.image(Lifetime.UNTIL_WRITTEN))
+        transfer = mover.save(tmp_path / "borrowed", sources.image(Lifetime.UNTIL_WRITTEN))
         assert transfer.wait_copied() and transfer.wait_released() and transfer.released
-        leased = transfer.wait_written()
-        assert (tmp_path / "leased").read_bytes() == (tmp_path / "copied").read_bytes()
-        assert leased.crcs == copied.crcs
+        borrowed = transfer.wait_written()
+        assert (tmp_path / "borrowed").read_bytes() == (tmp_path / "copied").read_bytes()
+        assert borrowed.crcs == copied.crcs
         assert transfer.stats["direct"] == plain.stats["direct"]
-        assert 0 < transfer.stats["straight_bytes"] < transfer.stats["leased_bytes"] <= transfer.stats["lazy_bytes"]
-        assert mover.arena.leased_bytes == 0
+        assert 0 < transfer.stats["zero_copy_bytes"] < transfer.stats["borrowed_bytes"] <= transfer.stats["lazy_bytes"]
+        assert mover.arena.used_bytes == 0
 
 
-def test_files_that_lease_share_an_arena_too_small_for_one(tmp_path: Path) -> None:
+def test_files_that_borrow_share_an_arena_too_small_for_one(tmp_path: Path) -> None:
     sources = [Sources(seed, eager=0.1) for seed in range(4)]
     with mover_of(3) as mover:
         wanted = [mover.save(tmp_path / "f", s.image(False), overlap=False).wait_written().crcs for s in sources]
@@ -130,17 +130,17 @@ def test_save_returns_before_a_state_larger_than_the_arena_was_read(tmp_path: Pa
             disk.enter_context(stuck(mover, tmp_path, threads=3))
             too_late = threading.Timer(20, disk.close)
             too_late.start()
-            held = mover.arena.leased_bytes
+            held = mover.arena.used_bytes
             transfer = mover.save(tmp_path / "f", native_image(FileImage(len(wanted), extents)))
             assert transfer.copied and not transfer.released and not transfer.wait_released(0.05)
-            assert mover.arena.leased_bytes - held <= 2 * BLOCK  # an eighth; what has a header in it waits for it
+            assert mover.arena.used_bytes - held <= 2 * BLOCK  # an eighth; what has a header in it waits for it
             with pytest.raises(TimeoutError):
                 transfer.wait_written(0)
             too_late.cancel()
         assert transfer.wait_released()
         state[:] = bytes(len(state))
         transfer.wait_written()
-        assert transfer.stats["straight_bytes"] >= 60 * BLOCK
+        assert transfer.stats["zero_copy_bytes"] >= 60 * BLOCK
     assert (tmp_path / "f").read_bytes() == wanted
 
 
@@ -163,7 +163,7 @@ def test_blocks_that_hold_slots_do_not_wait_for_those_that_get_none(tmp_path: Pa
     assert (tmp_path / "f").read_bytes() == data
 
 
-def test_a_crc_among_leased_bytes_stands_in_the_file_only(tmp_path: Path) -> None:
+def test_a_crc_among_borrowed_bytes_stands_in_the_file_only(tmp_path: Path) -> None:
     state = mmap.mmap(-1, 4 * BLOCK)
     state[:] = data = os.urandom(len(state))
     image = HandMadeImage(len(state))
@@ -175,7 +175,7 @@ def test_a_crc_among_leased_bytes_stands_in_the_file_only(tmp_path: Path) -> Non
     at = 2 * BLOCK + 8
     crc = zlib.crc32(data[10:110]).to_bytes(4, "little")
     assert (tmp_path / "f").read_bytes() == data[:at] + crc + data[at + 4 :]
-    assert state[:] == data and transfer.stats["straight_bytes"] == 3 * BLOCK
+    assert state[:] == data and transfer.stats["zero_copy_bytes"] == 3 * BLOCK
 
 
 def test_sources_live_until_they_are_written_and_no_longer(tmp_path: Path) -> None:
@@ -210,10 +210,10 @@ def test_a_transfer_that_fails_or_is_dropped_lets_go_of_its_sources(tmp_path: Pa
             done.start()
         done.join(20)
         assert not done.is_alive() and dropped.released
-        assert mover.arena.leased_bytes == 0
+        assert mover.arena.used_bytes == 0
 
 
-def test_leased_memory_is_looked_at_though_no_slot_was_reserved(tmp_path: Path) -> None:
+def test_borrowed_memory_is_looked_at_though_no_slot_was_reserved(tmp_path: Path) -> None:
     """Its blocks do not fit direct I/O, and other saves leave the arena too little room to reserve their window."""
     state, filler = mmap.mmap(-1, 20 * BLOCK), os.urandom(12 * BLOCK)
     image, other = HandMadeImage(len(state)), HandMadeImage(len(filler))
@@ -222,7 +222,7 @@ def test_leased_memory_is_looked_at_though_no_slot_was_reserved(tmp_path: Path) 
     with mover_of(16) as mover:
         with stuck(mover, tmp_path, threads=3):
             waiting = mover.save(tmp_path / "other", other)
-            assert mover.arena.leased_bytes == 15 * BLOCK
+            assert mover.arena.used_bytes == 15 * BLOCK
             transfer = mover.save(tmp_path / "f", image, check="full")
             assert not transfer.overlapped
             state[:] = b"x" * len(state)
@@ -248,11 +248,11 @@ def test_without_overlap_save_reads_everything_before_it_returns(tmp_path: Path)
     sources = Sources(2)
     with mover_of(8) as mover:
         transfer = mover.save(tmp_path / "f", sources.image(Lifetime.UNTIL_WRITTEN), overlap=False)
-        assert transfer.released and transfer.stats["straight_bytes"] == 0
+        assert transfer.released and transfer.stats["zero_copy_bytes"] == 0
         transfer.wait_written()
 
 
-def test_only_memory_of_the_host_is_leased(tmp_path: Path) -> None:
+def test_only_memory_of_the_host_is_borrowed(tmp_path: Path) -> None:
     with mover_of(2) as mover:
         image = HandMadeImage(10)
         image.add(0, 4096, 10, lazy=Lifetime.UNTIL_WRITTEN, device=0)
@@ -307,8 +307,8 @@ def test_the_host_of_a_real_engine_holds_one_copy(tmp_path: Path) -> None:
         timeout=150,
     )
     assert told.returncode == 0, told.stderr
-    state, beside, leased = json.loads(told.stdout.splitlines()[-1])
-    assert state > 300 << 20 and leased > 0.9 * state
+    state, beside, borrowed = json.loads(told.stdout.splitlines()[-1])
+    assert state > 300 << 20 and borrowed > 0.9 * state
     assert beside < 128 << 20
 
 
@@ -316,9 +316,9 @@ def test_the_host_of_a_real_engine_holds_one_copy(tmp_path: Path) -> None:
 def test_an_offloaded_state_is_saved_as_any_other(two_ranks: World, tmp_path: Path, stage: int) -> None:
     for found in two_ranks.call(f"{CASES}:save_offloaded", str(tmp_path), stage):
         for name, stats in found["stats"].items():
-            if stats["leased_bytes"]:
-                assert stats["leased_bytes"] > stats["lazy_bytes"] - 64  # counters are not
-            assert "optim" not in name or (stats["eager_bytes"] == 0 < stats["leased_bytes"])
+            if stats["borrowed_bytes"]:
+                assert stats["borrowed_bytes"] > stats["lazy_bytes"] - 64  # counters are not
+            assert "optim" not in name or (stats["eager_bytes"] == 0 < stats["borrowed_bytes"])
         assert found["same"]
         assert found["losses"] == found["unsaved"] == found["stock"] == found["ours"]
 
@@ -327,14 +327,14 @@ def test_an_offloaded_state_is_saved_as_any_other(two_ranks: World, tmp_path: Pa
 def test_reload_goes_on_and_the_step_waits_where_the_host_is_the_device(
     two_ranks: World, tmp_path: Path, stage: int
 ) -> None:
-    for found in two_ranks.call(f"{CASES}:train_on_what_is_leased", str(tmp_path), stage):
+    for found in two_ranks.call(f"{CASES}:train_on_what_is_borrowed", str(tmp_path), stage):
         assert found["released_at_reload"] is False
         assert found["peak"] < found["state"] / 2
         assert found["losses"] == found["unsaved"] == found["again"]
 
 
-def test_nothing_is_leased_that_would_be_overwritten_or_freed_without_waiting(two_ranks: World) -> None:
-    for usual, replaced, of_optimizer, freed in two_ranks.call(f"{CASES}:what_is_leased"):
+def test_nothing_is_borrowed_that_would_be_overwritten_or_freed_without_waiting(two_ranks: World) -> None:
+    for usual, replaced, of_optimizer, freed in two_ranks.call(f"{CASES}:what_is_borrowed"):
         assert usual > 0 == replaced == of_optimizer == freed
 
 
@@ -346,10 +346,10 @@ def test_nothing_is_leased_that_would_be_overwritten_or_freed_without_waiting(tw
         (3, "optimizer"),
     ],
 )
-def test_a_step_beside_leased_buffers_does_not_wait_and_the_next_offload_does(
+def test_a_step_beside_borrowed_buffers_does_not_wait_and_the_next_offload_does(
     two_ranks: World, tmp_path: Path, stage: int, by: str
 ) -> None:
-    for found in two_ranks.call(f"{CASES}:train_beside_what_is_leased", str(tmp_path), stage, by):
+    for found in two_ranks.call(f"{CASES}:train_beside_what_is_borrowed", str(tmp_path), stage, by):
         assert found["released_after_training"] is False
         assert found["released_after_offload"] is True
         assert found["again"] == found["losses"]

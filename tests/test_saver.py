@@ -52,7 +52,7 @@ def own_process() -> Iterator[None]:
         yield
         failpoints.listener = failpoints.observer = None
         settle_all()
-        assert wait_until(lambda: arena.mover(SETTINGS).arena.leased_bytes == 0)
+        assert wait_until(lambda: arena.mover(SETTINGS).arena.used_bytes == 0)
 
 
 @pytest.fixture
@@ -272,7 +272,7 @@ def test_a_ticket_that_failed_gives_the_arena_back_and_commits_nothing(out: Path
     seal(save)
     with pytest.raises(SaveFailed, match=r"cluster 'model' rank 0 failed: RuntimeError: out of luck"):
         save.wait(20)
-    assert wait_until(lambda: arena.mover(SETTINGS).arena.leased_bytes == 0)
+    assert wait_until(lambda: arena.mover(SETTINGS).arena.used_bytes == 0)
     assert not (out / "t1").exists() and not (out / "latest").exists()
 
 

@@ -94,8 +94,6 @@ def run(told: argparse.Namespace, root: Path, results: report.Results) -> None:
             tell(f"a state of {told.many} tensors")
             many = measure.make_state(results.nbytes, told.many, 1)
             results.many += measure.measure_many(contestants[0], many, root, told.rounds)
-        cap = results.nbytes + (results.nbytes >> 5) + 2 * machine.BLOCK_BYTES
-        measure.measure_digests(state, root, cap, told.rounds, tell, results.digests)
         run_children(told, root, [system.name for system in contestants], results)
     finally:
         for system in contestants:
@@ -117,7 +115,7 @@ def run_children(told: argparse.Namespace, root: Path, names: list[str], results
         tell(f"peak memory of {name}")
         results.memory[name] = child(name, results.cap_bytes if name == report.OURS else 0, 3)
     tell("offloaded state")
-    results.leased = child(systems.Leased.name, OFFLOAD_CAP_BYTES, 3)
+    results.borrowed = child(systems.Borrowed.name, OFFLOAD_CAP_BYTES, 3)
 
 
 def stolen(before: dict[str, int], after: dict[str, int]) -> float:

@@ -154,38 +154,6 @@ def measure_many(ours: System, state: State, root: Path, rounds: int) -> list[fl
     return found
 
 
-def measure_digests(
-    state: State, root: Path, cap_bytes: int, rounds: int, tell: Callable[[str], None], found: Rows
-) -> None:
-    """Seconds until our writer has made the state durable, with all its digests and with none, in turn."""
-    from roll_ckpt.formats.torch_zip import layout
-    from roll_ckpt.native.extension import Arena
-    from roll_ckpt.native.mover import Mover
-    from roll_ckpt.save import cluster_save
-
-    arena = Arena(cap_bytes, machine.BLOCK_BYTES)
-    arena.warm(cap_bytes)
-    arena.wait_warm()
-    movers = {"on": Mover(arena), "off": Mover(arena, digests=False)}
-    image = cluster_save.native_image(layout.lay_out(state, "model", lambda storage: True))
-    for number in range(rounds + 1):
-        for name, mover in sorted(movers.items(), reverse=bool(number % 2)):
-            tell(f"digests {name}, round {number} of {rounds}")
-            os.sync()
-
-            def save(mover: Mover = mover) -> None:
-                transfer = mover.save(root / "digests", image)
-                transfer.wait_copied()
-                transfer.wait_written()
-
-            seconds = machine.timed(save)
-            (root / "digests").unlink()
-            if number:
-                found.setdefault(name, []).append(seconds)
-    for mover in movers.values():
-        mover.shutdown()
-
-
 # --- a training loop -----------------------------------------------------------------------------------------
 
 
@@ -345,11 +313,11 @@ def offloaded(state: State) -> State:
 def child_main(name: str, nbytes: int, tensors: int, cap_bytes: int | None, saves: int, directory: Path) -> None:
     """The first saves of a process and the memory they need; prints JSON."""
     state = make_state(nbytes, tensors)
-    if name == systems.Leased.name:
+    if name == systems.Borrowed.name:
         state = offloaded(state)
     kinds: dict[str, Callable[[], System]] = {kind.name: kind for kind in systems.OTHERS}
     kinds[systems.Ours.name] = lambda: systems.Ours(cap_bytes)
-    kinds[systems.Leased.name] = lambda: systems.Leased(cap_bytes)
+    kinds[systems.Borrowed.name] = lambda: systems.Borrowed(cap_bytes)
     system = kinds[name]()
     ours = isinstance(system, systems.Ours)
     root = directory / f"child-{os.getpid()}"
@@ -369,9 +337,9 @@ def child_main(name: str, nbytes: int, tensors: int, cap_bytes: int | None, save
         path = directory_of(root, system, f"save-{number}")
         rows.append(save_once(system, state, path))
         if ours:
-            told["crc"] = _crcs(path / "model.pt")
+            told["crc"] = _crcs(next(path.rglob("state_rank_0.pt")))
         shutil.rmtree(path)
-    if isinstance(system, systems.Leased):
+    if isinstance(system, systems.Borrowed):
         told["copied"] = system.copied_bytes
     told |= {"rows": rows, "peak": machine.rss("VmHWM") - idle}
     system.close()

@@ -30,9 +30,7 @@ class Results:
     memory: dict[str, dict[str, Any]] = field(default_factory=dict)
     """One fresh process of each contestant; ours with the cap at a quarter of the state."""
     cap_bytes: int = 0
-    digests: dict[str, list[float]] = field(default_factory=dict)
-    """Seconds until durable with our digests "on" and "off"."""
-    leased: dict[str, Any] = field(default_factory=dict)
+    borrowed: dict[str, Any] = field(default_factory=dict)
     """A fresh process of ours that saves offloaded state."""
     missing: dict[str, str] = field(default_factory=dict)
     loop_missing: dict[str, str] = field(default_factory=dict)
@@ -168,8 +166,6 @@ def _disk(figures: Figures) -> list[Verdict]:
     if "torchsnapshot.async_take" in figures.names:
         ratio = figures.of("torchsnapshot.async_take", "durable") / durable
         found.append(_at_least("durable: against torchsnapshot.async_take, durable", ratio, 1.25, "x"))
-    on, off = (median(figures.results.digests.get(key, [])) for key in ("on", "off"))
-    found.append(_at_least("rate with all digests against none", off / on, 0.95, "of its rate"))
     found.append(_at_least("load: share of raw direct read", figures.raw_read / load, 0.9, "of its rate"))
     if "torch.save" in figures.names:
         found.append(_at_least("load: against torch.load", figures.of("torch.save", "load") / load, 1.3, "x"))
@@ -185,8 +181,8 @@ def _process(figures: Figures) -> list[Verdict]:
         if results.firsts:
             same = all(first["crc"] == small["crc"] for first in results.firsts)
             found.append(Verdict("the same bytes on disk with that cap", "yes", "yes" if same else "no", same))
-    if results.leased:
-        copied, above = float(results.leased["copied"]), results.leased["peak"]
+    if results.borrowed:
+        copied, above = float(results.borrowed["copied"]), results.borrowed["peak"]
         found.append(_at_most("offloaded state: copied by the training thread", copied, 0.0, "bytes", 1, 0))
         found.append(_at_most("offloaded state: host memory above it", above, 256 << 20, "MiB", 2**-20, 0))
     for key, told in (("blocked", "save() and fence()"), ("durable", "durable")):
@@ -306,7 +302,6 @@ def as_json(figures: Figures, found: Sequence[Verdict]) -> dict[str, Any]:
                 for name, rows in results.saves.systems.items()
             },
             "many_tensors_save": spread(results.many),
-            "digests": {key: spread(values) for key, values in results.digests.items()},
         },
         "noise": {
             "memcpy": machine.noise(results.saves.memcpy),
@@ -327,7 +322,7 @@ def as_json(figures: Figures, found: Sequence[Verdict]) -> dict[str, Any]:
         },
         "first_saves": results.firsts,
         "memory": results.memory,
-        "offloaded": results.leased,
+        "offloaded": results.borrowed,
         "blank": {**results.missing, **results.loop_missing},
         "targets": [vars(one) for one in found],
         "samples": {

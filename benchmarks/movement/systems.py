@@ -106,7 +106,7 @@ class Ours(System):
         return stats
 
 
-class Leased(Ours):
+class Borrowed(Ours):
     """Ours for a state that lies on the host until the save has ended, as an offloaded one does."""
 
     name = "roll_ckpt, offloaded state"

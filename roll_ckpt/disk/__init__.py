@@ -1,5 +1,6 @@
-"""Python's half of the seam to the disk: nothing else in roll_ckpt, but csrc/file, touches a file.
+"""All access to the disk from Python; nothing else in roll_ckpt touches a file, except csrc/file.
 
-`writes` changes the disk, `reads` opens files, `tree` looks at names and sizes, `locks` holds record locks. Tests watch
-and stop them through `failpoints`. Every room above imports these modules.
+`writes` changes the disk, `reads` opens files, `tree` looks at names and sizes, `locks` holds record locks; `missing`
+and `retry` name ways to handle an error. Tests observe and stop operations through `failpoints`. Every room above
+imports these modules.
 """

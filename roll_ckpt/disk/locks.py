@@ -1,34 +1,38 @@
-"""Record locks on files, and the opening of files so that no lock is lost.
+"""POSIX record locks on files, and opening and closing files so that no lock is lost.
 
-POSIX record locks belong to a process and a file: closing ANY descriptor of a file drops this process's lock on it.
-So a file that this process has locked is not opened again; the lock's one descriptor serves every read.
+A record lock belongs to a process and a file: closing ANY descriptor of the file drops this process's lock on it. So a
+file that this process has locked is not opened again; the descriptor of its lock serves every read.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import stat
 import struct
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 from roll_ckpt import process
+from roll_ckpt.disk.missing import if_there
 from roll_ckpt.disk.tree import is_file
 from roll_ckpt.disk.writes import create, fsync, write_all
 from roll_ckpt.errors import Damaged
 
+log = logging.getLogger("roll_ckpt")
+
 
 def open_regular(path: Path, access: int = os.O_RDONLY) -> int:
+    """A descriptor of a regular file. Damaged if the path is a symbolic link or a special file."""
     flags = access | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
-        # Without O_NONBLOCK the open of a named pipe waits for ever.
+        # Without O_NONBLOCK the open of a named pipe would wait forever.
         descriptor = os.open(path, flags | os.O_NONBLOCK)
     except BlockingIOError:
-        # Another process has a lease on the file (fcntl(2), F_SETLEASE), and gives it up for an open that waits.
+        # Another process holds a lease on the file (fcntl(2), F_SETLEASE); an open that waits makes it give that up.
         if not is_file(path):
             raise
         descriptor = os.open(path, flags)
@@ -43,18 +47,17 @@ def open_regular(path: Path, access: int = os.O_RDONLY) -> int:
 
 
 class Lock:
-    """A POSIX record lock of this process on one file, until release(). Forked children do not have it."""
+    """A POSIX record lock of this process on one file, until release(). Forked children do not inherit it."""
 
     def __init__(self, descriptor: int, exclusive: bool) -> None:
         self.descriptor = descriptor
         self.exclusive = exclusive
         self.users = 1
         self.pid = os.getpid()
-        found = os.fstat(descriptor)
-        self.key = (found.st_dev, found.st_ino)
+        self.key = _key_of(os.fstat(descriptor))
 
     def drop(self) -> None:
-        """One user less; the last one closes the descriptor, and with it the lock. Call under the table's guard."""
+        """Remove one user; the last one closes the descriptor, which ends the lock. The caller holds the guard."""
         self.users -= 1
         if not self.users:
             del lock_table().held[self.key]
@@ -62,7 +65,7 @@ class Lock:
             _close_parked(self.key)
 
     def release(self) -> None:
-        """Give the lock back. In a forked child, which never had it, nothing happens."""
+        """End this use of the lock. Does nothing in a forked child, which never had the lock."""
         if self.pid == os.getpid():
             with lock_table().guard:
                 self.drop()
@@ -75,8 +78,8 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 class LockTable:
     """The files that this process has locked, by device and inode.
 
-    `guard` is held while a file is opened or closed, so that no descriptor of a file that another thread has locked
-    meanwhile is closed. `parked` are descriptors that must stay open until the lock on their file is released.
+    Threads hold `guard` while they open or close a file, so that none closes a descriptor of a file that another has
+    just locked. `parked` descriptors stay open until the lock on their file is released.
     """
 
     def __init__(self) -> None:
@@ -86,23 +89,26 @@ class LockTable:
 
 
 def lock_table() -> LockTable:
-    """The table of this process; a forked child, which has no locks, has an empty one."""
+    """The table of this process. A forked child, which inherits no locks, starts with an empty one."""
     return process.part(LockTable)
 
 
+def _key_of(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
 def held_at(path: Path) -> Lock | None:
+    """The lock that this process has on the file at `path`, None if it has none."""
     if not lock_table().held:
         return None
-    with suppress(FileNotFoundError, NotADirectoryError):
-        found = os.stat(path)
-        return lock_table().held.get((found.st_dev, found.st_ino))
-    return None
+    status = if_there(lambda: os.stat(path))
+    return None if status is None else lock_table().held.get(_key_of(status))
 
 
 def close_unlocked(descriptor: int) -> None:
-    """Close a descriptor; if the file was locked meanwhile by another thread, park it until the release."""
-    found = os.fstat(descriptor)
-    key = (found.st_dev, found.st_ino)
+    """Close a descriptor. If another thread has locked the file meanwhile, the descriptor stays open until that lock is
+    released."""
+    key = _key_of(os.fstat(descriptor))
     if key in lock_table().held:
         lock_table().parked.setdefault(key, []).append(descriptor)
     else:
@@ -115,9 +121,10 @@ def _close_parked(key: tuple[int, int]) -> None:
 
 
 def lock_new(path: Path, contents: Callable[[bool], bytes]) -> Lock:
-    """Make a durable file that this process has locked before anybody can see what is in it.
+    """Create a durable file and lock it exclusively before anything is written into it.
 
-    `contents` is told whether the lock holds: False where the file system has no locks.
+    `contents(locked)` returns the bytes to write; `locked` is False where the file system has no locks. The path must
+    not exist.
     """
     descriptor = create(path)
     try:
@@ -140,9 +147,13 @@ def lock_new(path: Path, contents: Callable[[bool], bytes]) -> Lock:
 
 
 def try_lock(path: Path, *, exclusive: bool) -> Lock | None:
-    """Lock an existing file, None if another holder forbids it. Shared locks of one process add up.
+    """Lock an existing file without waiting; None if another lock forbids it.
 
-    OSError with ENOLCK, ENOSYS or ENOTSUP where the file system has no locks; Damaged as for read_bytes.
+    Several shared locks of this process on one file are one lock with several users.
+
+    Raises:
+        OSError: ENOLCK, ENOSYS or ENOTSUP where the file system has no locks.
+        Damaged: the path is not a regular file.
     """
     with lock_table().guard:
         held = held_at(path)
@@ -165,31 +176,30 @@ def try_lock(path: Path, *, exclusive: bool) -> Lock | None:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether any process of this host, this one included, has a lock on the file; nobody has one on anything else."""
+    """Whether any process of this host, this one included, has a lock on the file. False if it is no regular file."""
     with lock_table().guard:
         if held_at(path) is not None:
             return True
         try:
             descriptor = open_regular(path)
-        except Damaged:
+        except Damaged as error:
+            log.debug("no process can have a lock on it: %s", error)
             return False
         try:
-            asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-            answer = struct.unpack(_FLOCK, fcntl.fcntl(descriptor, fcntl.F_GETLK, asked))
+            query = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            answer = struct.unpack(_FLOCK, fcntl.fcntl(descriptor, fcntl.F_GETLK, query))
             return bool(answer[0] != fcntl.F_UNLCK)
         finally:
             close_unlocked(descriptor)
 
 
 def is_held(path: Path) -> bool:
-    """Whether this process has the file locked, so that nobody here may open and close it."""
+    """Whether this process has locked the file; if so, no code of this process may open and close it."""
     with lock_table().guard:
         return held_at(path) is not None
 
 
 def same_file(lock: Lock, path: Path) -> bool:
-    """Whether `path` still names the locked file."""
-    with suppress(FileNotFoundError, NotADirectoryError):
-        found = os.lstat(path)
-        return (found.st_dev, found.st_ino) == lock.key
-    return False
+    """Whether `path` still names the locked file, and not a newer one or none."""
+    status = if_there(lambda: os.lstat(path))
+    return status is not None and _key_of(status) == lock.key

@@ -1,26 +1,26 @@
-"""What to do about a file or directory that is not there: names for the two usual answers."""
+"""Names for the usual ways to handle a file or directory that does not exist."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from typing import TypeVar
 
 Read = TypeVar("Read")
 
 
-@contextmanager
-def missing_ok() -> Iterator[None]:
-    """Inside the block, a path that is not there, or has a file where a directory should be, ends the block quietly."""
-    try:
-        yield
-    except (FileNotFoundError, NotADirectoryError):
-        return
+def missing_ok() -> AbstractContextManager[None, bool]:
+    """A block that a FileNotFoundError or NotADirectoryError ends without an error: the path does not exist."""
+    return suppress(FileNotFoundError, NotADirectoryError)
+
+
+def not_found_ok() -> AbstractContextManager[None, bool]:
+    """As missing_ok, but a file where a directory should be still raises NotADirectoryError."""
+    return suppress(FileNotFoundError)
 
 
 def if_there(read: Callable[[], Read]) -> Read | None:
-    """What `read` returns; None if the file or directory that it asks for is not there."""
-    try:
+    """What `read` returns; None if the file or directory that it reads does not exist."""
+    with missing_ok():
         return read()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+    return None

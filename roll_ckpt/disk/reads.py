@@ -1,10 +1,6 @@
-"""The Python half of the seam to the disk: nothing else in roll_ckpt, but csrc/file, touches it.
+"""Reading files. A file that this process has locked is read through the descriptor of its lock (see `locks`).
 
-A test sets `observer` to record every mutating operation, to fail it, or to kill the process before it, and
-`listener` to stop at the named points of a save. Both are None in production.
-
-POSIX record locks belong to (process, file): closing ANY descriptor of a file drops this process's lock on
-it. So a file that this process has locked is never opened again here; its one descriptor serves every read.
+Symbolic links and special files are refused as Damaged: no file of a checkpoint is one.
 """
 
 from __future__ import annotations
@@ -15,16 +11,22 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from roll_ckpt.disk.locks import close_unlocked, held_at, lock_table, open_regular
+from roll_ckpt.disk.missing import not_found_ok
 from roll_ckpt.errors import Damaged
 
 _RECORD_BYTES = 256 << 20
 OBJECT_BYTES = 4 << 30
-"""A limit for `read_bytes` of what is no record of ours: pickles, and the state of a pipeline."""
+"""The `limit` of `read_bytes` for files that are not records: pickles, and the state of a pipeline."""
 
 
 def read_bytes(path: Path, limit: int = _RECORD_BYTES) -> bytes:
-    """All bytes of a regular file; Damaged if it is a symbolic link or anything else, or longer than `limit`, which
-    no record of ours is: a sparse file of a stranger would fill the memory."""
+    """All bytes of a regular file.
+
+    Raises:
+        Damaged: the path is not a regular file, or the file is longer than `limit` bytes; a sparse file from a stranger
+            could fill the memory.
+        OSError: the file cannot be read.
+    """
     with _reader(path) as descriptor:
         nbytes = os.fstat(descriptor).st_size
         if nbytes > limit:
@@ -33,13 +35,14 @@ def read_bytes(path: Path, limit: int = _RECORD_BYTES) -> bytes:
 
 
 def read_range(path: Path, offset: int, nbytes: int) -> bytes:
-    """`nbytes` bytes of a regular file from `offset` on; fewer at its end. Damaged as for read_bytes."""
+    """`nbytes` bytes of a regular file from `offset` on, fewer at its end. Damaged if it is not a regular file."""
     with _reader(path) as descriptor:
         return _pread(descriptor, nbytes, offset)
 
 
 def read_into(path: Path, offset: int, target: memoryview) -> int:
-    """Fill `target` from a regular file from `offset` on; how many bytes there were. Damaged as for read_bytes."""
+    """Fill `target` with bytes of a regular file from `offset` on; returns how many there were. Damaged if it is not a
+    regular file."""
     done = 0
     with _reader(path) as descriptor:
         while done < len(target) and (count := os.preadv(descriptor, [target[done:]], offset + done)):
@@ -48,23 +51,24 @@ def read_into(path: Path, offset: int, target: memoryview) -> int:
 
 
 def read_text_or_none(path: Path) -> str | None:
-    """The text of a regular file, None if it is not there. Damaged if it is not UTF-8."""
+    """The text of a regular file, None if it does not exist. Damaged if it is not UTF-8, or as for read_bytes."""
+    data = None
+    with not_found_ok():
+        data = read_bytes(path)
     try:
-        return read_bytes(path).decode()
-    except FileNotFoundError:
-        return None
+        return None if data is None else data.decode()
     except UnicodeDecodeError as error:
         raise Damaged(f"{path}: not UTF-8 text") from error
 
 
 def boot_id() -> str:
-    """Names this boot of this host."""
+    """The kernel's identifier of this boot of this host."""
     with open("/proc/sys/kernel/random/boot_id") as file:
         return file.read().strip()
 
 
 def read_blocks(path: Path, block_bytes: int) -> Iterator[bytes]:
-    """The bytes of a regular file in blocks of `block_bytes`, the last shorter; nothing for an empty file."""
+    """The bytes of a regular file in blocks of `block_bytes`, the last one shorter; no block for an empty file."""
     with _reader(path) as descriptor:
         offset = 0
         while block := _pread(descriptor, block_bytes, offset):
@@ -101,6 +105,6 @@ def _reader(path: Path) -> Iterator[int]:
 
 
 def mtime_ns(path: Path) -> int:
-    """The file's modification time as the server has it now."""
-    with _reader(path) as descriptor:  # an open asks an NFS server again; a stat may answer from its cache
+    """The file's modification time in nanoseconds, as its server knows it now."""
+    with _reader(path) as descriptor:  # an open asks the NFS server; stat may answer from the client's cache
         return os.fstat(descriptor).st_mtime_ns

@@ -1,67 +1,77 @@
-"""The Python half of the seam to the disk: nothing else in roll_ckpt, but csrc/file, touches it.
+"""Everything that changes the disk: durable files, links, renames, directories, removals.
 
-A test sets `observer` to record every mutating operation, to fail it, or to kill the process before it, and
-`listener` to stop at the named points of a save. Both are None in production.
-
-POSIX record locks belong to (process, file): closing ANY descriptor of a file drops this process's lock on
-it. So a file that this process has locked is never opened again here; its one descriptor serves every read.
+Order makes a save crash-safe: a file is durable before the name that refers to it. Each function tells `failpoints`
+what it is about to do, so that tests can record the operation, fail it, or kill the process before it.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import logging
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 from roll_ckpt import names
 from roll_ckpt.disk.failpoints import announce
+from roll_ckpt.disk.missing import not_found_ok
 from roll_ckpt.disk.tree import is_dir, is_real_dir, list_dir
 from roll_ckpt.errors import Damaged
+
+log = logging.getLogger("roll_ckpt")
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 _NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
-_REMOVALS = 20
+_REMOVALS = 20  # how often remove_tree empties directories again that others fill meanwhile
 
 
 class NotDurable(OSError):
-    """A directory's fsync failed. Its entries are there to be seen, and may be lost all the same; asking again would
-    only hide that, since the file system tells it once."""
+    """fsync of a directory failed: its entries are visible, but may not survive a crash.
+
+    The kernel reports such an error once, so a second fsync would falsely succeed.
+    """
 
 
 def write_durable(path: Path, data: bytes, *, scratch: Path | None = None) -> None:
-    """Put `data` under `path`, whole or not at all, replacing what is there; durable on return.
+    """Write `data` to `path` atomically, replacing any file there; durable on return.
 
-    The temporary file is made in `scratch`, a directory of the same file system, else beside `path`.
+    The temporary file lies in `scratch`, a directory of the same file system, or else beside `path`.
+
+    Raises:
+        NotDurable: the new file is in place, but its directory could not be synced.
+        OSError: nothing was replaced.
     """
     temporary = _prepare(path, data, scratch)
     prepared = os.lstat(temporary)
     try:
         rename(temporary, path)
     except OSError as error:
-        if error.errno != errno.ENOENT or not _is_now(path, prepared):
+        if error.errno != errno.ENOENT or not _has_become(path, prepared):
             discard_file(temporary)
             raise
     fsync_dir(path.parent)
 
 
-def _is_now(path: Path, prepared: os.stat_result) -> bool:
-    """Whether `path` is that very file: a rename that NFS retransmitted answers ENOENT although the first one did it.
+def _has_become(path: Path, prepared: os.stat_result) -> bool:
+    """Whether `path` is the prepared file: a rename that NFS retransmits fails with ENOENT although the first one
+    succeeded.
 
-    The directory is listed, since a name that was looked up before and missing may be believed missing still.
+    The directory is listed first, because the client may have cached that the name did not exist.
     """
     if path.name not in list_dir(path.parent):
         return False
-    with suppress(FileNotFoundError):
+    with not_found_ok():
         return os.path.samestat(prepared, os.lstat(path))
     return False
 
 
 def link_durable(path: Path, data: bytes, *, scratch: Path | None = None) -> bool:
-    """Put `data` under `path` unless something is there already; durable on return. True if it was us."""
+    """Write `data` to `path` unless the path exists; durable on return. True if this call created the file.
+
+    `scratch` and the errors are those of write_durable.
+    """
     temporary = _prepare(path, data, scratch)
     try:
         first = link(temporary, path)
@@ -81,26 +91,26 @@ def _prepare(path: Path, data: bytes, scratch: Path | None) -> Path:
         finally:
             os.close(descriptor)
     except OSError:
-        # Pages whose fsync failed are never synced again: this file goes, a later try writes a new one.
+        # After a failed fsync the kernel never writes those pages again: a later try must write a new file.
         discard_file(temporary)
         raise
     return temporary
 
 
 def create(path: Path) -> int:
-    """A descriptor of a new file, which must not exist."""
+    """Create a file, which must not exist, and return its descriptor."""
     announce("create", path)
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
 
 
 def append(path: Path) -> int:
-    """A descriptor that writes at the end of a file, made if it is missing; a symbolic link is not followed."""
+    """A descriptor that appends to a file, which is created if it is missing; a symbolic link is refused."""
     announce("append", path)
     return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
 
 def write_all(descriptor: int, data: bytes | memoryview, path: Path) -> None:
-    """Write all of `data`, however short the single writes are."""
+    """Write all of `data`, in several writes if the kernel takes less at a time."""
     announce("write", path)
     rest = memoryview(data)
     while rest:
@@ -114,7 +124,7 @@ def fsync(descriptor: int, path: Path) -> None:
 
 
 def fsync_file(path: Path) -> None:
-    """Make the bytes of a file that somebody else wrote durable."""
+    """Make the bytes of an existing file durable."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         fsync(descriptor, path)
@@ -123,9 +133,10 @@ def fsync_file(path: Path) -> None:
 
 
 def fsync_dir(path: Path) -> bool:
-    """Make the entries of a directory durable. False where the file system cannot: a weaker guarantee.
+    """Make the entries of a directory durable. False if the file system cannot fsync a directory.
 
-    NotDurable if it fails.
+    Raises:
+        NotDurable: the fsync failed.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -141,26 +152,30 @@ def fsync_dir(path: Path) -> bool:
 
 
 def link(source: Path, target: Path) -> bool:
-    """Give `source` the second name `target`. False if `target` exists and is another file."""
+    """Give `source` the second name `target` (link(2)). False if `target` exists and is another file."""
     announce("link", source, target)
     try:
         os.link(source, target)
-    except FileExistsError:
-        # A link that NFS retransmitted answers EEXIST although the first one made it.
-        with suppress(FileNotFoundError):
-            return os.path.samestat(os.lstat(source), os.lstat(target))
-        return False
+    except FileExistsError as error:
+        log.debug("not linked, unless NFS retransmitted a link that succeeded: %s", error)
+        return _are_one_file(source, target)
     return True
 
 
+def _are_one_file(a: Path, b: Path) -> bool:
+    with not_found_ok():
+        return os.path.samestat(os.lstat(a), os.lstat(b))
+    return False
+
+
 def rename(source: Path, target: Path) -> None:
-    """rename(2), with its own answers. Not durable until fsync_dir of the parents."""
+    """rename(2), raising its own errors. Not durable until fsync_dir of both parents."""
     announce("rename", source, target)
     os.rename(source, target)
 
 
 def exchange(a: Path, b: Path) -> None:
-    """Swap two names in one step. OSError with EINVAL, ENOSYS or ENOTSUP where the file system cannot."""
+    """Swap two names atomically. OSError with EINVAL, ENOSYS or ENOTSUP where the file system cannot."""
     announce("exchange", a, b)
     function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if function is None:
@@ -171,9 +186,9 @@ def exchange(a: Path, b: Path) -> None:
 
 
 def swap(new: Path, target: Path, step_aside: Callable[[], None]) -> None:
-    """Put `new` in the place of `target`, which comes to lie where `new` was.
+    """Rename `new` to `target`; what was at `target` is afterwards at `new`.
 
-    Where the file system cannot exchange two names, `step_aside` moves `target` away first.
+    Where the file system cannot exchange two names, `step_aside()` moves `target` away first.
     """
     try:
         exchange(new, target)
@@ -185,7 +200,7 @@ def swap(new: Path, target: Path, step_aside: Callable[[], None]) -> None:
 
 
 def make_dir(path: Path) -> bool:
-    """Make one directory, whose parent must exist. False if it was there. Not durable by itself."""
+    """Make one directory, whose parent must exist. False if it exists already. Not durable until fsync_dir."""
     announce("mkdir", path)
     try:
         os.mkdir(path)
@@ -197,10 +212,11 @@ def make_dir(path: Path) -> bool:
 
 
 def make_dirs(path: Path, *, durable: bool = True) -> None:
-    """Make a directory and its missing parents; if `durable`, each new entry is on disk on return.
+    """Make a directory and its missing parents. If `durable`, each new entry is durable on return.
 
-    FileNotFoundError below an attempt's directory that is gone: a late writer must not bring back what was
-    thrown away. Only commit.begin makes that directory.
+    Raises:
+        FileNotFoundError: the path lies below an attempt's directory that does not exist. A late writer must not
+            recreate what was thrown away; only transaction.attempts makes that directory.
     """
     if is_dir(path):
         return
@@ -214,10 +230,10 @@ def make_dirs(path: Path, *, durable: bool = True) -> None:
 
 
 def make_own_dir(path: Path) -> None:
-    """make_dirs for a directory of our own. Damaged if it is a symbolic link: nothing is written where that leads."""
+    """make_dirs for a directory that only roll_ckpt uses. Damaged if it is a symbolic link, which is not followed."""
     make_dirs(path)
     if not is_real_dir(path):
-        raise Damaged(f"{path}: a symbolic link and no directory; remove it")
+        raise Damaged(f"{path}: a symbolic link where roll_ckpt needs a directory of its own; remove the link")
 
 
 def remove_file(path: Path) -> None:
@@ -227,8 +243,8 @@ def remove_file(path: Path) -> None:
 
 
 def discard_file(path: Path) -> None:
-    """unlink(2) of a file that may be gone."""
-    with suppress(FileNotFoundError):
+    """unlink(2) of a file that may not exist."""
+    with not_found_ok():
         remove_file(path)
 
 
@@ -239,41 +255,40 @@ def remove_dir(path: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a directory (or file, or link, but nothing that it leads to) and all below.
+    """Remove a directory and all below it; or a file; or a link, but not its target.
 
-    What somebody else removes at the same time is fine, and what they still put there goes too: a process that was
-    on its way into a directory when that was renamed arrives in it all the same.
+    Another process may remove the same entries meanwhile, or add some: entries that appear in a directory after it was
+    emptied are removed too, because a process that resolved its path before a rename may still write there.
     """
-    pending, left = [path], _REMOVALS
+    pending, retries_left = [path], _REMOVALS
     while pending:
         folder = pending[-1]
         below = _folders_left(folder)
         if below:
-            pending += below  # a stack and no recursion: a stranger's folders may be nested more deeply than calls
+            pending += below  # a stack, not recursion: a stranger's directories may be nested deeper than calls may be
             continue
         try:
             if below is not None:
-                remove_dir(folder)
-        except FileNotFoundError:
-            pass
+                with not_found_ok():
+                    remove_dir(folder)
         except OSError as error:
-            left -= 1
-            if error.errno != errno.ENOTEMPTY or not left:
+            retries_left -= 1
+            if error.errno != errno.ENOTEMPTY or not retries_left:
                 raise
             continue
         pending.pop()
 
 
 def _folders_left(path: Path) -> list[Path] | None:
-    """The directories in a directory, once everything else in it is removed; None if it is none any more."""
+    """Remove everything in a directory but its subdirectories, and return those; None if the path is no longer a
+    directory."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
     except OSError as error:
-        if error.errno not in (errno.ENOTDIR, errno.ELOOP):
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
             raise
-        discard_file(path)
+        if error.errno != errno.ENOENT:
+            discard_file(path)
         return None
     try:
         with os.scandir(descriptor) as entries:
@@ -287,7 +302,7 @@ def _folders_left(path: Path) -> list[Path] | None:
 
 
 def touch(path: Path, *, at_ns: int | None = None) -> None:
-    """Set a file's times: to now, by the file system's clock, or to `at_ns`."""
+    """Set a file's access and modification times to `at_ns`, or to the present time of the file system's clock."""
     if at_ns is None:
         os.utime(path)
     else:

@@ -1,8 +1,8 @@
 """FileImage: where every byte of a file comes from.
 
-A layout makes one from a state; after that, code only moves bytes. No torch here: a source is a piece of
-memory with an owner that keeps it alive. What a file of thousands of tensors needs is kept in tables of integers,
-as the extension takes them, so that handing them on costs nothing.
+A layout makes one from a state; after that, code only moves bytes. This module does not know torch: a source is a
+range of memory with an owner that keeps it alive. Extents and CRC patches are tables of integers, which the extension
+takes as they are, so that a file of thousands of tensors costs nothing to hand over.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ HOST = -1
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """`nbytes` bytes at `address`, on the host or on CUDA device `device`; alive as long as `owner` is.
+    """`nbytes` bytes at `address`, on the host or on CUDA device `device`; valid as long as `owner` lives.
 
-    On a device, the bytes are what `stream` (a `cudaStream_t`) has written once it gets to this point.
+    On a device, the bytes are those after all work queued on `stream` (a `cudaStream_t`) so far.
     """
 
     address: int
@@ -33,7 +33,10 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """Bytes of the file from `offset` on, from a source that is `stable` so long; True is until the next fence."""
+    """Bytes of the file from `offset` on, and the source that they come from.
+
+    `lifetime` says how long the source stays unchanged; False is Lifetime.UNTIL_SAVE_RETURNS, True UNTIL_FENCE.
+    """
 
     offset: int
     source: bytes | Memory
@@ -44,7 +47,7 @@ class Extent:
         return len(self.source) if isinstance(self.source, bytes) else self.source.nbytes
 
 
-def _moved(numbers: array[int], by: int) -> array[int]:
+def _shifted(numbers: array[int], by: int) -> array[int]:
     return array("q", [number + by for number in numbers])
 
 
@@ -52,33 +55,33 @@ def _moved(numbers: array[int], by: int) -> array[int]:
 class Extents:
     """The extents of a file, in order and without overlap; gaps between them are zero bytes.
 
-    A row of the table is offset, address, bytes, stable, device; with address 0 its owner is `bytes` and the source
-    itself, which never changes and counts as stable.
+    A row of `rows` is offset, address, bytes, lifetime, device; `owners` has one entry for each row. With address 0 the
+    owner is a `bytes` object and the source itself; its lifetime counts as UNTIL_FENCE.
     """
 
     rows: array[int] = field(default_factory=lambda: array("q"))
     owners: list[Any] = field(default_factory=list)
     streams: dict[int, int] = field(default_factory=dict)
-    """For each CUDA device the stream whose work the copies wait for."""
+    """For each CUDA device, the stream whose queued work the copies wait for."""
 
     WIDTH = 5
 
     @classmethod
     def of(cls, extents: Iterable[Extent]) -> Extents:
-        made = cls()
+        table = cls()
         for extent in extents:
-            made.add(extent.offset, extent.source, extent.lifetime)
-        return made
+            table.add(extent.offset, extent.source, extent.lifetime)
+        return table
 
     def add(self, offset: int, source: bytes | Memory, lifetime: Lifetime | bool = False) -> int:
-        """Append an extent; returns its place."""
+        """Append an extent; returns its row number."""
         self.rows.extend((offset, 0, 0, True, HOST))
         self.owners.append(None)
         self.put(len(self.owners) - 1, source, lifetime)
         return len(self.owners) - 1
 
     def put(self, place: int, source: bytes | Memory, lifetime: Lifetime | bool = False) -> None:
-        """Let the extent at `place` come from `source`."""
+        """Replace the source of the extent in row `place`; its offset stays."""
         at = place * self.WIDTH
         if isinstance(source, bytes):
             self.rows[at + 1 : at + 5] = array("q", (0, len(source), True, HOST))
@@ -93,9 +96,9 @@ class Extents:
         return Extents(self.rows[:], self.owners[:], dict(self.streams))
 
     def extend(self, other: Extents, by: int) -> None:
-        """Append all extents of `other`, `by` bytes further on."""
+        """Append all extents of `other`, each `by` bytes further back in the file."""
         rows = other.rows[:]
-        rows[0 :: self.WIDTH] = _moved(rows[0 :: self.WIDTH], by)
+        rows[0 :: self.WIDTH] = _shifted(rows[0 :: self.WIDTH], by)
         self.rows += rows
         self.owners += other.owners
         self.streams |= other.streams
@@ -116,11 +119,12 @@ class Extents:
 
 @dataclass(slots=True)
 class CrcPatches:
-    """What a file holds that follows from the CRC-32s of its own records.
+    """The parts of a file that are computed from the CRC-32s of its own records, as three tables.
 
-    records: start, bytes of each, in order and disjoint. crcs: the record, and an offset behind it where its CRC-32
-    stands as a little-endian 32-bit integer. serials: an offset where twenty decimal digits combine the CRC-32s of
-    records `first` to `first + count`, then first and count.
+    records: (start, bytes) of each record, in file order and disjoint.
+    crcs: (number of the record, file offset behind it of its CRC-32 as a little-endian 32-bit integer).
+    serials: (file offset of twenty decimal digits, first, count): they combine the CRC-32s of `count` records from
+        number `first` on, see `serial_fold` in csrc/image.h.
     """
 
     records: array[int] = field(default_factory=lambda: array("q"))
@@ -136,12 +140,12 @@ class CrcPatches:
         return len(self) - 1
 
     def extend(self, other: CrcPatches, by: int) -> None:
-        """Append all of `other`, `by` bytes further on."""
+        """Append all rows of `other`, each `by` bytes further back in the file."""
         first = len(self)
         records, crcs, serials = other.records[:], other.crcs[:], other.serials[:]
-        records[0::2] = _moved(records[0::2], by)
-        crcs[0::2], crcs[1::2] = _moved(crcs[0::2], first), _moved(crcs[1::2], by)
-        serials[0::3], serials[1::3] = _moved(serials[0::3], by), _moved(serials[1::3], first)
+        records[0::2] = _shifted(records[0::2], by)
+        crcs[0::2], crcs[1::2] = _shifted(crcs[0::2], first), _shifted(crcs[1::2], by)
+        serials[0::3], serials[1::3] = _shifted(serials[0::3], by), _shifted(serials[1::3], first)
         self.records += records
         self.crcs += crcs
         self.serials += serials
@@ -149,7 +153,7 @@ class CrcPatches:
 
 @dataclass(frozen=True, slots=True)
 class TensorPiece:
-    """One tensor in a file: its name in the state, dtype and shape, and where its bytes lie."""
+    """One tensor in a file: its name in the state, its dtype and shape, and where its bytes lie in the file."""
 
     name: str
     dtype: str
@@ -160,7 +164,7 @@ class TensorPiece:
 
 @dataclass(frozen=True)
 class FileImage:
-    """A whole file."""
+    """A whole file: its size, the sources of its bytes, its CRC patches and its tensors."""
 
     nbytes: int
     extents: Extents = field(default_factory=Extents)
@@ -169,5 +173,5 @@ class FileImage:
 
     @classmethod
     def of_bytes(cls, data: bytes) -> FileImage:
-        """The image of a file that is just these bytes."""
+        """The image of a file that holds exactly `data`."""
         return cls(len(data), Extents.of([Extent(0, data)] if data else []))

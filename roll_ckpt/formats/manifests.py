@@ -1,10 +1,8 @@
-"""The records of a checkpoint: receipts, votes, what was expected, the decision, and the manifest over them.
+"""manifest.json, the commit record of a checkpoint: built from the votes, parsed and read.
 
-Each is a sealed record (seal.py). The manifest is a pure function of the votes and of votes/expected.json:
-two committers write the same bytes. It names every file of the unit but two: itself, and `decision`, which
-names it.
-Only read() touches the disk. Reading trusts nothing: wrong types, ranges and paths are refused by
-errors.Damaged.
+The manifest is a pure function of the votes and of votes/expected.json, so that two committers write the same bytes. It
+lists every file of the checkpoint except two: itself, and `decision`, which holds the manifest's digest. Reading trusts
+nothing: wrong types, ranges and paths are refused as errors.Damaged. Only read() touches the disk.
 """
 
 from __future__ import annotations
@@ -22,14 +20,14 @@ from roll_ckpt.formats.records import (
     Expected,
     Receipt,
     Vote,
-    _refuse_file_as_directory,
     are_world_sizes,
     is_shallow,
     parse_expected,
     parse_receipts,
     parse_vote,
     receipt_of_bytes,
-    spell_receipts,
+    receipts_to_json,
+    refuse_file_as_directory,
     take_format,
     take_name,
 )
@@ -55,74 +53,75 @@ class Manifest:
 
     @property
     def age(self) -> tuple[int, int, int, str]:
-        """Sorts checkpoints from the oldest to the newest.
+        """A key that sorts checkpoints from the oldest to the newest: by epoch, then step, then attempt.
 
-        The epoch comes first: a run that resumed from an older step leaves the later steps of its predecessor
-        behind it. Within an epoch the step, then the attempt.
+        The epoch comes first, so that a run that resumed from an older step counts as newer than the later steps of
+        its predecessor.
         """
         return (self.epoch, -1 if self.step is None else self.step, self.attempt, self.name)
 
     def nbytes(self) -> int:
-        """The bytes of all listed files."""
+        """The size of all listed files together, in bytes."""
         return sum(receipt.nbytes for receipt in self.files)
 
     def to_bytes(self) -> bytes:
-        """The file's bytes."""
-        return seal({**asdict(self), "files": spell_receipts(self.files)})
+        """The bytes of manifest.json."""
+        return seal({**asdict(self), "files": receipts_to_json(self.files)})
 
 
 def build(votes: Mapping[str, bytes], expected: bytes) -> bytes:
-    """The bytes of manifest.json, from the bytes of every vote's file (by its name) and of expected.json.
+    """The bytes of manifest.json, from the bytes of every vote's file (by its name) and of votes/expected.json.
 
-    Damaged if a vote is missing, foreign, a no, or contradicts another.
+    Raises:
+        Damaged: a vote is missing, belongs to another attempt, reports an error or contradicts another vote.
     """
-    told = parse_expected(expected, names.EXPECTED)
-    if sorted(votes) != sorted(told.voters()):
+    attempt = parse_expected(expected, names.EXPECTED)
+    if sorted(votes) != sorted(attempt.voters()):
         raise Damaged("the votes are not those that votes/expected.json asks for")
-    cast = [parse_vote(votes[file], f"{names.VOTES}/{file}") for file in told.voters()]
-    clusters: dict[str, dict[str, Any]] = {name: {} for name in told.clusters}
+    cast = [parse_vote(votes[file], f"{names.VOTES}/{file}") for file in attempt.voters()]
+    clusters: dict[str, dict[str, Any]] = {name: {} for name in attempt.clusters}
     files = {names.EXPECTED: receipt_of_bytes(names.EXPECTED, expected)}
-    for file, vote in zip(told.voters(), cast, strict=True):
-        if problem := objection(vote, told, file):
+    for file, vote in zip(attempt.voters(), cast, strict=True):
+        if problem := objection(vote, attempt, file):
             raise Damaged(problem)
         for receipt in vote.receipts:
             if files.setdefault(receipt.path, receipt) != receipt:
-                who = f"cluster {vote.cluster!r} rank {vote.rank}"
-                raise Damaged(f"{who} and another rank wrote different bytes to {receipt.path}")
+                voter = f"cluster {vote.cluster!r} rank {vote.rank}"
+                raise Damaged(f"{voter} and another rank wrote different bytes to {receipt.path}")
         clusters[vote.cluster] = {**vote.facts, **clusters[vote.cluster]}
-    _refuse_file_as_directory(sorted(files), "the votes together")
+    refuse_file_as_directory(sorted(files), "the votes together")
     return Manifest(
-        name=told.name,
-        step=told.step,
-        run_id=told.run_id,
-        epoch=told.epoch,
-        attempt=told.attempt,
-        clusters={name: {**facts, "world_size": told.clusters[name]} for name, facts in clusters.items()},
+        name=attempt.name,
+        step=attempt.step,
+        run_id=attempt.run_id,
+        epoch=attempt.epoch,
+        attempt=attempt.attempt,
+        clusters={name: {**facts, "world_size": attempt.clusters[name]} for name, facts in clusters.items()},
         files=tuple(sorted(files.values())),
         votes={file: sha256(data) for file, data in votes.items()},
-        save_latest=told.save_latest,
-        software=told.software,
+        save_latest=attempt.save_latest,
+        software=attempt.software,
         directories_durable=all(vote.directories_durable for vote in cast),
     ).to_bytes()
 
 
 def objection(vote: Vote, expected: Expected, file: str) -> str:
-    """Why this vote, found under this name, keeps its attempt from being committed; "" if nothing does."""
-    who = f"cluster {vote.cluster!r} rank {vote.rank}"
+    """Why this vote, in the file of this name, prevents the commit of the expected attempt; "" if it does not."""
+    voter = f"cluster {vote.cluster!r} rank {vote.rank}"
     if names.vote_file(vote.cluster, vote.rank) != file:
-        return f"votes/{file} is the vote of {who}"
+        return f"votes/{file} is the vote of {voter}"
     if (vote.epoch, vote.attempt) != (expected.epoch, expected.attempt):
         return f"votes/{file} belongs to attempt {vote.epoch}.{vote.attempt}"
     if vote.error is not None:
-        return f"{who} failed: {vote.error}"
+        return f"{voter} failed: {vote.error}"
     for receipt in vote.receipts:
         if receipt.path in (names.MANIFEST, names.DECISION) or receipt.path.split("/")[0] == names.VOTES:
-            return f"{who} lists {receipt.path}, which only the commit itself may write"
+            return f"{voter} lists {receipt.path}, which only the commit itself may write"
     return ""
 
 
 def parse(data: bytes, where: object) -> Manifest:
-    """The record in manifest.json."""
+    """The record in the bytes of manifest.json. Damaged, naming `where`, if they cannot be trusted."""
     fields = Fields(unseal(data, where), where)
     take_format(fields)
     manifest = Manifest(
@@ -140,7 +139,7 @@ def parse(data: bytes, where: object) -> Manifest:
     )
     fields.end()
     clusters = manifest.clusters
-    # The sizes are compared first: a stranger's world_size could ask for more names than memory holds.
+    # Compare the sizes first: a stranger's world_size could ask for more file names than memory holds.
     if sum(facts["world_size"] for facts in clusters.values()) != len(manifest.votes) or set(manifest.votes) != {
         names.vote_file(c, r) for c in clusters for r in range(clusters[c]["world_size"])
     }:
@@ -149,12 +148,18 @@ def parse(data: bytes, where: object) -> Manifest:
 
 
 def read(checkpoint_dir: Path) -> Manifest:
-    """The commit record of a checkpoint. NotFound if it has none, Damaged if it cannot be trusted."""
+    """The commit record of the checkpoint in `checkpoint_dir`.
+
+    Raises:
+        NotFound: there is no manifest: the directory holds no committed checkpoint.
+        Damaged: the manifest cannot be trusted.
+        OSError: the manifest cannot be read.
+    """
     path = checkpoint_dir / names.MANIFEST
     try:
         return parse(reads.read_bytes(path), path)
     except (FileNotFoundError, NotADirectoryError):
-        raise NotFound(f"{path} does not exist: no checkpoint of roll_ckpt is there") from None
+        raise NotFound(f"{path} does not exist: the directory holds no checkpoint of roll_ckpt") from None
 
 
 def _are_clusters(clusters: dict[str, Any]) -> bool:

@@ -1,15 +1,13 @@
-"""The records of a checkpoint: receipts, votes, what was expected, the decision, and the manifest over them.
+"""The records of one attempt to save: receipts of files, votes of ranks, the votes expected, and the decision.
 
-Each is a sealed record (seal.py). The manifest is a pure function of the votes and of votes/expected.json:
-two committers write the same bytes. It names every file of the unit but two: itself, and `decision`, which
-names it.
-Only read() touches the disk. Reading trusts nothing: wrong types, ranges and paths are refused by
-errors.Damaged.
+Each is a sealed record (see `sealed_json`); `manifests` builds the record of the whole checkpoint from them. Reading
+trusts nothing: wrong types, ranges and paths are refused as errors.Damaged. Nothing here touches the disk.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import struct
 import zlib
 from collections.abc import Iterable, Sequence
@@ -20,17 +18,19 @@ from roll_ckpt import __version__, names
 from roll_ckpt.errors import Damaged
 from roll_ckpt.formats.sealed_json import Fields, is_count, is_sha256, seal, unseal
 
+log = logging.getLogger("roll_ckpt")
+
 FORMAT = 1
 SOFTWARE = f"roll_ckpt {__version__}"
 BLOCK_BYTES = 4 << 20
-SMALLEST_BLOCK_BYTES = 4096  # a record that asks for a digest of every byte would fill the memory
-_NO_ROOM = "No space left on device, not even to write down which rank met that first; see the logs of all"
+SMALLEST_BLOCK_BYTES = 4096  # a stranger's record that asks for a digest of every byte would fill the memory
+_NO_ROOM = "No space left on device, not even to record which rank ran out first; see the logs of all ranks"
 _DEEPEST_FACT = 16
 
 
 @dataclass(frozen=True, order=True)
 class Receipt:
-    """One written file: its path below the unit, its size, and the root over its per-block CRC-32s."""
+    """One written file: its path below the checkpoint directory, its size, and `root_of` its block CRC-32s."""
 
     path: str
     nbytes: int
@@ -39,7 +39,11 @@ class Receipt:
 
 
 def root_of(nbytes: int, block_bytes: int, crcs: Sequence[int]) -> str:
-    """One digest over a file's size, block size and per-block CRC-32s. An empty file has no block."""
+    """One SHA-256 (hex) over a file's size, block size and the CRC-32 of each block. An empty file has no block.
+
+    Raises:
+        ValueError: the number of `crcs` does not fit the sizes.
+    """
     if block_bytes <= 0 or len(crcs) != -(-nbytes // block_bytes):
         raise ValueError(f"{len(crcs)} digests cannot cover {nbytes} bytes in blocks of {block_bytes}")
     return hashlib.sha256(struct.pack(f"<QQ{len(crcs)}I", nbytes, block_bytes, *crcs)).hexdigest()
@@ -59,10 +63,10 @@ def receipt_of_bytes(path: str, data: bytes | memoryview, block_bytes: int = BLO
 
 @dataclass(frozen=True)
 class Vote:
-    """What one rank says of one attempt: the files it wrote, or the error that kept it from writing them.
+    """One rank's vote on one attempt: the files that it wrote, or the error that kept it from writing them.
 
     `facts` (framework, parallel sizes, number of parameters, …) go into the manifest; plain JSON only.
-    `directories_durable` is set by commit.cast: False if the file system cannot fsync a directory.
+    `directories_durable`, set by transaction.ballot, is False if the file system cannot fsync a directory.
     """
 
     cluster: str
@@ -75,12 +79,12 @@ class Vote:
     directories_durable: bool = True
 
     def to_bytes(self) -> bytes:
-        """The vote's file. ValueError or TypeError if a fact is not plain JSON."""
-        return seal({**asdict(self), "format": FORMAT, "receipts": spell_receipts(self.receipts)})
+        """The bytes of the vote's file. ValueError or TypeError if a fact is not plain JSON."""
+        return seal({**asdict(self), "format": FORMAT, "receipts": receipts_to_json(self.receipts)})
 
 
 def parse_vote(data: bytes, where: object) -> Vote:
-    """The vote in a file of votes/."""
+    """The vote in the bytes of a file in votes/. Damaged, naming `where`, if they cannot be trusted."""
     fields = Fields(unseal(data, where), where)
     take_format(fields)
     vote = Vote(
@@ -97,40 +101,46 @@ def parse_vote(data: bytes, where: object) -> Vote:
     return vote
 
 
-def spell_receipts(receipts: Iterable[Receipt]) -> dict[str, Any]:
-    spelled = {}
+def receipts_to_json(receipts: Iterable[Receipt]) -> dict[str, Any]:
+    """Receipts as they stand in a record, by path. ValueError for two of one path, or a path that leaves its root."""
+    entries = {}
     for receipt in receipts:
         path = names.check_relative(receipt.path)
-        if path in spelled:
+        if path in entries:
             raise ValueError(f"two receipts for {path}")
-        spelled[path] = {"nbytes": receipt.nbytes, "block_bytes": receipt.block_bytes, "root": receipt.root}
-    return spelled
+        entries[path] = {"nbytes": receipt.nbytes, "block_bytes": receipt.block_bytes, "root": receipt.root}
+    return entries
 
 
-def parse_receipts(spelled: dict[str, Any], where: object) -> tuple[Receipt, ...]:
+def parse_receipts(entries: dict[str, Any], where: object) -> tuple[Receipt, ...]:
+    """The receipts in a record, sorted by path. Damaged, naming `where`, if they cannot be trusted."""
     receipts = []
-    for path, entry in sorted(spelled.items()):
+    for path, entry in sorted(entries.items()):
         fields = _fields(entry, f"{where}: {path!r}")
         nbytes = fields.count("nbytes")
         block_bytes = fields.take("block_bytes", int, lambda value: SMALLEST_BLOCK_BYTES <= value < 2**40)
         receipts.append(Receipt(_path(path, where), nbytes, block_bytes, fields.take("root", str, is_sha256)))
         fields.end()
-    _refuse_file_as_directory([receipt.path for receipt in receipts], where)
+    refuse_file_as_directory([receipt.path for receipt in receipts], where)
     return tuple(receipts)
 
 
-def _refuse_file_as_directory(paths: list[str], where: object) -> None:
-    known = set(paths)
+def refuse_file_as_directory(paths: list[str], where: object) -> None:
+    """Damaged, naming `where`, if one of these paths of files lies below another."""
+    files = set(paths)
     for path in paths:
         parts = path.split("/")
         for depth in range(1, len(parts)):
-            if "/".join(parts[:depth]) in known:
+            if "/".join(parts[:depth]) in files:
                 raise Damaged(f"{where}: {path!r} lies below a file")
 
 
 @dataclass(frozen=True)
 class Expected:
-    """votes/expected.json: what an attempt is, and whose votes it needs. Written before the first byte."""
+    """votes/expected.json: the identity of an attempt, and whose votes it needs.
+
+    Written before the first byte of the checkpoint. `clusters` has the number of ranks of each.
+    """
 
     name: str
     step: int | None
@@ -142,16 +152,16 @@ class Expected:
     software: str
 
     def to_bytes(self) -> bytes:
-        """The file's bytes: the same for every world that takes part."""
+        """The bytes of the file: the same for every job that takes part."""
         return seal({**asdict(self), "format": FORMAT})
 
     def voters(self) -> list[str]:
-        """The names of all votes' files, in order of cluster and rank."""
+        """The file names of all votes, in order of cluster and rank."""
         return [names.vote_file(c, rank) for c in sorted(self.clusters) for rank in range(self.clusters[c])]
 
 
 def parse_expected(data: bytes, where: object) -> Expected:
-    """The record in votes/expected.json."""
+    """The record in the bytes of votes/expected.json. Damaged, naming `where`, if they cannot be trusted."""
     fields = Fields(unseal(data, where), where)
     take_format(fields)
     expected = Expected(
@@ -169,7 +179,7 @@ def parse_expected(data: bytes, where: object) -> Expected:
 
 
 def are_world_sizes(clusters: dict[str, Any]) -> bool:
-    """Whether these are names of clusters, at least one, each with a number of ranks."""
+    """Whether `clusters` has at least one valid name of a cluster, and a number of ranks for each."""
     return bool(clusters) and all(
         _is_cluster(name) and type(size) is int and 0 < size < 2**24 for name, size in clusters.items()
     )
@@ -178,33 +188,37 @@ def are_world_sizes(clusters: dict[str, Any]) -> bool:
 def _is_cluster(name: str) -> bool:
     try:
         return bool(names.check_name("cluster", name))
-    except ValueError:
+    except ValueError as error:
+        log.debug("refused in a record: %s", error)
         return False
 
 
 @dataclass(frozen=True)
 class Decision:
-    """`decision`: made once, by whoever linked it first, and obeyed by all."""
+    """`decision`: to commit or to abort. The first process that links the file decides; all others follow."""
 
     commit: bool
     name: str
     epoch: int
     attempt: int
     manifest: str  # SHA-256 of manifest.json; "" if the decision is to abort
-    reason: str  # for a person; "" if the decision is to commit
+    reason: str  # for people; "" if the decision is to commit
 
     def to_bytes(self) -> bytes:
-        """The file's bytes."""
+        """The bytes of the file."""
         return seal({**asdict(self), "format": FORMAT})
 
 
 def parse_decision(data: bytes, where: object) -> Decision:
-    """The record in `decision`. The list of expected votes in its place is an abort: a full disk takes a link yet."""
-    spelled = unseal(data, where)
-    if "clusters" in spelled:
-        told = parse_expected(data, where)
-        return Decision(False, told.name, told.epoch, told.attempt, "", _NO_ROOM)
-    fields = Fields(spelled, where)
+    """The record in the bytes of `decision`. Damaged, naming `where`, if they cannot be trusted.
+
+    A copy of votes/expected.json is an abort too: a full disk cannot take a new file, but still takes a link to one.
+    """
+    record = unseal(data, where)
+    if "clusters" in record:
+        expected = parse_expected(data, where)
+        return Decision(False, expected.name, expected.epoch, expected.attempt, "", _NO_ROOM)
+    fields = Fields(record, where)
     take_format(fields)
     commit = fields.take("commit", bool)
     decision = Decision(
@@ -220,18 +234,22 @@ def parse_decision(data: bytes, where: object) -> Decision:
 
 
 def is_shallow(value: Any, deepest: int = _DEEPEST_FACT) -> bool:
-    """Whether values are nested so little that whoever walks them, by calls, comes to an end."""
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return deepest > 0 and all(is_shallow(part, deepest - 1) for part in inner)
+    """Whether `value` is nested at most `deepest` levels, so that recursive code may walk it."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return deepest > 0 and all(is_shallow(part, deepest - 1) for part in parts)
 
 
 def take_format(fields: Fields) -> None:
+    """Damaged if the record has another format version than this code."""
     version = fields.take("format", int)
     if version != FORMAT:
-        raise Damaged(f"{fields.where}: format {version} is not {FORMAT}; another roll_ckpt wrote it")
+        raise Damaged(
+            f"{fields.where}: format {version} is not {FORMAT}: another version of roll_ckpt wrote it; use that version"
+        )
 
 
 def take_name(fields: Fields) -> str:
+    """The record's checkpoint name. Damaged if it is not a valid tag."""
     name = fields.take("name", str)
     try:
         return names.check_name("tag", name)

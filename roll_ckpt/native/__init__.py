@@ -1,4 +1,5 @@
 """The native half: the staging arena, copies, digests and direct I/O, in C++ under csrc/. No torch.
 
-`extension` alone imports the compiled module; `image`, `mover` and `files` are what the rooms above use of it.
+`extension` is the only importer of the compiled module. The rooms above use `image` (what a file holds), `mover`
+(saving files) and `files` (reading them), and from `extension` the classes and functions that need no wrapper.
 """

@@ -1,10 +1,10 @@
-"""The compiled half of roll_ckpt, imported here alone: its classes and functions under their own names."""
+"""The only importer of the compiled module `_native` (sources: csrc/); gives its classes and functions their names."""
 
 from __future__ import annotations
 
 try:
     from roll_ckpt.native import _native
-    from roll_ckpt.native._native import Arena, Buffer, Digest, address_of, crc32, crc32_combine
+    from roll_ckpt.native._native import Arena, Buffer, Digest, address_of, crc32
 except ImportError as error:
     raise ImportError(
         f"the extension roll_ckpt.native._native cannot be loaded ({error}): build it with `pip install .`, "
@@ -18,15 +18,14 @@ __all__ = [
     "_native",
     "address_of",
     "crc32",
-    "crc32_combine",
     "cuda_compiled",
     "cuda_status",
 ]
 
 cuda_compiled: bool = _native.cuda_compiled
-"""Whether this build has its CUDA part."""
+"""Whether the extension was built with CUDA."""
 
 
 def cuda_status() -> str:
-    """The reason why no CUDA device can be used, "" if one can. Makes no CUDA context."""
+    """Why no CUDA device can be used; "" if one can. Creates no CUDA context."""
     return _native.cuda_status()

@@ -1,8 +1,7 @@
-"""The native half: staging arena, copies, digests, direct I/O. Sole importer of the extension; no torch.
+"""Reading whole files with several reads in flight, and computing or checking the CRC-32 of each block.
 
-Every call that waits lets other Python threads run and still answers to Ctrl-C. Arenas, movers and transfers
-belong to the process that made them; a forked child that calls one gets a RuntimeError. A failed operation on
-a file is an OSError (of the subclass that fits errno) with errno and path, and the offset in the text.
+Both functions block, let other Python threads run meanwhile, and answer to Ctrl-C. A failed read is an OSError (of the
+subclass that fits errno) with errno and path, and the offset in its text.
 """
 
 from __future__ import annotations
@@ -27,10 +26,15 @@ def read_file(
     threads: int = 4,
     direct: bool = True,
 ) -> Buffer:
-    """Reads a whole file with `threads` reads in flight into memory of its own (page-aligned, huge pages).
+    """Read a whole file of `nbytes` bytes with `threads` reads in flight into new memory (page-aligned, huge pages).
 
-    Every block is checked against `crcs` as it lands. Damaged names the path and the block whose CRC differs,
-    or the size if it is not `nbytes`; OSError if the file cannot be read.
+    If `crcs` is given (one CRC-32 for each block of `block_bytes` bytes), each block is checked as it arrives. With
+    `direct` the page cache is bypassed where the file system allows it.
+
+    Raises:
+        Damaged: the file has another size, or a block another CRC-32; the message names path and block.
+        OSError: the file cannot be read.
+        ValueError: the number of `crcs` is not the number of blocks.
     """
     try:
         return _native.read_file(
@@ -41,7 +45,12 @@ def read_file(
 
 
 def digest_file(path: StrOrBytesPath, block_bytes: int, *, threads: int = 4, direct: bool = True) -> Digest:
-    """The CRC-32 of each block of the file as it is now. OSError: unreadable; Damaged: it shrinks."""
+    """The CRC-32 of each block of `block_bytes` bytes of the file as it is now.
+
+    Raises:
+        Damaged: the file shrinks while it is read.
+        OSError: the file cannot be read.
+    """
     try:
         return _native.digest_file(os.fsencode(path), block_bytes, threads, direct)
     except _native.DamagedFile as error:

@@ -1,37 +1,31 @@
-"""FileImage: where every byte of a file comes from.
+"""NativeImage: what one file will hold, as the tables of integers that the extension takes.
 
-A layout makes one from a state; after that, code only moves bytes. No torch here: a source is a piece of
-memory with an owner that keeps it alive. What a file of thousands of tensors needs is kept in tables of integers,
-as the extension takes them, so that handing them on costs nothing.
+`formats.image` describes files in the terms of the layouts and ends in these tables.
 """
 
 from __future__ import annotations
 
 import enum
 from array import array
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from roll_ckpt.native.extension import _native
 
-if TYPE_CHECKING:
-    pass
-
 
 class Lifetime(enum.IntEnum):
-    """How long a source stays as it is; the numbers are those of the extension."""
+    """How long the memory of a source stays allocated and unchanged. The extension uses the same numbers."""
 
     UNTIL_SAVE_RETURNS = 0
     UNTIL_FENCE = 1
     UNTIL_WRITTEN = 2
-    """Memory of the host that is leased: until its file is written, or a fence that is told it will change."""
+    """Borrowed host memory: until its file is written, or until a fence is told that its owner will change."""
 
 
 class NativeImage:
-    """What one file will hold: its size, and for each byte where it comes from; bytes of no extent are zero.
+    """What one file will hold: its size, and where each of its bytes comes from. Bytes that no extent covers are zero.
 
-    Build it with the methods below, in file order (patches in any order), then pass it to Mover.save.
-    Addresses are plain numbers: who gives one keeps its memory alive and in place (see Mover.save). What add_bytes or
-    `of` was given is kept by the image itself.
+    Make one with `of` and pass it to Mover.save. The image keeps its owners alive; addresses are plain numbers, and
+    the caller keeps their memory in place and unchanged for as long as Mover.save says.
     """
 
     def __init__(self, nbytes: int) -> None:
@@ -54,12 +48,15 @@ class NativeImage:
         serials: array[int],
         streams: dict[int, int],
     ) -> NativeImage:
-        """An image of whole tables, which it does not change; see `image.Extents` and `image.Seals`. Keeps `owners`
-        alive."""
-        made = cls(nbytes)
-        made._extents, made._owners, made._streams = extents, owners, streams
-        made._records, made._patches, made._serials = records, patches, serials
-        return made
+        """The image of a file of `nbytes` bytes from whole tables, which stay the caller's and must not change.
+
+        `formats.image` describes the tables: `extents`, `owners` and `streams` are those of `Extents`, the others those
+        of `CrcPatches`.
+        """
+        image = cls(nbytes)
+        image._extents, image._owners, image._streams = extents, owners, streams
+        image._records, image._patches, image._serials = records, patches, serials
+        return image
 
     def _freeze(self) -> _native.Image:
         return _native.Image(

@@ -1,14 +1,15 @@
-"""The native half: staging arena, copies, digests, direct I/O. Sole importer of the extension; no torch.
+"""Mover and Transfer: the native threads that copy, digest and write files, and one file on its way to disk.
 
-Every call that waits lets other Python threads run and still answers to Ctrl-C. Arenas, movers and transfers
-belong to the process that made them; a forked child that calls one gets a RuntimeError. A failed operation on
-a file is an OSError (of the subclass that fits errno) with errno and path, and the offset in the text.
+A call that waits lets other Python threads run and answers to Ctrl-C. Arenas, movers and transfers belong to the
+process that made them; in a forked child their methods raise RuntimeError. A failed operation on a file is an OSError
+(of the subclass that fits errno) with errno and path, and the offset in its text.
 """
 
 from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from roll_ckpt import process
@@ -25,26 +26,25 @@ EXIT_TIMEOUT_S = 60.0
 class Transfer:
     """One file on its way to disk, made by Mover.save. Any thread may call any method.
 
-    A transfer that is dropped before its copies ended is abandoned.
+    A transfer that is garbage-collected while its sources may still be read is abandoned.
     """
 
-    __slots__ = ("__weakref__", "_image", "_transfer", "path")
+    __slots__ = ("__weakref__", "_image", "_pid", "_transfer", "path")
 
     def __init__(self, path: str, transfer: _native.Transfer, image: NativeImage) -> None:
         self.path = path
+        self._pid = os.getpid()
         self._transfer = transfer
         self._image: NativeImage | None = image
         self._release_sources()
 
-    def __del__(self) -> None:
-        # The sources must outlive what reads them; slots are cleared in no promised order.
+    def __del__(self, getpid: Callable[[], int] = os.getpid) -> None:  # bound early: at exit `os` may be cleared first
+        # End all reads before the sources are freed: __slots__ are cleared in no guaranteed order.
         transfer = getattr(self, "_transfer", None)
-        if transfer is not None and self._image is not None:
-            try:
-                if not transfer.released:
-                    transfer.abandon()
-            except RuntimeError:
-                pass  # a forked child: nothing runs here that could read them
+        if transfer is None or self._image is None or getpid() != self._pid:
+            return  # a forked child has no threads that could read the sources
+        if not transfer.released:
+            transfer.abandon()
 
     def _release_sources(self) -> None:
         if self._transfer.released:
@@ -52,51 +52,61 @@ class Transfer:
 
     @property
     def overlapped(self) -> bool:
-        """Whether save returned while lazy extents were still to be copied (the whole file fitted)."""
+        """Whether Mover.save returned before lazy extents were copied, because the whole file fitted into the arena."""
         return self._transfer.overlapped
 
     @property
     def copied(self) -> bool:
-        """Whether every source byte that is not leased was read (or none will be any more)."""
+        """Whether no source byte will be read any more, except borrowed ones: all are copied, or the save failed."""
         return self._transfer.copied
 
     @property
     def released(self) -> bool:
-        """Whether no source byte will be read any more, a leased one neither."""
+        """Whether no source byte will be read any more, borrowed ones included."""
         return self._transfer.released
 
     @property
     def written(self) -> bool:
-        """Whether the file is whole and durable. Its directory entry is the caller's to sync."""
+        """Whether the file is complete and durable. The caller syncs its directory entry."""
         return self._transfer.written
 
     @property
     def stats(self) -> dict[str, float]:
-        """nbytes, eager_bytes, lazy_bytes; of the latter leased_bytes, and straight_bytes, which are never copied;
-        direct: whether direct I/O held to the end; and seconds since save began until it could return (save_s), the
-        last byte that is not leased was copied (copy_s), the file was durable (write_s), each -1 until then."""
+        """What was moved, and how long it took.
+
+        Bytes: `nbytes` of the file; `eager_bytes` and `lazy_bytes` of its extents; and, as parts of `lazy_bytes`,
+        `borrowed_bytes` and `zero_copy_bytes` (written from their source, never copied). Seconds since Mover.save
+        began, each -1 until then: `save_s` until it could return, `copy_s` until the last byte that is not borrowed
+        was copied, `write_s` until the file was durable. `direct`: whether direct I/O was used to the end.
+        """
         return self._transfer.stats
 
     def wait_copied(self, timeout: float | None = None) -> bool:
-        """Waits until no source byte but leased ones will be read any more, copying on the calling thread meanwhile.
+        """Wait until no source byte will be read any more, except borrowed ones; the calling thread helps to copy.
 
-        True then, also if the transfer failed (wait_written tells); False after `timeout` seconds.
+        True then, even if the transfer failed (wait_written raises the reason); False after `timeout` seconds.
         """
         done = self._transfer.wait_copied(timeout)
         self._release_sources()
         return done
 
     def wait_released(self, timeout: float | None = None) -> bool:
-        """wait_copied, and then until no leased byte will be read any more: all are written, or none will be."""
+        """Wait until no source byte will be read any more, borrowed ones included: all are written, or the transfer
+        failed. Returns as wait_copied does.
+        """
         done = self._transfer.wait_released(timeout)
         self._release_sources()
         return done
 
     def wait_written(self, timeout: float | None = None) -> Digest:
-        """Waits until the file is durable (fsync done) and returns its digest.
+        """Wait until the file is durable (fsync has returned), and return the CRC-32s of its blocks.
 
-        Raises what ended the transfer, each time it is asked: OSError with errno and path, ECANCELED after
-        abandon or shutdown; SourceChanged, see Mover.save; TimeoutError after `timeout` seconds.
+        The caller still has to sync the directory entry.
+
+        Raises (on every call, if the transfer failed):
+            OSError: an operation on the file failed; ECANCELED after abandon or shutdown.
+            SourceChanged: see `check` of Mover.save.
+            TimeoutError: the file is not durable after `timeout` seconds.
         """
         try:
             return self._transfer.wait_written(timeout)
@@ -106,14 +116,16 @@ class Transfer:
             self._release_sources()
 
     def abandon(self) -> None:
-        """Stops early: on return no source byte is read any more. What was written stays on disk. After the
-        transfer has ended it does nothing."""
+        """Stop early: on return no source byte is read any more. What was written stays on disk.
+
+        Does nothing after the transfer has ended.
+        """
         self._transfer.abandon()
         self._release_sources()
 
 
 class Movers:
-    """The movers of this process whose threads run."""
+    """The movers of this process whose threads are running."""
 
     exit = process.Exit.THREADS
 
@@ -121,7 +133,7 @@ class Movers:
         self.running: weakref.WeakSet[Mover] = weakref.WeakSet()
 
     def leave(self) -> None:
-        """End their threads, so that none reads memory that is being torn down."""
+        """End their threads at exit, so that none reads memory that is being freed."""
         for mover in list(self.running):
             mover.shutdown()
 
@@ -129,45 +141,47 @@ class Movers:
 class Mover:
     """The native threads that copy, digest and write. Any thread may save; transfers share the arena.
 
-    direct=False writes through the page cache; with True a file system that refuses direct I/O is served too.
-    With copy_threads=0 whoever waits copies: save what it must, and nothing but wait_copied the rest. digests=False is
-    for the benchmark that shows what they cost: the files then hold zeros for CRC-32s.
+    direct=False writes through the page cache; so does True where the file system refuses direct I/O. With
+    copy_threads=0 only the calls that wait copy host memory: `save` the bytes that it must, wait_copied the rest.
     """
 
-    def __init__(
-        self, arena: Arena, copy_threads: int = 2, io_threads: int = 4, direct: bool = True, digests: bool = True
-    ) -> None:
+    def __init__(self, arena: Arena, copy_threads: int = 2, io_threads: int = 4, direct: bool = True) -> None:
         self.arena = arena
-        self._mover = _native.Mover(arena, copy_threads, io_threads, direct, digests)
+        self._mover = _native.Mover(arena, copy_threads, io_threads, direct)
         process.part(Movers).running.add(self)
 
     def save(self, path: StrOrBytesPath, image: NativeImage, *, overlap: bool = True, check: str = "off") -> Transfer:
-        """Begins to write `image` to `path` (created or emptied, mode 0644 & umask).
+        """Begin to write `image` to `path` (created or truncated, mode 0644 & umask).
 
-        Returns when all eager extents were copied: the caller may then change their memory. If the whole file
-        fits into what is free of the arena, the transfer is `overlapped`: lazy extents must stay alive and
-        unchanged until wait_copied. Otherwise, or with overlap=False, save returns only when every byte was
-        copied, which waits for the disk if the file is larger than what is free.
+        Returns when all eager extents are copied: the caller may then change their memory. If the whole file fits into
+        the free slots of the arena, the transfer is `overlapped`: lazy extents must stay alive and unchanged until
+        wait_copied. Otherwise, or with overlap=False, save returns only when every byte is copied; it waits for the
+        disk if the file is larger than the free slots.
 
-        Blocks of the file that hold leased extents only (and the `bytes` among the owners of `NativeImage.of`) need no
-        room, and save does not copy them, unless overlap=False: those extents must stay alive and unchanged until
-        wait_released. A block that lies in one extent whose address and offset agree modulo 4096 is written from
-        there; the others pass through the arena, a few at a time.
+        Blocks of the file that hold nothing but borrowed extents (and `bytes` among the owners of `NativeImage.of`)
+        need no slot before save returns, unless overlap=False: those extents must stay alive and unchanged until
+        wait_released. A block that lies in one borrowed extent whose address and file offset agree modulo 4096 is
+        written from its source; the other blocks pass through the arena, a few at a time.
 
-        With `check` "sample" or "full", 512 bytes of each lazy extent in each block (of a random part of them where
-        they are many and small), or every lazy byte, are digested before save returns and again when they were
-        copied; wait_written raises SourceChanged if they differ. Memory of a device is not looked at.
+        `check` tells how much of the lazy extents is digested before save returns and again after the copy: with
+        "sample" 512 bytes of each extent in each block (of a random selection where they are many and small), with
+        "full" every byte, with "off" nothing. If the digests differ, wait_written raises SourceChanged. Memory of a
+        device is never checked.
 
-        A file that cannot be made or written is no error here but in wait_written. ValueError: an image whose
-        extents, records or patches overlap, leave the file or stand out of order.
+        Raises:
+            ValueError: extents, records or patches of the image overlap, are out of order or reach past the end of the
+                file.
+            RuntimeError: the mover was shut down, or a CUDA call failed.
+        A file that cannot be created or written raises in wait_written, not here.
         """
         frozen = image._freeze()
         transfer = self._mover.save(os.fsencode(path), frozen, overlap, check)
         return Transfer(os.fsdecode(path), transfer, image)
 
     def shutdown(self, timeout_s: float = EXIT_TIMEOUT_S) -> bool:
-        """Lets running transfers end for timeout_s, stops the others and ends the threads; then save raises.
+        """Let running transfers end for `timeout_s` seconds, stop the others, and end the threads; save raises from
+        then on.
 
-        False: a thread hangs in the operating system and was left behind. Idempotent.
+        False if a thread hangs in the operating system and had to be left behind. Idempotent.
         """
         return self._mover.shutdown(timeout_s)

@@ -1,4 +1,4 @@
-"""Files of torch.distributed.checkpoint: `items` lays a `.distcp` file out, `index` reads `.metadata` without code.
+"""Files of torch.distributed.checkpoint (DCP): `items` lays out `.distcp` files, `index` reads `.metadata` safely.
 
 The Megatron backend imports both.
 """

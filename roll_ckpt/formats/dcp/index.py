@@ -1,7 +1,7 @@
-"""The index of a `torch_dist` directory (`.metadata`), read so that no code of a stranger runs.
+"""The index (`.metadata`) of a `torch_dist` directory, read without running code of the file.
 
-torch's `FileSystemReader` unpickles the index and each pickled object without any restriction; whoever loads
-through stock code calls `read` and `check_objects` first. What they let pass, stock code loads without surprise.
+torch's `FileSystemReader` unpickles the index and each pickled object without any restriction. Call `read` and
+`check_objects` before stock code loads such a directory: what they accept, it loads without running anything else.
 
 Format: torch/distributed/checkpoint/{metadata,filesystem}.py.
 """
@@ -39,7 +39,7 @@ INDEX = ".metadata"
 _MODULES = {module.__name__: module for module in (metadata, planner, filesystem)}
 _PLAIN = {
     ("torch", "Size"): torch.Size,
-    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,  # a look-up by name
+    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,  # only looks a layout up by its name
     ("pathlib", "PosixPath"): Path,
     ("pathlib._local", "PosixPath"): Path,  # Python 3.13
     ("collections", "OrderedDict"): dict,
@@ -49,11 +49,12 @@ _PLAIN = {
 
 
 def read(directory: Path, allow: Iterable[type] = ()) -> Metadata:
-    """The index of `directory`. `allow`: classes beyond torch's own records, which it may hold.
+    """The index of `directory`. Beside torch's own records it may hold objects of the classes in `allow`.
 
     Raises:
-        NotFound: there is none. Damaged: it is truncated, names files outside of `directory`, bytes beyond their
-            ends, or classes that no index needs; nothing of it was run.
+        NotFound: the directory has no index.
+        Damaged: the index is truncated, refers to files outside of `directory` or to bytes beyond their ends, or names
+            classes that no index needs. None of its code has run.
     """
     path = directory / INDEX
     if not tree.exists(path):
@@ -62,18 +63,18 @@ def read(directory: Path, allow: Iterable[type] = ()) -> Metadata:
         index = _Unpickler(reads.read_bytes(path, reads.OBJECT_BYTES), allow).load()
     except pickle.UnpicklingError as problem:
         raise Damaged(f"{path}: refused: {problem}") from problem
-    except Exception as problem:  # a damaged pickle can raise anything
+    except Exception as problem:  # unpickling damaged bytes can raise anything
         raise Damaged(
             f"{path}: cannot be read, it is truncated or damaged: {type(problem).__name__}: {problem}"
         ) from problem
     if not isinstance(index, Metadata) or not all(
         isinstance(getattr(index, part, None), dict) for part in ("state_dict_metadata", "storage_data")
     ):
-        raise Damaged(f"{path}: holds {type(index).__name__}, no index of a checkpoint")
+        raise Damaged(f"{path}: holds {type(index).__name__}, which is no index of a checkpoint")
     try:
         _check_tables(path, index)
-    except (AttributeError, TypeError) as problem:  # pickle makes records without calling their constructors
-        raise Damaged(f"{path}: a record in it is not whole: {problem}") from problem
+    except (AttributeError, TypeError) as problem:  # pickle creates records without calling their constructors
+        raise Damaged(f"{path}: a record in it is incomplete: {problem}") from problem
     _check_places(directory, index)
     return index
 
@@ -83,7 +84,7 @@ _NOT_IN_AN_INDEX = (
     *(pickle.PERSID, pickle.BINPERSID, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.INST, pickle.OBJ),
     *(pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER),
 )
-"""Opcodes that no index needs; some take memory by a number in the file alone."""
+"""Opcodes that no index needs; some allocate memory by nothing but a number in the file."""
 
 
 def _load_hashing(opcode: bytes, unpickler: _Unpickler) -> None:
@@ -91,48 +92,51 @@ def _load_hashing(opcode: bytes, unpickler: _Unpickler) -> None:
     _STOCK[opcode[0]](unpickler)
 
 
-class _Unpickler(pickle._Unpickler):  # the one in C would not ask before it sets attributes
-    stack: list[Any]
+class _Unpickler(pickle._Unpickler):
+    """The unpickler in Python, because the one in C has no hook before it sets attributes."""
 
+    stack: list[Any]
     memo: dict[int, Any]
 
     def __init__(self, data: bytes, allow: Iterable[type]) -> None:
         super().__init__(io.BytesIO(data))
         self._nbytes = len(data)
-        self._watch = HashGuard(len(data))
+        self._hash_guard = HashGuard(len(data))
         self._allow = {(kind.__module__, kind.__qualname__): kind for kind in allow}
 
     def find_class(self, module: str, name: str) -> Any:
-        known = _PLAIN.get((module, name)) or self._allow.get((module, name))
-        if known is not None:
-            return known
+        allowed = _PLAIN.get((module, name)) or self._allow.get((module, name))
+        if allowed is not None:
+            return allowed
         if module == "torch" and isinstance(
             getattr(torch, name, None), torch.dtype | torch.layout | torch.memory_format
         ):
             return getattr(torch, name)
-        found = getattr(_MODULES.get(module), name, None)
-        if isinstance(found, type) and (dataclasses.is_dataclass(found) or issubclass(found, enum.Enum)):
-            return found
+        kind = getattr(_MODULES.get(module), name, None)
+        if isinstance(kind, type) and (dataclasses.is_dataclass(kind) or issubclass(kind, enum.Enum)):
+            return kind
         raise pickle.UnpicklingError(
-            f"it names {module}.{name}, which is no part of an index; if you trust the file, add that to load.allow"
+            f"it names {module}.{name}, which no index needs; if you trust the file, add that name to load.allow"
         )
 
     def load_build(self) -> None:
-        """Set attributes of a record; of a class, a function or an enumeration's member they would change us."""
+        """Set attributes of a record. Setting those of a class, a function or a member of an enumeration is refused,
+        because it would change this process."""
         kind = type(self.stack[-2])
         if not dataclasses.is_dataclass(kind) and kind not in self._allow.values():
-            raise pickle.UnpicklingError(f"it sets attributes of {self.stack[-2]!r}, which is no record of its own")
+            raise pickle.UnpicklingError(f"it sets attributes of {self.stack[-2]!r}, which is not a record of an index")
         _STOCK[pickle.BUILD[0]](self)
 
     def load_put(self) -> None:
-        """Keep an object under a number; the unpickler in C, which stock code uses, makes room for all before it."""
+        """Store an object in the memo. A number beyond the file's length is refused, because the unpickler in C, which
+        stock code uses, would allocate memory for all numbers below it."""
         _STOCK[pickle.LONG_BINPUT[0]](self)
-        if next(reversed(self.memo)) > self._nbytes:  # the newest
-            raise pickle.UnpicklingError("it numbers its objects beyond its length")
+        if next(reversed(self.memo)) > self._nbytes:  # the newest key
+            raise pickle.UnpicklingError("it numbers an object beyond its own length")
 
     def check_hashed(self, opcode: bytes) -> None:
-        """Refuse what an opcode would hash, if that is a bomb."""
-        self._watch.check(opcode, self.stack)
+        """Check the values that an opcode is about to hash; see HashGuard.check."""
+        self._hash_guard.check(opcode, self.stack)
 
     dispatch: ClassVar[dict[int, Any]] = {
         **{code: load for code, load in _STOCK.items() if bytes([code]) not in (*_NOT_IN_AN_INDEX, pickle.PUT)},
@@ -145,16 +149,16 @@ class _Unpickler(pickle._Unpickler):  # the one in C would not ask before it set
 def _check_tables(path: Path, index: Metadata) -> None:
     for key, kind in index.state_dict_metadata.items():
         if not isinstance(key, str):
-            raise Damaged(f"{path}: it describes what has no name")
+            raise Damaged(f"{path}: it describes an object without a name")
         if not isinstance(kind, BytesStorageMetadata) and not _is_tensor(kind):
             raise Damaged(f"{path}: {key}: neither an object nor a tensor whose parts lie within its shape")
-    keys: Iterable[Any] = index.storage_data  # annotated by torch, made by whoever wrote the file
+    keys: Iterable[Any] = index.storage_data  # torch annotates narrower types, but the file may hold anything
     if not all(isinstance(key, MetadataIndex) and isinstance(key.fqn, str) for key in keys):
-        raise Damaged(f"{path}: it holds places of what has no name")
+        raise Damaged(f"{path}: it holds the place of an object without a name")
 
 
 def _is_tensor(kind: object) -> bool:
-    """Whether it describes a tensor and its parts, none of which leaves its shape."""
+    """Whether `kind` describes a tensor and its parts, all of which lie within its shape."""
     return (
         isinstance(kind, TensorStorageMetadata)
         and isinstance(kind.properties, TensorProperties)
@@ -183,12 +187,12 @@ def _check_places(directory: Path, index: Metadata) -> None:
             if "/" in file:
                 raise ValueError("its file lies in another directory")
             if not isinstance(offset, int) or not isinstance(length, int):
-                raise ValueError("offset and length are no numbers")
+                raise ValueError("offset or length is not an integer")
         except (AttributeError, TypeError, ValueError) as problem:
             raise Damaged(f"{where}: its place is refused: {problem}") from problem
         if file not in sizes:
             if not tree.is_file(directory / file):
-                raise Damaged(f"{where}: its file {file} is not there, or is no regular file")
+                raise Damaged(f"{where}: its file {file} does not exist or is no regular file")
             sizes[file] = tree.file_bytes(directory / file)
         if not 0 <= offset <= offset + length <= sizes[file]:
             raise Damaged(f"{where}: lies beyond the end of {file}, which was cut off")
@@ -197,11 +201,12 @@ def _check_places(directory: Path, index: Metadata) -> None:
 def check_objects(
     directory: Path, index: Metadata, allow: Iterable[Any] = (), *, part: int = 0, parts: int = 1
 ) -> None:
-    """Parse each `parts`-th pickled object of `directory`, from the `part`-th on, under torch's `weights_only` rules
-    (with the names that are registered there, and `allow`).
+    """Parse each `parts`-th pickled object of `directory`, from number `part` on, under torch's `weights_only` rules.
+
+    Allowed are the names on torch's list and those in `allow`. With `parts` ranks, each checks its own `part`.
 
     Raises:
-        Damaged: names the object that needs more than that; nothing of it was run.
+        Damaged: an object needs other names, or has no place in any file; the message names it. No code of it has run.
     """
     keys = sorted(key for key, kind in index.state_dict_metadata.items() if isinstance(kind, BytesStorageMetadata))
     allow = list(allow)
@@ -214,9 +219,10 @@ def check_objects(
 
 
 def check_file(path: Path, allow: Iterable[Any] = ()) -> None:
-    """Parse the torch file `path` as `check_objects` parses objects, whatever torch is told by the environment.
+    """Parse the torch file `path` as `check_objects` parses objects, whatever environment variables tell torch.
 
     Raises:
-        Damaged: it needs more than that, and nothing of it was run; or it cannot be read.
+        Damaged: the file needs other names, or is no file of torch. No code of it has run.
+        OSError: the file cannot be read.
     """
     parse(bytearray(reads.read_bytes(path, reads.OBJECT_BYTES)), str(path), allow=allow)

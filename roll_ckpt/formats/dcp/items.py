@@ -1,8 +1,8 @@
-"""The `dcp` layout: a `.distcp` file of torch.distributed.checkpoint, as Megatron-core writes it too.
+"""The layout of `.distcp` files of torch.distributed.checkpoint, which Megatron-core writes too.
 
-Such a file is a row of items, each by itself what `torch.save` would write; `.metadata`, beside the files, says
-at which offset each item begins and how long it is. Items may have gaps: large ones begin
-at multiples of 4096, so that their records are aligned for direct I/O.
+Such a file is a sequence of items, each of them what `torch.save` would write; `.metadata`, beside the files, has the
+offset and length of each item. There may be gaps between items: large ones begin at multiples of 4096, so that their
+records are aligned for direct I/O.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from roll_ckpt.formats.image import CrcPatches, Extents, FileImage, Memory, Tens
 from roll_ckpt.formats.torch_zip import layout, sources
 
 ARCHIVE = "archive"
-"""What torch.save calls an archive that it writes to a stream."""
+"""The folder in an archive that torch.save writes to a stream."""
 _LARGE = 64 << 10
 _LARGE_ALIGNMENT = 4096
 _SMALL_ALIGNMENT = 64
@@ -37,10 +37,13 @@ class Span:
 def lay_out(
     items: Iterable[tuple[str, torch.Tensor | bytes]], lifetime_of: sources.LifetimeOf = lambda storage: False
 ) -> tuple[FileImage, tuple[Span, ...]]:
-    """Describe the file that holds `items`, without copying a tensor, and tell where each item lies in it.
+    """Describe the file that holds `items`, without copying a tensor; returns it and where each item lies in it.
 
-    Names are for the index of tensors only, the file does not hold them. Bytes are taken as they are: they were
-    serialized before. `stable` is as in `torch_zip.lay_out`.
+    The names go into the index of tensors only, not into the file. An item of `bytes` was serialized before and is
+    written as it is. `lifetime_of` is that of `torch_zip.layout.lay_out`.
+
+    Raises:
+        SaveFailed: a tensor's memory was freed.
     """
     parts: list[tuple[Span, FileImage]] = []
     end = 0
@@ -53,12 +56,12 @@ def lay_out(
 
 
 def place(end: int, nbytes: int) -> Span:
-    """Where the next item of a file goes whose last one ends at `end`."""
+    """Where an item of `nbytes` bytes lies in a file whose items so far end at `end`."""
     return Span(end + -end % (_LARGE_ALIGNMENT if nbytes >= _LARGE else _SMALL_ALIGNMENT), nbytes)
 
 
 def join(parts: Iterable[tuple[Span, FileImage]]) -> FileImage:
-    """The file that holds `parts`, each at its span; spans ascend, and may be longer than what lies in them."""
+    """The file that holds `parts`, each at its span; spans must ascend, and may be longer than their part."""
     extents, crc_patches = Extents(), CrcPatches()
     pieces: list[TensorPiece] = []
     end = 0
@@ -83,19 +86,20 @@ def _item(name: str, value: torch.Tensor | bytes, lifetime_of: sources.LifetimeO
 
 @dataclass(frozen=True)
 class FileTemplate:
-    """A file of tensors without their memory: laid out once, filled at each save of the same dtypes and shapes.
+    """A file of tensors without their memory: laid out once by `template`, filled at each save of the same tensors.
 
-    Made by `form`; holds no tensor.
+    Holds no tensor.
     """
 
     image: FileImage
-    _holes: tuple[tuple[int, int], ...]  # place in the extents, bytes
+    _holes: tuple[tuple[int, int], ...]  # row of the extents, bytes
 
     def fill(self, tensors: Iterable[torch.Tensor], lifetime_of: sources.LifetimeOf) -> FileImage:
-        """What `lay_out` would return for `tensors`, which are those of `form` in its order, made contiguous.
+        """The image that `lay_out` would return for `tensors`: those of `template`, in its order, made contiguous.
 
         Raises:
-            ValueError: a tensor of another size.
+            ValueError: a tensor has another size than in `template`.
+            SaveFailed: a tensor's memory was freed.
         """
         extents = self.image.extents.copy()
         holes = iter(self._holes)
@@ -103,20 +107,20 @@ class FileTemplate:
             nbytes = tensor.nbytes
             if not nbytes:
                 continue
-            place, wanted = next(holes)
-            if nbytes != wanted:
-                raise ValueError(f"a tensor has {nbytes} bytes, its place in the file {wanted}")
-            source, steady = sources.source_of(tensor.contiguous(), nbytes, lifetime_of)
-            extents.put(place, source, steady)
+            row, hole_bytes = next(holes)
+            if nbytes != hole_bytes:
+                raise ValueError(f"a tensor has {nbytes} bytes, its place in the file {hole_bytes}")
+            source, lifetime = sources.source_of(tensor.contiguous(), nbytes, lifetime_of)
+            extents.put(row, source, lifetime)
         return replace(self.image, extents=extents)
 
 
 def template(items: Iterable[tuple[str, torch.Tensor]]) -> tuple[FileTemplate, tuple[Span, ...]]:
-    """Lay `items` out, contiguous plain tensors, as a form; and tell where each lies."""
+    """The template of a file of `items`, which are contiguous plain tensors; and where each item lies in it."""
     image, spans = lay_out(items)
     holes = []
-    for place, extent in enumerate(image.extents):
+    for row, extent in enumerate(image.extents):
         if isinstance(extent.source, Memory):
-            holes.append((place, extent.nbytes))
-            image.extents.put(place, b"")
+            holes.append((row, extent.nbytes))
+            image.extents.put(row, b"")
     return FileTemplate(image, tuple(holes)), spans

@@ -1,4 +1,4 @@
-"""Files of `torch.save`: `layout` describes one without copying a tensor, `read` rebuilds its state without code.
+"""Files of `torch.save`: `layout` describes one without copying a tensor, `read` rebuilds its state and runs no code.
 
-Both backends, the pipeline and the loader import `layout`, `sources`, `safe_pickle` and `read`; the rest is for these.
+The backends, the pipeline and `load/` import `layout`, `sources`, `safe_pickle` and `read`; the rest serves these.
 """

@@ -1,4 +1,4 @@
-"""The archive that `torch.save` writes: a zip of stored records, each aligned, with its CRC behind it."""
+"""The archive that `torch.save` writes: a zip of stored (uncompressed) records, each aligned, its CRC-32 behind it."""
 
 from __future__ import annotations
 
@@ -29,14 +29,17 @@ _END_BYTES = 56 + 20 + 22  # zip64 end record, its locator, end record
 
 
 def _zip64_extra(entry: _Entry) -> bytes:
-    wide = [entry.nbytes, entry.nbytes] if entry.nbytes >= ZIP64_LIMIT else []
-    wide += [entry.header_at] if entry.header_at >= ZIP64_LIMIT else []
-    return struct.pack(f"<2H{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
+    values = [entry.nbytes, entry.nbytes] if entry.nbytes >= ZIP64_LIMIT else []
+    values += [entry.header_at] if entry.header_at >= ZIP64_LIMIT else []
+    return struct.pack(f"<2H{len(values)}Q", 1, 8 * len(values), *values) if values else b""
 
 
 @dataclass
 class Archive:
-    """A zip of stored records whose CRCs are filled in by the writer, see `image.Seals`."""
+    """A zip of stored records under construction; their CRC-32s are filled in when the file is written, see CrcPatches.
+
+    `folder` is the directory of all records inside the zip.
+    """
 
     folder: str
     extents: Extents = field(default_factory=Extents)
@@ -49,8 +52,8 @@ class Archive:
     def _end(self) -> int:
         return self._plain_at + len(self._plain)
 
-    def add(self, name: str, source: bytes | Memory, lifetime_of: Lifetime | bool = False) -> int:
-        """Append one record; return the file offset of its first byte."""
+    def add(self, name: str, source: bytes | Memory, lifetime: Lifetime | bool = False) -> int:
+        """Append the record `name`; returns the file offset of its first byte. `lifetime` is that of `source`."""
         nbytes = len(source) if isinstance(source, bytes) else source.nbytes
         header_at, encoded = self._end, f"{self.folder}/{name}".encode()
         alignment = _LARGE_ALIGNMENT if nbytes >= _LARGE else _SMALL_ALIGNMENT
@@ -62,16 +65,19 @@ class Archive:
         self._plain += encoded + b"FB" + struct.pack("<H", padding) + b"Z" * padding
         start, record = self._end, None
         if nbytes:
-            self._put(source, lifetime_of)
+            self._put(source, lifetime)
             record = self.crc_patches.record(start, nbytes)
             self.crc_patches.crcs.extend((record, self._end + 4))
-            wide = nbytes >= ZIP64_LIMIT
-            self._plain += struct.pack("<4sIQQ" if wide else "<4sIII", b"PK\x07\x08", 0, nbytes, nbytes)
+            is_zip64 = nbytes >= ZIP64_LIMIT
+            self._plain += struct.pack("<4sIQQ" if is_zip64 else "<4sIII", b"PK\x07\x08", 0, nbytes, nbytes)
         self._entries.append(_Entry(encoded, header_at, nbytes, flags, record))
         return start
 
     def add_serialization_id(self) -> None:
-        """Stock's fingerprint of names and contents: 20 digits of each, of our own making."""
+        """Append `.data/serialization_id`: 20 digits computed from the names and 20 from the CRC-32s of all records.
+
+        Stock torch has a record of the same size and purpose; the digits need not agree with it.
+        """
         names = 0
         for entry in self._entries:
             for byte in entry.name:
@@ -80,7 +86,10 @@ class Archive:
         self.crc_patches.serials.extend((start + 20, 0, len(self.crc_patches) - 1))
 
     def close(self, at_least: int = 0) -> int:
-        """Append the directory, behind zeros if the file would be shorter than `at_least` bytes; return its size."""
+        """Append the directory, which ends the file; returns the size of the file.
+
+        Zeros precede the directory if the file would otherwise be shorter than `at_least` bytes.
+        """
         tail = sum(46 + len(entry.name) + len(_zip64_extra(entry)) for entry in self._entries) + _END_BYTES
         self._plain += bytes(max(0, at_least - self._end - tail))
         directory_at = self._end
@@ -99,26 +108,26 @@ class Archive:
         return nbytes
 
     def _add_directory_entry(self, entry: _Entry) -> None:
-        large = entry.nbytes >= ZIP64_LIMIT
-        far = entry.header_at >= ZIP64_LIMIT
+        is_large = entry.nbytes >= ZIP64_LIMIT
+        is_far = entry.header_at >= ZIP64_LIMIT
         extra = _zip64_extra(entry)
-        short = ZIP64_LIMIT if large else entry.nbytes
+        short = ZIP64_LIMIT if is_large else entry.nbytes
         if entry.record is not None:
             self.crc_patches.crcs.extend((entry.record, self._end + 16))
         self._plain += struct.pack(
             "<4s6H3I5H2I",
             *(b"PK\x01\x02", 0, 45 if extra else 0, entry.flags, 0, 0, 0),
             *(0, short, short, len(entry.name), len(extra), 0, 0, 0, 0),
-            ZIP64_LIMIT if far else entry.header_at,
+            ZIP64_LIMIT if is_far else entry.header_at,
         )
         self._plain += entry.name + extra
 
-    def _put(self, source: bytes | Memory, lifetime_of: Lifetime | bool) -> None:
+    def _put(self, source: bytes | Memory, lifetime: Lifetime | bool) -> None:
         if isinstance(source, bytes):
             self._plain += source
             return
         self._flush()
-        self.extents.add(self._plain_at, source, lifetime_of)
+        self.extents.add(self._plain_at, source, lifetime)
         self._plain_at += source.nbytes
 
     def _flush(self) -> None:

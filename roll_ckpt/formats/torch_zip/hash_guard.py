@@ -1,7 +1,7 @@
-"""What a pickle is about to hash: looked at first, because a few bytes of a stranger can hold hashing up for ever.
+"""Guards unpickling against hash bombs: inspects what a pickle is about to hash before Python hashes it.
 
-Python hashes nested tuples by nested calls, and follows every reference anew: 150,000 levels overflow the stack of
-the process, and 60 levels of pairs of one and the same tuple last until the end of the world.
+Python hashes nested tuples recursively and follows every reference anew: 150,000 levels overflow the stack of the
+process, and 60 levels of pairs that both refer to the next level take centuries. A few bytes from a stranger suffice.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import pickletools
 from collections.abc import Iterable
 from typing import Any
 
-_DEEPEST = 64
-_USUAL = 100_000
+_DEEPEST = 64  # levels of nesting in a key
+_ALLOWANCE = 100_000  # values that any pickle may hash, however short it is
 _PLAIN = frozenset([int, str, bool, float, bytes, type(None)])
 _BY_IDENTITY: tuple[Any, ...] = (object.__hash__, None)
 HASHING = (pickle.SETITEM, pickle.SETITEMS, pickle.REDUCE, pickle.ADDITEMS, pickle.FROZENSET)
-"""Opcodes that hash what lies on the stack, or call what may."""
+"""Opcodes that hash values on the stack, or call something that may."""
 _LENGTHS = {
     pickletools.TAKEN_FROM_ARGUMENT1: 1,
     pickletools.TAKEN_FROM_ARGUMENT4: 4,
@@ -26,22 +26,22 @@ _LENGTHS = {
 _ARGUMENTS = {
     op.code.encode("latin-1"): (_LENGTHS.get(op.arg.n, op.arg.n), op.arg.n in _LENGTHS)
     for op in pickletools.opcodes
-    if op.arg and op.arg.n != pickletools.UP_TO_NEWLINE  # lines are not read by `read`
+    if op.arg and op.arg.n != pickletools.UP_TO_NEWLINE  # `readline` reads those, not `read`
 }
-"""How many bytes follow an opcode, and whether they are the length of more."""
+"""For each opcode with an argument: how many bytes follow it, and whether they hold the length of more bytes."""
 
 
 class HashGuard:
-    """Counts what is hashed while one pickle of `nbytes` bytes is read."""
+    """Counts the values that are hashed while one pickle of `nbytes` bytes is read."""
 
     def __init__(self, nbytes: int) -> None:
-        self._left = 16 * nbytes + _USUAL
+        self._left = 16 * nbytes + _ALLOWANCE
 
     def check(self, opcode: bytes, stack: list[Any]) -> None:
-        """Refuse what `opcode` would hash of `stack`.
+        """Check the values on `stack` that `opcode` is about to hash.
 
         Raises:
-            UnpicklingError: it is nested too deeply, or refers to itself too often.
+            UnpicklingError: they are nested too deeply, or the pickle has hashed too many values.
         """
         if opcode == pickle.REDUCE:
             self._count(stack[-1:], 1)
@@ -51,36 +51,39 @@ class HashGuard:
             self._count(stack[::2], 1)
         elif opcode != pickle.BUILD:
             self._count(stack, 1)
-        elif not hasattr(stack[-2], "__setstate__"):  # torch takes attributes from pairs, too; a pickler writes a dict
+        elif not hasattr(stack[-2], "__setstate__"):  # torch also builds attributes from pairs, hashing names
             self._count(stack[-1:], 1)
 
     def _count(self, values: Iterable[Any], depth: int) -> None:
         for value in values:
-            if type(value) not in _PLAIN and (inner := _inside(value)):
-                self._left -= len(inner)
+            if type(value) not in _PLAIN and (parts := _hashed_parts(value)):
+                self._left -= len(parts)
                 if depth > _DEEPEST or self._left < 0:
                     raise pickle.UnpicklingError(
-                        "it nests keys more deeply, or repeats them more often, than any state"
+                        "it nests keys more deeply, or repeats them more often, than any state does"
                     )
-                self._count(inner, depth + 1)
+                self._count(parts, depth + 1)
 
 
-def _inside(value: Any) -> Any:
-    """What is hashed with a value, None for nothing; that of a list is, if a function makes keys of it."""
+def _hashed_parts(value: Any) -> Any:
+    """The values that hashing `value` recurses into, or None. Items of a list count: a call may turn them into keys."""
     kind = type(value)
     if kind is tuple or kind is list or issubclass(kind, tuple):
         return value
     fields = getattr(kind, "__dataclass_fields__", None)
     if fields is None or kind.__hash__ in _BY_IDENTITY:
         return None
-    return [getattr(value, name, None) for name in fields]  # one with slots has no vars
+    return [getattr(value, name, None) for name in fields]  # vars() fails for a class with slots
 
 
 class GuardedPickle:
-    """A file with a pickle, for an unpickler that reads its opcodes one by one and keeps what it made in `stack`."""
+    """A pickle as a file object that checks each opcode for hash bombs before an unpickler gets it.
+
+    `unpickler` must be set before the first read: it reads opcode by opcode and keeps its values in `stack`.
+    """
 
     def __init__(self, data: bytes | memoryview) -> None:
-        pickled, watch, hashing, arguments = bytes(data), HashGuard(len(data)), {*HASHING, pickle.BUILD}, _ARGUMENTS
+        pickled, guard, hashing, arguments = bytes(data), HashGuard(len(data)), {*HASHING, pickle.BUILD}, _ARGUMENTS
         at = argument_end = 0
 
         def read(nbytes: int) -> bytes:
@@ -88,7 +91,7 @@ class GuardedPickle:
             start = at
             at += nbytes
             taken = pickled[start:at]
-            if start < argument_end:  # no opcode, though any number or text may look like one
+            if start < argument_end:  # part of an argument, although it may look like an opcode
                 return taken
             if taken in arguments:
                 size, length = arguments[taken]
@@ -96,7 +99,7 @@ class GuardedPickle:
                 if length:
                     argument_end += int.from_bytes(pickled[at:argument_end], "little")
             elif taken in hashing:
-                watch.check(taken, self.unpickler.stack)
+                guard.check(taken, self.unpickler.stack)
             return taken
 
         def readline() -> bytes:

@@ -1,14 +1,17 @@
-"""The `torch_zip` layout: the bytes that `torch.save` would write, and views of the bytes it wrote.
+"""The layout of `torch.save` files: the bytes that it would write for a state, described without copying a tensor.
 
-The format is that of `torch.serialization` (zip, stored records, `data.pkl` by pickle protocol 2 with storages
-as persistent ids). Four things differ from a stock file, none visible to a reader: large records start at
-multiples of 4096, so that direct I/O and views are aligned; a storage holds only the bytes that the saved
-tensors show, never the rest of a flat buffer; zeros may follow the pickle in its record, so that it may grow; and
-`.format_version` is left out, because it promises offsets that follow from a constant alignment.
+The format is that of `torch.serialization`: a zip of stored records, `data.pkl` by pickle protocol 2, storages as
+persistent ids. Four things differ from a stock file, none visible to a reader:
+
+- large records start at multiples of 4096, so that direct I/O and views are aligned;
+- a storage holds only the bytes that the saved tensors show, never the rest of a flat buffer;
+- zeros may follow the pickle in its record, so that it can grow without moving the tensors;
+- `.format_version` is missing, because it promises offsets that follow from a constant alignment.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -33,17 +36,19 @@ from roll_ckpt.formats.torch_zip.sources import (
     DEVICE,
     LifetimeOf,
     Piece,
-    Runs,
+    Pieces,
     Signature,
     location_of,
-    look_at,
     memory_of,
     named_tensors,
-    piece_of,
-    runs_of,
+    piece_at,
+    pieces_of,
+    signature_of,
     span_of,
     tensor_names,
 )
+
+log = logging.getLogger("roll_ckpt")
 
 
 def lay_out(
@@ -51,39 +56,47 @@ def lay_out(
 ) -> FileImage:
     """Describe the file that holds `state`, without copying a tensor.
 
-    Python objects are pickled now, on the calling thread; tensors are only referred to. `archive` is the
-    folder inside the zip (stock uses the file's stem). Extents of storages for which `stable` is true may be
-    copied until the next fence, all others before the caller goes on. A file shorter than `at_least` bytes
-    gets zeros before its directory, where no reader looks.
+    Python objects are pickled now, on the calling thread; tensors are only referred to. `archive` is the folder inside
+    the zip (`torch.save` uses the stem of the file name). `lifetime_of` tells how long the memory of each storage stays
+    unchanged. A file shorter than `at_least` bytes gets zeros before its directory, where no reader looks.
 
     Raises:
-        SaveFailed: a tensor's memory was freed, or two view the same data as different types.
+        SaveFailed: a tensor's memory was freed, or two tensors view the same memory as different dtypes.
     """
-    return _laid_out(state, skeleton_of(state), archive, lifetime_of, at_least=at_least)[1]
+    return _lay_out_anew(state, skeleton_of(state), archive, lifetime_of, at_least=at_least)[1]
 
 
 class Layouts:
-    """Lays out the same few files at every save: one whose structure did not change keeps its offsets, and only its
-    pickle and its addresses are made anew. Holds no tensor."""
+    """Lays out the same few files at every save.
+
+    A file whose structure has not changed keeps its offsets: only its pickle and its addresses are computed anew. Holds
+    no tensor between saves. Use it on one thread.
+    """
 
     def __init__(self, allow: Iterable[Any] = ()) -> None:
         self._allow = list(allow)
-        self._plans: dict[str, _KeptLayout] = {}
+        self._layouts: dict[str, _FileLayout] = {}
         self._kinds: dict[str, frozenset[Any]] = {}
 
     def lay_out(
         self, name: str, state: object, archive: str, lifetime_of: LifetimeOf
     ) -> tuple[FileImage, dict[str, list[str]]]:
-        """The file called `name`, as the function `lay_out` describes it; and what `unsafe_parts` says of its state
-        when that holds other kinds of objects than at its last save."""
-        plan = self._plans.get(name)
-        skeleton = skeleton_of(state, plan.skeleton.reserved if plan else MEMO_RESERVED)
+        """The file called `name`, as the function `lay_out` describes it, and the `unsafe_parts` of its state.
+
+        The unsafe parts are looked for only if the state holds other kinds of objects than at the last save of `name`;
+        otherwise they are {}.
+
+        Raises:
+            SaveFailed: as for the function `lay_out`.
+        """
+        layout = self._layouts.get(name)
+        skeleton = skeleton_of(state, layout.skeleton.reserved if layout else MEMO_RESERVED)
         image = None
-        if plan is not None and plan.archive == archive:
-            plan, image = plan.refilled(state, skeleton, lifetime_of)
-        if plan is None or image is None:
-            plan, image = _laid_out(state, skeleton, archive, lifetime_of, room=len(skeleton.data) // 16 + 1024)
-        self._plans[name] = plan
+        if layout is not None and layout.archive == archive:
+            layout, image = layout.refill(state, skeleton, lifetime_of)
+        if layout is None or image is None:
+            layout, image = _lay_out_anew(state, skeleton, archive, lifetime_of, room=len(skeleton.data) // 16 + 1024)
+        self._layouts[name] = layout
         unsafe: dict[str, list[str]] = {}
         if self._kinds.get(name) != skeleton.kinds:
             self._kinds[name] = skeleton.kinds
@@ -92,28 +105,30 @@ class Layouts:
 
 
 @dataclass(frozen=True)
-class _KeptLayout:
-    """The layout of one file: every byte of it but the pickle and the tensors."""
+class _FileLayout:
+    """The layout of one file, which later saves of the same structure reuse: all but its pickle and its tensors."""
 
     archive: str
-    skeleton: Skeleton  # without what its marks stand for
+    skeleton: Skeleton  # without the objects that its marks stand for
     signature: Signature
     fragments: list[bytes]
     image: FileImage  # without memory
     pickle_at: int
     pickle_bytes: int
-    holes: list[tuple[int, int, int, int]]  # place in the extents, number of the storage, first and last-plus-one byte
-    needed: list[int]  # bytes of each storage
+    holes: list[
+        tuple[int, int, int, int]
+    ]  # row of the extents, number of the storage, its first and last-plus-one byte
+    storage_bytes: list[int]  # that the tensors need, for each storage
     names: list[tuple[Any, ...]]
 
-    def refilled(
+    def refill(
         self, state: object, skeleton: Skeleton, lifetime_of: LifetimeOf
-    ) -> tuple[_KeptLayout | None, FileImage | None]:
-        """The plan and the image for a state that fits this plan; None and None for any other."""
-        signature, storages = look_at(skeleton.marked)
+    ) -> tuple[_FileLayout | None, FileImage | None]:
+        """The layout and the image of a state that fits this layout; (None, None) if it does not fit."""
+        signature, storages = signature_of(skeleton.marked)
         if signature != self.signature or len(skeleton.data) > self.pickle_bytes:
             return None, None
-        plan = self
+        layout = self
         if skeleton.data != self.skeleton.data:
             if tensor_names(state) != self.names:
                 return None, None
@@ -122,25 +137,25 @@ class _KeptLayout:
                 return None, None
             extents = self.image.extents.copy()
             extents.put(0, _replaced(extents.owners[0], self.pickle_at, pickled.ljust(self.pickle_bytes, b"\0")))
-            plan = replace(self, skeleton=replace(skeleton, marked=()), image=replace(self.image, extents=extents))
-        if any(storage.nbytes() < needed for storage, needed in zip(storages, self.needed, strict=True)):
+            layout = replace(self, skeleton=replace(skeleton, marked=()), image=replace(self.image, extents=extents))
+        if any(storage.nbytes() < needed for storage, needed in zip(storages, self.storage_bytes, strict=True)):
             return None, None
-        return plan, plan.fill(storages, lifetime_of)
+        return layout, layout.fill(storages, lifetime_of)
 
     def fill(self, storages: list[torch.UntypedStorage], lifetime_of: LifetimeOf) -> FileImage:
         """The image of the file whose tensors lie in `storages`."""
         extents = self.image.extents.copy()
         rows, owners, width = extents.rows, extents.owners, Extents.WIDTH
         bases = [storage.data_ptr() for storage in storages]
-        steady = [lifetime_of(storage) for storage in storages]
+        lifetimes = [lifetime_of(storage) for storage in storages]
         if any(row[DEVICE] != CPU for row in self.signature if len(row) > 1):
             for place, number, start, stop in self.holes:
-                extents.put(place, memory_of(storages[number], start, stop), steady[number])
+                extents.put(place, memory_of(storages[number], start, stop), lifetimes[number])
             return replace(self.image, extents=extents)
         for place, number, start, _ in self.holes:
             at = place * width
             rows[at + 1] = bases[number] + start
-            rows[at + 3] = steady[number]
+            rows[at + 3] = lifetimes[number]
             owners[place] = storages[number]
         return replace(self.image, extents=extents)
 
@@ -149,33 +164,33 @@ def _replaced(data: bytes, at: int, new: bytes) -> bytes:
     return b"".join((data[:at], new, data[at + len(new) :]))
 
 
-def _laid_out(
+def _lay_out_anew(
     state: object, skeleton: Skeleton, archive: str, lifetime_of: LifetimeOf, *, at_least: int = 0, room: int = 0
-) -> tuple[_KeptLayout, FileImage]:
-    """Lay a state out; its pickle may grow by `room` bytes before the file must be laid out anew."""
-    signature, storages = look_at(skeleton.marked)
-    runs = runs_of(skeleton.marked, storages)
+) -> tuple[_FileLayout, FileImage]:
+    """Lay a state out; its pickle can grow by `room` bytes before the file must be laid out anew."""
+    signature, storages = signature_of(skeleton.marked)
+    pieces = pieces_of(skeleton.marked, storages)
     try:
-        fragments, used = _fragments(skeleton, signature, storages, runs)
-    except MemoFull:
+        fragments, used = _fragments(skeleton, signature, storages, pieces)
+    except MemoFull as full:
+        log.debug("%s: pickled again with more: %s", archive, full)
         wider = skeleton_of(state, 2 * skeleton.reserved + len(skeleton.marked))
-        return _laid_out(state, wider, archive, lifetime_of, at_least=at_least, room=room)
+        return _lay_out_anew(state, wider, archive, lifetime_of, at_least=at_least, room=room)
     pickled = splice(skeleton.data, fragments)
-    written = Archive(archive)
-    pickle_at = written.add("data.pkl", pickled.ljust(len(pickled) + room, b"\0"))
-    written.add("byteorder", sys.byteorder.encode())
+    file = Archive(archive)
+    pickle_at = file.add("data.pkl", pickled.ljust(len(pickled) + room, b"\0"))
+    file.add("byteorder", sys.byteorder.encode())
     holes = []
     for key, (number, piece) in enumerate(used):
         nbytes = piece.stop - piece.start
-        piece.offset = written.add(f"data/{key}", Memory(0, nbytes, None) if nbytes else b"")
+        piece.offset = file.add(f"data/{key}", Memory(0, nbytes, None) if nbytes else b"")
         if nbytes:
-            holes.append((len(written.extents) - 1, number, piece.start, piece.stop))
-    written.add("version", b"3\n")
-    written.add_serialization_id()
-    nbytes = written.close(at_least)
-    pieces = tuple(_index(state, storages, runs))
-    image = FileImage(nbytes, written.extents, written.crc_patches, pieces)
-    plan = _KeptLayout(
+            holes.append((len(file.extents) - 1, number, piece.start, piece.stop))
+    file.add("version", b"3\n")
+    file.add_serialization_id()
+    nbytes = file.close(at_least)
+    image = FileImage(nbytes, file.extents, file.crc_patches, tuple(_index(state, storages, pieces)))
+    layout = _FileLayout(
         archive,
         replace(skeleton, marked=()),
         signature,
@@ -184,17 +199,17 @@ def _laid_out(
         pickle_at,
         len(pickled) + room,
         holes,
-        [max((piece.stop for piece in pieces_of), default=0) for pieces_of in runs],
+        [max((piece.stop for piece in of_storage), default=0) for of_storage in pieces],
         tensor_names(state),
     )
-    return plan, plan.fill(storages, lifetime_of)
+    return layout, layout.fill(storages, lifetime_of)
 
 
 def _fragments(
-    skeleton: Skeleton, signature: Signature, storages: list[torch.UntypedStorage], runs: Runs
+    skeleton: Skeleton, signature: Signature, storages: list[torch.UntypedStorage], pieces: Pieces
 ) -> tuple[list[bytes], list[tuple[int, Piece]]]:
-    """What stands in the place of each mark; and the pieces with the numbers of their storages, in file order."""
-    written = Fragments(skeleton.reserved)
+    """The fragment that replaces each mark; and the pieces in file order, each with the number of its storage."""
+    opcodes = Fragments(skeleton.reserved)
     repeated = {row[0] for row in signature if len(row) == 1}
     locations = [location_of(storage) for storage in storages]
     used: list[tuple[int, Piece]] = []
@@ -202,10 +217,10 @@ def _fragments(
     for place, (obj, row) in enumerate(zip(skeleton.marked, signature, strict=True)):
         if len(row) == 1:
             assert isinstance(obj, torch.Tensor)
-            fragments.append(written.same(obj))
+            fragments.append(opcodes.same(obj))
             continue
         number = row[0]
-        piece = piece_of(runs[number], span_of(obj)[0] if isinstance(obj, torch.Tensor) else 0)
+        piece = piece_at(pieces[number], span_of(obj)[0] if isinstance(obj, torch.Tensor) else 0)
         if piece.key is None:
             piece.key = str(len(used))
             used.append((number, piece))
@@ -213,26 +228,26 @@ def _fragments(
         if isinstance(obj, torch.Tensor):
             piece.claim(obj.dtype)
             offset = int(obj.storage_offset()) - piece.start // obj.element_size()
-            storage = written.storage_of(obj.dtype, piece.key, location, nbytes)
-            fragments.append(written.tensor(obj, storage, offset, again=place in repeated))
+            storage = opcodes.storage_of(obj.dtype, piece.key, location, nbytes)
+            fragments.append(opcodes.tensor(obj, storage, offset, again=place in repeated))
         elif isinstance(obj, torch.storage.TypedStorage):
             piece.claim(obj.dtype)
             kind = obj._pickle_storage_type()
-            fragments.append(written.storage("torch", kind, piece.key, location, obj._size()))
+            fragments.append(opcodes.storage("torch", kind, piece.key, location, obj._size()))
         else:
             piece.claim(torch.uint8)
-            fragments.append(written.storage("torch.storage", "UntypedStorage", piece.key, location, nbytes))
+            fragments.append(opcodes.storage("torch.storage", "UntypedStorage", piece.key, location, nbytes))
     return fragments, used
 
 
-def _index(state: object, storages: list[torch.UntypedStorage], runs: Runs) -> Iterator[TensorPiece]:
-    """The tensors of the state by name, once the pieces have their offsets."""
+def _index(state: object, storages: list[torch.UntypedStorage], pieces: Pieces) -> Iterator[TensorPiece]:
+    """The tensors of the state by name; the pieces must have their offsets."""
     numbers = {storage._cdata: number for number, storage in enumerate(storages)}
     for name, tensor in named_tensors(state):
         if not (type(tensor) is torch.nn.Parameter or is_plain(tensor)):
             continue
         start, stop = span_of(tensor)
-        piece = piece_of(runs[numbers[tensor.untyped_storage()._cdata]], start)
-        where = piece.offset + start - piece.start
+        piece = piece_at(pieces[numbers[tensor.untyped_storage()._cdata]], start)
+        offset = piece.offset + start - piece.start
         dtype = str(tensor.dtype).removeprefix("torch.")
-        yield TensorPiece(name, dtype, tuple(tensor.shape), where, stop - start)
+        yield TensorPiece(name, dtype, tuple(tensor.shape), offset, stop - start)

@@ -1,17 +1,14 @@
-"""The `torch_zip` layout: the bytes that `torch.save` would write, and views of the bytes it wrote.
+"""Reading a file of `torch.save` (torch's own or ours): its zip directory, and its state as views of the bytes.
 
-The format is that of `torch.serialization` (zip, stored records, `data.pkl` by pickle protocol 2 with storages
-as persistent ids). Four things differ from a stock file, none visible to a reader: large records start at
-multiples of 4096, so that direct I/O and views are aligned; a storage holds only the bytes that the saved
-tensors show, never the rest of a flat buffer; zeros may follow the pickle in its record, so that it may grow; and
-`.format_version` is left out, because it promises offsets that follow from a constant alignment.
+Every offset and size is checked before it is used, and the pickle runs no code. Format: torch/serialization.py.
 """
 
 from __future__ import annotations
 
 import struct
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,52 +21,65 @@ from roll_ckpt.formats.torch_zip.safe_pickle import safe_loads
 
 
 def parse(buffer: Any, path: str, map_location: Any = "cpu", allow: Iterable[Any] = ()) -> Any:
-    """Rebuild the state from the file's bytes; its tensors are views of `buffer` on the CPU.
+    """Rebuild the state from the bytes of a file; tensors on the CPU are views of `buffer`.
 
-    `buffer` is writable memory with the buffer protocol that holds the whole file `path`. Runs no code:
-    `data.pkl` goes through torch's `weights_only` unpickler, extended by the objects in `allow`.
+    `buffer` is writable memory (buffer protocol) that holds the whole file; `path` names that file in messages.
+    `map_location` is that of torch.load. No code of the file runs: `data.pkl` goes through torch's `weights_only`
+    unpickler, which also accepts the objects in `allow`.
 
     Raises:
-        Damaged: the archive or its pickle is not one that torch or this layout writes, or holds a name
-            outside the allowlist; the message names both.
+        Damaged: neither torch nor this layout writes such an archive or pickle, or the pickle refers to a name that is
+            not allowed; the message names the file, and the name.
     """
     view = memoryview(buffer).cast("B")
     records = read_directory(view, path)
     if "byteorder" in records and bytes(_slice(view, records["byteorder"])) != sys.byteorder.encode():
-        raise Damaged(f"{path}: written on a machine of other byte order; convert it there")
-    restore = torch.serialization._get_restore_location(map_location)
-    storages: dict[str, Any] = {}
-
-    def storage_of(persistent_id: tuple[Any, ...]) -> Any:
-        _, kind, key, location, numel = persistent_id
-        if not isinstance(key, str):
-            raise Damaged(f"{path}: a storage has no name")
-        if key not in storages:
-            dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
-            start, nbytes = records[f"data/{key}"]
-            if nbytes != numel * dtype.itemsize:
-                raise Damaged(f"{path}: storage {key} has {nbytes} bytes, its tensors need {numel}")
-            raw = torch.UntypedStorage(0)
-            if nbytes:
-                raw = torch.frombuffer(buffer, dtype=torch.uint8, count=nbytes, offset=start).untyped_storage()
-            stored = restore(raw, location)
-            storages[key] = torch.storage.TypedStorage(wrap_storage=stored, dtype=dtype, _internal=True)
-        return storages[key]
-
+        raise Damaged(f"{path}: written on a machine of the other byte order; load it there and save it anew")
+    storages = _Storages(buffer, path, records, torch.serialization._get_restore_location(map_location))
     try:
         with safe_loads(allow):
             data_pkl = GuardedPickle(_slice(view, records["data.pkl"]))
             data_pkl.unpickler = unpickler = safe_pickle.Unpickler(data_pkl, encoding="utf-8")
-            setattr(unpickler, "persistent_load", storage_of)  # noqa: B010 (torch sets it the same way)
+            setattr(unpickler, "persistent_load", storages.load)  # noqa: B010 (torch sets it the same way)
             state = unpickler.load()
             torch._utils._validate_loaded_sparse_tensors()
             return state
     except Damaged:
         raise
-    except Exception as problem:  # on bytes that no pickler wrote, torch's unpickler can raise anything
+    except Exception as problem:  # torch's unpickler can raise anything on bytes that no pickler wrote
         raise Damaged(
             f"{path}: refused to load: {problem}. If you trust the file, add the name it needs to load.allow"
         ) from problem
+
+
+@dataclass
+class _Storages:
+    """The storages of an archive as views of `buffer`, each created when the pickle first refers to it."""
+
+    buffer: Any
+    path: str
+    records: dict[str, tuple[int, int]]
+    restore: Callable[[torch.UntypedStorage, Any], Any]
+    """Moves a storage that was saved on a device to where `map_location` says."""
+    _by_key: dict[str, Any] = field(default_factory=dict)
+
+    def load(self, persistent_id: tuple[Any, ...]) -> Any:
+        """What torch's unpickler calls for each persistent id."""
+        _, kind, key, location, numel = persistent_id
+        if not isinstance(key, str):
+            raise Damaged(f"{self.path}: a storage has no name")
+        if key not in self._by_key:
+            dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
+            start, nbytes = self.records[f"data/{key}"]
+            needed = numel * dtype.itemsize
+            if nbytes != needed:
+                raise Damaged(f"{self.path}: storage {key} has {nbytes} bytes, its tensors need {needed}")
+            raw = torch.UntypedStorage(0)
+            if nbytes:
+                raw = torch.frombuffer(self.buffer, dtype=torch.uint8, count=nbytes, offset=start).untyped_storage()
+            restored = self.restore(raw, location)
+            self._by_key[key] = torch.storage.TypedStorage(wrap_storage=restored, dtype=dtype, _internal=True)
+        return self._by_key[key]
 
 
 def _slice(view: memoryview, record: tuple[int, int]) -> memoryview:
@@ -77,11 +87,11 @@ def _slice(view: memoryview, record: tuple[int, int]) -> memoryview:
 
 
 def read_directory(view: memoryview, path: str) -> dict[str, tuple[int, int]]:
-    """Start and size in bytes of each record, by its name without the archive's folder.
+    """Offset and size in bytes of each record, by its name without the archive's folder.
 
     Raises:
-        Damaged: no archive as torch writes it: records are compressed, overlap, have one name (torch's own reader
-            tells no upper case from lower case), or reach past the end.
+        Damaged: torch does not write such an archive: records are compressed, overlap, share a name (torch's own reader
+            ignores case), or reach past the end of the file.
     """
     tail_at = max(0, len(view) - (1 << 16))
     end = bytes(view[tail_at:]).rfind(b"PK\x05\x06")
@@ -102,11 +112,11 @@ def read_directory(view: memoryview, path: str) -> dict[str, tuple[int, int]]:
 
 
 def _directory_entries(view: memoryview, end: int, path: str) -> Iterator[tuple[str, int, int, int]]:
-    """Name, place of the header, first byte and size of each record."""
+    """Name, offset of the header, offset of the first byte, and size of each record."""
     count, _, at = struct.unpack_from("<H2I", view, end + 10)
     if end >= 20 and bytes(view[end - 20 : end - 16]) == b"PK\x06\x07":
-        (wide,) = struct.unpack_from("<Q", view, end - 12)
-        count, _, at = struct.unpack_from("<3Q", view, wide + 32)
+        (zip64_end,) = struct.unpack_from("<Q", view, end - 12)
+        count, _, at = struct.unpack_from("<3Q", view, zip64_end + 32)
     for _ in range(count):
         if bytes(view[at : at + 4]) != b"PK\x01\x02":
             raise Damaged(f"{path}: its zip directory is broken at byte {at}")
@@ -115,10 +125,10 @@ def _directory_entries(view: memoryview, end: int, path: str) -> Iterator[tuple[
         (header_at,) = struct.unpack_from("<I", view, at + 42)
         name = bytes(view[at + 46 : at + 46 + name_len]).decode()
         extra = bytes(view[at + 46 + name_len : at + 46 + name_len + extra_len])
-        wide_values = _zip64_values(extra)
-        nbytes = wide_values.pop(0) if nbytes == ZIP64_LIMIT else nbytes
-        stored = wide_values.pop(0) if stored == ZIP64_LIMIT else stored
-        header_at = wide_values.pop(0) if header_at == ZIP64_LIMIT else header_at
+        zip64_values = _zip64_values(extra)
+        nbytes = zip64_values.pop(0) if nbytes == ZIP64_LIMIT else nbytes
+        stored = zip64_values.pop(0) if stored == ZIP64_LIMIT else stored
+        header_at = zip64_values.pop(0) if header_at == ZIP64_LIMIT else header_at
         if method != 0 or stored != nbytes:
             raise Damaged(f"{path}: record {name} is compressed; torch never writes that")
         if bytes(view[header_at : header_at + 4]) != b"PK\x03\x04":

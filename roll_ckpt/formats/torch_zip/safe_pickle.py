@@ -1,10 +1,7 @@
-"""The `torch_zip` layout: the bytes that `torch.save` would write, and views of the bytes it wrote.
+"""Which names a pickle may refer to: torch's `weights_only` list, extended by what the user allows.
 
-The format is that of `torch.serialization` (zip, stored records, `data.pkl` by pickle protocol 2 with storages
-as persistent ids). Four things differ from a stock file, none visible to a reader: large records start at
-multiples of 4096, so that direct I/O and views are aligned; a storage holds only the bytes that the saved
-tensors show, never the rest of a flat buffer; zeros may follow the pickle in its record, so that it may grow; and
-`.format_version` is left out, because it promises offsets that follow from a constant alignment.
+`unsafe_parts` tells at save time what a load would refuse; `safe_loads` applies the list to loads.
+Source: torch/_weights_only_unpickler.py.
 """
 
 from __future__ import annotations
@@ -23,28 +20,28 @@ from roll_ckpt.formats.torch_zip.skeleton import skeleton_of
 
 
 def enum_member(kind: object, name: object) -> enum.Enum:
-    """`getattr` for members of enumerations and nothing else: Python 3.11.0 to 3.11.3 pickle them by it."""
+    """`getattr` for members of enumerations only: Python 3.11.0 to 3.11.3 pickle them as such a call."""
     if not (
         isinstance(kind, type) and issubclass(kind, enum.Enum) and isinstance(name, str) and name in kind.__members__
     ):
-        raise pickle.UnpicklingError("it looks up what is no member of an enumeration")
+        raise pickle.UnpicklingError("it looks up an attribute that is no member of an enumeration")
     return kind[name]
 
 
 ENUM_MEMBERS = (enum_member, "builtins.getattr")
-"""For torch's list of safe globals; the enumeration itself must be there, too."""
+"""An entry for torch's list of safe globals; the class of the enumeration must be listed, too."""
 
 
 def unsafe_parts(state: object, allow: Iterable[Any] = ()) -> dict[str, list[str]]:
-    """What `weights_only=True` would refuse to load back: for each top-level key of `state`, the qualified
-    names that its pickle holds beyond torch's list and `allow`."""
+    """What a load with `weights_only=True` would refuse: for each top-level key of `state`, the qualified names in its
+    pickle that neither torch's list nor `allow` has. Empty if the whole state can be loaded."""
     with torch.serialization.safe_globals(list(allow)):
         allowed = {*safe_pickle._get_allowed_globals(), *safe_pickle._get_user_allowed_globals()}
     if _globals_of(state) <= allowed:
         return {}
     parts = state.items() if isinstance(state, dict) else [("", state)]
     unsafe = {str(key): sorted(_globals_of(value) - allowed) for key, value in parts}
-    return {key: found for key, found in unsafe.items() if found}
+    return {key: refused for key, refused in unsafe.items() if refused}
 
 
 def _globals_of(state: object) -> set[str]:
@@ -56,7 +53,9 @@ def _globals_of(state: object) -> set[str]:
 
 @contextmanager
 def safe_loads(allow: Iterable[Any]) -> Iterator[None]:
-    """Inside the block, torch's `weights_only` loads take the objects in `allow`, too, and look into sparse tensors:
-    unless asked to, torch believes indices that lead out of memory."""
+    """Inside the block, torch's `weights_only` loads also accept the objects in `allow`, and check sparse tensors.
+
+    Without that check torch accepts indices that point outside of the tensor's memory.
+    """
     with torch.serialization.safe_globals(list(allow)), torch.sparse.check_sparse_tensor_invariants():
         yield

@@ -1,8 +1,8 @@
 """The skeleton of a state: its pickle, with a mark in the place of every tensor and storage.
 
-Pickling is what changes with the Python objects of a state and must be done at every save; what stands in the place
-of a tensor follows from its dtype, shape and place in the file alone, and is the same again at the next save.
-`splice` puts the two together: the result is what `torch.save` would pickle, but for the numbering of the memo.
+The skeleton depends on the Python objects of a state and is pickled anew at every save. The opcodes that replace a
+mark (a fragment) depend only on the dtype, shape and place in the file of a tensor, and are reused at the next save.
+`splice` joins the two: the result is what `torch.save` would pickle, except for the numbering of the memo.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from typing import Any, TypeAlias
 import torch
 
 Marked: TypeAlias = "torch.Tensor | torch.UntypedStorage | torch.storage.TypedStorage"
-_Tensor, _STRIDED = torch.Tensor, torch.strided  # looked up thousands of times
+_Tensor, _STRIDED = torch.Tensor, torch.strided  # module globals, because each save looks them up thousands of times
 NO_TENSORS = frozenset([int, float, str, bool, bytes, type(None)])
 _PLAIN = NO_TENSORS | {tuple, list, dict}
-"""Most of what a pickler asks about; random states are thousands of numbers."""
-_MARK = int.from_bytes(os.urandom(15) + b"\x5a", "little")  # nobody else can have this number
+"""The types of most objects that a pickler asks about; random states alone are thousands of numbers."""
+_MARK = int.from_bytes(os.urandom(15) + b"\x5a", "little")  # random, so that no state holds this number
 _MARK_OPCODES = b"\x8a\x10" + _MARK.to_bytes(16, "little") + b"Q"  # LONG1, BINPERSID
 MEMO_RESERVED = 64
-"""Memo entries that fragments may use, unless told otherwise."""
+"""The number of memo entries that fragments may use by default."""
 
 
 def is_plain(obj: object) -> bool:
-    """Whether `obj` is a tensor that stock pickles as dtype, shape, strides and a storage, and nothing else."""
+    """Whether `torch.save` pickles `obj` as a tensor of dtype, shape, strides and a storage, and nothing else."""
     return type(obj) is _Tensor and not (
-        obj.__dict__  # stock keeps attributes, in a form of its own
+        obj.__dict__  # torch pickles a tensor with attributes in another way
         or obj.layout is not _STRIDED
         or obj.is_quantized
         or obj.is_meta
@@ -43,10 +43,10 @@ def is_plain(obj: object) -> bool:
 
 @dataclass(frozen=True)
 class Skeleton:
-    """The pickle by protocol 2, what its marks stand for in their order, and the kinds of other objects in it.
+    """A pickle (protocol 2) with marks, the objects that its marks stand for in order, and the kinds of all others.
 
-    The entries 0 to `reserved` of the memo are left to the fragments. Two states with equal `kinds` need the same
-    names to be loaded, but for objects that pickle as a name of their own.
+    The first `reserved` entries of the memo are left to the fragments. Loading two states with equal `kinds` needs the
+    same names, except for objects that pickle themselves as a name.
     """
 
     data: bytes
@@ -56,10 +56,10 @@ class Skeleton:
 
 
 def skeleton_of(state: object, reserved: int = MEMO_RESERVED) -> Skeleton:
-    """Pickle `state` on the calling thread; no tensor is read."""
+    """Pickle `state` on the calling thread, without reading a tensor."""
     buffer = io.BytesIO()
     walker = _Walker(buffer)
-    walker.dump([[] for _ in range(reserved)])  # takes the first entries of the memo
+    walker.dump([[] for _ in range(reserved)])  # occupies the first entries of the memo
     buffer.seek(0)
     buffer.truncate()
     walker.dump(state)
@@ -67,11 +67,11 @@ def skeleton_of(state: object, reserved: int = MEMO_RESERVED) -> Skeleton:
 
 
 def splice(data: bytes, fragments: Sequence[bytes]) -> bytes:
-    """The pickle of a skeleton with `fragments` in the places of its marks."""
+    """The pickle `data` of a skeleton, with `fragments` in the places of its marks."""
     parts = data.split(_MARK_OPCODES)
-    woven = [b""] * (len(parts) + len(fragments))
-    woven[::2], woven[1::2] = parts, fragments
-    return b"".join(woven)
+    spliced = [b""] * (len(parts) + len(fragments))
+    spliced[::2], spliced[1::2] = parts, fragments
+    return b"".join(spliced)
 
 
 class _Walker(pickle.Pickler):
@@ -91,8 +91,8 @@ class _Walker(pickle.Pickler):
         elif isinstance(obj, torch.UntypedStorage | torch.storage.TypedStorage):
             self.marked.append(obj)
             return _MARK
-        named = isinstance(obj, type | types.FunctionType | types.BuiltinFunctionType | torch.dtype)
-        self.kinds.add(obj if named else kind)
+        is_name = isinstance(obj, type | types.FunctionType | types.BuiltinFunctionType | torch.dtype)
+        self.kinds.add(obj if is_name else kind)
         return None
 
 
@@ -102,33 +102,37 @@ _STORAGE_NAMES: dict[torch.dtype, str] = dict(torch.storage._dtype_to_storage_ty
 
 
 class MemoFull(Exception):
-    """The fragments of a state need more entries of the memo than its skeleton left them."""
+    """The fragments of a state need more memo entries than its skeleton reserves."""
 
 
 @dataclass
 class Fragments:
-    """Writes the opcodes for marks, in the order of the marks: later ones refer to what earlier ones have defined."""
+    """Writes the opcodes that replace marks, in the order of the marks: later ones refer to the memo of earlier ones.
+
+    Every method may raise MemoFull.
+    """
 
     reserved: int
     _memo: dict[object, int] = field(default_factory=dict)
 
     def tensor(self, tensor: torch.Tensor, storage: bytes, offset: int, *, again: bool) -> bytes:
-        """What `Tensor.__reduce_ex__` returns for a plain tensor; `storage` is its fragment, `offset` in elements.
+        """The opcodes of what `Tensor.__reduce_ex__` returns for a plain tensor.
 
-        `again`: the same object stands in the state once more, see `same`.
+        `storage` is the fragment of its storage, `offset` its first element in that. `again`: the same object occurs
+        in the state once more, see `same`.
         """
-        new = tensor.dtype in _NEW_DTYPES
-        rebuild = b"ctorch._utils\n_rebuild_tensor_v3\n" if new else b"ctorch._utils\n_rebuild_tensor_v2\n"
-        made = b"".join(
+        is_new = tensor.dtype in _NEW_DTYPES
+        rebuild = b"ctorch._utils\n_rebuild_tensor_v3\n" if is_new else b"ctorch._utils\n_rebuild_tensor_v2\n"
+        opcodes = b"".join(
             [
                 *(self._once(rebuild), b"(", storage, _integer(offset)),
                 *(_tuple(tensor.size()), _tuple(tensor.stride()), b"\x88" if tensor.requires_grad else b"\x89"),
                 *(self._once(b"ccollections\nOrderedDict\n"), b")R"),
-                *([self._once(_named(torch, str(tensor.dtype).removeprefix("torch.")))] if new else []),
+                *([self._once(_named(torch, str(tensor.dtype).removeprefix("torch.")))] if is_new else []),
                 b"tR",
             ]
         )
-        return made + self._put(id(tensor)) if again else made
+        return opcodes + self._put(id(tensor)) if again else opcodes
 
     def storage_of(self, dtype: torch.dtype, key: str, location: str, nbytes: int) -> bytes:
         """The persistent id of a tensor's storage of `nbytes` bytes."""
@@ -137,7 +141,7 @@ class Fragments:
         return self.storage("torch", _STORAGE_NAMES[dtype], key, location, nbytes // dtype.itemsize)
 
     def storage(self, module: str, kind: str, key: str, location: str, numel: int) -> bytes:
-        """The persistent id that stock gives a storage."""
+        """The persistent id that `torch.save` gives a storage of `numel` elements."""
         return b"".join(
             [
                 *(b"(", self._once(_text("storage")), self._once(f"c{module}\n{kind}\n".encode())),
@@ -146,7 +150,7 @@ class Fragments:
         )
 
     def same(self, tensor: torch.Tensor) -> bytes:
-        """A tensor object that stood in the state before."""
+        """A reference to a tensor object that was written before, with `again`."""
         return self._get(self._memo[id(tensor)])
 
     def _once(self, opcodes: bytes) -> bytes:
@@ -157,7 +161,7 @@ class Fragments:
     def _put(self, key: object) -> bytes:
         number = self._memo[key] = len(self._memo)
         if number >= self.reserved:
-            raise MemoFull
+            raise MemoFull(f"more than the {self.reserved} memo entries that the skeleton reserves")
         return _PUT + bytes([number]) if number < 256 else _LONG_PUT + number.to_bytes(4, "little")
 
     @staticmethod

@@ -1,10 +1,7 @@
-"""The `torch_zip` layout: the bytes that `torch.save` would write, and views of the bytes it wrote.
+"""The tensors and storages of a state as sources of a file: their memory, names, and the pieces that are written.
 
-The format is that of `torch.serialization` (zip, stored records, `data.pkl` by pickle protocol 2 with storages
-as persistent ids). Four things differ from a stock file, none visible to a reader: large records start at
-multiples of 4096, so that direct I/O and views are aligned; a storage holds only the bytes that the saved
-tensors show, never the rest of a flat buffer; zeros may follow the pickle in its record, so that it may grow; and
-`.format_version` is left out, because it promises offsets that follow from a constant alignment.
+A piece is a run of bytes of one storage that the saved tensors show. It becomes one record of the archive; bytes of a
+storage that no tensor shows, such as the rest of a flat buffer, are not written.
 """
 
 from __future__ import annotations
@@ -22,11 +19,15 @@ from roll_ckpt.formats.torch_zip.skeleton import NO_TENSORS, Marked, is_plain
 from roll_ckpt.native.image import Lifetime
 
 LifetimeOf = Callable[[torch.UntypedStorage], Lifetime | bool]
+"""Tells how long the memory of a storage stays unchanged; False is UNTIL_SAVE_RETURNS, True UNTIL_FENCE."""
 
 
 @dataclass(eq=False)
 class Piece:
-    """A run of bytes of one storage that becomes one record of the archive."""
+    """Bytes `start` to `stop` of one storage, which become one record of the archive.
+
+    `key` is the storage's name in the archive, and `offset` the file offset of its first byte, once they are known.
+    """
 
     start: int
     stop: int
@@ -35,10 +36,10 @@ class Piece:
     offset: int = 0
 
     def claim(self, dtype: torch.dtype) -> None:
-        """One piece has one dtype: readers cache storages by key.
+        """Record the dtype of a tensor in this piece. All must have one dtype, because readers cache storages by key.
 
         Raises:
-            SaveFailed: as stock does, for two views of one memory as different types.
+            SaveFailed: two tensors view the same memory as different dtypes; `torch.save` refuses that, too.
         """
         if self.dtype not in (None, dtype):
             raise SaveFailed(
@@ -49,10 +50,10 @@ class Piece:
 
 
 def source_of(tensor: torch.Tensor, nbytes: int, lifetime_of: LifetimeOf) -> tuple[Memory, Lifetime | bool]:
-    """The memory of a contiguous tensor of `nbytes` bytes, and how long it is stable.
+    """The memory of a contiguous tensor of `nbytes` bytes, and how long it stays unchanged.
 
     Raises:
-        SaveFailed: its memory was freed.
+        SaveFailed: the storage is smaller than the tensor: its memory was freed.
     """
     storage = tensor.untyped_storage()
     start = tensor.data_ptr() - storage.data_ptr()
@@ -62,6 +63,7 @@ def source_of(tensor: torch.Tensor, nbytes: int, lifetime_of: LifetimeOf) -> tup
 
 
 def freed(tensor: torch.Tensor, needed: int, storage: torch.UntypedStorage) -> SaveFailed:
+    """The error for a tensor that needs more bytes than its storage has."""
     return SaveFailed(
         f"a tensor of shape {list(tensor.shape)} needs {needed} bytes of a storage that has {storage.nbytes()}: its "
         "memory was freed. Save it while it is gathered"
@@ -69,7 +71,7 @@ def freed(tensor: torch.Tensor, needed: int, storage: torch.UntypedStorage) -> S
 
 
 def memory_of(storage: torch.UntypedStorage, start: int, stop: int) -> Memory:
-    """Bytes `start` to `stop` of a storage; of one that is neither on the CPU nor on a CUDA device, a copy."""
+    """Bytes `start` to `stop` of a storage; a copy if the storage is neither on the CPU nor on a CUDA device."""
     device = storage.device
     if device.type not in ("cpu", "cuda"):
         storage = storage.cpu()
@@ -81,7 +83,7 @@ def memory_of(storage: torch.UntypedStorage, start: int, stop: int) -> Memory:
 
 
 def span_of(tensor: torch.Tensor) -> tuple[int, int]:
-    """First and last-plus-one byte of its storage that a strided tensor shows."""
+    """The bytes of its storage that a strided tensor spans, as (first, last plus one)."""
     itemsize = tensor.element_size()
     start = int(tensor.storage_offset()) * itemsize
     if tensor.numel() == 0:
@@ -91,7 +93,7 @@ def span_of(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 def _merge(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Unite spans that overlap; spans that only touch stay apart."""
+    """Merge spans that overlap; spans that only touch stay apart."""
     merged: list[tuple[int, int]] = []
     for start, stop in sorted(set(spans)):
         if merged and (start < merged[-1][1] or start == merged[-1][0]):
@@ -102,15 +104,16 @@ def _merge(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def untyped(obj: Marked) -> torch.UntypedStorage:
+    """The storage of a tensor or typed storage; an untyped storage itself."""
     if isinstance(obj, torch.Tensor):
         return obj.untyped_storage()
     return obj._untyped_storage if isinstance(obj, torch.storage.TypedStorage) else obj
 
 
 def named_tensors(state: object) -> list[tuple[str, torch.Tensor]]:
-    """The tensors in the dicts, lists and tuples of a state, by the path of keys to each."""
-    found: list[tuple[str, torch.Tensor]] = []
-    inside: set[int] = set()
+    """The tensors in the dicts, lists and tuples of a state, each with the path of keys to it, joined by dots."""
+    named: list[tuple[str, torch.Tensor]] = []
+    open_containers: set[int] = set()
 
     def walk(value: object, name: str) -> None:
         items: Iterable[tuple[object, object]]
@@ -119,25 +122,25 @@ def named_tensors(state: object) -> list[tuple[str, torch.Tensor]]:
         elif isinstance(value, list | tuple):
             items = enumerate(value)
         elif isinstance(value, torch.Tensor):
-            found.append((name, value))
+            named.append((name, value))
             return
         else:
             return
-        if id(value) in inside:  # a container that holds itself
+        if id(value) in open_containers:  # a container that holds itself
             return
-        inside.add(id(value))
-        before = name + "." if name else ""
+        open_containers.add(id(value))
+        prefix = name + "." if name else ""
         for key, inner in items:
             if type(inner) not in NO_TENSORS:
-                walk(inner, f"{before}{key}")
-        inside.discard(id(value))
+                walk(inner, f"{prefix}{key}")
+        open_containers.discard(id(value))
 
     walk(state, "")
-    return found
+    return named
 
 
 def tensor_names(state: object) -> list[tuple[Any, ...]]:
-    """Which name has which tensor, as far as the index of a file tells them apart."""
+    """Which name has which tensor: equal for two states whose files have the same index of tensors."""
     named = named_tensors(state)
     numbers: dict[int, int] = {}
     return [
@@ -153,11 +156,16 @@ def _identity(tensor: torch.Tensor) -> int:
 
 
 Signature = list[tuple[Any, ...]]
+"""For each marked object of a state, what the structure of the file takes from it; see `signature_of`."""
 DEVICE, CPU = -1, torch.device("cpu")
 
 
-def look_at(marked: Iterable[Marked]) -> tuple[Signature, list[torch.UntypedStorage]]:
-    """All that a file's structure has from its tensors and storages; and their storages, each once."""
+def signature_of(marked: Iterable[Marked]) -> tuple[Signature, list[torch.UntypedStorage]]:
+    """What the structure of a file takes from its tensors and storages; and their storages, each once.
+
+    An object that occurs again has a row of one number, the place where it stood first. Other rows begin with the
+    number of the storage and end (at DEVICE) with the device.
+    """
     signature: Signature = []
     storages: list[torch.UntypedStorage] = []
     numbers: dict[int, int] = {}
@@ -170,8 +178,8 @@ def look_at(marked: Iterable[Marked]) -> tuple[Signature, list[torch.UntypedStor
             storages.append(storage)
         if not isinstance(obj, torch.Tensor):
             signature.append((number, storage.nbytes(), getattr(obj, "dtype", None), storage.device))
-        elif (before := first.setdefault(id(obj), place)) < place:
-            signature.append((before,))
+        elif (earlier := first.setdefault(id(obj), place)) < place:
+            signature.append((earlier,))
         else:
             signature.append(
                 (number, obj.dtype, obj.shape, obj.stride(), obj.storage_offset(), obj.requires_grad, obj.device)
@@ -179,14 +187,18 @@ def look_at(marked: Iterable[Marked]) -> tuple[Signature, list[torch.UntypedStor
     return signature, storages
 
 
-Runs = list[list[Piece]]
+Pieces = list[list[Piece]]
+"""For each storage of a state its pieces, in order."""
 
 
-def runs_of(marked: Iterable[Marked], storages: list[torch.UntypedStorage]) -> Runs:
+def pieces_of(marked: Iterable[Marked], storages: list[torch.UntypedStorage]) -> Pieces:
     """The pieces of each storage, cut to what its tensors show.
 
-    Tensors that overlap in one storage share a piece, as they must to share memory after loading; neighbours
-    that do not overlap get pieces of their own.
+    Tensors that overlap in one storage share a piece, so that they share memory after loading; tensors that only touch
+    get pieces of their own.
+
+    Raises:
+        SaveFailed: the memory of a tensor was freed.
     """
     spans: dict[int, list[tuple[int, int]]] = {storage._cdata: [] for storage in storages}
     for obj in marked:
@@ -199,9 +211,11 @@ def runs_of(marked: Iterable[Marked], storages: list[torch.UntypedStorage]) -> R
     return [[Piece(start, stop) for start, stop in _merge(spans[storage._cdata])] for storage in storages]
 
 
-def piece_of(runs: list[Piece], start: int) -> Piece:
-    return runs[bisect.bisect_right(runs, start, key=lambda piece: piece.start) - 1]
+def piece_at(pieces: list[Piece], start: int) -> Piece:
+    """The piece of one storage that holds its byte `start`."""
+    return pieces[bisect.bisect_right(pieces, start, key=lambda piece: piece.start) - 1]
 
 
 def location_of(storage: torch.UntypedStorage) -> str:
+    """What `torch.save` records as the device of a storage, such as "cpu" or "cuda:0"."""
     return "cpu" if storage.device.type == "cpu" else torch.serialization.location_tag(storage)

@@ -1,4 +1,4 @@
-#include "watch.h"
+#include "source_check.h"
 
 #include <algorithm>
 #include <random>
@@ -10,7 +10,8 @@ namespace {
 
 constexpr uint64_t kSampleBytes = 512;
 
-// A sample costs half a microsecond, whatever its size: so many take less than 1 % of the time of the copies.
+// A sample costs half a microsecond whatever its size: this many take less than 1 % of the time of the
+// copies.
 uint64_t most_samples(uint64_t nbytes) { return 512 + (nbytes >> 21); }
 
 }  // namespace
@@ -28,17 +29,17 @@ SourceChanged::SourceChanged(const std::string& path, uint64_t start, uint64_t e
       start(start),
       end(end) {}
 
-Watch::Watch(const Image& image, uint64_t block_bytes, Check check) {
+SourceCheck::SourceCheck(const Image& image, uint64_t block_bytes, Check check) {
     if (check == Check::kOff) return;
     std::minstd_rand random{std::random_device{}()};
-    const uint64_t all = image.extents().size() + image.lazy_bytes() / block_bytes;
+    const uint64_t candidates = image.extents().size() + image.lazy_bytes() / block_bytes;
     for (const Extent& extent : image.extents()) {
         if (!extent.lazy || extent.device >= 0) continue;
         for (uint64_t at = extent.offset, next; at < extent.end(); at = next) {
             next = std::min(extent.end(), (at / block_bytes + 1) * block_bytes);
             Piece piece{at, next, 0};
             if (check == Check::kSample) {
-                if (random() % all >= most_samples(image.lazy_bytes())) continue;
+                if (random() % candidates >= most_samples(image.lazy_bytes())) continue;
                 if (next - at > kSampleBytes) {
                     piece.start += random() % (next - at - kSampleBytes + 1);
                     piece.end = piece.start + kSampleBytes;
@@ -51,7 +52,7 @@ Watch::Watch(const Image& image, uint64_t block_bytes, Check check) {
     }
 }
 
-const Watch::Piece* Watch::changed(uint64_t start, uint64_t end, const uint8_t* copied) const {
+const SourceCheck::Piece* SourceCheck::changed(uint64_t start, uint64_t end, const uint8_t* copied) const {
     auto piece =
         std::partition_point(pieces_.begin(), pieces_.end(), [&](const Piece& p) { return p.end <= start; });
     for (; piece != pieces_.end() && piece->start < end; ++piece) {
