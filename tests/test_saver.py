@@ -25,6 +25,7 @@ from roll_ckpt.disk import failpoints
 from roll_ckpt.errors import ConfigError, NoRoom, RanksDisagree, SaveFailed
 from roll_ckpt.formats import manifests
 from roll_ckpt.formats.image import Extent, Extents, FileImage, Memory
+from roll_ckpt.formats.records import Vote
 from roll_ckpt.formats.torch_zip import layout
 from roll_ckpt.native import extension
 from roll_ckpt.ranks.group import RankGroup
@@ -33,7 +34,8 @@ from roll_ckpt.save.begin import Request, _check_agreement
 from roll_ckpt.save.begin import begin as begin_
 from roll_ckpt.save.cluster_save import ClusterSave
 from roll_ckpt.save.save import Save
-from roll_ckpt.transaction import verification
+from roll_ckpt.transaction import ballot, verification
+from roll_ckpt.transaction.attempts import Attempt
 
 SMALL: dict[str, Any] = {
     "staging": {"arena_bytes": "1MiB", "check": "full"},
@@ -263,7 +265,7 @@ def test_a_failed_write_names_the_path_and_leaves_older_checkpoints_alone(out: P
     assert again.attempt.attempt == 2 and torch.equal(load(out, "new")["w"], torch.zeros(5))
 
 
-def test_a_ticket_that_failed_gives_the_arena_back_and_commits_nothing(out: Path) -> None:
+def test_a_cluster_save_that_failed_gives_the_arena_back_and_commits_nothing(out: Path) -> None:
     save = begin(out)
     cluster_save = stage(save, {"w": torch.ones(100_000)}, stable=True)
     cluster_save.fail(RuntimeError("out of luck"))
@@ -282,6 +284,41 @@ def test_an_error_while_staging_is_the_callers_and_a_no(out: Path) -> None:
         save.add_cluster("model", {}).stage(save.attempt.checkpoint_dir / "x", outside, overlap=True)
     with pytest.raises(SaveFailed, match=r"ValueError: .*extent"):
         save.wait(20)
+
+
+@pytest.mark.parametrize("kind", [TypeError, ValueError, ConfigError])
+def test_an_error_while_voting_abandons_the_save_on_every_rank_at_once(
+    out: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    lead = begin_(ALONE, Request(out, "t1", 1, {"model": 2}), SETTINGS, nbytes=1000)
+    peer = Save(lead.attempt, SETTINGS, 1, ("model",))
+    stage(lead, {"w": torch.ones(3)})
+    stage(peer, {"w": torch.ones(3)}, file="other.pt")
+    cast = ballot.cast
+
+    def cast_or_raise(attempt: Attempt, vote: Vote) -> None:
+        if vote.rank == 1:
+            raise kind("no such vote")
+        cast(attempt, vote)
+
+    monkeypatch.setattr(ballot, "cast", cast_or_raise)
+    began = time.monotonic()
+    for save in (lead, peer):
+        seal(save)
+    for save in (lead, peer):
+        with pytest.raises(SaveFailed, match=r"t1.*abandoned.*no such vote"):
+            save.wait(10)
+    assert time.monotonic() - began < SETTINGS.commit_timeout_s / 2
+    assert not lead.attempt.directory.exists() and not (out / "t1").exists()
+
+
+def test_facts_that_no_vote_can_hold_fail_the_save_by_the_name_of_the_cluster(out: Path) -> None:
+    save = begin(out)
+    stage(save, {"w": torch.ones(3)}).facts["strange"] = object()
+    seal(save)
+    with pytest.raises(SaveFailed, match=r"abandoned: .*cluster 'model' rank 0 could not vote: TypeError"):
+        save.wait(10)
+    assert not save.attempt.directory.exists()
 
 
 def test_an_interrupt_while_staging_abandons_the_save(out: Path) -> None:
@@ -357,7 +394,7 @@ def test_a_save_that_is_not_begun_counts_so_that_worlds_keep_in_step(out: Path) 
 @pytest.mark.parametrize("key", ["output_dir", "name", "step", "clusters", "save_latest"])
 def test_ranks_that_ask_for_different_saves_are_told_what_differs(key: str) -> None:
     wish = {"output_dir": "a", "name": "n", "step": 1, "clusters": {"m": 2}, "save_latest": True}
-    posts = [{"wish": wish, "problem": None}, {"wish": {**wish, key: "else"}, "problem": None}]
+    posts = [{"request": wish, "problem": None}, {"request": {**wish, key: "else"}, "problem": None}]
     with pytest.raises(RanksDisagree, match=rf"rank 1 and rank 0 .*: {key} 'else' and"):
         _check_agreement(posts)
     _check_agreement([posts[0], posts[0]])
