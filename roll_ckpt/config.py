@@ -75,9 +75,7 @@ def _key_of_secret(values: dict[str, Any]) -> str:
         key, value = pending.pop()
         if isinstance(value, str) and errors.holds_secret(value):
             return key
-        if (
-            isinstance(value, dict | list) and id(value) not in seen
-        ):  # aliases in YAML can repeat one object exponentially often
+        if isinstance(value, dict | list) and id(value) not in seen:  # a YAML alias repeats an object
             seen.add(id(value))
             inner = value.items() if isinstance(value, dict) else enumerate(value)
             pending += [(f"{key}.{name}".lstrip("."), part) for name, part in inner]

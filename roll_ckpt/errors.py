@@ -75,9 +75,9 @@ class UnsupportedError(RollCkptError, NotImplementedError):
 class RanksDisagree(RollCkptError, ValueError):
     """The ranks of one job ask for different things, or a rank did not reach a rendezvous in time.
 
-    The message says which ranks and what. If a save could not begin: this call wrote no file of a checkpoint, and an attempt that rank 0 may already have made
-    is discarded at the next start. If a load could not begin: nothing was loaded. If ranks were waiting for the outcome
-    of a save: that save goes on in the background.
+    The message says which ranks and what. If a save could not begin: this call wrote no file of a checkpoint, and an
+    attempt that rank 0 may already have made is discarded at the next start. If a load could not begin: nothing was
+    loaded. If ranks were waiting for the outcome of a save: that save goes on in the background.
     """
 
 

@@ -104,7 +104,7 @@ def another_framework(out: str) -> str:
     return raised(swapped.resume)
 
 
-def companions(out: str) -> dict[str, Any]:
+def pretrained_files(out: str) -> dict[str, Any]:
     pair = both()
     made = registered(out, *pair, options={"config": Config(), "client_state": lambda: {"epochs": 3}})
     made.resume()

@@ -57,8 +57,8 @@ def test_a_cluster_saved_under_another_framework_is_refused(ranks: World, tmp_pa
         assert "cluster critic" in told and "megatron-core" in told and "deepspeed" in told
 
 
-def test_companions_and_client_state_come_with_a_megatron_cluster(ranks: World, tmp_path: Path) -> None:
-    for told in ranks.call(f"{CASES}:companions", str(tmp_path / "run")):
+def test_pretrained_files_and_client_state_come_with_a_megatron_cluster(ranks: World, tmp_path: Path) -> None:
+    for told in ranks.call(f"{CASES}:pretrained_files", str(tmp_path / "run")):
         assert told == {"epochs": 3}
     checkpoint_dir = tmp_path / "run" / "checkpoint-1"
     assert "critic/config.json" in {receipt.path for receipt in manifests.read(checkpoint_dir).files}

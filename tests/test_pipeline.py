@@ -260,8 +260,8 @@ def test_another_model_is_refused_before_anything_is_loaded(two_ranks: World, un
         assert told.startswith("ModelMismatch") and told.count("shape [") == 10
 
 
-def test_companions_and_client_state_come_with_the_cluster(two_ranks: World, tmp_path: Path) -> None:
-    for found in two_ranks.call(f"{CASES}:companions", str(tmp_path / "run")):
+def test_pretrained_files_and_client_state_come_with_the_cluster(two_ranks: World, tmp_path: Path) -> None:
+    for found in two_ranks.call(f"{CASES}:pretrained_files", str(tmp_path / "run")):
         assert found["client"] == {"epochs": 3}
     checkpoint_dir = tmp_path / "run" / "checkpoint-1"
     listed = {r.path for r in manifests.read(checkpoint_dir).files}

@@ -1,4 +1,4 @@
-"""Which checkpoint a pipeline resumes from, the same on every rank."""
+"""Finds the checkpoint that a pipeline resumes from: rank 0 looks, every rank gets the same answer."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ log = logging.getLogger("roll_ckpt")
 
 @dataclass(frozen=True)
 class Candidates:
-    """What bears the name of a checkpoint in an output directory.
+    """The entries of an output directory that are named like checkpoints.
 
-    `committed` are the names of committed ones, the oldest first; `others` what else is called like one; `unread`
-    what could not be looked at, with the reason.
+    `committed` are the committed ones, oldest first; `others` are all others (damaged, say). `unread` maps those that
+    the disk did not return to the reason.
     """
 
     committed: list[str]
@@ -37,10 +37,10 @@ class Candidates:
     unread: dict[str, str]
 
     def newest_first(self) -> Iterator[str]:
-        """The committed ones, the newest first.
+        """The names of the committed checkpoints, newest first.
 
         Raises:
-            Unreadable: one that could not be looked at may be newer than the next; nothing older is taken instead.
+            Unreadable: before yielding a checkpoint that is older than one that could not be read, which may be sound.
         """
         for name in reversed(self.committed):
             _refuse_to_pass(self.unread, names.step_of(name) or 0)
@@ -49,10 +49,13 @@ class Candidates:
 
 
 def claim_and_list(ranks: RankGroup, config: PipelineConfig, clusters: Mapping[str, int]) -> Candidates:
-    """Claim the output directory, recover what a killed run left there, and list its checkpoints. Every rank calls.
+    """Claim the output directory, finish or discard what a killed run left there, and list its checkpoints.
 
-    Raises:
-        RunIsLive: another live run owns the directory. On every rank.
+    Every rank calls; blocks.
+
+    Raises, on every rank:
+        RunIsLive: another live run owns the directory.
+        Unreadable: the disk does not list the directory.
     """
 
     def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -60,7 +63,7 @@ def claim_and_list(ranks: RankGroup, config: PipelineConfig, clusters: Mapping[s
         unread = {}
 
         def report(problem: Damaged | Unreadable) -> None:
-            log.warning("%s; this checkpoint is left out", problem)
+            log.warning("%s; this checkpoint is not used", problem)
             if isinstance(problem, Unreadable) and problem.checkpoint_dir is not None:
                 unread[problem.checkpoint_dir.name] = str(problem)
 
@@ -77,14 +80,20 @@ def claim_and_list(ranks: RankGroup, config: PipelineConfig, clusters: Mapping[s
 
 
 def pulled(ranks: RankGroup, config: PipelineConfig, remote: Remote) -> Path:
-    """Let rank 0 pull a checkpoint beside the output directory; its path on every rank. Every rank calls; blocks."""
+    """Rank 0 pulls the checkpoint `remote` to `<output_dir>-pulled`; every rank gets its path there.
+
+    Every rank calls; blocks until it is downloaded, verified and durable.
+
+    Raises, on every rank:
+        NotFound, Damaged, NoRoom, HubRefused, HubUnavailable, ConfigError, RunIsLive: see `upload.hub.pull.pull`.
+    """
     directory = Path(f"{os.path.abspath(config.output_dir)}{names.PULLED}")
 
     def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
         bar = ProgressBar()
 
-        def show(here: int, of: int) -> None:
-            bar({"name": remote.uri, "doing": "pulled", "done": here, "total": of})
+        def show(done: int, total: int) -> None:
+            bar({"name": remote.uri, "doing": "pulled", "done": done, "total": total})
 
         try:
             return {"path": str(pull(remote, directory, show))}
@@ -94,25 +103,27 @@ def pulled(ranks: RankGroup, config: PipelineConfig, remote: Remote) -> Path:
     return Path(ranks.decide_on_rank0({}, decide, LONGEST_S)["path"])
 
 
-def asked_for(ranks: RankGroup, config: PipelineConfig, wanted: Path) -> Path:
-    """The checkpoint that a path means to rank 0; its path on every rank. Every rank calls.
+def at_path(ranks: RankGroup, config: PipelineConfig, path: Path) -> Path:
+    """The absolute path of the checkpoint that rank 0 finds at `path`, or at `path` in the output directory.
 
-    Raises:
-        NotFound: there is no committed checkpoint.
+    Every rank calls; blocks for one rendezvous.
+
+    Raises, on every rank:
+        NotFound: there is no committed checkpoint. Unreadable: the disk does not tell.
     """
 
     def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
-        with as_unreadable(wanted):
-            return {"path": os.path.abspath(_checked_path(wanted, config.output_dir))}
+        with as_unreadable(path):
+            return {"path": os.path.abspath(_checked_path(path, config.output_dir))}
 
     return Path(ranks.decide_on_rank0({}, decide, config.commit_timeout_s)["path"])
 
 
 def _refuse_to_pass(unread: Mapping[str, str], step: int) -> None:
-    """Raise if a checkpoint that could not be read is as new as `step`, or newer."""
-    newer = [why for name, why in unread.items() if (at := names.step_of(name)) is not None and at >= step]
-    if newer:
-        raise Unreadable(f"{'; '.join(newer)}. {errors.BY_HAND}")
+    """Raise Unreadable if a checkpoint of `step`, or of a later step, could not be read."""
+    reasons = [reason for name, reason in unread.items() if (of := names.step_of(name)) is not None and of >= step]
+    if reasons:
+        raise Unreadable(f"{'; '.join(reasons)}. {errors.BY_HAND}")
 
 
 def _checked_path(path: Path, output_dir: Path) -> Path:

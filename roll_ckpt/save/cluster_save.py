@@ -87,7 +87,7 @@ class ClusterSave:
         self._started = time.monotonic()
 
     def stage(self, path: Path, image: FileImage, *, overlap: bool) -> None:
-        """Copy the bytes of `image` into the arena and start writing them to `path`, a file in the checkpoint directory.
+        """Copy the bytes of `image` to the arena and start writing them to `path`, a file in the checkpoint directory.
 
         Blocks until everything except the overlappable extents has been copied; until everything has, if `overlap` is
         false or the arena has too little room. Not durable on return. The training thread calls.
@@ -113,7 +113,10 @@ class ClusterSave:
         return path in self._adopted or any(staged.path == path for staged in self._staged)
 
     def fail(self, problem: BaseException) -> None:
-        """Turn this rank's vote into a no; the first `problem` is kept. Never raises, so that no rank waits at a barrier."""
+        """Turn this rank's vote into a no, with the first `problem` as the reason.
+
+        Never raises, so that this rank still reaches the framework's barriers.
+        """
         if self.error is None:
             self.error = f"{type(problem).__name__}: {problem}"
 
