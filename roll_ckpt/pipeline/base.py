@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,22 +11,21 @@ import torch
 
 from roll_ckpt import names
 from roll_ckpt.config import PipelineConfig
-from roll_ckpt.errors import ConfigError, NotFound
-from roll_ckpt.load.newest import newest_sound
+from roll_ckpt.errors import ConfigError
 from roll_ckpt.load.reader import Reader
-from roll_ckpt.load.together import check_bytes, open_together
 from roll_ckpt.pipeline import candidates
 from roll_ckpt.pipeline.cluster import Cluster
 from roll_ckpt.pipeline.metrics import add_ended
+from roll_ckpt.pipeline.staging import stage_all
 from roll_ckpt.pipeline.state_files import StateFiles
 from roll_ckpt.pipeline.worker_state import Stateful, WorkerState
 from roll_ckpt.ranks import rng
 from roll_ckpt.ranks.group import RankGroup
 from roll_ckpt.save import arena, pending
 from roll_ckpt.save.begin import Request, SaveEstimate, begin
+from roll_ckpt.save.cluster_save import ClusterSave
 from roll_ckpt.save.save import Save
 from roll_ckpt.upload.after_commit import AfterCommit, sends
-from roll_ckpt.upload.hub.address import Remote
 
 
 class BasePipeline:
@@ -182,33 +180,21 @@ class BasePipeline:
                 save.wait()
             add_ended(metrics, self._saves, self._after_commit, fail_training=self.config.fail_training)
             return metrics
-        problem: Exception | None = None
-        with save.staging():
-            first = next(iter(self._clusters.values()))
-            for cluster in self._clusters.values():
-                cluster.bind(save)
-                try:
-                    metrics |= cluster.do_checkpoint(global_step=step, is_last_step=last, blocking=False)
-                except Exception as error:  # raised below: the other ranks go on to the next cluster and wait there
-                    problem = problem or error
-                metrics[f"time/{cluster.name}/do_checkpoint/host_collectives"] = self._ranks.rendezvous_count - counted
-                counted = self._ranks.rendezvous_count
-            if problem is None:
-                self._state_files.stage(
-                    save.cluster_saves[first.name], self._pipeline_dir, self._ranks.rank, self.state
-                )
-            else:
-                for cluster_save in save.cluster_saves.values():
-                    cluster_save.fail(problem)
+        metrics, problem = stage_all(
+            save, self._clusters, self._stage_own_files, self._ranks, step=step, last=last, counted=counted
+        )
         self._saves.append(save)
         if uploaded or not self._async_save:
-            metrics[f"time/{first.name}/do_checkpoint/host_collectives"] += 1
+            metrics[f"time/{next(iter(self._clusters))}/do_checkpoint/host_collectives"] += 1
             pending.wait_on_all_ranks(self._ranks, save, uploaded=uploaded)
             add_ended(metrics, self._saves, self._after_commit, fail_training=self.config.fail_training)
         if problem is not None:
             raise problem
         metrics["time/do_checkpoint/total"] = time.monotonic() - began
         return metrics
+
+    def _stage_own_files(self, cluster_save: ClusterSave) -> None:
+        self._state_files.stage(cluster_save, self._pipeline_dir, self._ranks.rank, self.state)
 
     def _begin(self, step: int, uploaded: bool) -> Save:
         request = Request(
@@ -237,7 +223,7 @@ class BasePipeline:
     # --- resuming
 
     def resume(self) -> int | None:
-        """Restore clusters, components, `state` and random states from the checkpoint that `resume_from_checkpoint` names.
+        """Restore clusters, components, `state` and random states as the setting `resume_from_checkpoint` says.
 
         Every rank calls, once, after registering clusters and components and before the first `do_checkpoint`. Blocks
         while every byte of the checkpoint is verified and loaded. Also claims the output directory for this run, and
@@ -260,39 +246,11 @@ class BasePipeline:
             ModelMismatch: it holds another model, or one of another framework.
         """
         listed = candidates.claim_and_list(self._ranks, self.config, self._own_clusters)
-        step = self._resume_from_config(listed)
+        with candidates.open_chosen(self._ranks, self.config, listed) as chosen:
+            step = None if chosen is None else self._restore(*chosen)
         if self._ranks.rank == 0 and sends(self._own_clusters, self.config.expected_clusters):
             self._after_commit.catch_up(self.config.output_dir)
         return step
-
-    def _resume_from_config(self, listed: candidates.Candidates) -> int | None:
-        source, output_dir = self.config.resume_from_checkpoint, self.config.output_dir
-        if source is False:
-            return None
-        with ExitStack() as stack:
-            if source is True:
-                newest = stack.enter_context(
-                    newest_sound(
-                        output_dir,
-                        listed.newest_first(),
-                        self._open_verified,
-                        refused=listed.others,
-                        advice=". To start anew set resume_from_checkpoint: false",
-                    )
-                )
-                return None if newest is None else self._restore(output_dir / newest[0], newest[1])
-            if isinstance(source, str):
-                path = candidates.pulled(self._ranks, self.config, Remote.parse(source))
-            else:
-                path = candidates.at_path(self._ranks, self.config, source)
-            return self._restore(path, self._open_verified(stack, path))
-
-    def _open_verified(self, stack: ExitStack, checkpoint_dir: Path) -> Reader:
-        reader = stack.enter_context(open_together(self._ranks, checkpoint_dir, self.config))
-        if reader.checkpoint is None:
-            raise NotFound(f"{checkpoint_dir}: no checkpoint of roll_ckpt is there")
-        check_bytes(self._ranks, checkpoint_dir)
-        return reader
 
     def _restore(self, checkpoint_dir: Path, reader: Reader) -> int:
         """Check on every rank that all of it can be loaded; then load clusters, state, and last the random states."""

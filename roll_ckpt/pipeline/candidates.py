@@ -1,11 +1,13 @@
-"""Finds the checkpoint that a pipeline resumes from: rank 0 looks, every rank gets the same answer."""
+"""Finds and opens the checkpoint that a pipeline resumes from, the same one on every rank."""
 
 from __future__ import annotations
 
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,9 @@ from roll_ckpt.config import PipelineConfig
 from roll_ckpt.disk import tree
 from roll_ckpt.errors import Damaged, NotFound, Unreadable
 from roll_ckpt.load.checkpoint import as_unreadable
+from roll_ckpt.load.newest import newest_sound
+from roll_ckpt.load.reader import Reader
+from roll_ckpt.load.together import check_bytes, open_together
 from roll_ckpt.ranks.group import LONGEST_S, RankGroup
 from roll_ckpt.save import claims
 from roll_ckpt.transaction import listing
@@ -77,6 +82,41 @@ def claim_and_list(ranks: RankGroup, config: PipelineConfig, clusters: Mapping[s
         [name for name in listed[kind] if names.step_of(name) is not None] for kind in ("committed", "others")
     )
     return Candidates(committed, others, listed["unread"])
+
+
+@contextmanager
+def open_chosen(ranks: RankGroup, config: PipelineConfig, listed: Candidates) -> Iterator[tuple[Path, Reader] | None]:
+    """Open and verify the checkpoint that `resume_from_checkpoint` chooses; yield its path and reader.
+
+    Yields None if there is nothing to resume from. Every rank calls; blocks while every byte is read.
+
+    Raises, on every rank: see `BasePipeline.resume`.
+    """
+    source, open_verified = config.resume_from_checkpoint, partial(_open_verified, ranks, config)
+    if source is False:
+        yield None
+        return
+    if source is True:
+        advice = ". To start anew set resume_from_checkpoint: false"
+        newest_first = listed.newest_first()
+        with newest_sound(
+            config.output_dir, newest_first, open_verified, refused=listed.others, advice=advice
+        ) as newest:
+            yield None if newest is None else (config.output_dir / newest[0], newest[1])
+        return
+    with ExitStack() as stack:
+        path = (
+            pulled(ranks, config, Remote.parse(source)) if isinstance(source, str) else at_path(ranks, config, source)
+        )
+        yield path, open_verified(stack, path)
+
+
+def _open_verified(ranks: RankGroup, config: PipelineConfig, stack: ExitStack, checkpoint_dir: Path) -> Reader:
+    reader = stack.enter_context(open_together(ranks, checkpoint_dir, config))
+    if reader.checkpoint is None:
+        raise NotFound(f"{checkpoint_dir}: no checkpoint of roll_ckpt is there")
+    check_bytes(ranks, checkpoint_dir)
+    return reader
 
 
 def pulled(ranks: RankGroup, config: PipelineConfig, remote: Remote) -> Path:
