@@ -144,8 +144,8 @@ class RankGroup:
         except dist.DistError as problem:
             missing = [str(r) for r in range(1, self.size) if not self._store.check([f"{prefix}/{r}"])]
             raise RanksDisagree(
-                f"rank {', '.join(missing)} of {self.size} did not come to the save within {timeout_s:g} s; "
-                "every rank must call it, or one of them died"
+                f"rank {', '.join(missing)} of {self.size} did not come within {timeout_s:g} s; every rank must make "
+                "the same save or load call: see the logs of these ranks"
             ) from problem
         posts = [json.loads(self._store.get(key)) for key in keys]
         for key in keys:
