@@ -1,4 +1,4 @@
-"""roll_ckpt: the checkpoint backend for post-training language models. See README.md."""
+"""roll_ckpt: a checkpoint backend for post-training language models. Start with README.md."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = [*sorted(_HOME), "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """Public names load what they need when they are first used, so that the command line loads no torch."""
+    """Import a public name on first use, so that the command line starts without torch."""
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
     if name == "errors":

@@ -1,7 +1,8 @@
-"""The one schema of roll_ckpt's settings: YAML for pipelines, JSON inside a DeepSpeed config.
+"""The schema of all settings: YAML for pipelines, JSON inside a DeepSpeed config, `Settings(...)` for Megatron.
 
-`Settings` holds what every way in shares, `DeepSpeedConfig` and `PipelineConfig` add their own keys. Unknown
-keys are refused with the nearest known name, units stand in the names, each default is written here once.
+`Settings` holds the keys that all of them share; `DeepSpeedConfig` and `PipelineConfig` add their own. An unknown key
+is refused, and the message suggests the nearest known one. Names end in their unit, and each default is written once,
+here.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from roll_ckpt import errors, names
 
 Parsed = TypeVar("Parsed", bound="Section")
 
-HubUri = Annotated[str, Field(pattern="^hf://")]  # a Path would make one slash of the two
+HubUri = Annotated[str, Field(pattern="^hf://")]  # not a Path, which would turn the two slashes into one
 
 Check = Annotated[Literal["off", "sample", "full"], BeforeValidator(lambda value: "off" if value is False else value)]
-"""YAML reads a bare `off` as false."""
+"""False means "off": that is how YAML reads a bare `off`."""
 
 SMALLEST_BLOCK_BYTES = 64 << 10
 
@@ -40,22 +41,22 @@ _SECRET = re.compile("token|secret|password|api_?key|credential", re.IGNORECASE)
 
 
 class Section(BaseModel):
-    """A part of the configuration: unknown keys are refused and values are not changed afterwards."""
+    """A part of the configuration. Unknown keys are refused, and values cannot be changed once it is made."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
     @classmethod
     def parse(cls: type[Parsed], values: Any, where: str) -> Parsed:
-        """Check `values` and return them as this section.
+        """Check `values` and return them as this section. `where` (a file, say) begins each message.
 
         Raises:
-            ConfigError: names every wrong key with `where` it stands, and the nearest known key.
+            ConfigError: names every wrong key and value, and for an unknown key the nearest known one.
         """
         if not isinstance(values, dict):
             raise errors.ConfigError(f"{where}: expected a mapping of settings, got {type(values).__name__}")
-        strange = [key for key in values if not isinstance(key, str)]
-        if strange:
-            raise errors.ConfigError(f"{where}: the key {strange[0]!r} is no text")
+        not_text = [key for key in values if not isinstance(key, str)]
+        if not_text:
+            raise errors.ConfigError(f"{where}: the key {not_text[0]!r} is not a string; put it in quotes")
         if secret := _key_of_secret(values):
             raise errors.ConfigError(f"{where}: {_no_token_in(secret)}")
         try:
@@ -67,14 +68,14 @@ class Section(BaseModel):
 
 
 def _key_of_secret(values: dict[str, Any]) -> str:
-    """The key under which a value looks like a token of the Hub, or holds a password; "" if none does."""
+    """The dotted key of a value that looks like a Hub token or holds a password; "" if there is none."""
     pending: list[tuple[str, Any]] = [("", values)]
     seen = set()
     while pending:
         key, value = pending.pop()
         if isinstance(value, str) and errors.holds_secret(value):
             return key
-        if isinstance(value, dict | list) and id(value) not in seen:  # YAML can name one of them many times
+        if isinstance(value, dict | list) and id(value) not in seen:  # a YAML alias repeats an object
             seen.add(id(value))
             inner = value.items() if isinstance(value, dict) else enumerate(value)
             pending += [(f"{key}.{name}".lstrip("."), part) for name, part in inner]
@@ -83,8 +84,8 @@ def _key_of_secret(values: dict[str, Any]) -> str:
 
 def _no_token_in(key: str) -> str:
     return (
-        f"{key}: no token belongs in a configuration, which is copied into logs and checkpoints; set HF_TOKEN in the "
-        "environment of the job, or run `hf auth login` once on its machine"
+        f"{key}: do not put a token into a configuration, which is copied into logs and checkpoints; set HF_TOKEN in "
+        "the environment of the job, or run `hf auth login` once on its machine"
     )
 
 
@@ -95,7 +96,7 @@ def _explain_all(section: type[BaseModel], problem: ValidationError) -> str:
 def _explain(section: type[BaseModel], location: tuple[int | str, ...], kind: str, message: str) -> str:
     path, options = [], [section]
     for part in location:
-        if len(options) > 1:  # this part is the `type` that chose one of them
+        if len(options) > 1:  # this part of the location is the `type` that selects one option
             options = [option for option in options if part in get_args(option.model_fields["type"].annotation)]
             continue
         path.append(str(part))
@@ -117,7 +118,7 @@ def _explain(section: type[BaseModel], location: tuple[int | str, ...], kind: st
 
 
 def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The sections that a field's annotation can mean."""
+    """The section classes that appear in a field's annotation."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for inner in get_args(annotation):
@@ -274,12 +275,16 @@ class PipelineConfig(Settings):
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str], **overrides: Any) -> PipelineConfig:
-        """Read a YAML file; keyword arguments replace its top-level keys."""
+        """Read a YAML file; keyword arguments replace its top-level keys.
+
+        Raises:
+            ConfigError: the file cannot be read, is not YAML, or holds a wrong key or value. All are named.
+        """
         try:
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
         except OSError as problem:
             raise errors.ConfigError(f"cannot read the configuration {path}: {problem.strerror}") from problem
-        except (yaml.YAMLError, ValueError, RecursionError) as problem:  # such as a date that is none
+        except (yaml.YAMLError, ValueError, RecursionError) as problem:  # a ValueError: an impossible date, say
             raise errors.ConfigError(f"{path} is not YAML: {problem}") from problem
         if not isinstance(values, dict):
             raise errors.ConfigError(f"{path}: expected a mapping of settings at the top level")
@@ -288,11 +293,11 @@ class PipelineConfig(Settings):
     @model_validator(mode="after")
     def _sound(self) -> PipelineConfig:
         if self.expected_clusters is not None and not self.run_id:
-            raise ValueError("expected_clusters needs run_id, the same in every world's configuration")
+            raise ValueError("expected_clusters needs run_id, the same in the configuration of every job")
         upload = self.checkpoint_config
         if isinstance(upload, Upload):
-            here, there = self.output_dir.resolve(), upload.output_dir.resolve()
-            if there == here or here in there.parents:
+            output_dir, destination = self.output_dir.resolve(), upload.output_dir.resolve()
+            if destination == output_dir or output_dir in destination.parents:
                 raise ValueError(
                     f"checkpoint_config.output_dir {upload.output_dir} lies in output_dir {self.output_dir}; "
                     "give a directory outside it"

@@ -1,10 +1,12 @@
-"""Megatron-core: models whose checkpoints go through us, and stay what stock reads.
+"""The public module for Megatron-core. Its checkpoints stay readable by stock `dist_checkpointing.load`.
 
-`attach` binds a model with its distributed optimizer, scheduler and random states. `save` and `load` take a sharded
-state, as `dist_checkpointing` does, under the commit: the directory appears under its name when every rank has voted.
-`SaveStrategy` is given to stock's own `dist_checkpointing.save(sharded_strategy=...)`.
+- `attach` wires a model with its distributed optimizer and scheduler; the `MegatronHandle` it returns saves and loads
+  them together with the random states.
+- `save` and `load` take a sharded state dict, as `megatron.core.dist_checkpointing` does. The checkpoint directory
+  appears under its final name once every rank has voted.
+- `SaveStrategy` is for stock Megatron's own `dist_checkpointing.save(sharded_strategy=...)`.
 
-Importing this module raises `UnsupportedError` where Megatron-core is missing or lacks what we take hold of.
+Importing this module raises UnsupportedError if Megatron-core is missing, or lacks a name that roll_ckpt uses.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What exists once in a process: pending saves, claims, the staging arena, locks. One registry holds all of it.
+"""The registry of what exists once in a process: pending saves, claims, the staging arena, locks.
 
-Each kind of thing is a *part*: a class without arguments, made when it is first asked for. A forked child starts with
-an empty registry, so nothing of the parent's is waited for, released or shut down there. A test can put a registry of
-its own in force and throw it away.
+Each of these is a *part*: an instance of a class whose constructor takes no arguments, made on first use. A forked
+child starts with an empty registry, so it does not wait for, release or shut down anything of its parent. A test can
+install a registry of its own and throw it away.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from typing import Any, TypeVar
 
 
 class Exit(enum.IntEnum):
-    """The order in which parts are left when the interpreter exits."""
+    """When the interpreter exits, the parts leave in this order."""
 
     UPLOADS = 0
-    """Uploads that wait for the Hub are told to stop: they go on at the next start."""
+    """Stop uploads to the Hub; they continue at the next start."""
     SAVES = 1
-    """Pending saves and background work are waited for."""
+    """Wait for pending saves and background work."""
     CLAIMS = 2
-    """Output directories are released, so that another run may claim them at once."""
+    """Release output directories, so that another run may claim them at once."""
     THREADS = 3
-    """Native threads end, before the memory that they read is torn down."""
+    """End native threads before the memory that they read is freed."""
 
 
 Part = TypeVar("Part")
@@ -41,20 +41,20 @@ class Process:
         self._parts: dict[type, Any] = {}
 
     def part(self, kind: type[Part]) -> Part:
-        """The one `kind` of this process, made at the first call.
+        """The one instance of `kind` in this process, made on the first call.
 
-        A kind that has an attribute `exit` (an `Exit`) also has a method `leave()`, called at the interpreter's exit.
+        If `kind` has an attribute `exit` (an `Exit`), its method `leave()` is called when the interpreter exits.
         """
         with self._lock:
             if kind not in self._parts:
                 self._parts[kind] = kind()
                 if hasattr(kind, "exit"):
                     _leave_at_exit()
-            made: Part = self._parts[kind]
-        return made
+            instance: Part = self._parts[kind]
+        return instance
 
     def leave(self) -> None:
-        """Leave every part in the order of `Exit`. Blocks as long as the parts do; idempotent."""
+        """Call `leave()` of every part in the order of `Exit`. Blocks until all have returned; may be called again."""
         with self._lock:
             parts = [part for part in self._parts.values() if hasattr(part, "exit")]
         for part in sorted(parts, key=lambda part: part.exit):
@@ -65,36 +65,36 @@ _current = Process()
 
 
 def current() -> Process:
-    """The registry in force."""
+    """The installed registry."""
     return _current
 
 
 def part(kind: type[Part]) -> Part:
-    """The one `kind` of the registry in force."""
+    """The one instance of `kind` in the installed registry."""
     return _current.part(kind)
 
 
 @contextmanager
 def installed(registry: Process) -> Iterator[Process]:
-    """Put `registry` in force inside the block, then leave its parts. Other threads see it, too."""
+    """Install `registry` inside the block, for all threads, and call `leave()` of its parts at the end."""
     global _current
-    kept, _current = _current, registry
+    previous, _current = _current, registry
     try:
         yield registry
     finally:
         registry.leave()
-        _current = kept
+        _current = previous
 
 
-def _start_anew() -> None:
+def _clear_in_child() -> None:
     global _current
     _current = Process()
 
 
-os.register_at_fork(after_in_child=_start_anew)
+os.register_at_fork(after_in_child=_clear_in_child)
 
 
 @functools.cache
 def _leave_at_exit() -> None:
-    """Register the one handler at exit, not before it is needed: handlers run in the opposite order."""
+    """Register the one atexit handler, as late as possible: handlers run last in, first out, so it then runs early."""
     atexit.register(lambda: _current.leave())

@@ -1,6 +1,6 @@
-"""`python -m roll_ckpt.run train.py ...`: somebody else's script, with roll_ckpt installed in DeepSpeed.
+"""Runs an unchanged DeepSpeed training script with roll_ckpt installed: `python -m roll_ckpt.run train.py ...`.
 
-Under torchrun: `torchrun ... -m roll_ckpt.run train.py ...`; a module: `... -m roll_ckpt.run -m package.train`.
+Under torchrun: `torchrun ... -m roll_ckpt.run train.py ...`. To run a module: `... -m roll_ckpt.run -m package.train`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ USAGE = "usage: python -m roll_ckpt.run (script.py | -m module) [arguments of th
 
 
 def main() -> None:
-    """Install the backend and run the script as `__main__`, with its own arguments."""
+    """Install roll_ckpt in DeepSpeed, then run the script or module as `__main__` with its own arguments."""
     arguments = sys.argv[1:]
     if not arguments or arguments in (["-h"], ["--help"]) or arguments == ["-m"]:
         print(USAGE, file=sys.stderr)

@@ -80,7 +80,7 @@ def arena_full(folder: Path) -> None:
     first = t.begin(folder / "run", "t1")
     faults.rule("write", "/t1/model.pt", -errno.EIO, times=-1)
     with first.staging():
-        t.stage(first, state, stable=True)
+        t.stage(first, state, overlappable=True)
     first.fence()
     used = arena.mover(t.SETTINGS).arena
     assert used.used_bytes > used.capacity_bytes // 2
@@ -88,7 +88,7 @@ def arena_full(folder: Path) -> None:
 
     def save() -> None:
         with second.staging():
-            t.stage(second, state, stable=True)
+            t.stage(second, state, overlappable=True)
 
     waiting = threading.Thread(target=save)
     waiting.start()
@@ -178,7 +178,7 @@ def forks(folder: Path) -> None:
     save = t.begin(out, "t1")
     faults.rule("write", "/t1/model.pt", faults.HANG, times=-1)  # so that native threads are at work all the time
     with save.staging():
-        t.stage(save, state, stable=True)
+        t.stage(save, state, overlappable=True)
         children()
     assert pending.pending() == [save] and is_locked(record)
     faults.clear()

@@ -20,6 +20,7 @@ from tiny import engine, train
 from roll_ckpt import BasePipeline, Cluster, MegatronModel
 from roll_ckpt.disk import writes
 from roll_ckpt.errors import SaveFailed
+from roll_ckpt.pipeline.metrics import add_ended
 from roll_ckpt.save import pending
 
 Both = tuple[Any, Tiny]
@@ -103,7 +104,7 @@ def another_framework(out: str) -> str:
     return raised(swapped.resume)
 
 
-def companions(out: str) -> dict[str, Any]:
+def pretrained_files(out: str) -> dict[str, Any]:
     pair = both()
     made = registered(out, *pair, options={"config": Config(), "client_state": lambda: {"epochs": 3}})
     made.resume()
@@ -362,7 +363,7 @@ def many_saves(out: str, saves: int) -> list[dict[str, Any]]:
         pending.wait_pending()
         for one in pending.pending():
             assert one._finished.wait(60)
-        made._add_ended({})
+        add_ended({}, made._saves, made._after_commit, fail_training=False)
         dist.barrier()
         critic = made._clusters["critic"]._backend._attached  # type: ignore[attr-defined]
         roots = [made, pair[0].checkpoint_engine, critic.strategy.base_strategy]

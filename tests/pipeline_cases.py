@@ -134,7 +134,7 @@ class Config:
         Path(directory, "config.json").write_text("{}")
 
 
-def companions(out: str) -> dict[str, Any]:
+def pretrained_files(out: str) -> dict[str, Any]:
     made = engine(2, "bf16", None)
     train(made, 1, seed=1)
     saved = pipeline(out, Cluster("actor", made, config=Config(), client_state=lambda: {"epochs": 3}))

@@ -23,14 +23,14 @@ def refused(section: type[Section], values: Any) -> str:
 
 
 def test_the_defaults_are_those_that_are_written_down() -> None:
-    made = PipelineConfig.parse(RUN, "here")
-    assert made.output_dir == Path("run") and made.async_save is None
-    assert made.commit_timeout_s == made.exit_timeout_s == 600
-    assert not made.fail_training and not made.take_over and made.run_id is None
-    assert made.max_ckpt_to_keep == 0 and made.resume_from_checkpoint is True
-    assert made.staging.arena_bytes is None and made.staging.overlap and made.staging.check == "sample"
-    assert made.io.direct and made.io.threads == 2 and made.io.block_bytes == 4 << 20
-    assert made.load.allow == () and made.checkpoint_config is None and made.expected_clusters is None
+    config = PipelineConfig.parse(RUN, "here")
+    assert config.output_dir == Path("run") and config.async_save is None
+    assert config.commit_timeout_s == config.exit_timeout_s == 600
+    assert not config.fail_training and not config.take_over and config.run_id is None
+    assert config.max_ckpt_to_keep == 0 and config.resume_from_checkpoint is True
+    assert config.staging.arena_bytes is None and config.staging.overlap and config.staging.check == "sample"
+    assert config.io.direct and config.io.threads == 2 and config.io.block_bytes == 4 << 20
+    assert config.load.allow == () and config.checkpoint_config is None and config.expected_clusters is None
     assert DeepSpeedConfig.parse({}, "here").cluster == "model"
 
 
@@ -45,8 +45,8 @@ def test_the_defaults_are_those_that_are_written_down() -> None:
     ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest_known_one(key: str, value: Any, near: str) -> None:
-    told = refused(Settings, {key: value})
-    assert f"{key}: unknown key; did you mean {near!r}?" in told
+    message = refused(Settings, {key: value})
+    assert f"{key}: unknown key; did you mean {near!r}?" in message
 
 
 @pytest.mark.parametrize(
@@ -66,18 +66,18 @@ def test_an_unknown_nested_key_is_refused_with_the_nearest_of_its_section(
 
 def test_a_key_of_the_upload_section_is_looked_up_there() -> None:
     upload = {"type": "file_system", "output_dir": "up", "async_uplod": True}
-    told = refused(PipelineConfig, {**RUN, "checkpoint_config": upload})
-    assert "checkpoint_config.async_uplod: unknown key; did you mean 'async_upload'?" in told
+    message = refused(PipelineConfig, {**RUN, "checkpoint_config": upload})
+    assert "checkpoint_config.async_uplod: unknown key; did you mean 'async_upload'?" in message
 
 
 def test_a_key_like_no_other_lists_all_known_ones() -> None:
-    told = refused(Settings, {"io": {"zzz": 1}})
-    assert "io.zzz: unknown key; known keys are block_bytes, direct, threads" in told
+    message = refused(Settings, {"io": {"zzz": 1}})
+    assert "io.zzz: unknown key; known keys are block_bytes, direct, threads" in message
 
 
 def test_all_wrong_keys_are_told_at_once() -> None:
-    told = refused(Settings, {"asinc_save": 1, "commit_timeout_s": -1, "io": {"threads": 0}})
-    assert "asinc_save" in told and "commit_timeout_s" in told and "io.threads" in told
+    message = refused(Settings, {"asinc_save": 1, "commit_timeout_s": -1, "io": {"threads": 0}})
+    assert "asinc_save" in message and "commit_timeout_s" in message and "io.threads" in message
 
 
 def test_keys_of_a_pipeline_are_unknown_to_a_plain_script() -> None:
@@ -96,8 +96,8 @@ def test_both_names_of_the_number_to_keep_work(name: str) -> None:
 
 
 def test_both_names_of_the_number_to_keep_at_once_are_refused() -> None:
-    told = refused(Settings, {"max_ckpt_to_keep": 3, "save_total_limit": 3})
-    assert "max_ckpt_to_keep and save_total_limit are one setting" in told
+    message = refused(Settings, {"max_ckpt_to_keep": 3, "save_total_limit": 3})
+    assert "max_ckpt_to_keep and save_total_limit are one setting" in message
 
 
 @pytest.mark.parametrize(
@@ -131,36 +131,36 @@ def test_steps_are_positive(key: str, value: int) -> None:
     [("4MiB", 4 << 20), ("1 GiB", 1 << 30), ("2MB", 2_000_000), (1 << 21, 1 << 21), ("1.5MiB", 3 << 19)],
 )
 def test_sizes_may_have_a_unit(text: str | int, nbytes: int) -> None:
-    made = Settings.parse({"staging": {"arena_bytes": text}, "io": {"block_bytes": "64KiB"}}, "here")
-    assert made.staging.arena_bytes == nbytes and made.io.block_bytes == 64 << 10
+    config = Settings.parse({"staging": {"arena_bytes": text}, "io": {"block_bytes": "64KiB"}}, "here")
+    assert config.staging.arena_bytes == nbytes and config.io.block_bytes == 64 << 10
 
 
 def test_a_block_is_a_multiple_of_a_page() -> None:
-    told = refused(Settings, {"io": {"block_bytes": (64 << 10) + 512}})
-    assert "io.block_bytes is 66048" in told and "4096" in told
+    message = refused(Settings, {"io": {"block_bytes": (64 << 10) + 512}})
+    assert "io.block_bytes is 66048" in message and "4096" in message
 
 
 def test_an_arena_smaller_than_two_blocks_is_refused_with_both_keys() -> None:
-    told = refused(Settings, {"staging": {"arena_bytes": "1MiB"}})
-    assert "staging.arena_bytes" in told and "io.block_bytes (4194304)" in told
+    message = refused(Settings, {"staging": {"arena_bytes": "1MiB"}})
+    assert "staging.arena_bytes" in message and "io.block_bytes (4194304)" in message
     assert Settings.parse({"staging": {"arena_bytes": "8MiB"}}, "here").staging.arena_bytes == 8 << 20
 
 
 def test_the_arena_is_shared_by_the_ranks_of_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = Settings.parse({"staging": {"arena_bytes": "16MiB"}}, "here")
+    config = Settings.parse({"staging": {"arena_bytes": "16MiB"}}, "here")
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    assert arena.arena_bytes(made) == 16 << 20
+    assert arena.arena_bytes(config) == 16 << 20
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert arena.arena_bytes(made) == 8 << 20
+    assert arena.arena_bytes(config) == 8 << 20
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(ConfigError, match=r"staging\.arena_bytes gives each of 4 local ranks 4194304"):
-        arena.arena_bytes(made)
+        arena.arena_bytes(config)
 
 
 def test_the_settings_cannot_be_changed_afterwards() -> None:
-    made = Settings.parse({}, "here")
+    config = Settings.parse({}, "here")
     with pytest.raises(ValueError, match="frozen"):
-        made.async_save = True
+        config.async_save = True
 
 
 @pytest.mark.parametrize("values", [None, [], "async_save", 3])
@@ -181,8 +181,8 @@ def test_expected_clusters_need_a_run_id() -> None:
 @pytest.mark.parametrize("there", ["run", "run/up", "./run/a/b", "other/../run/up"])
 def test_an_upload_into_the_runs_own_directory_is_refused(there: str) -> None:
     upload = {"type": "file_system", "output_dir": there}
-    told = refused(PipelineConfig, {**RUN, "checkpoint_config": upload})
-    assert f"checkpoint_config.output_dir {Path(there)}" in told and "output_dir run" in told
+    message = refused(PipelineConfig, {**RUN, "checkpoint_config": upload})
+    assert f"checkpoint_config.output_dir {Path(there)}" in message and "output_dir run" in message
 
 
 def test_an_upload_through_a_link_into_the_runs_own_directory_is_refused(tmp_path: Path) -> None:
@@ -195,14 +195,14 @@ def test_an_upload_through_a_link_into_the_runs_own_directory_is_refused(tmp_pat
 
 @pytest.mark.parametrize("there", ["up", "running", "..", "run2/up"])
 def test_an_upload_beside_the_run_is_taken(there: str) -> None:
-    made = PipelineConfig.parse({**RUN, "checkpoint_config": {"type": "file_system", "output_dir": there}}, "here")
-    assert made.checkpoint_config is not None and made.checkpoint_config.async_upload
-    assert made.checkpoint_config.output_dir == Path(there)
+    config = PipelineConfig.parse({**RUN, "checkpoint_config": {"type": "file_system", "output_dir": there}}, "here")
+    assert config.checkpoint_config is not None and config.checkpoint_config.async_upload
+    assert config.checkpoint_config.output_dir == Path(there)
 
 
 def test_the_type_of_an_upload_is_known() -> None:
-    told = refused(PipelineConfig, {**RUN, "checkpoint_config": {"type": "s3", "output_dir": "x"}})
-    assert "checkpoint_config.type" in told and "file_system" in told
+    message = refused(PipelineConfig, {**RUN, "checkpoint_config": {"type": "s3", "output_dir": "x"}})
+    assert "checkpoint_config.type" in message and "file_system" in message
     assert "checkpoint_config.type" in refused(PipelineConfig, {**RUN, "checkpoint_config": {"output_dir": "x"}})
 
 
@@ -211,13 +211,13 @@ def hub(**more: object) -> dict[str, object]:
 
 
 def test_the_hub_is_private_unless_it_is_said_otherwise() -> None:
-    made = PipelineConfig.parse(hub(), "here").checkpoint_config
-    assert made == HubUpload(type="hub", repo_id="team/run", private=True, revision="main", async_upload=True)
+    config = PipelineConfig.parse(hub(), "here").checkpoint_config
+    assert config == HubUpload(type="hub", repo_id="team/run", private=True, revision="main", async_upload=True)
     assert "checkpoint_config: 'run' is no repository" in refused(PipelineConfig, hub(repo_id="run"))
     assert "no branch" in refused(PipelineConfig, hub(revision="../x"))
     assert "checkpoint_config.repo_id" in refused(PipelineConfig, {**RUN, "checkpoint_config": {"type": "hub"}})
-    told = refused(PipelineConfig, hub(privat=False))
-    assert "checkpoint_config.privat: unknown key; did you mean 'private'?" in told
+    message = refused(PipelineConfig, hub(privat=False))
+    assert "checkpoint_config.privat: unknown key; did you mean 'private'?" in message
     assert "checkpoint_config.output_dir: unknown key" in refused(PipelineConfig, hub(output_dir="x"))
 
 
@@ -226,16 +226,16 @@ def test_a_token_is_refused_and_not_repeated(key: str) -> None:
     secret = "hf_" + "Xy7" * 11
     upload = {"type": "file_system", "output_dir": "x", key: secret}
     for values in (hub(**{key: secret}), {**RUN, key: secret}, {**RUN, "checkpoint_config": upload}):
-        told = refused(PipelineConfig, values)
-        assert key in told and "HF_TOKEN in the environment" in told and secret not in told
+        message = refused(PipelineConfig, values)
+        assert key in message and "HF_TOKEN in the environment" in message and secret not in message
 
 
 @pytest.mark.parametrize(
     ("value", "meant"), [(True, True), (False, False), ("run/checkpoint-3", Path("run/checkpoint-3"))]
 )
 def test_a_run_resumes_from_the_newest_from_a_path_or_from_nothing(value: Any, meant: Any) -> None:
-    made = PipelineConfig.parse({**RUN, "resume_from_checkpoint": value}, "here").resume_from_checkpoint
-    assert made == meant and type(made) is type(meant)
+    config = PipelineConfig.parse({**RUN, "resume_from_checkpoint": value}, "here").resume_from_checkpoint
+    assert config == meant and type(config) is type(meant)
 
 
 # ---- files
@@ -252,11 +252,11 @@ def test_yaml_is_read_and_keywords_replace_its_keys(tmp_path: Path) -> None:
         tmp_path,
         "output_dir: run\nsave_steps: 2\nmax_steps: 10\nio: {block_bytes: 64KiB, threads: 3}\nsave_total_limit: 2\n",
     )
-    made = PipelineConfig.from_yaml(path)
-    assert (made.save_steps, made.io.block_bytes, made.io.threads, made.max_ckpt_to_keep) == (2, 64 << 10, 3, 2)
-    made = PipelineConfig.from_yaml(str(path), save_steps=5, io={"threads": 4}, output_dir=tmp_path)
-    assert (made.save_steps, made.io.threads, made.io.block_bytes) == (5, 4, 4 << 20)
-    assert made.output_dir == tmp_path
+    config = PipelineConfig.from_yaml(path)
+    assert (config.save_steps, config.io.block_bytes, config.io.threads, config.max_ckpt_to_keep) == (2, 64 << 10, 3, 2)
+    config = PipelineConfig.from_yaml(str(path), save_steps=5, io={"threads": 4}, output_dir=tmp_path)
+    assert (config.save_steps, config.io.threads, config.io.block_bytes) == (5, 4, 4 << 20)
+    assert config.output_dir == tmp_path
 
 
 @pytest.mark.parametrize("text", ["off", "'off'"])

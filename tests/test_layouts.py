@@ -91,15 +91,15 @@ def test_another_structure_is_laid_out_anew(
     state = {"w": random_tensor(torch.float32, 6, 6), "b": random_tensor(torch.float32, 6), "step": 1}
     write_again(layouts, mover, tmp_path / "s.pt", state)
     change(state)
-    found = write_again(layouts, mover, tmp_path / "s.pt", state)
-    assert [piece.name for piece in found.pieces] == [piece.name for piece in layout.lay_out(state, "s").pieces]
+    image = write_again(layouts, mover, tmp_path / "s.pt", state)
+    assert [piece.name for piece in image.pieces] == [piece.name for piece in layout.lay_out(state, "s").pieces]
     data = (tmp_path / "s.pt").read_bytes()
-    for piece in found.pieces:
+    for piece in image.pieces:
         tensor = {**state, "b.0": state["b"][0] if isinstance(state.get("b"), list) else None}[piece.name]
         assert tensor is not None and piece.shape == tuple(tensor.shape)
         if tensor.is_contiguous():
-            wanted = tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
-            assert data[piece.offset : piece.offset + piece.nbytes] == wanted
+            expected = tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+            assert data[piece.offset : piece.offset + piece.nbytes] == expected
 
 
 @settings(max_examples=15, deadline=None)
@@ -118,8 +118,8 @@ def test_the_index_follows_objects_that_change_places(mover: Mover, tmp_path: Pa
     for middle in (one, other):
         image = write_again(layouts, mover, tmp_path / "s.pt", {"a": one, "b": middle, "c": other})
         data = (tmp_path / "s.pt").read_bytes()
-        found = {piece.name: data[piece.offset : piece.offset + piece.nbytes] for piece in image.pieces}
-        assert found["b"] == middle.detach().numpy().tobytes()
+        bytes_of = {piece.name: data[piece.offset : piece.offset + piece.nbytes] for piece in image.pieces}
+        assert bytes_of["b"] == middle.detach().numpy().tobytes()
 
 
 def test_many_objects_that_stand_twice_are_one_object_again(mover: Mover, tmp_path: Path) -> None:
@@ -127,8 +127,8 @@ def test_many_objects_that_stand_twice_are_one_object_again(mover: Mover, tmp_pa
     tensors = [torch.rand(3) for _ in range(300)]
     for _ in range(2):
         write_again(layouts, mover, tmp_path / "s.pt", {"a": tensors, "b": list(tensors), "c": tensors[7]})
-        found = torch.load(tmp_path / "s.pt", weights_only=True)
-        assert all(a is b for a, b in zip(found["a"], found["b"], strict=True)) and found["c"] is found["a"][7]
+        loaded = torch.load(tmp_path / "s.pt", weights_only=True)
+        assert all(a is b for a, b in zip(loaded["a"], loaded["b"], strict=True)) and loaded["c"] is loaded["a"][7]
 
 
 def test_memory_that_was_freed_is_refused_at_a_later_save_too() -> None:
@@ -165,11 +165,11 @@ def test_what_a_safe_load_refuses_is_told_when_it_is_new() -> None:
 
 def test_files_of_different_names_do_not_disturb_each_other(mover: Mover, tmp_path: Path) -> None:
     layouts = Layouts()
-    kept = []
+    patches = []
     for turn in range(2):
         for name, state in (("a", [torch.ones(3) * turn]), ("b", {"x": torch.zeros(4) + turn})):
             image, _ = layouts.lay_out(name, state, "s", lambda storage: True)
             mover.save(tmp_path / name, cluster_save.native_image(image)).wait_written()
             assert_same(parse(tmp_path / name), state)
-            kept.append(image.crc_patches)
-    assert kept[0] is kept[2] and kept[1] is kept[3]
+            patches.append(image.crc_patches)
+    assert patches[0] is patches[2] and patches[1] is patches[3]

@@ -131,18 +131,18 @@ def test_digests_that_changed_places_are_refused_although_they_fit_the_bytes(che
     one.write_bytes(second)
     two.write_bytes(first)
     digests = checkpoint_dir / "digests" / "model.0.json"
-    told = json.loads(digests.read_bytes())
-    told["x.pt"], told["a/x.pt"] = told["a/x.pt"], told["x.pt"]
-    digests.write_bytes(sealed_json.canonical(told))
+    record = json.loads(digests.read_bytes())
+    record["x.pt"], record["a/x.pt"] = record["a/x.pt"], record["x.pt"]
+    digests.write_bytes(sealed_json.canonical(record))
     with pytest.raises(Damaged, match=r"digests/model\.0\.json"):
         read(one)
 
 
 def test_digests_are_bound_to_the_manifest_by_their_root(checkpoint_dir: Path) -> None:
     opened = OpenedCheckpoint(checkpoint_dir)
-    told = opened._json("digests/model.0.json")
-    told["x.pt"], told["a/x.pt"] = told["a/x.pt"], told["x.pt"]
-    opened._digests = told
+    digests = opened._json("digests/model.0.json")
+    digests["x.pt"], digests["a/x.pt"] = digests["a/x.pt"], digests["x.pt"]
+    opened._digests = digests
     with pytest.raises(Damaged, match=r"x\.pt: its digests do not match the manifest"):
         opened.read(checkpoint_dir / "x.pt", SETTINGS)
 
@@ -209,7 +209,7 @@ def test_nobody_prunes_what_is_being_loaded(checkpoint_dir: Path, out: Path) -> 
         assert retention.prune(out, claims.epoch_of(out), keep=1) == []
         assert reader.load(checkpoint_dir / "x.pt", "cpu")["w"].shape == (1000,)
     assert retention.prune(out, claims.epoch_of(out), keep=1) == ["t1"]
-    assert [told.name for told in listing.committed(out)] == ["t2"]
+    assert [manifest.name for manifest in listing.committed(out)] == ["t2"]
 
 
 # ---- ranks that see different things
@@ -236,15 +236,15 @@ def test_what_one_rank_cannot_take_no_rank_takes(checkpoint_dir: Path, pair: Pai
     path = places[1] / "manifest.json"
     sound = path.read_bytes()
     path.write_bytes(sound.replace(b'"step": 1', b'"step": 2'))
-    for told in pair(opened(places)):
-        assert told[0] == "Damaged" and str(path) in told[1]
+    for answer in pair(opened(places)):
+        assert answer[0] == "Damaged" and str(path) in answer[1]
     path.unlink()
     path.mkdir()
-    for told in pair(opened(places)):
-        assert told[0] == "Damaged" and str(path) in told[1]
+    for answer in pair(opened(places)):
+        assert answer[0] == "Damaged" and str(path) in answer[1]
     path.rmdir()
     path.write_bytes(sound)
-    ReadRetries.pauses_s, kept = (), ReadRetries.pauses_s
+    ReadRetries.pauses_s, pauses = (), ReadRetries.pauses_s
     real = reads.read_bytes
 
     def refuse(asked: Path, *more: int) -> bytes:
@@ -253,9 +253,11 @@ def test_what_one_rank_cannot_take_no_rank_takes(checkpoint_dir: Path, pair: Pai
         return real(asked, *more)
 
     with mock.patch.object(reads, "read_bytes", refuse):
-        for told in pair(opened(places)):
-            assert told[0] == "Unreadable" and f"{path}: it cannot be read: Input/output error. It may be" in told[1]
-    ReadRetries.pauses_s = kept
+        for answer in pair(opened(places)):
+            assert (
+                answer[0] == "Unreadable" and f"{path}: it cannot be read: Input/output error. It may be" in answer[1]
+            )
+    ReadRetries.pauses_s = pauses
 
 
 def test_ranks_that_see_two_checkpoints_of_one_name_load_none(
@@ -264,10 +266,11 @@ def test_ranks_that_see_two_checkpoints_of_one_name_load_none(
 ) -> None:
     other = checkpoint_dir.parent / "elsewhere"
     save_now(other, {"w": torch.ones(2)}, "t1")
-    for told in pair(opened([checkpoint_dir, other / "t1"])):
-        assert told[0] == "RanksDisagree" and "rank 1 and rank 0 see different manifests" in told[1]
+    for answer in pair(opened([checkpoint_dir, other / "t1"])):
+        assert answer[0] == "RanksDisagree" and "rank 1 and rank 0 see different manifests" in answer[1]
         assert all(
-            sealed_json.sha256((at / "manifest.json").read_bytes()) in told[1] for at in (checkpoint_dir, other / "t1")
+            sealed_json.sha256((at / "manifest.json").read_bytes()) in answer[1]
+            for at in (checkpoint_dir, other / "t1")
         )
 
 
@@ -288,8 +291,8 @@ def test_a_name_that_one_rank_does_not_see_yet_is_looked_for_again(
 
     move(home, away)
     monkeypatch.setattr(together, "_LOOK_AGAIN_S", (0.01,))
-    for told in pair(opened(places)):
-        assert told[0] == "RanksDisagree" and "rank 1: none" in told[1]
+    for answer in pair(opened(places)):
+        assert answer[0] == "RanksDisagree" and "rank 1: none" in answer[1]
     sleep = time.sleep
 
     def come(pause: float) -> None:
@@ -304,13 +307,13 @@ def test_a_name_that_one_rank_does_not_see_yet_is_looked_for_again(
 
 
 def test_what_no_rank_sees_is_told_at_once(checkpoint_dir: Path, tmp_path: Path, pair: Pair) -> None:
-    for told in pair(opened([tmp_path / "none"] * 2)):
-        assert told == "nothing"
+    for answer in pair(opened([tmp_path / "none"] * 2)):
+        assert answer == "nothing"
     places = views(checkpoint_dir)
     for place in places:
         (place / "manifest.json").unlink()
-    for told in pair(opened(places)):
-        assert told[0] == "Damaged" and "its manifest.json is missing" in told[1]
+    for answer in pair(opened(places)):
+        assert answer[0] == "Damaged" and "its manifest.json is missing" in answer[1]
 
 
 # ---- files without a manifest
@@ -360,8 +363,8 @@ def test_a_name_in_load_allow_is_imported_and_may_be_loaded(out: Path) -> None: 
     save_now(out, {"x": Loose()})
     with pytest.raises(Damaged, match=r"Loose.*load\.allow"):
         read(out / "t1" / "model.pt")
-    found = read(out / "t1" / "model.pt", allowing(f"{__name__}.Loose"))
-    assert isinstance(found["x"], Loose)
+    state = read(out / "t1" / "model.pt", allowing(f"{__name__}.Loose"))
+    assert isinstance(state["x"], Loose)
     assert trust.allowed(allowing("collections.OrderedDict"))[1:] == [OrderedDict]
 
 
@@ -380,7 +383,7 @@ def model(n: int, **changed: list[int]) -> dict[str, Any]:
 
 
 def test_the_same_model_is_taken_whatever_its_dtypes() -> None:
-    live = {name: {"shape": tuple(told["shape"]), "dtype": "bfloat16"} for name, told in model(5).items()}
+    live = {name: {"shape": tuple(parameter["shape"]), "dtype": "bfloat16"} for name, parameter in model(5).items()}
     compare_models(model(5), live, "here")
     compare_models({}, live, "a checkpoint that recorded nothing")
 
@@ -389,10 +392,10 @@ def test_another_model_is_refused_with_its_first_ten_differences() -> None:
     live = model(30, **{f"p{i}": [7] for i in range(14)})
     with pytest.raises(ModelMismatch) as caught:
         compare_models(model(30), live, "run/t1")
-    told = str(caught.value)
-    assert told.startswith("run/t1 holds another model; nothing was loaded")
-    assert told.count("in the checkpoint, [7] here") == 10 and "... and 4 more" in told
-    assert "p0: shape [0, 2] in the checkpoint, [7] here" in told and "p10" not in told
+    message = str(caught.value)
+    assert message.startswith("run/t1 holds another model; nothing was loaded")
+    assert message.count("in the checkpoint, [7] here") == 10 and "... and 4 more" in message
+    assert "p0: shape [0, 2] in the checkpoint, [7] here" in message and "p10" not in message
 
 
 def test_parameters_that_only_one_side_has_are_named() -> None:

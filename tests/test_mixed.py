@@ -46,20 +46,20 @@ def test_a_critic_in_another_layout_resumes_bit_for_bit(ranks: World, tmp_path: 
 
 
 def test_another_critic_is_refused_before_the_actor_is_touched(ranks: World, tmp_path: Path) -> None:
-    for told, untouched in ranks.call(f"{CASES}:another_critic", str(tmp_path / "run")):
-        assert told.startswith("ModelMismatch") and "critic" in told and "shape" in told
+    for outcome, untouched in ranks.call(f"{CASES}:another_critic", str(tmp_path / "run")):
+        assert outcome.startswith("ModelMismatch") and "critic" in outcome and "shape" in outcome
         assert untouched
 
 
 def test_a_cluster_saved_under_another_framework_is_refused(ranks: World, tmp_path: Path) -> None:
-    for told in ranks.call(f"{CASES}:another_framework", str(tmp_path / "run")):
-        assert told.startswith("ModelMismatch")
-        assert "cluster critic" in told and "megatron-core" in told and "deepspeed" in told
+    for outcome in ranks.call(f"{CASES}:another_framework", str(tmp_path / "run")):
+        assert outcome.startswith("ModelMismatch")
+        assert "cluster critic" in outcome and "megatron-core" in outcome and "deepspeed" in outcome
 
 
-def test_companions_and_client_state_come_with_a_megatron_cluster(ranks: World, tmp_path: Path) -> None:
-    for told in ranks.call(f"{CASES}:companions", str(tmp_path / "run")):
-        assert told == {"epochs": 3}
+def test_pretrained_files_and_client_state_come_with_a_megatron_cluster(ranks: World, tmp_path: Path) -> None:
+    for outcome in ranks.call(f"{CASES}:pretrained_files", str(tmp_path / "run")):
+        assert outcome == {"epochs": 3}
     checkpoint_dir = tmp_path / "run" / "checkpoint-1"
     assert "critic/config.json" in {receipt.path for receipt in manifests.read(checkpoint_dir).files}
     assert verification.verify(checkpoint_dir) == []
@@ -68,22 +68,24 @@ def test_companions_and_client_state_come_with_a_megatron_cluster(ranks: World, 
 def test_what_a_safe_load_refuses_is_told_at_the_save_and_before_anything_is_loaded(
     ranks: World, tmp_path: Path
 ) -> None:
-    for told, untouched, allowed in ranks.call(f"{CASES}:unloadable_client_state", str(tmp_path / "run")):
-        assert told.startswith("Damaged") and "common.pt" in told and "load.allow" in told and "Custom" in told
+    for outcome, untouched, allowed in ranks.call(f"{CASES}:unloadable_client_state", str(tmp_path / "run")):
+        assert (
+            outcome.startswith("Damaged") and "common.pt" in outcome and "load.allow" in outcome and "Custom" in outcome
+        )
         assert untouched
         assert allowed == "Custom"
     assert "holds mixed_cases.Custom, which a safe load refuses" in ranks.log()
 
 
 def test_a_cluster_that_saves_only_its_model_does_not_resume(ranks: World, tmp_path: Path) -> None:
-    for told, untouched in ranks.call(f"{CASES}:only_model_resumes", str(tmp_path / "run")):
-        assert told.startswith("UnsupportedError") and "save_only_model" in told and "cluster critic" in told
+    for outcome, untouched in ranks.call(f"{CASES}:only_model_resumes", str(tmp_path / "run")):
+        assert outcome.startswith("UnsupportedError") and "save_only_model" in outcome and "cluster critic" in outcome
         assert untouched
 
 
 def test_a_component_that_was_not_saved_is_missed_before_anything_is_loaded(ranks: World, tmp_path: Path) -> None:
-    for told, untouched in ranks.call(f"{CASES}:new_component", str(tmp_path / "run")):
-        assert told.startswith("NotFound") and "'loader'" in told
+    for outcome, untouched in ranks.call(f"{CASES}:new_component", str(tmp_path / "run")):
+        assert outcome.startswith("NotFound") and "'loader'" in outcome
         assert untouched
 
 
@@ -91,49 +93,49 @@ def test_a_component_that_was_not_saved_is_missed_before_anything_is_loaded(rank
 def test_another_number_of_ranks_is_refused_before_anything_is_loaded(megatron: Worlds, tmp_path: Path) -> None:
     megatron.at("DP2").call(f"{CASES}:save_critic_alone", str(tmp_path / "run"))
     place = str(tmp_path / "elsewhere"), str(tmp_path / "run" / "checkpoint-1")
-    for told, untouched in megatron.at("DP1").call(f"{CASES}:resume_critic_alone", *place):
-        assert told.startswith("UnsupportedError") and "2 ranks saved cluster critic" in told
+    for outcome, untouched in megatron.at("DP1").call(f"{CASES}:resume_critic_alone", *place):
+        assert outcome.startswith("UnsupportedError") and "2 ranks saved cluster critic" in outcome
         assert untouched
 
 
 def test_an_error_before_megatron_plans_holds_nobody_up(ranks: World, tmp_path: Path) -> None:
-    for told in ranks.call(f"{CASES}:no_directory", str(tmp_path / "run")):
-        assert all(problem.startswith("SaveFailed") and "no more directories" in problem for problem in told)
+    for outcome in ranks.call(f"{CASES}:no_directory", str(tmp_path / "run")):
+        assert all(problem.startswith("SaveFailed") and "no more directories" in problem for problem in outcome)
     saved = [path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith(".")]
     assert sorted(saved) == ["checkpoint-2", "checkpoint-4", "latest"]
 
 
 def test_a_companion_with_the_name_of_a_frameworks_file_fails_the_save(ranks: World, tmp_path: Path) -> None:
-    for told in ranks.call(f"{CASES}:collision", str(tmp_path / "run")):
-        assert told.startswith("SaveFailed") and "metadata.json" in told and "cluster critic" in told
+    for outcome in ranks.call(f"{CASES}:collision", str(tmp_path / "run")):
+        assert outcome.startswith("SaveFailed") and "metadata.json" in outcome and "cluster critic" in outcome
     assert not list((tmp_path / "run").glob("*checkpoint-*"))
 
 
 def test_weights_alone_hold_no_optimizer_and_cannot_be_resumed(ranks: World, tmp_path: Path) -> None:
-    for told, held in ranks.call(f"{CASES}:only_model", str(tmp_path / "run")):
-        assert told.startswith("NotFound") and "save_only_model" in told
+    for outcome, held in ranks.call(f"{CASES}:only_model", str(tmp_path / "run")):
+        assert outcome.startswith("NotFound") and "save_only_model" in outcome
         assert held and not [name for name in held if name.startswith("optimizer")]
 
 
 def test_what_cannot_be_meant_is_refused_by_name(ranks: World, tmp_path: Path) -> None:
-    for told in ranks.call(f"{CASES}:refusals", str(tmp_path / "run")):
-        assert told["frozen"].startswith("UnsupportedError") and "exclude_frozen_parameters" in told["frozen"]
-        assert told["neither"].startswith("ConfigError") and "Tiny" in told["neither"]
-        assert told["form"].startswith("UnsupportedError") and "fully_sharded_model_space" in told["form"]
+    for outcome in ranks.call(f"{CASES}:refusals", str(tmp_path / "run")):
+        assert outcome["frozen"].startswith("UnsupportedError") and "exclude_frozen_parameters" in outcome["frozen"]
+        assert outcome["neither"].startswith("ConfigError") and "Tiny" in outcome["neither"]
+        assert outcome["form"].startswith("UnsupportedError") and "fully_sharded_model_space" in outcome["form"]
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("background", [True, False])
 def test_an_error_out_of_one_cluster_holds_nobody_up(ranks: World, tmp_path: Path, background: bool) -> None:
-    told = ranks.call(f"{CASES}:escaping", str(tmp_path / "run"), background)
-    assert "out of the actor" in told[1][0] and background == ("out of the actor" not in told[0][0])
-    assert [left for _, left in told] == [["checkpoint-2"]] * 2
+    outcome = ranks.call(f"{CASES}:escaping", str(tmp_path / "run"), background)
+    assert "out of the actor" in outcome[1][0] and background == ("out of the actor" not in outcome[0][0])
+    assert [left for _, left in outcome] == [["checkpoint-2"]] * 2
 
 
 @pytest.mark.parametrize("background", [True, False])
 def test_a_cluster_that_fails_before_it_can_vote_is_no_vote(ranks: World, tmp_path: Path, background: bool) -> None:
-    for told, *left in ranks.call(f"{CASES}:failing_early", str(tmp_path / "run"), background):
-        assert told == "RuntimeError: the actor is not there" if background else told.startswith("SaveFailed")
+    for outcome, *left in ranks.call(f"{CASES}:failing_early", str(tmp_path / "run"), background):
+        assert outcome == "RuntimeError: the actor is not there" if background else outcome.startswith("SaveFailed")
         assert left == ["checkpoint-2"]
 
 

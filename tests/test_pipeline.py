@@ -54,9 +54,9 @@ class Jobs:
 
     def run_until_stopped(self, losses: str, ranks: set[int], *options: str) -> None:
         """Start, wait until these ranks are at the named point, then SIGKILL agent and workers by pid."""
-        wanted = [self.folder / f"{losses}.stopped.{rank}" for rank in ranks]
+        stopped = [self.folder / f"{losses}.stopped.{rank}" for rank in ranks]
         with self.start(losses, *options) as job:
-            wait_for(lambda: all(path.exists() for path in wanted) or job.poll() is not None)
+            wait_for(lambda: all(path.exists() for path in stopped) or job.poll() is not None)
             assert job.poll() is None, self.log(losses)
         for path in self.folder.glob(f"{losses}.stopped.*"):
             path.unlink()
@@ -95,10 +95,10 @@ def kill_tree(pid: int) -> None:
 
 
 def leftovers(out: Path) -> list[str]:
-    found = [p.name for p in out.iterdir() if names.parse_attempt_dir(p.name)]
+    leftover = [p.name for p in out.iterdir() if names.parse_attempt_dir(p.name)]
     for folder in (names.TRASH, names.SUPERSEDED):
-        found += [str(p.relative_to(out)) for p in (out / folder).rglob("*") if p.is_file()]
-    return found
+        leftover += [str(p.relative_to(out)) for p in (out / folder).rglob("*") if p.is_file()]
+    return leftover
 
 
 @pytest.fixture(scope="module")
@@ -223,25 +223,25 @@ CASES = "pipeline_cases"
 
 def test_a_hub_that_cannot_be_reached_is_told_on_every_rank(two_ranks: World, tmp_path: Path) -> None:
     pytest.importorskip("huggingface_hub")
-    for told in two_ranks.call(f"{CASES}:hub_out_of_reach", str(tmp_path / "run")):
-        assert told.startswith("HubUnavailable") and "hf://dev/run@main" in told
+    for outcome in two_ranks.call(f"{CASES}:hub_out_of_reach", str(tmp_path / "run")):
+        assert outcome.startswith("HubUnavailable") and "hf://dev/run@main" in outcome
     assert not (tmp_path / f"run{names.PULLED}").exists()
 
 
 def test_bad_input_is_told_with_nothing_on_disk_touched(two_ranks: World, tmp_path: Path) -> None:
-    for told in two_ranks.call(f"{CASES}:bad_input", str(tmp_path / "run")):
-        assert told["twice"].startswith("ConfigError") and "actor" in told["twice"]
-        assert told["step"].startswith("RanksDisagree") and "step" in told["step"]
-        assert told["room"].startswith("NoRoom")
-        assert told["path"].startswith("NotFound") and "no complete checkpoint" in told["path"]
-        assert told["unwritable"].startswith("ConfigError") and "file" in told["unwritable"]
+    for outcome in two_ranks.call(f"{CASES}:bad_input", str(tmp_path / "run")):
+        assert outcome["twice"].startswith("ConfigError") and "actor" in outcome["twice"]
+        assert outcome["step"].startswith("RanksDisagree") and "step" in outcome["step"]
+        assert outcome["room"].startswith("NoRoom")
+        assert outcome["path"].startswith("NotFound") and "no complete checkpoint" in outcome["path"]
+        assert outcome["unwritable"].startswith("ConfigError") and "file" in outcome["unwritable"]
     assert not (tmp_path / "run").exists()
 
 
 def test_what_a_safe_load_refuses_of_a_component_is_told_once_on_each_rank(two_ranks: World, tmp_path: Path) -> None:
     two_ranks.call(f"{CASES}:unloadable_stateful", str(tmp_path / "run"))
-    told = [line for line in two_ranks.log().splitlines() if str(tmp_path) in line and "a safe load refuses" in line]
-    assert len(told) == 2 and all("'where'" in line and "load.allow" in line for line in told)
+    outcome = [line for line in two_ranks.log().splitlines() if str(tmp_path) in line and "a safe load refuses" in line]
+    assert len(outcome) == 2 and all("'where'" in line and "load.allow" in line for line in outcome)
 
 
 @pytest.mark.long
@@ -256,13 +256,13 @@ def test_a_second_live_run_is_refused_by_host_and_pid(two_ranks: World, tmp_path
 
 
 def test_another_model_is_refused_before_anything_is_loaded(two_ranks: World, unbroken: Jobs, tmp_path: Path) -> None:
-    for told in two_ranks.call(f"{CASES}:another_model", str(tmp_path / "run"), str(unbroken.out / "checkpoint-8")):
-        assert told.startswith("ModelMismatch") and told.count("shape [") == 10
+    for outcome in two_ranks.call(f"{CASES}:another_model", str(tmp_path / "run"), str(unbroken.out / "checkpoint-8")):
+        assert outcome.startswith("ModelMismatch") and outcome.count("shape [") == 10
 
 
-def test_companions_and_client_state_come_with_the_cluster(two_ranks: World, tmp_path: Path) -> None:
-    for found in two_ranks.call(f"{CASES}:companions", str(tmp_path / "run")):
-        assert found["client"] == {"epochs": 3}
+def test_pretrained_files_and_client_state_come_with_the_cluster(two_ranks: World, tmp_path: Path) -> None:
+    for loaded in two_ranks.call(f"{CASES}:pretrained_files", str(tmp_path / "run")):
+        assert loaded["client"] == {"epochs": 3}
     checkpoint_dir = tmp_path / "run" / "checkpoint-1"
     listed = {r.path for r in manifests.read(checkpoint_dir).files}
     assert {"actor/config.json", "actor/latest", "actor/zero_to_fp32.py"} <= listed
@@ -270,8 +270,8 @@ def test_companions_and_client_state_come_with_the_cluster(two_ranks: World, tmp
 
 
 def test_save_only_model_holds_the_weights_and_cannot_be_resumed(two_ranks: World, tmp_path: Path) -> None:
-    for told in two_ranks.call(f"{CASES}:only_model", str(tmp_path / "run")):
-        assert told.startswith("NotFound") and "save_only_model" in told
+    for outcome in two_ranks.call(f"{CASES}:only_model", str(tmp_path / "run")):
+        assert outcome.startswith("NotFound") and "save_only_model" in outcome
     assert (tmp_path / "run" / "checkpoint-1" / "actor" / "pytorch_model.bin").is_file()
 
 
@@ -281,8 +281,8 @@ def test_an_interrupt_while_staging_commits_nothing(two_ranks: World, tmp_path: 
 
 
 def test_a_failing_client_state_is_told_on_every_rank(two_ranks: World, tmp_path: Path) -> None:
-    for told in two_ranks.call(f"{CASES}:failing_client_state", str(tmp_path / "run")):
-        assert "rank 1" in told and "no state today" in told
+    for outcome in two_ranks.call(f"{CASES}:failing_client_state", str(tmp_path / "run")):
+        assert "rank 1" in outcome and "no state today" in outcome
     assert not (tmp_path / "run").exists()
 
 

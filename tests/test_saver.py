@@ -26,6 +26,7 @@ from roll_ckpt.disk import failpoints
 from roll_ckpt.errors import ConfigError, NoRoom, RanksDisagree, SaveFailed
 from roll_ckpt.formats import manifests
 from roll_ckpt.formats.image import Extent, Extents, FileImage, Memory
+from roll_ckpt.formats.records import Vote
 from roll_ckpt.formats.torch_zip import layout
 from roll_ckpt.native import extension
 from roll_ckpt.ranks.group import RankGroup
@@ -34,7 +35,8 @@ from roll_ckpt.save.begin import Request, _check_agreement
 from roll_ckpt.save.begin import begin as begin_
 from roll_ckpt.save.cluster_save import ClusterSave
 from roll_ckpt.save.save import Save
-from roll_ckpt.transaction import verification
+from roll_ckpt.transaction import ballot, verification
+from roll_ckpt.transaction.attempts import Attempt
 
 SMALL: dict[str, Any] = {
     "staging": {"arena_bytes": "1MiB", "check": "full"},
@@ -79,10 +81,10 @@ def begin(out: Path, name: str = "t1", settings: Settings = SETTINGS, **more: An
     return begin_(ALONE, request, settings, nbytes=1000, **more)
 
 
-def stage(save: Save, state: object, *, stable: bool = False, file: str = "model.pt") -> ClusterSave:
+def stage(save: Save, state: object, *, overlappable: bool = False, file: str = "model.pt") -> ClusterSave:
     cluster_save = save.cluster_saves.get("model") or save.add_cluster("model", {"framework": "none"})
-    image = layout.lay_out(state, Path(file).stem, lambda storage: stable)
-    cluster_save.stage(save.attempt.checkpoint_dir / file, image, overlap=stable)
+    image = layout.lay_out(state, Path(file).stem, lambda storage: overlappable)
+    cluster_save.stage(save.attempt.checkpoint_dir / file, image, overlap=overlappable)
     return cluster_save
 
 
@@ -136,9 +138,9 @@ def test_a_save_goes_from_begin_to_a_sound_checkpoint(out: Path) -> None:
     assert (out / "latest").read_text() == "t1"
     save.wait(20, uploaded=True)
     assert save.finished and pending.pending() == []
-    told = manifests.read(out / "t1")
-    assert told.clusters == {"model": {"world_size": 1, "framework": "none"}} and told.step == 1
-    assert {receipt.path for receipt in told.files} == {
+    manifest = manifests.read(out / "t1")
+    assert manifest.clusters == {"model": {"world_size": 1, "framework": "none"}} and manifest.step == 1
+    assert {receipt.path for receipt in manifest.files} == {
         *("model.pt", "digests/model.0.json", "tensors/model.0.json", "votes/expected.json"),
     }
 
@@ -156,7 +158,7 @@ def test_what_changes_after_an_eager_stage_does_not_reach_the_file(out: Path) ->
 def test_what_changes_after_the_fence_does_not_reach_the_file(out: Path) -> None:
     weight = torch.ones(200_000)
     save = begin(out)
-    stage(save, {"w": weight}, stable=True)
+    stage(save, {"w": weight}, overlappable=True)
     pending.fence()
     weight.zero_()
     seal(save)
@@ -167,7 +169,7 @@ def test_what_changes_after_the_fence_does_not_reach_the_file(out: Path) -> None
 def test_a_state_larger_than_the_arena_streams_through_it(out: Path) -> None:
     weight = torch.rand(1_000_000)
     save = begin(out)
-    cluster_save = stage(save, {"w": weight}, stable=True)
+    cluster_save = stage(save, {"w": weight}, overlappable=True)
     weight.zero_()  # stage could not overlap, so all is copied
     seal(save)
     save.wait(20)
@@ -244,13 +246,13 @@ def test_what_a_refused_fsync_leaves_open_is_told_and_nothing_is_pruned_for_it(
 # ---- failures
 
 
-@pytest.mark.parametrize("stable", [False, True])
-def test_a_failed_write_names_the_path_and_leaves_older_checkpoints_alone(out: Path, stable: bool) -> None:
+@pytest.mark.parametrize("overlappable", [False, True])
+def test_a_failed_write_names_the_path_and_leaves_older_checkpoints_alone(out: Path, overlappable: bool) -> None:
     save_now(out, {"w": torch.ones(3)}, "old")
     before = (out / "old" / "model.pt").read_bytes()
     save = begin(out, "new")
     (save.attempt.checkpoint_dir / "model.pt").mkdir()  # in the way
-    cluster_save = stage(save, {"w": torch.ones(100_000)}, stable=stable)
+    cluster_save = stage(save, {"w": torch.ones(100_000)}, overlappable=overlappable)
     seal(save)
     with pytest.raises(SaveFailed) as caught:
         save.wait(20)
@@ -264,11 +266,11 @@ def test_a_failed_write_names_the_path_and_leaves_older_checkpoints_alone(out: P
     assert again.attempt.attempt == 2 and torch.equal(load(out, "new")["w"], torch.zeros(5))
 
 
-def test_a_ticket_that_failed_gives_the_arena_back_and_commits_nothing(out: Path) -> None:
+def test_a_cluster_save_that_failed_gives_the_arena_back_and_commits_nothing(out: Path) -> None:
     save = begin(out)
-    cluster_save = stage(save, {"w": torch.ones(100_000)}, stable=True)
+    cluster_save = stage(save, {"w": torch.ones(100_000)}, overlappable=True)
     cluster_save.fail(RuntimeError("out of luck"))
-    cluster_save.fail(RuntimeError("another"))  # the first error is the one that is told
+    cluster_save.fail(RuntimeError("another"))  # the first error is the one that is reported
     seal(save)
     with pytest.raises(SaveFailed, match=r"cluster 'model' rank 0 failed: RuntimeError: out of luck"):
         save.wait(20)
@@ -285,10 +287,45 @@ def test_an_error_while_staging_is_the_callers_and_a_no(out: Path) -> None:
         save.wait(20)
 
 
+@pytest.mark.parametrize("kind", [TypeError, ValueError, ConfigError])
+def test_an_error_while_voting_abandons_the_save_on_every_rank_at_once(
+    out: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    lead = begin_(ALONE, Request(out, "t1", 1, {"model": 2}), SETTINGS, nbytes=1000)
+    peer = Save(lead.attempt, SETTINGS, 1, ("model",))
+    stage(lead, {"w": torch.ones(3)})
+    stage(peer, {"w": torch.ones(3)}, file="other.pt")
+    cast = ballot.cast
+
+    def cast_or_raise(attempt: Attempt, vote: Vote) -> None:
+        if vote.rank == 1:
+            raise kind("no such vote")
+        cast(attempt, vote)
+
+    monkeypatch.setattr(ballot, "cast", cast_or_raise)
+    began = time.monotonic()
+    for save in (lead, peer):
+        seal(save)
+    for save in (lead, peer):
+        with pytest.raises(SaveFailed, match=r"t1.*abandoned.*no such vote"):
+            save.wait(10)
+    assert time.monotonic() - began < SETTINGS.commit_timeout_s / 2
+    assert not lead.attempt.directory.exists() and not (out / "t1").exists()
+
+
+def test_facts_that_no_vote_can_hold_fail_the_save_by_the_name_of_the_cluster(out: Path) -> None:
+    save = begin(out)
+    stage(save, {"w": torch.ones(3)}).facts["strange"] = object()
+    seal(save)
+    with pytest.raises(SaveFailed, match=r"abandoned: .*cluster 'model' rank 0 could not vote: TypeError"):
+        save.wait(10)
+    assert not save.attempt.directory.exists()
+
+
 def test_an_interrupt_while_staging_abandons_the_save(out: Path) -> None:
     save = begin(out)
     with pytest.raises(KeyboardInterrupt), save.staging():
-        stage(save, {"w": torch.ones(100_000)}, stable=True)
+        stage(save, {"w": torch.ones(100_000)}, overlappable=True)
         raise KeyboardInterrupt
     with pytest.raises(SaveFailed, match="KeyboardInterrupt"):
         save.wait(20)
@@ -323,8 +360,8 @@ def test_the_log_tells_a_failure_and_what_is_left(out: Path, caplog: pytest.LogC
     seal(save)
     with pytest.raises(SaveFailed):
         save.wait(20)
-    told = [r.getMessage() for r in caplog.records if r.name == "roll_ckpt"]
-    assert len(told) == 1 and "out of luck" in told[0] and "lder checkpoints are untouched" in told[0]
+    messages = [r.getMessage() for r in caplog.records if r.name == "roll_ckpt"]
+    assert len(messages) == 1 and "out of luck" in messages[0] and "lder checkpoints are untouched" in messages[0]
 
 
 # ---- beginning
@@ -344,7 +381,7 @@ def test_nothing_is_touched_when_there_is_no_room(out: Path) -> None:
 
 
 def test_a_save_that_is_not_begun_counts_so_that_worlds_keep_in_step(out: Path) -> None:
-    """Another world, with room enough for its part, has begun that attempt."""
+    """Another job, with room enough for its part, has begun that attempt."""
     save_now(out, {"w": torch.ones(3)})
     refused = begin_(ALONE, Request(out, "t2", 2, {"model": 1}), SETTINGS, nbytes=1 << 60)
     assert not refused.begun and isinstance(refused.failure, NoRoom)
@@ -358,7 +395,7 @@ def test_a_save_that_is_not_begun_counts_so_that_worlds_keep_in_step(out: Path) 
 @pytest.mark.parametrize("key", ["output_dir", "name", "step", "clusters", "save_latest"])
 def test_ranks_that_ask_for_different_saves_are_told_what_differs(key: str) -> None:
     wish = {"output_dir": "a", "name": "n", "step": 1, "clusters": {"m": 2}, "save_latest": True}
-    posts = [{"wish": wish, "problem": None}, {"wish": {**wish, key: "else"}, "problem": None}]
+    posts = [{"request": wish, "problem": None}, {"request": {**wish, key: "else"}, "problem": None}]
     with pytest.raises(RanksDisagree, match=rf"rank 1 and rank 0 .*: {key} 'else' and"):
         _check_agreement(posts)
     _check_agreement([posts[0], posts[0]])
@@ -495,7 +532,7 @@ def test_a_tensor_that_is_changed_before_the_fence_fails_the_save_by_name(out: P
     state = two_tensors()
     with late_copies(SETTINGS):
         save = begin(out, settings=checked(check))
-        stage(save, state, stable=True)
+        stage(save, state, overlappable=True)
         state["last"].data.add_(1)
         seal(save)
     with pytest.raises(SaveFailed) as caught:
@@ -514,7 +551,7 @@ def test_what_is_changed_when_it_was_copied_fails_nothing(out: Path) -> None:
     state = two_tensors()
     with late_copies(SETTINGS):
         late, early = begin(out, "late"), begin(out, "early")
-        stage(late, state, stable=True)
+        stage(late, state, overlappable=True)
         stage(early, state)
         seal(early)
         late.fence()
@@ -529,7 +566,7 @@ def test_with_fail_training_a_changed_tensor_is_raised_at_the_next_fence(out: Pa
     state = two_tensors()
     with late_copies(SETTINGS):
         save = begin(out, settings=checked("full", fail_training=True))
-        stage(save, state, stable=True)
+        stage(save, state, overlappable=True)
         state["first"].data.add_(1)
         seal(save)
     with pytest.raises(SaveFailed, match="'first'"):
@@ -540,7 +577,7 @@ def test_what_is_looked_at_does_not_change_what_is_written(out: Path) -> None:
     written = set()
     for check in ("off", "sample", "full"):
         save = begin(out, check, checked(check))
-        stage(save, two_tensors(), stable=True)
+        stage(save, two_tensors(), overlappable=True)
         seal(save)
         save.wait(20)
         written.add((out / check / "model.pt").read_bytes())
@@ -563,7 +600,7 @@ def in_a_process(code: str, *arguments: str) -> str:
 
 
 def test_a_forked_child_has_no_pending_saves_and_commits_nothing_at_its_exit(out: Path) -> None:
-    told = in_a_process(
+    output = in_a_process(
         """
         import os, sys, torch
         from pathlib import Path
@@ -590,7 +627,7 @@ def test_a_forked_child_has_no_pending_saves_and_commits_nothing_at_its_exit(out
         """,
         str(out),
     )
-    assert told.split() == ["7", "False", "True", "True"]
+    assert output.split() == ["7", "False", "True", "True"]
 
 
 def test_a_process_that_ends_finishes_its_pending_saves(out: Path) -> None:
@@ -600,7 +637,7 @@ def test_a_process_that_ends_finishes_its_pending_saves(out: Path) -> None:
         from pathlib import Path
         import test_saver as t
         save = t.begin(Path(sys.argv[1]))
-        t.stage(save, {"w": torch.ones(100_000)}, stable=True)
+        t.stage(save, {"w": torch.ones(100_000)}, overlappable=True)
         t.seal(save)
         """,
         str(out),
@@ -652,7 +689,7 @@ def test_write_file_leaves_the_older_file_and_no_temporary_when_it_fails(tmp_pat
 
 
 def test_write_file_stops_in_the_middle_when_the_disk_is_full(tmp_path: Path) -> None:
-    told = in_a_process(
+    output = in_a_process(
         """
         import resource, signal, sys, torch
         from pathlib import Path
@@ -669,7 +706,7 @@ def test_write_file_stops_in_the_middle_when_the_disk_is_full(tmp_path: Path) ->
         """,
         str(tmp_path / "weights.bin"),
     )
-    assert told.split() == ["OSError", "27", "b'old'", "1"]
+    assert output.split() == ["OSError", "27", "b'old'", "1"]
 
 
 def test_write_file_into_a_directory_that_is_not_there_names_the_file(tmp_path: Path) -> None:

@@ -52,8 +52,8 @@ PLACES: dict[str, Callable[[], object]] = {
 def test_a_secret_in_a_configuration_or_an_address_is_refused_and_not_repeated(where: str) -> None:
     with pytest.raises(ConfigError) as caught:
         PLACES[where]()
-    told = "".join(traceback.format_exception(caught.value)) + repr(caught.value) + str(caught.value)
-    code = "".join(line for line in told.splitlines(keepends=True) if "lambda" not in line)
+    text = "".join(traceback.format_exception(caught.value)) + repr(caught.value) + str(caught.value)
+    code = "".join(line for line in text.splitlines(keepends=True) if "lambda" not in line)
     assert not [secret for secret in SECRETS if secret in code], code
 
 

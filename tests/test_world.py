@@ -19,16 +19,16 @@ def collect(posts: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def test_every_rank_gets_what_rank_0_made_of_all_posts(pair: Pair) -> None:
-    found = pair(lambda ranks: ranks.decide_on_rank0({"rank": ranks.rank}, collect, 10))
-    assert found[0] == found[1] == {"posts": [{"rank": 0}, {"rank": 1}], "pid": os.getpid()}
+    answers = pair(lambda ranks: ranks.decide_on_rank0({"rank": ranks.rank}, collect, 10))
+    assert answers[0] == answers[1] == {"posts": [{"rank": 0}, {"rank": 1}], "pid": os.getpid()}
 
 
 def test_rendezvous_do_not_mix_and_leave_little_behind(pair: Pair) -> None:
     def many(ranks: RankGroup) -> list[Any]:
         return [ranks.decide_on_rank0({"n": n, "rank": ranks.rank}, collect, 10)["posts"] for n in range(20)]
 
-    wanted = [[{"n": n, "rank": 0}, {"n": n, "rank": 1}] for n in range(20)]
-    assert pair(many) == [wanted, wanted]
+    expected = [[{"n": n, "rank": 0}, {"n": n, "rank": 1}] for n in range(20)]
+    assert pair(many) == [expected, expected]
 
 
 def test_a_rank_that_comes_late_is_waited_for(pair: Pair) -> None:
@@ -44,8 +44,8 @@ def test_our_error_on_rank_0_is_raised_alike_on_all(pair: Pair, kind: type[RollC
     def refuse(posts: list[dict[str, Any]]) -> dict[str, Any]:
         raise kind("the reason, with figures: 1,234")
 
-    found = pair(lambda ranks: ranks.decide_on_rank0({}, refuse, 10))
-    assert found == [[kind.__name__, "the reason, with figures: 1,234"]] * 2
+    answers = pair(lambda ranks: ranks.decide_on_rank0({}, refuse, 10))
+    assert answers == [[kind.__name__, "the reason, with figures: 1,234"]] * 2
 
 
 def test_the_world_goes_on_after_an_error(pair: Pair) -> None:
@@ -64,8 +64,8 @@ def test_an_error_that_is_not_ours_reaches_every_rank_too(pair: Pair) -> None:
         raise PermissionError(13, "Permission denied", "/the/run")
 
     began = time.monotonic()
-    for found in pair(lambda ranks: ranks.decide_on_rank0({}, break_, 10)):
-        assert found[0] == "SaveFailed" and "/the/run" in found[1]
+    for answer in pair(lambda ranks: ranks.decide_on_rank0({}, break_, 10)):
+        assert answer[0] == "SaveFailed" and "/the/run" in answer[1]
     assert time.monotonic() - began < 8, "a rank waited for a verdict that nobody would give"
 
 
@@ -73,9 +73,9 @@ def test_a_rank_that_does_not_come_is_named(pair: Pair) -> None:
     def work(ranks: RankGroup) -> Any:
         return ranks.decide_on_rank0({}, collect, 0.3) if ranks.rank == 0 else "stayed away"
 
-    found = pair(work)
-    assert found[1] == "stayed away" and found[0][0] == "RanksDisagree"
-    assert "rank 1 of 2 did not come to the save within 0.3 s" in found[0][1]
+    answers = pair(work)
+    assert answers[1] == "stayed away" and answers[0][0] == "RanksDisagree"
+    assert "rank 1 of 2 did not come within 0.3 s" in answers[0][1]
 
 
 def test_a_rank_without_an_answer_says_so(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,9 +84,9 @@ def test_a_rank_without_an_answer_says_so(pair: Pair, monkeypatch: pytest.Monkey
     def work(ranks: RankGroup) -> Any:
         return ranks.decide_on_rank0({}, collect, 0.3) if ranks.rank == 1 else "stayed away"
 
-    found = pair(work)
-    assert found[0] == "stayed away"
-    assert found[1][0] == "RanksDisagree" and "rank 1: no answer from rank 0 within 0.3 s" in found[1][1]
+    answers = pair(work)
+    assert answers[0] == "stayed away"
+    assert answers[1][0] == "RanksDisagree" and "rank 1: no answer from rank 0 within 0.3 s" in answers[1][1]
 
 
 @pytest.mark.parametrize("failing", [0, 1])
@@ -105,8 +105,8 @@ def test_any_error_of_an_action_is_told_with_its_rank(pair: Pair) -> None:
     def work(ranks: RankGroup) -> Any:
         ranks.run_on_all_ranks(lambda: 1 // (1 - ranks.rank), 10)
 
-    for found in pair(work):
-        assert found[0] == "SaveFailed" and "rank 1: ZeroDivisionError" in found[1]
+    for answer in pair(work):
+        assert answer[0] == "SaveFailed" and "rank 1: ZeroDivisionError" in answer[1]
 
 
 def test_a_world_of_one_agrees_with_itself() -> None:

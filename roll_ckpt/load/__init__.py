@@ -1,4 +1,5 @@
-"""How a committed checkpoint is opened, verified and read, by one rank and by all together.
+"""Opens, verifies and reads a committed checkpoint, on one rank (`checkpoint`, `reader`) or all (`together`, `newest`).
 
-Backends and the pipeline import `checkpoint`, `reader`, `together`, `newest`, `compare` and `trust`. A load writes nothing.
+`compare` refuses another model, `trust` knows what pickles may hold. Imported by `backends`, `pipeline` and `cli`. A
+load writes nothing.
 """

@@ -1,4 +1,4 @@
-"""The load corridor of one rank: find, read with every digest checked, parse."""
+"""OpenedCheckpoint: a committed checkpoint opened for reading; every byte is checked against its digests."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from roll_ckpt.formats import manifests, records, sealed_json
 from roll_ckpt.native import extension, files
 from roll_ckpt.native.extension import Buffer
 
-_LEVELS_UP = 2  # checkpoint-N/actor_train/checkpoint-N
+_LEVELS_UP = 2  # a caller may give checkpoint-N/actor_train/checkpoint-N
 
 
 @contextmanager
 def as_unreadable(where: Path) -> Iterator[None]:
-    """Inside the block, which only reads, a disk that refuses is told as Unreadable, naming the path or `where`."""
+    """Inside the block, which only reads, turn OSError into Unreadable, naming its path, or `where` if it has none."""
     try:
         yield
     except RollCkptError:
         raise
     except OSError as problem:
-        path, why = problem.filename or where, problem.strerror or problem
-        raise Unreadable(f"{path}: it cannot be read: {why}. {errors.BY_HAND}") from problem
+        path, reason = problem.filename or where, problem.strerror or problem
+        raise Unreadable(f"{path}: it cannot be read: {reason}. {errors.BY_HAND}") from problem
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """A file of a committed checkpoint as its digests tell it."""
+    """A file of a committed checkpoint as its digests describe it: its size, and the CRC-32 of each block."""
 
     path: Path
     nbytes: int
@@ -44,11 +44,15 @@ class Blocks:
     crcs: list[int]
 
     def length(self, index: int) -> int:
-        """How many bytes one block has."""
+        """The size of one block in bytes; only the last may be shorter than `block_bytes`."""
         return min(self.block_bytes, self.nbytes - index * self.block_bytes)
 
     def read(self, index: int, target: memoryview) -> None:
-        """Read one block into `target`, which has its length. Damaged if the bytes are not those that were written."""
+        """Read one block into `target`, which must have its length. Blocks.
+
+        Raises:
+            Damaged: the bytes are not those that were written. OSError: the disk returns an error.
+        """
         start = index * self.block_bytes
         nbytes = ReadRetries().run(partial(reads.read_into, self.path, start, target))
         if nbytes != len(target) or extension.crc32(target) != self.crcs[index]:
@@ -58,9 +62,11 @@ class Blocks:
 
 
 class OpenedCheckpoint:
-    """A committed checkpoint opened for reading: its manifest and the digests of its files.
+    """A committed checkpoint opened for reading: its manifest, and the digests of its files, read when needed.
 
-    NotFound, Damaged, Unreadable: its manifest.
+    Raises:
+        NotFound: the directory has no manifest. Damaged: the manifest is not as it was written.
+        Unreadable: the disk does not return it.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -72,15 +78,17 @@ class OpenedCheckpoint:
 
     @classmethod
     def around(cls, path: Path) -> OpenedCheckpoint | None:
-        """The checkpoint that `path` lies in, or None for files that no roll_ckpt has saved.
+        """The checkpoint that contains `path`; None for files that roll_ckpt has not saved.
 
-        Damaged if its manifest is gone: then nothing tells what belongs there. Unreadable if the disk does not tell.
+        Raises:
+            Damaged: other records of a checkpoint exist, but its manifest is missing, so nothing can be verified.
+            Unreadable: the disk does not tell what is there.
         """
         marks, retries = (names.MANIFEST, names.DECISION, names.EXPECTED), ReadRetries()
         for folder, enough in [(path, 1), *((parent, 2) for parent in list(path.absolute().parents)[:_LEVELS_UP])]:
             with as_unreadable(folder):
-                there = sum(retries.run(partial(tree.exists, folder / record)) for record in marks)
-            if there < enough:
+                present = sum(retries.run(partial(tree.exists, folder / record)) for record in marks)
+            if present < enough:
                 continue
             try:
                 return cls(folder)
@@ -92,11 +100,13 @@ class OpenedCheckpoint:
         return None
 
     def read(self, path: Path, settings: Settings, *, cached: bool = False) -> Buffer:
-        """The bytes of a file of this checkpoint, each block checked as it is read; `cached` says that they were
-        just read through the page cache, and are there.
+        """The bytes of a file of this checkpoint; each block is checked as it is read. Blocks.
+
+        `cached`: the file was just read through the page cache, so direct I/O would only read the disk again.
 
         Raises:
             Damaged: the manifest does not list the file, or its bytes are not those that were written.
+            OSError: the disk returns an error, also after about two seconds of retries.
         """
         blocks = self.blocks(path)
         return ReadRetries().run(
@@ -112,10 +122,11 @@ class OpenedCheckpoint:
         )
 
     def blocks(self, path: Path) -> Blocks:
-        """What a file of this checkpoint holds; its bytes are not read.
+        """The size and digests of a file of this checkpoint; its bytes are not read.
 
         Raises:
-            Damaged: the manifest does not list the file, or its digests are not those that the manifest rests on.
+            Damaged: the manifest does not list the file, or its digests do not match the manifest.
+            Unreadable: the disk does not return the digests.
         """
         relative = path.absolute().relative_to(self.directory.absolute()).as_posix()
         receipt = self._files.get(relative)
@@ -127,13 +138,13 @@ class OpenedCheckpoint:
         try:
             root = records.root_of(receipt.nbytes, receipt.block_bytes, crcs)
         except (TypeError, ValueError, struct.error) as problem:
-            raise Damaged(f"{path}: its digests in {names.DIGESTS}/ are none: {problem}") from problem
+            raise Damaged(f"{path}: its record in {names.DIGESTS}/ is not a list of digests: {problem}") from problem
         if root != receipt.root:
             raise Damaged(f"{path}: its digests do not match the manifest of {self.directory}")
         return Blocks(path, receipt.nbytes, receipt.block_bytes, crcs)
 
     def parameters(self, cluster: str, rank: int) -> dict[str, Any]:
-        """Names, dtypes and shapes of the model that `rank` of `cluster` saved; empty if not recorded."""
+        """The parameters that `rank` of `cluster` saved: dtype and shape by name; empty if they were not recorded."""
         for candidate in (rank, 0):
             relative = names.tensor_file(cluster, candidate)
             if relative in self._files:
@@ -147,11 +158,11 @@ class OpenedCheckpoint:
                 if listed.startswith(names.DIGESTS + "/"):
                     self._digests.update(self._json(listed))
         if relative not in self._digests:
-            raise Damaged(f"{self.directory / relative}: no digests for it in {names.DIGESTS}/")
-        told = self._digests[relative]
-        crcs = told.get("crcs") if isinstance(told, dict) else None
+            raise Damaged(f"{self.directory / relative}: {names.DIGESTS}/ has no digests for it")
+        record = self._digests[relative]
+        crcs = record.get("crcs") if isinstance(record, dict) else None
         if not isinstance(crcs, list):
-            raise Damaged(f"{self.directory / relative}: what {names.DIGESTS}/ holds of it is no digests")
+            raise Damaged(f"{self.directory / relative}: {names.DIGESTS}/ has no valid list of CRCs for it")
         return crcs
 
     def _json(self, relative: str) -> dict[str, Any]:
@@ -166,11 +177,11 @@ class OpenedCheckpoint:
         return sealed_json.parse_json(data, path)
 
 
-def _parameters(told: Any, where: Path) -> dict[str, Any]:
-    sound = isinstance(told, dict) and all(
-        isinstance(known, dict) and isinstance(known.get("shape"), list) for known in told.values()
+def _parameters(record: Any, where: Path) -> dict[str, Any]:
+    sound = isinstance(record, dict) and all(
+        isinstance(parameter, dict) and isinstance(parameter.get("shape"), list) for parameter in record.values()
     )
     if not sound:
-        raise Damaged(f"{where}: its parameters are not names, each with a shape")
-    parameters: dict[str, Any] = told
+        raise Damaged(f"{where}: its parameters are not a mapping of names to shapes")
+    parameters: dict[str, Any] = record
     return parameters

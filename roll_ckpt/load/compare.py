@@ -1,4 +1,4 @@
-"""The load corridor of one rank: find, read with every digest checked, parse."""
+"""Compares the model in a checkpoint with the live model, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from roll_ckpt.errors import ModelMismatch
 
 
 def compare_models(saved: dict[str, Any], live: dict[str, Any], where: str, strict: bool = True) -> None:
-    """Refuse a checkpoint of another model before anything is loaded.
+    """Refuse a checkpoint of another model. This rank alone; does not block.
 
-    Both map parameter names to a dict with `shape`; dtypes may differ, frameworks convert them. Unless `strict`,
-    names may be missing on either side.
+    `saved` and `live` map parameter names to dicts with a `shape`. Dtypes may differ: frameworks convert them. Unless
+    `strict`, names may be missing on either side. An empty `saved` means that no parameters were recorded: no refusal.
 
     Raises:
         ModelMismatch: lists the first ten differences.
@@ -19,7 +19,7 @@ def compare_models(saved: dict[str, Any], live: dict[str, Any], where: str, stri
     if not saved:
         return
     differences = []
-    for name in [*live, *(n for n in saved if n not in live)]:
+    for name in [*live, *(name for name in saved if name not in live)]:
         if not strict and (name not in saved or name not in live):
             continue
         if name not in saved:

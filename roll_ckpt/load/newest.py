@@ -1,4 +1,4 @@
-"""The one way back past damaged checkpoints: open the newest that is sound, and say which were refused."""
+"""The one fallback past damaged checkpoints: opens the newest sound one, and logs which were refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from roll_ckpt.load.reader import Reader
 log = logging.getLogger("roll_ckpt")
 
 Open = Callable[[ExitStack, Path], Reader]
-"""Opens and verifies a checkpoint on every rank, until the stack is left; raises Damaged on every rank."""
+"""Opens and verifies a checkpoint, for as long as the stack is open; raises Damaged on every rank if it is damaged."""
 
 
 @contextmanager
@@ -22,12 +22,13 @@ def newest_sound(
 ) -> Iterator[tuple[str, Reader] | None]:
     """Open the first of `names` that is not damaged, and yield its name and reader; None if there are no names.
 
-    Every rank calls with the same names, the one to try first comes first. `refused` are names known to be damaged.
-    Any other error than Damaged ends the search: nothing older is taken in the place of a checkpoint that may be
-    sound.
+    Every rank calls with the same `names`, the newest first. `refused` are names already known to be damaged. Blocks
+    while checkpoints are verified. Any error other than Damaged ends the search: a checkpoint that may be sound must
+    not be replaced by an older one.
 
     Raises:
-        Damaged: all are damaged; `advice` ends the message.
+        Damaged: all of them are damaged; `advice` ends the message.
+        NotFound, Unreadable, RanksDisagree: from `open_verified`.
     """
     passed = list(refused)
     for name in names:

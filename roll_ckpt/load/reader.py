@@ -1,4 +1,4 @@
-"""The load corridor of one rank: find, read with every digest checked, parse."""
+"""Reader: loads torch files, of a checkpoint of ours with every block checked, of any other with stock `torch.load`."""
 
 from __future__ import annotations
 
@@ -25,10 +25,13 @@ log = logging.getLogger("roll_ckpt")
 
 
 class Reader:
-    """Loads files for one load of one checkpoint.
+    """Reads the files of one checkpoint during one load, on one rank and thread.
 
-    DeepSpeed reads a file twice and only looks at the first result: the bytes of the last file are kept for one
-    more load, whose state then shares memory with the first.
+    `checkpoint` is None if roll_ckpt did not save the files in `directory`; then nothing can be verified. `allow` are
+    objects that pickles may refer to, beside those of `settings.load.allow`.
+
+    DeepSpeed loads the same file twice in a row and only inspects the first result. So the bytes of the last file are
+    kept for one more load; both states then share memory.
     """
 
     def __init__(self, directory: Path, settings: Settings, allow: Iterable[Any]) -> None:
@@ -37,18 +40,20 @@ class Reader:
         self._allow = [*allow, *allowed(settings)]
         self._last: tuple[Path, Buffer] | None = None
         self.cached = False
-        """Whether `check_bytes` has just read the checkpoint: then the disk need not be read once more."""
+        """Set by the caller after `check_bytes`: the files are in the page cache, so direct I/O is not used."""
 
     def read_bytes(self, path: Path) -> bytes:
-        """The bytes of a small file of a checkpoint of ours. Damaged: see `Unit.read`."""
+        """The bytes of a small file of a checkpoint of ours. Blocks. Errors as `OpenedCheckpoint.read`."""
         assert self.checkpoint is not None
         return bytes(self.checkpoint.read(path, self._settings, cached=self.cached))
 
     def load(self, path: Path, map_location: Any) -> Any:
-        """The state in `path`; its tensors lie where `map_location` says, as `torch.load` does it.
+        """The state in the torch file `path`; `map_location` places its tensors, as in `torch.load`. Blocks.
 
         Raises:
-            FileNotFoundError: no such file. Damaged: see `Unit.read` and `torch_zip.parse`.
+            FileNotFoundError: there is no such file.
+            Damaged: it is not as it was written, is no torch file, or its pickle needs a name that is not allowed.
+            OSError: the disk returns an error.
         """
         if self.checkpoint is None:
             return _load_stock(path, map_location, self._allow)
@@ -70,13 +75,19 @@ def _load_stock(path: Path, map_location: Any, allow: list[Any]) -> Any:
         ) from problem
     except OSError:
         raise
-    except Exception as problem:  # a damaged pickle can raise anything
-        raise Damaged(f"{path}: cannot be read, it is truncated or no torch file: {problem}") from problem
+    except Exception as problem:  # unpickling damaged bytes can raise anything
+        raise Damaged(f"{path}: cannot be read: it is truncated, or not a torch file: {problem}") from problem
 
 
 @contextmanager
 def open_reader(directory: Path, settings: Settings, allow: Iterable[Any] = ()) -> Iterator[Reader]:
-    """Open the checkpoint around `directory` for loading; nobody prunes it until the block is left."""
+    """Open the checkpoint that contains `directory` for loading; no process prunes it inside the block.
+
+    This rank alone. Warns if there is no checkpoint of ours: then nothing can be verified.
+
+    Raises:
+        NotFound: it is being removed just now. Damaged, Unreadable: see `OpenedCheckpoint.around`.
+    """
     with ExitStack() as stack:
         reader = enter_reader(stack, directory, settings, allow)
         warn_unverified(directory, reader)
@@ -84,6 +95,7 @@ def open_reader(directory: Path, settings: Settings, allow: Iterable[Any] = ()) 
 
 
 def enter_reader(stack: ExitStack, directory: Path, settings: Settings, allow: Iterable[Any]) -> Reader:
+    """Like `open_reader`, but held open by `stack`, and without the warning."""
     reader = Reader(directory, settings, allow)
     if reader.checkpoint is not None:
         stack.enter_context(reader_locks.reading(reader.checkpoint.directory))
@@ -91,7 +103,8 @@ def enter_reader(stack: ExitStack, directory: Path, settings: Settings, allow: I
 
 
 def warn_unverified(directory: Path, reader: Reader) -> None:
+    """Warn in the log if `reader` reads files that roll_ckpt did not save."""
     if reader.checkpoint is None:
         log.warning(
-            "%s has no %s of ours: it is loaded, but what it holds cannot be verified", directory, names.MANIFEST
+            "%s has no %s of ours: it is loaded, but its contents cannot be verified", directory, names.MANIFEST
         )

@@ -1,10 +1,11 @@
-"""The load corridor of one rank: find, read with every digest checked, parse."""
+"""Opens and verifies one checkpoint on all ranks together: all see the same one, and share the reading."""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,57 +21,66 @@ from roll_ckpt.load.reader import Reader, enter_reader, warn_unverified
 from roll_ckpt.ranks.group import LONGEST_S, RankGroup
 from roll_ckpt.transaction import verification
 
-_LOOK_AGAIN_S = (0.5, 1.0, 2.0, 4.0, 8.0)
-_NAMED = 10  # damaged files in one message
+log = logging.getLogger("roll_ckpt")
+
+_LOOK_AGAIN_S = (0.5, 1.0, 2.0, 4.0, 8.0)  # pauses before ranks that do not see the checkpoint look again
+_NAMED = 10  # how many damaged files a message names
 
 
 @contextmanager
 def open_together(ranks: RankGroup, directory: Path, settings: Settings, allow: Iterable[Any] = ()) -> Iterator[Reader]:
-    """`reading` of one and the same checkpoint on every rank. Every rank calls; blocks.
+    """Open the same checkpoint on every rank, as `open_reader` does on one. Every rank calls; blocks.
 
-    A rank that does not see what another one sees looks again for a while: an NFS client believes for some seconds
-    that a name is missing, unless its directory is listed.
+    If some ranks see the checkpoint and others do not, all look again for about 15 s: an NFS client can believe for
+    some seconds that a name is missing, unless it lists the directory.
 
-    Raises, on every rank and with nothing read:
-        NotFound, Damaged, Unreadable: as a rank met it.
-        RanksDisagree: ranks see different manifests, or some see none.
+    Raises, on every rank and before a file is read:
+        NotFound, Damaged, Unreadable: what one of the ranks met.
+        RanksDisagree: ranks see different manifests, or some still see none.
     """
     opened: list[Reader] = []
-    mine = {"manifest": "", "error": "", "text": ""}
+    view = {"manifest": "", "error": "", "text": ""}
 
     def look(stack: ExitStack, again: bool) -> None:
-        if mine["manifest"]:
+        if view["manifest"]:
             return
         opened.clear()
         try:
             with as_unreadable(directory):
                 for folder in (directory.parent, directory) if again else ():
-                    with suppress(OSError):
-                        tree.list_dir(folder)
+                    _refresh(folder)
                 reader = enter_reader(stack, directory, settings, allow)
                 if reader.checkpoint is not None:
                     record = ReadRetries().run(partial(reads.read_bytes, reader.checkpoint.directory / names.MANIFEST))
-                    mine["manifest"] = sealed_json.sha256(record)
+                    view["manifest"] = sealed_json.sha256(record)
             opened.append(reader)
-            mine["error"] = ""
+            view["error"] = ""
         except (NotFound, Damaged) as problem:
             if not isinstance(problem, NotFound) and not isinstance(problem.__cause__, NotFound):
                 raise
-            mine.update(error=type(problem).__name__, text=str(problem))
+            view.update(error=type(problem).__name__, text=str(problem))
 
     with ExitStack() as stack:
         for round, pause in enumerate([*_LOOK_AGAIN_S, 0]):
             ranks.run_on_all_ranks(partial(look, stack, round > 0), settings.commit_timeout_s)
             compare = partial(_compare_views, directory, not pause)
-            if not ranks.decide_on_rank0(mine, compare, settings.commit_timeout_s)["again"]:
+            if not ranks.decide_on_rank0(view, compare, settings.commit_timeout_s)["again"]:
                 break
             time.sleep(pause)
         warn_unverified(directory, opened[0])
         yield opened[0]
 
 
+def _refresh(folder: Path) -> None:
+    """List `folder`: an NFS client then asks the server again for names that it believed missing."""
+    try:
+        tree.list_dir(folder)
+    except OSError as problem:
+        log.debug("%s: it could not be listed before looking again: %s", folder, problem)
+
+
 def _compare_views(directory: Path, last: bool, posts: list[dict[str, str]]) -> dict[str, bool]:
-    """Whether to look again at a checkpoint that some ranks see and some do not."""
+    """On rank 0: whether all ranks should look again, because some see the checkpoint and some do not."""
     views = [post["manifest"] for post in posts]
     if len({*views}) == 1:
         for post in posts:
@@ -88,30 +98,32 @@ def _compare_views(directory: Path, last: bool, posts: list[dict[str, str]]) -> 
 
 
 def check_bytes(ranks: RankGroup, checkpoint_dir: Path) -> None:
-    """Re-read every file of a checkpoint, each rank its share, through the page cache: who loads it then reads memory
-    and not the disk, as far as memory goes. Every rank calls; blocks.
+    """Read and verify every file of a checkpoint, each rank its share. Every rank calls; blocks.
 
-    Raises:
-        Damaged: on every rank; names the first ten damaged files, whoever read them.
-        Unreadable: on every rank; no file is damaged as far as is known, and some could not be read.
+    Reads go through the page cache, so a load that follows reads from memory as much of it as memory holds.
+
+    Raises, on every rank:
+        Damaged: names the first ten damaged files that any rank has read.
+        Unreadable: no damage was found, and some files could not be read.
     """
-    mine: dict[str, list[str]] = {"damaged": [], "unreadable": []}
+    problems: dict[str, list[str]] = {"damaged": [], "unreadable": []}
 
     def check() -> None:
-        problems = verification.verify(checkpoint_dir, part=ranks.rank, parts=ranks.size, cache=True)
-        for problem in problems:
+        for problem in verification.verify(checkpoint_dir, part=ranks.rank, parts=ranks.size, cache=True):
             kind = "unreadable" if problem.kind == "unreadable" else "damaged"
-            mine[kind].append(f"{problem.path}: {problem.detail}")
+            problems[kind].append(f"{problem.path}: {problem.detail}")
 
     def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
-        told = {kind: sorted({problem for post in posts for problem in post[kind]}) for kind in mine}
-        every = told["damaged"] + told["unreadable"]
-        shown = "; ".join(every[:_NAMED]) + ("; and more, see `roll-ckpt verify`" if every[_NAMED:] else "")
-        if told["damaged"]:
+        damaged, unreadable = (
+            sorted({text for post in posts for text in post[kind]}) for kind in ("damaged", "unreadable")
+        )
+        listed = damaged + unreadable
+        shown = "; ".join(listed[:_NAMED]) + ("; and more, see `roll-ckpt verify`" if listed[_NAMED:] else "")
+        if damaged:
             raise Damaged(f"{checkpoint_dir}: damaged: {shown}")
-        if told["unreadable"]:
+        if unreadable:
             raise Unreadable(f"{checkpoint_dir}: it cannot be read: {shown}. {errors.BY_HAND}")
         return {}
 
     ranks.run_on_all_ranks(check, LONGEST_S)
-    ranks.decide_on_rank0({kind: problems[: _NAMED + 1] for kind, problems in mine.items()}, decide, LONGEST_S)
+    ranks.decide_on_rank0({kind: texts[: _NAMED + 1] for kind, texts in problems.items()}, decide, LONGEST_S)

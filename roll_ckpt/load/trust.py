@@ -1,4 +1,4 @@
-"""The load corridor of one rank: find, read with every digest checked, parse."""
+"""What pickles in a checkpoint may refer to: torch's own list, and the names in `load.allow`."""
 
 from __future__ import annotations
 
@@ -16,28 +16,30 @@ log = logging.getLogger("roll_ckpt")
 
 
 def allowed(settings: Settings) -> list[Any]:
-    """What pickles may hold beyond torch's list: members of allowed enumerations, and the objects that `load.allow`
-    names.
+    """What pickles may refer to beyond torch's list: the objects that `load.allow` names, and members of allowed enums.
+
+    Imports the modules of these names.
 
     Raises:
-        ConfigError: a name that cannot be imported.
+        ConfigError: a name cannot be imported.
     """
-    found: list[Any] = [safe_pickle.ENUM_MEMBERS]
+    objects: list[Any] = [safe_pickle.ENUM_MEMBERS]
     for name in settings.load.allow:
         module, _, attribute = name.rpartition(".")
         try:
-            found.append(getattr(importlib.import_module(module), attribute))
+            objects.append(getattr(importlib.import_module(module), attribute))
         except (ImportError, AttributeError, ValueError) as problem:
             raise ConfigError(f"load.allow: cannot import {name!r}: {problem}") from problem
-    return found
+    return objects
 
 
 def warn_unloadable(path: Path, unsafe: Mapping[str, list[str]], warned: set[str]) -> None:
-    """Say which entries of the state saved at `path` a safe load would refuse, those in `warned` not again.
+    """Warn which entries of the state saved at `path` a safe load will refuse; each key is added to `warned` and warned
+    about once.
 
-    `unsafe` is what `torch_zip.unsafe_parts` found.
+    `unsafe` maps these keys to the names that their pickles refer to; see `formats.torch_zip.safe_pickle.unsafe_parts`.
     """
-    for key, found in unsafe.items():
+    for key, refused_names in unsafe.items():
         if key not in warned:
             warned.add(key)
             log.warning(
@@ -45,5 +47,5 @@ def warn_unloadable(path: Path, unsafe: Mapping[str, list[str]], warned: set[str
                 "these names to load.allow",
                 path,
                 key,
-                ", ".join(found),
+                ", ".join(refused_names),
             )

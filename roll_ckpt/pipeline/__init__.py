@@ -1,4 +1,5 @@
-"""The way in for a training loop of one's own: `BasePipeline` and the clusters that it checkpoints.
+"""The entry for your own training loop: `BasePipeline`, and the `Cluster`s that it checkpoints together.
 
-`base`, `cluster` and `worker_state` are public through `roll_ckpt`; the others are parts of `base`.
+`base`, `cluster` and `worker_state` are public through `roll_ckpt`; the other modules are parts of `base`. Nothing but
+the root module imports this folder.
 """

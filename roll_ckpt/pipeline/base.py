@@ -1,9 +1,8 @@
-"""BasePipeline: when to save, in what order, and how to come back."""
+"""BasePipeline: decides when to save, saves all clusters as one checkpoint, and resumes from the newest sound one."""
 
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,29 +11,34 @@ import torch
 
 from roll_ckpt import names
 from roll_ckpt.config import PipelineConfig
-from roll_ckpt.errors import ConfigError, NotFound
-from roll_ckpt.load.newest import newest_sound
+from roll_ckpt.errors import ConfigError
 from roll_ckpt.load.reader import Reader
-from roll_ckpt.load.together import check_bytes, open_together
 from roll_ckpt.pipeline import candidates
 from roll_ckpt.pipeline.cluster import Cluster
 from roll_ckpt.pipeline.metrics import add_ended
+from roll_ckpt.pipeline.staging import stage_all
 from roll_ckpt.pipeline.state_files import StateFiles
 from roll_ckpt.pipeline.worker_state import Stateful, WorkerState
 from roll_ckpt.ranks import rng
 from roll_ckpt.ranks.group import RankGroup
 from roll_ckpt.save import arena, pending
 from roll_ckpt.save.begin import Request, SaveEstimate, begin
+from roll_ckpt.save.cluster_save import ClusterSave
 from roll_ckpt.save.save import Save
 from roll_ckpt.upload.after_commit import AfterCommit, sends
-from roll_ckpt.upload.hub.address import Remote
 
 
 class BasePipeline:
-    """Trains clusters and checkpoints them, and itself, as one: every rank holds one and makes the same calls.
+    """Checkpoints several clusters and the pipeline's own state as one. Every rank makes one and makes the same calls.
 
-    Subclass it, register the clusters, call `resume()`, and `do_checkpoint(step)` at the end of each step.
-    The shape is that of ROLL's `roll/pipeline/base_pipeline.py`.
+    Subclass it or use it as it is: register the clusters, call `resume()` once, and `do_checkpoint(step)` at the end of
+    each step. Use it from the training thread only.
+
+    `state` is saved with each checkpoint; `do_checkpoint` sets `state.step`, and `resume` replaces `state`. The
+    interface follows ROLL's `roll/pipeline/base_pipeline.py`.
+
+    Raises:
+        ConfigError: a destination in `config` is not valid.
     """
 
     def __init__(self, config: PipelineConfig) -> None:
@@ -52,11 +56,14 @@ class BasePipeline:
     # --- set-up
 
     def set_checkpoint_clusters(self, *clusters: Cluster) -> None:
-        """Register the models that are saved together; every rank calls, once. No collective.
+        """Register all clusters that are saved together. Every rank calls, once, in the same order.
+
+        No collective; does not block, except that memory for staging is prepared in the background. Nothing is written.
 
         Raises:
-            ConfigError: no cluster, a name twice, or one that `expected_clusters` does not expect.
-            UnsupportedError: an engine that cannot be saved; the reason is in the message.
+            ConfigError: no cluster is given, a name is given twice, clusters are registered already, or
+                `expected_clusters` expects others.
+            UnsupportedError: a model cannot be saved; the message gives the reason.
         """
         if self._clusters:
             raise ConfigError("set_checkpoint_clusters() was called before; give all clusters at once")
@@ -76,7 +83,17 @@ class BasePipeline:
         arena.warm(self.config, sum(cluster.estimate_bytes() for cluster in clusters), device)
 
     def register_stateful(self, name: str, component: Stateful) -> None:
-        """Save and restore `component` on every rank with the pipeline; call it before `resume()`."""
+        """Save and restore `component` together with the pipeline. Every rank calls, before `resume()`; does not block.
+
+        Each rank saves the state of its own object, in a file of its own.
+
+        Args:
+            name: part of that file's name in the checkpoint; the same on every rank and in every run.
+            component: an object with `state_dict()` and `load_state_dict(state)`.
+
+        Raises:
+            ConfigError: `name` cannot be part of a file name, or is registered already.
+        """
         self._state_files.register(name, component)
 
     def _check_expected(self, clusters: dict[str, Cluster]) -> None:
@@ -88,7 +105,7 @@ class BasePipeline:
             if expected.get(name) != size:
                 raise ConfigError(
                     f"cluster {name} has {size} ranks, expected_clusters says {expected}; give every cluster of the "
-                    "run with its world size, the same in each world's configuration"
+                    "run with its number of ranks, the same in the configuration of every job"
                 )
 
     @property
@@ -103,7 +120,7 @@ class BasePipeline:
 
     @property
     def _pipeline_dir(self) -> str:
-        """Where this world's own state lies in the unit; each of several worlds has a folder of its own."""
+        """The folder of this pipeline's own files in a checkpoint. Of several jobs, each has a folder of its own."""
         if self.config.expected_clusters is None:
             return names.PIPELINE
         return f"{names.PIPELINE}/{next(iter(self._clusters))}"
@@ -111,20 +128,31 @@ class BasePipeline:
     # --- saving
 
     def do_checkpoint(self, global_step: int, is_last_step: bool | None = None) -> dict[str, Any]:
-        """Save if the step is due; every rank calls at the end of every step, after the optimizer steps.
+        """Save a checkpoint if one is due. Every rank calls at the end of every step, after the optimizer steps.
 
-        Steps count from 0. It saves at positive multiples of `save_steps`, and at the last step
-        (`max_steps - 1` unless `is_last_step` says), where it returns only when everything is durable and
-        uploaded. Otherwise it returns as soon as training may go on; not durable on return.
+        A save is due at positive multiples of `save_steps` and at the last step; steps count from 0. Otherwise the call
+        only collects metrics and does not block.
+
+        A due save blocks until training may go on: everything except the tensors that only the optimizer changes has
+        then been copied. It is not durable on return; the next optimizer step waits for the copies that are left. At
+        the last step, and with `async_save: false`, it returns when the checkpoint is committed and durable; at the
+        last step, and with `async_upload: false`, when it is uploaded as well.
+
+        Args:
+            global_step: the step that has just ended.
+            is_last_step: whether it is the last one; None: whether it is `max_steps - 1`.
 
         Returns:
-            Metrics of this call, and of earlier saves as they become known: see `docs/metrics.md`.
+            Metrics of this call on this rank, and of earlier saves that have ended since: see `docs/metrics.md`.
 
         Raises:
-            RanksDisagree, RunIsLive, EpochLost: on every rank, with nothing on disk touched.
-            NoRoom, SaveFailed: the save could not begin, or was abandoned (at the last step, or with
-                `async_save: false` or `fail_training: true`; NoRoom also at the first save); older checkpoints are
-                sound.
+            RanksDisagree, RunIsLive, EpochLost: on every rank, before anything is written.
+            NoRoom, SaveFailed: on every rank, if the first save of the run cannot begin. A later save raises them only
+                if the call waits for its outcome; else they are logged, and reported in `checkpoint/failed`. With
+                `fail_training: true` the next call, or the next optimizer step, raises them on the ranks that know.
+            Exception: what a framework raises while staging, on that rank. The save is then abandoned on every rank.
+
+        Whatever is raised, checkpoints that were committed before are sound.
         """
         last = global_step == self.config.max_steps - 1 if is_last_step is None else is_last_step
         self.state.step = global_step
@@ -142,7 +170,7 @@ class BasePipeline:
         began = time.monotonic()
         upload = self.config.checkpoint_config
         uploaded = last or (upload is not None and not upload.async_upload)
-        met = self._ranks.rendezvous_count
+        counted = self._ranks.rendezvous_count
         save = self._begin(step, uploaded)
         metrics: dict[str, Any] = {}
         if not save.begun:
@@ -152,33 +180,21 @@ class BasePipeline:
                 save.wait()
             add_ended(metrics, self._saves, self._after_commit, fail_training=self.config.fail_training)
             return metrics
-        problem: Exception | None = None
-        with save.staging():
-            first = next(iter(self._clusters.values()))
-            for cluster in self._clusters.values():
-                cluster.bind(save)
-                try:
-                    metrics |= cluster.do_checkpoint(global_step=step, is_last_step=last, blocking=False)
-                except Exception as found:  # raised below: the other ranks go on to the next cluster
-                    problem = problem or found
-                metrics[f"time/{cluster.name}/do_checkpoint/host_collectives"] = self._ranks.rendezvous_count - met
-                met = self._ranks.rendezvous_count
-            if problem is None:
-                self._state_files.stage(
-                    save.cluster_saves[first.name], self._pipeline_dir, self._ranks.rank, self.state
-                )
-            else:
-                for cluster_save in save.cluster_saves.values():
-                    cluster_save.fail(problem)
+        metrics, problem = stage_all(
+            save, self._clusters, self._stage_own_files, self._ranks, step=step, last=last, counted=counted
+        )
         self._saves.append(save)
         if uploaded or not self._async_save:
-            metrics[f"time/{first.name}/do_checkpoint/host_collectives"] += 1
+            metrics[f"time/{next(iter(self._clusters))}/do_checkpoint/host_collectives"] += 1
             pending.wait_on_all_ranks(self._ranks, save, uploaded=uploaded)
             add_ended(metrics, self._saves, self._after_commit, fail_training=self.config.fail_training)
         if problem is not None:
             raise problem
         metrics["time/do_checkpoint/total"] = time.monotonic() - began
         return metrics
+
+    def _stage_own_files(self, cluster_save: ClusterSave) -> None:
+        self._state_files.stage(cluster_save, self._pipeline_dir, self._ranks.rank, self.state)
 
     def _begin(self, step: int, uploaded: bool) -> Save:
         request = Request(
@@ -188,79 +204,56 @@ class BasePipeline:
             clusters=self._own_clusters,
             expected_clusters=self.config.expected_clusters,
         )
-        shares: dict[str, SaveEstimate] = {}
+        estimates: dict[str, SaveEstimate] = {}
         problem = None
         try:
-            shares = {name: cluster.prepare(step) for name, cluster in self._clusters.items()}
-        except Exception as found:
-            problem = f"{type(found).__name__}: {found}"
+            estimates = {name: cluster.prepare(step) for name, cluster in self._clusters.items()}
+        except Exception as error:  # `begin` raises it on every rank
+            problem = f"{type(error).__name__}: {error}"
         return begin(
             self._ranks,
             request,
             self.config,
-            nbytes=sum(part.nbytes for part in shares.values()),
-            plans={name: part.plan for name, part in shares.items()},
+            nbytes=sum(estimate.nbytes for estimate in estimates.values()),
+            plans={name: estimate.plan for name, estimate in estimates.items()},
             problem=problem,
             on_commit=partial(self._after_commit, awaited=uploaded),
         )
 
-    # --- coming back
+    # --- resuming
 
     def resume(self) -> int | None:
-        """Restore clusters, state and RNG as `resume_from_checkpoint` says; every rank calls, once.
+        """Restore clusters, components, `state` and random states as the setting `resume_from_checkpoint` says.
 
-        True takes the newest complete and sound checkpoint and falls back past damaged ones, saying so.
-        Blocks. Claims the output directory and finishes or discards what a killed run left there.
+        Every rank calls, once, after registering clusters and components and before the first `do_checkpoint`. Blocks
+        while every byte of the checkpoint is verified and loaded. Also claims the output directory for this run, and
+        finishes or discards the saves that a killed run left unfinished there.
+
+        `resume_from_checkpoint: true` takes the newest sound checkpoint; damaged ones are logged and passed over. All
+        checks run on every rank before the first tensor changes.
 
         Returns:
-            The step of the checkpoint (the loop goes on at step + 1), or None: start at step 0.
+            The step of the checkpoint (go on at step + 1), or None if there is none to resume from (start at step 0).
 
-        Raises:
-            NotFound: the path holds no complete checkpoint, or not the registered clusters.
-            HubRefused, HubUnavailable, NoRoom: it could not be pulled from the Hub.
-            Damaged: the checkpoint that was asked for by path is damaged; its files are named.
-            Unreadable: the disk does not tell whether a checkpoint is sound; nothing older is taken in its place.
-            RanksDisagree: the ranks do not see one and the same checkpoint.
-            UnsupportedError: another number of ranks saved it. On every rank, before anything changes.
-            ModelMismatch: it holds another model. RunIsLive: another live run owns the output directory.
+        Raises, on every rank:
+            RunIsLive: another live run owns the output directory.
+            NotFound: the path holds no complete checkpoint, or lacks a registered cluster or component.
+            HubRefused, HubUnavailable, NoRoom: the checkpoint could not be pulled from the Hub.
+            Damaged: the checkpoint that was named is damaged, or all are; damaged files are named.
+            Unreadable: the disk does not tell whether a checkpoint is sound; no older one is taken in its place.
+            RanksDisagree: the ranks do not see the same checkpoint.
+            UnsupportedError: it was saved on another number of ranks.
+            ModelMismatch: it holds another model, or one of another framework.
         """
         listed = candidates.claim_and_list(self._ranks, self.config, self._own_clusters)
-        step = self._resume_as_asked(listed)
+        with candidates.open_chosen(self._ranks, self.config, listed) as chosen:
+            step = None if chosen is None else self._restore(*chosen)
         if self._ranks.rank == 0 and sends(self._own_clusters, self.config.expected_clusters):
             self._after_commit.catch_up(self.config.output_dir)
         return step
 
-    def _resume_as_asked(self, listed: candidates.Candidates) -> int | None:
-        wanted, output_dir = self.config.resume_from_checkpoint, self.config.output_dir
-        if wanted is False:
-            return None
-        with ExitStack() as stack:
-            if wanted is True:
-                found = stack.enter_context(
-                    newest_sound(
-                        output_dir,
-                        listed.newest_first(),
-                        self._open_verified,
-                        refused=listed.others,
-                        advice=". To start anew set resume_from_checkpoint: false",
-                    )
-                )
-                return None if found is None else self._restore(output_dir / found[0], found[1])
-            if isinstance(wanted, str):
-                path = candidates.pulled(self._ranks, self.config, Remote.parse(wanted))
-            else:
-                path = candidates.asked_for(self._ranks, self.config, wanted)
-            return self._restore(path, self._open_verified(stack, path))
-
-    def _open_verified(self, stack: ExitStack, checkpoint_dir: Path) -> Reader:
-        reader = stack.enter_context(open_together(self._ranks, checkpoint_dir, self.config))
-        if reader.checkpoint is None:
-            raise NotFound(f"{checkpoint_dir}: no checkpoint of roll_ckpt is there")
-        check_bytes(self._ranks, checkpoint_dir)
-        return reader
-
     def _restore(self, checkpoint_dir: Path, reader: Reader) -> int:
-        """Check that everything fits on every rank, then load the clusters, the state, and the random states last."""
+        """Check on every rank that all of it can be loaded; then load clusters, state, and last the random states."""
         assert reader.checkpoint is not None
         ranks, timeout_s = self._ranks, self.config.commit_timeout_s
         for cluster in self._clusters.values():

@@ -1,4 +1,4 @@
-"""The metrics of saves that have ended; docs/metrics.md says what each means."""
+"""The metrics of saves that have ended; docs/metrics.md explains each key."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from roll_ckpt.upload.after_commit import AfterCommit
 
 
 def add_ended(metrics: dict[str, Any], saves: list[Save], after_commit: AfterCommit, *, fail_training: bool) -> None:
-    """Add to `metrics` the records of saves, and of their uploads, that ended since the last call.
+    """Add to `metrics` one record for each save, and each background upload, that ended since the last call.
 
-    Several may have ended: `checkpoint/ended` lists one record for each, the plain keys are the newest's. Saves that
-    have ended leave the list.
+    `checkpoint/ended` lists all these records, oldest first; the plain keys are those of the newest. Saves that have
+    ended are removed from `saves`. This rank alone; does not block.
 
     Raises:
-        SaveFailed, EpochLost: one failed in the background, and `fail_training` is set.
+        SaveFailed, EpochLost: one of them failed in the background, was not raised yet, and `fail_training` is set.
     """
     for save in [save for save in saves if save.settled]:
         if save.failure is None and not save.finished:

@@ -1,4 +1,4 @@
-"""The pipeline's own files in a checkpoint: its state, random states, and registered components, of every rank."""
+"""StateFiles: the pipeline's own files in a checkpoint: WorkerState, and each rank's random states and components."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from roll_ckpt.save.cluster_save import ClusterSave
 
 
 class StateFiles:
-    """Stages, checks and loads the pipeline's own files; one for each pipeline and rank."""
+    """Stages, checks and loads the pipeline's own files. Each rank of a pipeline has one."""
 
     def __init__(self, config: PipelineConfig) -> None:
         self._config = config
@@ -31,14 +31,21 @@ class StateFiles:
         self._warned: dict[str, set[str]] = {}
 
     def register(self, name: str, component: Stateful) -> None:
-        """Save and load `component` on every rank, too."""
+        """Save and load `component` with the pipeline, on this rank.
+
+        Raises:
+            ConfigError: `name` cannot be part of a file name, or is registered already.
+        """
         names.check_name("stateful component", name)
         if name in self._components:
             raise ConfigError(f"stateful component {name} is registered twice; names must differ")
         self._components[name] = component
 
     def stage(self, cluster_save: ClusterSave, folder: str, rank: int, state: WorkerState) -> None:
-        """Stage them in `folder` of the checkpoint, as a part of `cluster_save`; an error becomes its no vote."""
+        """Stage this rank's files in `folder` of the checkpoint, as a part of `cluster_save`.
+
+        Returns once all is copied; not durable on return. Raises nothing: an error turns the cluster's vote into a no.
+        """
         directory = cluster_save.attempt.checkpoint_dir / folder
         try:
             writes.make_dirs(directory)
@@ -58,10 +65,11 @@ class StateFiles:
             cluster_save.fail(problem)
 
     def check(self, checkpoint_dir: Path, folder: str, ranks: RankGroup, clusters: list[str]) -> None:
-        """Raise unless the checkpoint holds this rank's part of the pipeline's own state. No collective.
+        """Raise unless the checkpoint holds this rank's part of the pipeline's own state. No collective; reads little.
 
         Raises:
-            UnsupportedError: another number of ranks saved it. NotFound: a file of this rank is not there.
+            UnsupportedError: another number of ranks saved it.
+            NotFound: a file of this rank is missing, or a registered component was not saved.
         """
         voters = [names.parse_vote_file(vote) for vote in manifests.read(checkpoint_dir).votes]
         for name in clusters:
@@ -84,7 +92,10 @@ class StateFiles:
                 )
 
     def load(self, reader: Reader, checkpoint_dir: Path, folder: str, rank: int) -> tuple[WorkerState, dict[str, Any]]:
-        """Load the components, and return the pipeline's state and this rank's random states, yet to be set."""
+        """Load the components; return the pipeline's state, and this rank's random states, which are not set yet.
+
+        This rank alone; blocks. Errors as `Reader.load`.
+        """
         directory = checkpoint_dir / folder
         for name, component in self._components.items():
             component.load_state_dict(reader.load(directory / names.stateful_file(name, rank), "cpu"))

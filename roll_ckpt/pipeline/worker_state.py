@@ -1,4 +1,4 @@
-"""WorkerState and what else a pipeline saves of itself: RNG and registered components."""
+"""WorkerState, the state of a pipeline itself, and Stateful, what a registered component must offer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from roll_ckpt.formats.sealed_json import Fields
 
 
 class Stateful(Protocol):
-    """Anything with a state of its own: a data loader, a curriculum, a replay buffer."""
+    """Anything with a state of its own: a data loader, a curriculum, a replay buffer.
+
+    Every rank has its own object and its own state. What `state_dict` returns is copied before the save returns; it
+    must be loadable by `torch.load(weights_only=True)`: plain values, tensors, and names in `load.allow`.
+    """
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -24,9 +28,10 @@ class Stateful(Protocol):
 
 @dataclass
 class WorkerState:
-    """The pipeline's own state: `step` last finished, `log_history` of metrics, `kv` for the user's values.
+    """A pipeline's own state: the last finished `step`, a `log_history` of metrics, and `kv` for the user's values.
 
-    All of it must be JSON; numbers of NumPy and torch are stored as Python numbers.
+    Rank 0's is saved, and restored on every rank. All of it must be JSON; NumPy and torch scalars are stored as Python
+    numbers.
     """
 
     step: int = 0
@@ -34,15 +39,15 @@ class WorkerState:
     kv: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> bytes:
-        """The file's bytes.
+        """The state as a JSON file.
 
         Raises:
-            ConfigError: a value that JSON cannot hold, or a key of `kv` whose value it would change.
+            ConfigError: JSON cannot hold a value, or would change a value in `kv` (a tuple, say).
         """
         try:
             for key, value in self.kv.items():
                 if json.loads(json.dumps({key: value}, default=_plain_number)) != {key: value}:
-                    raise ValueError(f"kv[{key!r}] would come back changed: {value!r}")
+                    raise ValueError(f"kv[{key!r}] would be changed by JSON: {value!r}")
             return json.dumps(asdict(self), default=_plain_number, indent=1).encode()
         except (TypeError, ValueError) as problem:
             raise ConfigError(
@@ -51,7 +56,11 @@ class WorkerState:
 
     @classmethod
     def from_json(cls, data: bytes, where: object) -> WorkerState:
-        """What `to_json` made. Damaged, naming `where`, if it is anything else."""
+        """The state that `to_json` wrote.
+
+        Raises:
+            Damaged: `data` is anything else; the message begins with `where`.
+        """
         fields = Fields(sealed_json.parse_json(data, where), where)
         return cls(
             step=fields.take("step", int),

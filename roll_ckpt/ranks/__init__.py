@@ -1,4 +1,4 @@
-"""What concerns the ranks of one torchrun job: `group`, how they agree, and `rng`, their random states.
+"""The ranks of one torchrun job: `group` is how they agree, `rng` captures and restores their random states.
 
-Save, load, the backends and the pipeline import these.
+Imported by `save`, `load`, `backends` and `pipeline`.
 """

@@ -1,6 +1,7 @@
-"""World: the ranks of one torchrun job, and the only rendezvous of a save.
+"""RankGroup: the ranks of one torchrun job, and how they agree on a value.
 
-The ranks meet over a store connection of our own, never over the training process group.
+They meet over their own connection to torch's key-value store, never over the training process group: a failure there
+cannot block a collective of the training, and a collective cannot block a save.
 """
 
 from __future__ import annotations
@@ -19,16 +20,17 @@ from roll_ckpt.errors import RanksDisagree, RollCkptError
 
 _SLACK_S = 30.0
 LONGEST_S = 24 * 3600.0
-"""Longest that ranks wait for each other while one verifies or uploads."""
+"""The longest that ranks wait for each other while one of them verifies or uploads, in seconds."""
 
 
 _generations = itertools.count(1)
 
 
 class RankGroup:
-    """`size` ranks that can agree on one small JSON value.
+    """`size` ranks of one job that can agree on small JSON values; this process is `rank`.
 
-    Calls on one World are made in the same order by every rank, from one thread.
+    A rendezvous is matched by its number on each rank. So every rank must make the same calls on one group in the same
+    order, from one thread.
     """
 
     def __init__(self, rank: int, size: int, store: Store | None) -> None:
@@ -39,43 +41,47 @@ class RankGroup:
 
     @classmethod
     def current(cls) -> RankGroup:
-        """The initialised default process group's ranks, or a world of one. No collective; does not block.
+        """The ranks of the default process group of `torch.distributed`; a single rank if none is initialised.
 
-        One for each process group: its rendezvous are numbered, and all engines of a process share the numbers.
+        Returns the same object for as long as that process group lives, because all engines of a process must share
+        its count of rendezvous. No collective; does not block.
         """
         if not (dist.is_available() and dist.is_initialized()):
             return cls(0, 1, None)
         shared, groups = dist.distributed_c10d._get_default_store(), process.part(_Groups)
         if groups.current is None or groups.current[0] is not shared:
             own = shared.clone() if hasattr(shared, "clone") else shared
-            # A group that is made again may live in the same store: its numbers must not meet old verdicts.
+            # A later process group may use the same store, where old verdicts lie under the same numbers.
             ranks = cls(dist.get_rank(), dist.get_world_size(), PrefixStore(f"roll_ckpt/{next(_generations)}", own))
             groups.current = shared, ranks
         return groups.current[1]
 
     @property
     def rendezvous_count(self) -> int:
-        """How many rendezvous there were so far."""
+        """How many rendezvous this group has had so far."""
         return self._sequence
 
     def decide_on_rank0(
-        self, mine: dict[str, Any], decide: Callable[[list[dict[str, Any]]], dict[str, Any]], timeout_s: float
+        self, post: dict[str, Any], decide: Callable[[list[dict[str, Any]]], dict[str, Any]], timeout_s: float
     ) -> dict[str, Any]:
-        """Give every rank the value that `decide`, run on rank 0, makes of all ranks' `mine`.
+        """Run `decide` on rank 0 with the `post` of every rank, and return its result on every rank.
 
-        Every rank calls; blocks until rank 0 has decided. An error of ours that `decide` raises is raised,
-        with the same class and text, on every rank.
+        Every rank calls; blocks until rank 0 has decided. `post` and the result are JSON; the posts come in order of
+        rank.
 
         Raises:
-            RanksDisagree: a rank did not come within `timeout_s`; the message names it.
+            RanksDisagree: a rank did not call within `timeout_s` seconds, or rank 0 did not answer. Rank 0's message
+                names the missing ranks.
+            RollCkptError: what `decide` raises, with the same class and text on every rank; any other exception
+                becomes SaveFailed.
         """
         self._sequence += 1
         prefix = str(self._sequence)
         if self.rank == 0:
-            return self._unwrap(self._decide(prefix, mine, decide, timeout_s))
+            return self._unwrap(self._decide(prefix, post, decide, timeout_s))
         assert self._store is not None
         try:
-            self._store.set(f"{prefix}/{self.rank}", json.dumps(mine))
+            self._store.set(f"{prefix}/{self.rank}", json.dumps(post))
             self._store.wait([f"{prefix}/verdict"], timedelta(seconds=timeout_s + _SLACK_S))
             verdict = json.loads(self._store.get(f"{prefix}/verdict"))
         except dist.DistError as problem:
@@ -85,14 +91,22 @@ class RankGroup:
         return self._unwrap(verdict)
 
     def run_on_all_ranks(self, action: Callable[[], object], timeout_s: float) -> None:
-        """Run `action` on every rank; if it fails on one, that error is raised on all. Every rank calls; blocks."""
-        mine: dict[str, Any] = {}
+        """Run `action` on every rank, and then one rendezvous: no rank returns before all are done.
+
+        Every rank calls; blocks. `timeout_s` is how long rank 0 waits for the others.
+
+        Raises:
+            RollCkptError: if `action` failed on any rank, the error of the first such rank, on every rank; an exception
+                of another kind becomes SaveFailed.
+            RanksDisagree: see `decide_on_rank0`.
+        """
+        failure: dict[str, Any] = {}
         try:
             action()
         except RollCkptError as problem:
-            mine = {"error": type(problem).__name__, "text": str(problem)}
+            failure = {"error": type(problem).__name__, "text": str(problem)}
         except Exception as problem:
-            mine = {"error": "SaveFailed", "text": f"rank {self.rank}: {type(problem).__name__}: {problem}"}
+            failure = {"error": "SaveFailed", "text": f"rank {self.rank}: {type(problem).__name__}: {problem}"}
 
         def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
             for post in posts:
@@ -100,20 +114,20 @@ class RankGroup:
                     raise getattr(errors, post["error"])(post["text"])
             return {}
 
-        self.decide_on_rank0(mine, decide, timeout_s)
+        self.decide_on_rank0(failure, decide, timeout_s)
 
     def _decide(
         self,
         prefix: str,
-        mine: dict[str, Any],
+        post: dict[str, Any],
         decide: Callable[[list[dict[str, Any]]], dict[str, Any]],
         timeout_s: float,
     ) -> dict[str, Any]:
         try:
-            verdict: dict[str, Any] = {"value": decide([mine, *self._gather(prefix, timeout_s)])}
+            verdict: dict[str, Any] = {"value": decide([post, *self._gather(prefix, timeout_s)])}
         except RollCkptError as problem:
             verdict = {"error": type(problem).__name__, "text": str(problem)}
-        except Exception as problem:  # without a verdict the other ranks would wait for nothing
+        except Exception as problem:  # without a verdict the other ranks would wait until their timeout
             verdict = {"error": "SaveFailed", "text": f"rank 0: {type(problem).__name__}: {problem}"}
         if self._store is not None:
             self._store.set(f"{prefix}/verdict", json.dumps(verdict))
@@ -130,8 +144,8 @@ class RankGroup:
         except dist.DistError as problem:
             missing = [str(r) for r in range(1, self.size) if not self._store.check([f"{prefix}/{r}"])]
             raise RanksDisagree(
-                f"rank {', '.join(missing)} of {self.size} did not come to the save within {timeout_s:g} s; "
-                "every rank must call it, or one of them died"
+                f"rank {', '.join(missing)} of {self.size} did not come within {timeout_s:g} s; every rank must make "
+                "the same save or load call: see the logs of these ranks"
             ) from problem
         posts = [json.loads(self._store.get(key)) for key in keys]
         for key in keys:
@@ -147,7 +161,7 @@ class RankGroup:
 
 
 class _Groups:
-    """The rank group of this process: one for each process group that was initialised."""
+    """The part of the `process` registry that holds the rank group, with the store of its process group."""
 
     def __init__(self) -> None:
         self.current: tuple[Store, RankGroup] | None = None

@@ -1,7 +1,7 @@
-"""The random states of this rank: Python, NumPy, torch, and CUDA where there is one. The one place that takes and sets them.
+"""Captures and restores the random states of this rank: Python, NumPy, torch, and the current CUDA device.
 
-`capture` and `restore` use the states as each library has them. The portable form holds nothing but numbers, strings
-and tensors, so that a `weights_only` load takes it under every version of NumPy.
+`capture` and `restore` use each library's own objects. The portable form holds only numbers, strings and tensors, so
+that `torch.load(weights_only=True)` accepts it under every version of NumPy. Nothing here is collective.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from roll_ckpt.errors import Damaged
 
 
 def capture() -> dict[str, Any]:
-    """The states under the keys `python`, `numpy`, `torch` and, where CUDA is available, `cuda`."""
+    """The states of this rank under the keys `python`, `numpy`, `torch` and, if CUDA is available, `cuda`."""
     states = {"python": random.getstate(), "numpy": np.random.get_state(legacy=True), "torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
@@ -25,10 +25,10 @@ def capture() -> dict[str, Any]:
 
 
 def restore(states: Mapping[str, Any]) -> None:
-    """Set the states to what `capture` returned; `cuda` only where CUDA is available.
+    """Set the states to what `capture` returned; `cuda` only if CUDA is available here.
 
     Raises:
-        LookupError, TypeError, ValueError, RuntimeError, …: as the libraries do for what is no state of theirs.
+        LookupError, TypeError, ValueError, RuntimeError, ...: the libraries' own errors for an invalid state.
     """
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
@@ -38,7 +38,7 @@ def restore(states: Mapping[str, Any]) -> None:
 
 
 def capture_portable() -> dict[str, Any]:
-    """What `capture` returns in the portable form, as a pipeline's file holds it."""
+    """The states of this rank in the portable form, which a pipeline saves. Keys: `python`, `numpy`, `cpu`, `cuda`."""
     states = capture()
     kind, keys, position, has_gauss, cached = states["numpy"]
     numpy = {
@@ -53,7 +53,11 @@ def capture_portable() -> dict[str, Any]:
 
 
 def restore_portable(state: dict[str, Any], where: object) -> None:
-    """Set the states to what `capture_portable` returned. Damaged, naming `where`, if it is anything else."""
+    """Set the states to what `capture_portable` returned.
+
+    Raises:
+        Damaged: `state` is anything else; the message begins with `where`.
+    """
     try:
         version, internal, gauss = state["python"]
         numpy = state["numpy"]
@@ -69,4 +73,4 @@ def restore_portable(state: dict[str, Any], where: object) -> None:
             }
         )
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as problem:
-        raise Damaged(f"{where}: holds no state of random numbers: {problem}") from problem
+        raise Damaged(f"{where}: it does not hold random states: {problem}") from problem

@@ -1,4 +1,5 @@
-"""The save of one process: begin, stage, write, vote, and wait for the outcome.
+"""One rank's side of a save: agree to begin, stage, write, vote, and wait for the outcome.
 
-Backends and the pipeline import `begin`, `save`, `cluster_save`, `pending`, `claims`, `arena` and `one_file`.
+`begin` starts a save, `save` and `cluster_save` are its parts, `pending` holds all that have not ended, `claims` the
+claimed output directories, `arena` the staging memory. Imported by `backends`, `pipeline` and `upload`.
 """

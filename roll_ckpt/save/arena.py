@@ -1,4 +1,4 @@
-"""The staging memory of this process: one arena and its native threads, shared by all clusters."""
+"""The staging memory of a process: one arena and the native threads that fill and empty it, shared by all clusters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 @dataclass(frozen=True)
 class _Sizes:
-    """What an arena and its threads are made for."""
+    """The settings that an arena and its threads were made with."""
 
     arena_bytes: int
     block_bytes: int
@@ -28,7 +28,7 @@ class _Sizes:
 
 
 class StagingArena:
-    """The arena of this process and the native threads that fill and empty it; see `process`."""
+    """The part of the `process` registry that makes the arena and its `Mover` on first use."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -36,49 +36,50 @@ class StagingArena:
         self._sizes: _Sizes | None = None
 
     def mover(self, settings: Settings) -> Mover:
-        """The mover, made at the first call.
-
-        Raises:
-            ConfigError: it was made for other sizes.
-        """
-        wanted = _Sizes(arena_bytes(settings), int(settings.io.block_bytes), settings.io.threads, settings.io.direct)
+        """See the function `mover`."""
+        sizes = _Sizes(arena_bytes(settings), int(settings.io.block_bytes), settings.io.threads, settings.io.direct)
         with self._lock:
             if self._mover is None:
                 copiers = max(1, (os.cpu_count() or 1) // local_world_size())
-                arena = Arena(wanted.arena_bytes, wanted.block_bytes)
-                self._mover = Mover(arena, copy_threads=copiers, io_threads=wanted.io_threads, direct=wanted.direct)
-                self._sizes = wanted
-            if wanted != self._sizes:
+                arena = Arena(sizes.arena_bytes, sizes.block_bytes)
+                self._mover = Mover(arena, copy_threads=copiers, io_threads=sizes.io_threads, direct=sizes.direct)
+                self._sizes = sizes
+            if sizes != self._sizes:
                 raise ConfigError(
-                    f"two configurations of one process ask for different staging: {self._sizes} and {wanted}; give "
+                    f"two configurations of one process ask for different staging: {self._sizes} and {sizes}; give "
                     "every engine and pipeline the same staging and io sections"
                 )
             return self._mover
 
 
 def mover(settings: Settings) -> Mover:
-    """The process's mover, made at the first call. Does not block.
+    """The `Mover` of this process, made on the first call. Does not block; any thread may call.
 
     Raises:
-        ConfigError: this process already has an arena of other sizes; all engines of a process share one.
+        ConfigError: the settings give other sizes than the arena that this process already has (all its engines and
+            pipelines share one), or less than two blocks for each rank of the host.
     """
     return process.part(StagingArena).mover(settings)
 
 
 def warm(settings: Settings, nbytes: int, device: int = -1) -> None:
-    """Make the arena and have it faulted in, and with a device pinned for CUDA, in the background.
+    """Make the arena and fault its pages in on a background thread; with `device` >= 0 also pin them for CUDA.
 
-    `nbytes` is what this rank's saves need; the cap stays the cap. `device` is the CUDA device this process works on:
-    any other would get a context that takes its memory.
+    `nbytes` is what one save of this rank writes, in bytes; no more than the arena's cap is faulted in. `device` must
+    be the CUDA device that this process uses: on any other, pinning would create a context that takes GPU memory.
     """
     staging = mover(settings).arena
     staging.warm(min(nbytes + 2 * staging.block_bytes, staging.capacity_bytes), device)
 
 
 def arena_bytes(settings: Settings) -> int:
-    """This rank's share of the host's cap, in bytes; at least two blocks."""
-    told = settings.staging.arena_bytes
-    share = (_memory_bytes() // 4 if told is None else int(told)) // local_world_size()
+    """This rank's share, in bytes, of the host's cap: `staging.arena_bytes`, or a quarter of the memory if unset.
+
+    Raises:
+        ConfigError: the share is less than two blocks.
+    """
+    cap = settings.staging.arena_bytes
+    share = (_memory_bytes() // 4 if cap is None else int(cap)) // local_world_size()
     if share < 2 * settings.io.block_bytes:
         raise ConfigError(
             f"staging.arena_bytes gives each of {local_world_size()} local ranks {share} bytes, less than two "
@@ -88,11 +89,12 @@ def arena_bytes(settings: Settings) -> int:
 
 
 def _memory_bytes() -> int:
-    """The host's memory, or the container's limit where that is less."""
+    """The memory of the host, or the limit of the container if that is less, in bytes."""
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = (reads.read_text_or_none(_CGROUP_LIMIT) or "max").strip()
     return min(host, int(limit)) if limit.isdigit() else host
 
 
 def local_world_size() -> int:
+    """How many ranks of this job run on this host: LOCAL_WORLD_SIZE, which torchrun sets; else 1."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -1,4 +1,4 @@
-"""How every rank of a job agrees to begin a save: one rendezvous, on which rank 0 makes the attempt."""
+"""How all ranks of a job agree to begin a save: one rendezvous, in which rank 0 makes the attempt directory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ from roll_ckpt.transaction.attempts import Attempt
 
 @dataclass(frozen=True)
 class Request:
-    """What every rank of a job must agree on before the first byte."""
+    """What is to be saved: every rank of a job passes the same values.
+
+    `step` is the training step, None if it has none. `clusters` maps each cluster of this job to its number of ranks;
+    `expected_clusters` does so for all jobs that commit this checkpoint together, None if this job is the only one.
+    """
 
     output_dir: Path
     name: str
@@ -31,8 +35,8 @@ class Request:
     expected_clusters: Mapping[str, int] | None = None
     save_latest: bool = True
 
-    def differing(self) -> dict[str, Any]:
-        """The values that are compared between ranks, as JSON."""
+    def compared(self) -> dict[str, Any]:
+        """The values that `begin` compares between ranks, ready for JSON."""
         return {
             "output_dir": str(self.output_dir),
             "name": self.name,
@@ -42,7 +46,7 @@ class Request:
         }
 
     def attempt(self, verdict: Mapping[str, Any]) -> Attempt:
-        """The attempt that rank 0 has made, as every rank knows it; number 0 if it made none."""
+        """The attempt that rank 0 made, from the verdict that every rank got; its number is 0 if rank 0 made none."""
         return Attempt(
             output_dir=self.output_dir,
             name=self.name,
@@ -57,8 +61,10 @@ class Request:
 
 @dataclass(frozen=True)
 class SaveEstimate:
-    """What this rank is about to write for one cluster: about how many bytes, and the name of an earlier save's plan
-    that fits, if one does."""
+    """What this rank is about to write for one cluster.
+
+    `nbytes` is the approximate size; `plan` names the save plan of an earlier save that fits again, None if none does.
+    """
 
     nbytes: int
     plan: str | None = None
@@ -74,24 +80,29 @@ def begin(
     plans: Mapping[str, str | None] | None = None,
     on_commit: Hook | None = None,
 ) -> Save:
-    """Agree on a new attempt and make its directory. Every rank of `ranks` calls; blocks for one rendezvous.
+    """Agree on a new attempt and make its directory. Every rank of `ranks` calls.
 
-    `nbytes` is what this rank is about to write; `problem` an error that this rank already has, which then is
-    raised on all. `plans` names, for each cluster that has one, the plan of an earlier save that fits what this
-    rank saves now: `Save.reused_plans` has those clusters for which every rank named the same. Waits for a pending
-    save of the same name.
+    Blocks for one rendezvous, and before it until a pending save of the same name has settled.
 
-    A disk that is full or refuses does not end a training run that has saved there: the save that is returned is then
-    not `begun` on any rank and must not be staged; `failure` says why.
+    Args:
+        nbytes: about how many bytes this rank will write.
+        problem: an error that this rank has met already; then SaveFailed is raised on every rank.
+        plans: for each cluster, the name of an earlier save plan that fits what this rank saves now, or None.
+            `Save.reused_plans` has the clusters for which every rank gave the same name.
+        on_commit: see `Save.on_commit`.
 
-    Raises:
-        RanksDisagree, RunIsLive, EpochLost, ConfigError: on every rank, with nothing on disk touched.
-        NoRoom, SaveFailed: the same, if this run has not claimed the directory yet.
+    If this run has saved in the directory before, a full or failing disk does not end training: the save that is
+    returned has `begun` false on every rank and must not be staged, and `failure` says why.
+
+    Raises, on every rank:
+        RanksDisagree, RunIsLive, EpochLost, ConfigError: nothing on disk was changed.
+        SaveFailed: a rank gave a `problem`, or rank 0 could not make the attempt; older checkpoints are untouched.
+        NoRoom: the file system has too little room, and this run has not claimed the directory yet.
     """
     request = replace(request, output_dir=request.output_dir.absolute())
     wait_pending(request.output_dir, request.name)
-    mine = {"wish": request.differing(), "nbytes": nbytes, "problem": problem, "plans": dict(plans or {})}
-    verdict = ranks.decide_on_rank0(mine, partial(_decide, request, settings), settings.commit_timeout_s)
+    post = {"request": request.compared(), "nbytes": nbytes, "problem": problem, "plans": dict(plans or {})}
+    verdict = ranks.decide_on_rank0(post, partial(_decide, request, settings), settings.commit_timeout_s)
     reused_plans = frozenset(verdict.get("reused_plans", ()))
     save = Save(
         request.attempt(verdict), settings, ranks.rank, tuple(request.clusters), reused_plans, on_commit=on_commit
@@ -104,7 +115,7 @@ def begin(
 
 
 def _decide(request: Request, settings: Settings, posts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Rank 0: make the attempt that all ranks ask for; every rank gets the values that are returned."""
+    """On rank 0: make the attempt that all ranks ask for. Every rank gets the returned verdict."""
     claimed = find_claim(request.output_dir)
     try:
         _check_agreement(posts)
@@ -118,7 +129,7 @@ def _decide(request: Request, settings: Settings, posts: list[dict[str, Any]]) -
             attempts.pass_over(claimed, request.name)
         return _not_begun(problem, request, claimed is not None)
     try:
-        made = attempts.begin(
+        attempt = attempts.begin(
             claim(request.output_dir, settings, request.clusters, request.expected_clusters),
             request.name,
             step=request.step,
@@ -133,11 +144,11 @@ def _decide(request: Request, settings: Settings, posts: list[dict[str, Any]]) -
         for cluster, plan in posts[0]["plans"].items()
         if plan and all(post["plans"].get(cluster) == plan for post in posts)
     ]
-    return {"epoch": made.epoch, "attempt": made.attempt, "run_id": made.run_id, "reused_plans": reused}
+    return {"epoch": attempt.epoch, "attempt": attempt.attempt, "run_id": attempt.run_id, "reused_plans": reused}
 
 
 def _not_begun(problem: Exception, request: Request, claimed: bool) -> dict[str, Any]:
-    """The verdict where the disk refused in a run that has saved there; any other problem is raised."""
+    """The verdict if the disk refused and this run has claimed the directory; else `problem` is raised."""
     if not claimed or not isinstance(problem, OSError):
         raise problem
     lacks_room = isinstance(problem, NoRoom) or problem.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -157,12 +168,12 @@ def _check_agreement(posts: list[dict[str, Any]]) -> None:
     problems = [f"rank {rank}: {post['problem']}" for rank, post in enumerate(posts) if post["problem"]]
     if problems:
         raise SaveFailed("the save was not begun: " + "; ".join(problems))
-    first = posts[0]["wish"]
+    first = posts[0]["request"]
     for rank, post in enumerate(posts):
-        differing = [key for key in first if post["wish"][key] != first[key]]
+        differing = [key for key in first if post["request"][key] != first[key]]
         if differing:
             raise RanksDisagree(
                 f"rank {rank} and rank 0 ask for different saves: "
-                + ", ".join(f"{key} {post['wish'][key]!r} and {first[key]!r}" for key in differing)
+                + ", ".join(f"{key} {post['request'][key]!r} and {first[key]!r}" for key in differing)
                 + "; nothing was written. Call the save with the same arguments on every rank"
             )

@@ -1,4 +1,4 @@
-"""The output directories that this run has claimed; rank 0 only."""
+"""The output directories that this process has claimed for its run. Used on rank 0 only."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from roll_ckpt.transaction.epochs import Epoch
 
 log = logging.getLogger("roll_ckpt")
 
-_EPOCHS_KEPT = 8
+_MOST_CLAIMS = 8
 
 
 class ClaimedDirectories:
-    """The claims of this process by directory, the one used last at the end; see `process`."""
+    """The part of the `process` registry that holds this process's claims, least recently used first."""
 
     exit = process.Exit.CLAIMS
 
@@ -30,21 +30,24 @@ class ClaimedDirectories:
         self._epochs: dict[Path, Epoch] = {}
 
     def find(self, output_dir: Path) -> Epoch | None:
-        """The claim on `output_dir`, if this process has one."""
+        """This process's claim on `output_dir`, None if it has none."""
         with self._lock:
             return self._epochs.get(output_dir.resolve())
 
     def use(self, output_dir: Path, epoch: Epoch) -> None:
-        """Keep `epoch` as the claim on `output_dir` that was used last."""
+        """Store `epoch` as the claim on `output_dir`, and mark it as the most recently used."""
         with self._lock:
             self._epochs.pop(output_dir.resolve(), None)
             self._epochs[output_dir.resolve()] = epoch
 
     def release_unused(self, busy: Collection[Path]) -> None:
-        """Release directories of long ago, but none in `busy`: some hosts give every checkpoint a directory."""
+        """Release the least recently used claims beyond a limit, but none in `busy`.
+
+        Some trainers give every checkpoint an output directory of its own, so claims would pile up.
+        """
         with self._lock:
             idle = [key for key in self._epochs if key not in busy]
-            old = [self._epochs.pop(key) for key in idle[: max(0, len(self._epochs) - _EPOCHS_KEPT)]]
+            old = [self._epochs.pop(key) for key in idle[: max(0, len(self._epochs) - _MOST_CLAIMS)]]
         for epoch in old:
             epoch.release()
 
@@ -62,10 +65,15 @@ def claim(
     clusters: Mapping[str, int],
     expected_clusters: Mapping[str, int] | None = None,
 ) -> Epoch:
-    """This run's claim on `output_dir`; rank 0 only. Recovers what an older run left, at the first call.
+    """This run's claim on `output_dir`, made on the first call. Rank 0 only.
+
+    Blocks. The first call also finishes or discards the saves that an older run left unfinished, and may wait about
+    20 s to see whether an earlier run on another host still lives.
 
     Raises:
-        RunIsLive: another live run owns the directory. EpochLost: one has taken it over since.
+        RunIsLive: another live run owns the directory.
+        EpochLost: a newer run has taken it over since this process claimed it.
+        ConfigError, OSError: the directory cannot be claimed.
     """
     claimed = process.part(ClaimedDirectories)
     epoch = claimed.find(output_dir)
@@ -84,36 +92,41 @@ def claim(
 
 
 def find_claim(output_dir: Path) -> Epoch | None:
-    """The claim that this process made on `output_dir`, None if it made none."""
+    """The claim that this process has made on `output_dir`; None if it has made none."""
     return process.part(ClaimedDirectories).find(output_dir)
 
 
 def epoch_of(output_dir: Path) -> Epoch:
-    """The claim that this process made on `output_dir`; it must have made one."""
+    """The claim that this process has made on `output_dir`. Call it only after `claim`."""
     epoch = find_claim(output_dir)
     assert epoch is not None, f"{output_dir} is not claimed by this process"
     return epoch
 
 
 def recover(output_dir: Path, settings: Settings, clusters: Mapping[str, int]) -> None:
-    """Finish or discard what a killed run left in `output_dir`, if it left anything; rank 0 only.
+    """Finish or discard the saves that a killed run left unfinished in `output_dir`, if there are any. Rank 0 only.
 
-    A directory of a live run, or one that may not be written, is left alone: it can still be loaded from.
+    Blocks. A directory that a live run owns, or that cannot be written, is left as it is, with a warning in the log: a
+    load from it is still possible.
     """
     if not any(names.parse_attempt_dir(entry) for entry in tree.list_dir(output_dir)):
         return
     try:
         claim(output_dir, settings, clusters)
     except (RunIsLive, ConfigError, OSError) as problem:
-        log.warning("%s: an unfinished save lies there and is left alone: %s", output_dir, problem)
+        log.warning("%s: it holds an unfinished save, which is left as it is: %s", output_dir, problem)
 
 
 def clear(epoch: Epoch) -> None:
-    """Free the disk space of saves that ended while the disk refused; what it still refuses is logged."""
+    """Remove what is left of saves that ended while the disk returned errors. Rank 0 only; blocks.
+
+    What cannot be removed yet is logged; the next save tries again.
+    """
     busy = {epoch.output_dir / save.attempt.directory.name for save in pending()}
     try:
         for done in recovery.clear(epoch, busy):
-            log.warning("%s: attempt %d.%d, which had ended with an error of the disk, is %s now (%s)",
+            log.warning("%s: attempt %d.%d had ended with a disk error and is %s now (%s)",
                         epoch.output_dir / done.name, done.epoch, done.attempt, done.action, done.reason)  # fmt: skip
     except (OSError, SaveFailed) as problem:
-        log.warning("%s: what an earlier save left there cannot be removed yet: %s", epoch.output_dir, problem)
+        log.warning("%s: what an earlier save left there cannot be removed yet; the next save tries again: %s",
+                    epoch.output_dir, problem)  # fmt: skip

@@ -1,7 +1,7 @@
 """ClusterSave: one cluster's part of one save on one rank.
 
-Its bytes are copied and written by native threads. The training thread stages and fences; the save's own thread waits
-until the files are durable and makes the vote.
+Native threads copy and write its bytes. The training thread stages and fences; the thread of the save waits until the
+files are durable, and makes the vote.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,13 +30,15 @@ from roll_ckpt.transaction.attempts import Attempt
 
 log = logging.getLogger("roll_ckpt")
 
-_LOOK_S = 1.0  # between two looks whether a save that waits for its disk is still wanted
+_LOOK_S = 1.0  # how often a save that waits for a slow disk checks that the other ranks have not abandoned it
 Changes = Callable[[Any], bool]
-"""Whether the caller is about to change a leased source; it is given the owner of the memory."""
+"""Called with the owner of borrowed memory: True if the caller is about to change that memory."""
 
 
 @dataclass
 class _Staged:
+    """One staged file: `image` describes its bytes and is dropped once no source is read any more."""
+
     path: Path
     image: FileImage | None
     transfer: Transfer
@@ -46,7 +47,7 @@ class _Staged:
 
 @dataclass
 class Timing:
-    """Seconds of one cluster's part of a save on this rank; `None` until known."""
+    """How long one cluster's part of a save took on this rank, in seconds; None until known. See docs/metrics.md."""
 
     stage_s: float = 0.0
     fence_s: float = 0.0
@@ -55,9 +56,10 @@ class Timing:
 
 
 class ClusterSave:
-    """One cluster's part of one save on this rank: what the trainer keeps of it.
+    """One cluster's part of one save on this rank. Made by `Save.add_cluster`.
 
-    The training thread stages and fences; the save's own thread finishes it and votes.
+    `facts` describe the cluster in the manifest, `parameters` name its parameters (dtype and shape) for the tensor
+    index. `nbytes` counts the bytes staged so far; `error` is the reason for a no vote, None so far.
     """
 
     def __init__(
@@ -75,7 +77,7 @@ class ClusterSave:
         self.rank = rank
         self.facts = dict(facts)
         self.reuses_plan = reuses_plan
-        """Whether an earlier plan of this cluster fits again, on every rank."""
+        """Whether an earlier save plan of this cluster fits again, on every rank."""
         self.parameters: dict[str, dict[str, Any]] = {}
         self.timing = Timing()
         self.nbytes = 0
@@ -85,10 +87,15 @@ class ClusterSave:
         self._started = time.monotonic()
 
     def stage(self, path: Path, image: FileImage, *, overlap: bool) -> None:
-        """Copy `image` towards `path`, a file in the unit, and start writing it.
+        """Copy the bytes of `image` to the arena and start writing them to `path`, a file in the checkpoint directory.
 
-        Blocks until everything but its stable extents has been copied; until everything has if `overlap` is
-        false or the arena has too little room. Not durable on return.
+        Blocks until everything except the overlappable extents has been copied; until everything has, if `overlap` is
+        false or the arena has too little room. Not durable on return. The training thread calls.
+
+        A file that cannot be created or written raises nothing here: it becomes this rank's no vote.
+
+        Raises:
+            ValueError: the image is inconsistent. ConfigError: see `arena.mover`.
         """
         began = time.monotonic()
         settings = self.settings
@@ -98,11 +105,11 @@ class ClusterSave:
         self._staged.append(staged)
 
     def adopt(self, path: Path) -> None:
-        """Count a file that somebody else wrote into the unit as ours: it is made durable and listed."""
+        """Take over a file that other code wrote into the checkpoint directory: it is made durable and listed."""
         self._adopted.append(path)
 
     def holds(self, path: Path) -> bool:
-        """Whether this rank's part has a file at `path`, written yet or not."""
+        """Whether this rank's part includes a file at `path`, whether or not it is written yet."""
         return path in self._adopted or any(staged.path == path for staged in self._staged)
 
     def file_stats(self) -> list[dict[str, float]]:
@@ -110,14 +117,18 @@ class ClusterSave:
         return [staged.transfer.stats for staged in self._staged]
 
     def fail(self, problem: BaseException) -> None:
-        """Turn this rank's vote into a no. Never raises, so that no rank waits at a framework's barrier."""
+        """Turn this rank's vote into a no, with the first `problem` as the reason.
+
+        Never raises, so that this rank still reaches the framework's barriers.
+        """
         if self.error is None:
             self.error = f"{type(problem).__name__}: {problem}"
 
     def fence(self, changes: Changes = lambda owner: True) -> None:
-        """Wait until every source has been copied, helping with it; then they may change.
+        """Block until every source has been copied, helping with the copies; then the sources may change.
 
-        Not for the disk, but that leased sources which `changes` are written.
+        Does not wait for the disk, except for borrowed sources that the caller is about to change (`changes(owner)`):
+        those are waited for until they are written. Raises nothing: a failed transfer becomes a no vote.
         """
         began = time.monotonic()
         for staged in self._staged:
@@ -132,7 +143,7 @@ class ClusterSave:
         self.timing.fence_s += time.monotonic() - began
 
     def finish(self) -> Vote:
-        """Wait for the bytes to be durable and return this rank's vote; runs on the save's thread."""
+        """Block until the files are durable or have failed, and return this rank's vote. The save's thread calls."""
         attempt = self.attempt
         receipts: list[Receipt] = []
         try:
@@ -142,7 +153,7 @@ class ClusterSave:
             self.fail(problem)
         if self.error is not None:
             self.abandon()
-            self._give_room_back()
+            self._free_disk_space()
             receipts = []
         self.timing.write_s = time.monotonic() - self._started
         return Vote(
@@ -156,22 +167,27 @@ class ClusterSave:
         )
 
     def abandon(self) -> None:
-        """Stop copying and writing, and give the arena's memory back."""
+        """Stop copying and writing, and free the arena's memory. Blocks until no source is read any more."""
         for staged in self._staged:
             staged.transfer.abandon()
             staged.image = None
 
-    def _give_room_back(self) -> None:
-        """Before the no vote, which a full disk would not take; nobody can commit these files any more."""
+    def _free_disk_space(self) -> None:
+        """Remove this rank's files, which can no longer be committed, so that a full disk has room for the no vote."""
         for staged in self._staged:
-            with suppress(OSError):
+            try:
                 writes.discard_file(staged.path)
+            except OSError as problem:
+                log.warning(
+                    "%s: cluster %r rank %d: a file of this failed save cannot be removed now; the next save or start "
+                    "removes it: %s", self.attempt.label, self.cluster, self.rank, problem
+                )  # fmt: skip
 
     def _receipts(self) -> list[Receipt]:
         checkpoint_dir = self.attempt.checkpoint_dir
         digests: dict[str, Any] = {}
         for staged in self._staged:
-            digests[_relative(staged.path, checkpoint_dir)] = self._written(staged)
+            digests[_relative(staged.path, checkpoint_dir)] = self._digest_of(staged)
             staged.image = None
         for path in sorted(set(self._adopted)):
             writes.fsync_file(path)
@@ -201,21 +217,21 @@ class ClusterSave:
             receipts.append(records.receipt_of_bytes(relative, data))
         return receipts
 
-    def _written(self, staged: _Staged) -> Digest:
-        """Wait for one file, however long its disk takes, until the others have given this save up."""
-        told = False
+    def _digest_of(self, staged: _Staged) -> Digest:
+        """Wait for one file, however long its disk takes, unless the other ranks have abandoned this save."""
+        warned = False
         while True:
             try:
-                return _written(staged, _LOOK_S)
+                return _wait_written(staged, _LOOK_S)
             except TimeoutError as problem:
-                if problem.errno is not None:  # the disk's own answer
+                if problem.errno is not None:  # ETIMEDOUT from the disk, not the end of _LOOK_S
                     raise
             if not tree.is_dir(self.attempt.directory):
                 raise attempts.abandoned(self.attempt)
-            if not told and time.monotonic() - self._started > self.settings.commit_timeout_s:
-                told = True
+            if not warned and time.monotonic() - self._started > self.settings.commit_timeout_s:
+                warned = True
                 log.warning(
-                    "%s: cluster %r rank %d still waits for the disk to take %s, after more than commit_timeout_s = "
+                    "%s: cluster %r rank %d still waits for the disk to write %s, after more than commit_timeout_s = "
                     "%g s", self.attempt.label, self.cluster, self.rank, staged.path, self.settings.commit_timeout_s
                 )  # fmt: skip
 
@@ -229,19 +245,21 @@ def _piece_records(pieces: Iterable[TensorPiece], file: str) -> Iterator[dict[st
 
 
 def stage_file(mover: Mover, path: Path, image: FileImage, overlap: bool, check: Check = "off") -> _Staged:
+    """Start the transfer of one file to `path`; see `ClusterSave.stage`."""
     transfer = mover.save(path, native_image(image), overlap=overlap, check=check)
     return _Staged(path, None if transfer.released else image, transfer, image.pieces)
 
 
 def _borrowed(image: FileImage) -> Iterator[Any]:
-    """The owners of the leased sources."""
+    """The owners of the borrowed sources."""
     extents = image.extents
     for owner, lifetime in zip(extents.owners, extents.rows[3 :: Extents.WIDTH], strict=True):
         if lifetime == Lifetime.UNTIL_WRITTEN:
             yield owner
 
 
-def _written(staged: _Staged, timeout_s: float) -> Digest:
+def _wait_written(staged: _Staged, timeout_s: float) -> Digest:
+    """`Transfer.wait_written`, with the tensors named in a SourceChanged."""
     try:
         return staged.transfer.wait_written(timeout_s)
     except SourceChanged as changed:
@@ -257,7 +275,7 @@ def _written(staged: _Staged, timeout_s: float) -> Digest:
 
 
 def native_image(image: FileImage) -> NativeImage:
-    """The image as the extension takes it: addresses and sizes."""
+    """The image as the native extension takes it: addresses and sizes in flat tables."""
     extents, crc_patches = image.extents, image.crc_patches
     return NativeImage.of(
         image.nbytes,

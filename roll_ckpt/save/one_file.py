@@ -1,4 +1,4 @@
-"""One file outside of any checkpoint, written through the staging arena."""
+"""Writes one file that belongs to no checkpoint through the staging arena."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from roll_ckpt.save.cluster_save import stage_file
 
 
 def write_file(path: Path, image: FileImage, settings: Settings) -> None:
-    """Write one file: temporary beside it, fsync, rename. Blocks; durable on return.
+    """Write one file: a temporary file beside it, fsync, rename. One rank calls. Blocks; durable on return.
 
     Raises:
-        OSError: the write failed; the temporary is removed and an older file of that name is untouched.
+        OSError: the write failed; the temporary file is removed and an older file at `path` is untouched. NotDurable
+            if only the fsync of the directory failed: then the new file is there and may not survive a power failure.
     """
     temporary = path.with_name(names.temporary_file(path.name))
     staged = stage_file(arena.mover(settings), temporary, image, overlap=False)

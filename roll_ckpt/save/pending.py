@@ -1,4 +1,4 @@
-"""The saves of this process that have not ended, and the work that follows them."""
+"""The saves of this process that have not ended: wait for them, fence them, and run background work after them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger("roll_ckpt")
 
 
 class PendingSaves:
-    """Saves that have not ended, oldest first, and threads of background work; see `process`."""
+    """The part of the `process` registry that holds the saves that have not ended, and background threads."""
 
     exit = process.Exit.SAVES
 
@@ -27,7 +27,7 @@ class PendingSaves:
         self._background: list[tuple[threading.Thread, float]] = []
 
     def add(self, save: Save) -> None:
-        """Keep `save` until it ends; it settles after the one before it in the same directory."""
+        """Hold `save` until it ends, and let it settle after the save before it in the same output directory."""
         save.on_end = self._remove
         with self._lock:
             same = [other for other in self._saves if other.attempt.output_dir == save.attempt.output_dir]
@@ -44,18 +44,18 @@ class PendingSaves:
             return list(self._saves)
 
     def add_thread(self, thread: threading.Thread, exit_timeout_s: float) -> None:
-        """Let the interpreter's exit wait for `thread`, at most `exit_timeout_s` seconds."""
+        """Make the interpreter's exit wait for `thread`, at most `exit_timeout_s` seconds."""
         with self._lock:
             self._background = [(other, limit) for other, limit in self._background if other.is_alive()]
             self._background.append((thread, exit_timeout_s))
 
     def threads(self) -> list[tuple[threading.Thread, float]]:
-        """Threads of background work, each with the seconds that the exit waits for it."""
+        """The background threads, each with the longest time in seconds that the exit waits for it."""
         with self._lock:
             return list(self._background)
 
     def leave(self) -> None:
-        """Wait for every save, then for background work, each within its own limit; log what failed."""
+        """Wait for every save, then for each background thread, each for at most its own limit; log what failed."""
         for save in self.saves():
             try:
                 save.wait(save.settings.exit_timeout_s, uploaded=True)
@@ -67,18 +67,19 @@ class PendingSaves:
 
 
 def pending() -> list[Save]:
-    """Saves of this process that have not ended, oldest first; none in a forked child."""
+    """The saves of this process that have not ended, oldest first. A forked child has none."""
     return process.part(PendingSaves).saves()
 
 
 def wait_pending(output_dir: Path | None = None, name: str | None = None) -> None:
-    """Block until pending saves are settled: all, those into `output_dir`, or those of `name` in it.
+    """Block until the pending saves of this process are settled: each is then committed and durable, or has failed.
 
-    Any rank may call by itself. On return each is committed and durable, or has failed; a failure is not raised here
-    but by the save's own `wait()`, or at the next fence with `fail_training`.
+    Any rank may call alone. Waits for all of them, for those into `output_dir`, or for the one of `name` in it. Does
+    not wait for uploads. A failure is not raised here, but logged and reported as for any save in the background; with
+    `fail_training` the next fence of its engine or pipeline raises it.
 
     Raises:
-        SaveFailed: the caller is inside the staging of one of them.
+        SaveFailed: the calling thread is inside the staging of one of these saves, and would wait for itself.
     """
     for save in pending():
         attempt = save.attempt
@@ -93,22 +94,27 @@ def wait_pending(output_dir: Path | None = None, name: str | None = None) -> Non
 
 
 def fence(saves: Iterable[Save] | None = None) -> None:
-    """Block until no pending save of this process reads training tensors any more; then they may change.
+    """Block until no pending save of this process reads training tensors any more; then they may be changed.
 
-    Any rank may call by itself, between two optimizer steps. It helps with the copies. It does not wait for the disk,
-    except for a save that borrows memory of the host. What is copied is not yet durable. Raises nothing.
+    Call it before code other than the attached optimizer changes parameters or optimizer state: loading weights, an
+    EMA swap, a manual update. The attached optimizer's own step does this by itself.
 
-    Call it before changing parameters by other means than the optimizer that was wired.
+    Any rank may call alone, between two optimizer steps. The calling thread helps with the copies. It does not wait
+    for the disk, except for saves that write host memory in place (CPU-offloaded optimizer state). The saves are not
+    durable on return. Raises nothing: a copy that fails becomes a failed save.
+
+    Args:
+        saves: fence only these saves; by default all that are pending.
     """
     for save in pending() if saves is None else saves:
         save.fence()
 
 
 def wait_copied(saves: list[Save], changes: Changes = lambda owner: True) -> None:
-    """`Save.fence` of these saves; those that are settled leave the list.
+    """Call `Save.fence` for each of `saves`, and remove those that are settled from the list.
 
     Raises:
-        SaveFailed, EpochLost: one of them failed in the background and its settings say `fail_training`.
+        SaveFailed, EpochLost: one of them failed in the background, was not reported yet, and `fail_training` is set.
     """
     for save in list(saves):
         save.fence(changes)
@@ -121,16 +127,21 @@ def wait_copied(saves: list[Save], changes: Changes = lambda owner: True) -> Non
 
 
 def wait_on_all_ranks(ranks: RankGroup, save: Save, *, uploaded: bool) -> None:
-    """`Save.wait` on every rank of `ranks`: none returns before all know the outcome; one rendezvous.
+    """`Save.wait` on every rank of `ranks`, and one rendezvous: no rank returns before all know the outcome.
+
+    Every rank calls. Durable on return.
 
     Raises:
-        SaveFailed: on every rank, if it failed on any.
+        SaveFailed, EpochLost: on every rank, if the save failed on any.
     """
     ranks.run_on_all_ranks(lambda: save.wait(uploaded=uploaded), LONGEST_S)
 
 
 def in_background(action: Callable[[], None], name: str, exit_timeout_s: float) -> None:
-    """Run `action` on a thread that the interpreter's exit waits for, at most `exit_timeout_s` seconds."""
+    """Run `action` on a daemon thread; the interpreter's exit waits for it, at most `exit_timeout_s` seconds.
+
+    Does not block.
+    """
     thread = threading.Thread(target=action, name=f"roll_ckpt {name}", daemon=True)
     process.part(PendingSaves).add_thread(thread, exit_timeout_s)
     thread.start()

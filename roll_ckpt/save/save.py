@@ -1,6 +1,6 @@
-"""Save: this process's part of one checkpoint, from the agreement to begin until the outcome.
+"""Save: one rank's part of one checkpoint, from the agreement to begin it until the outcome is known.
 
-A short-lived Python thread for each save waits for the bytes, votes, settles, and does what follows a commit.
+Each save has a short-lived thread that waits for the bytes, votes, settles, and runs what follows a commit.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from roll_ckpt.config import Settings
-from roll_ckpt.errors import RollCkptError, SaveFailed
+from roll_ckpt.errors import EpochLost, RollCkptError, SaveFailed
 from roll_ckpt.save.cluster_save import Changes, ClusterSave
 from roll_ckpt.transaction import ballot, settlement
 from roll_ckpt.transaction.attempts import Attempt
@@ -26,29 +26,34 @@ Hook = Callable[["Save"], None]
 
 @dataclass
 class Save:
-    """This process's part of one checkpoint, from `begin` to the outcome."""
+    """One rank's part of one checkpoint. Made by `begin`; the training thread then stages, fences and waits.
+
+    `cluster_saves` are its parts by cluster. Once it is settled, `failure` is None if the checkpoint was committed and
+    is durable, else the reason; `reported` says that it was raised already. `durable_s` is the time from the beginning
+    to the commit in seconds, on this rank; None without a durable commit.
+    """
 
     attempt: Attempt
     settings: Settings
     rank: int
     clusters: tuple[str, ...]
-    """The clusters of this world, whose votes this process casts."""
+    """The clusters of this job; this rank casts one vote for each."""
     reused_plans: frozenset[str] = frozenset()
-    """The clusters whose earlier plan fits again, on every rank; see `begin`."""
+    """The clusters for which every rank reuses the same earlier save plan; see `begin`."""
     on_commit: Hook | None = None
-    """Called on the save's thread once the checkpoint is committed: what it raises becomes `failure`."""
+    """Called on the save's thread after a durable commit (upload, pruning); what it raises becomes `failure`."""
     on_end: Hook | None = None
-    """Called on the save's thread when all is done."""
+    """Called on the save's thread at its very end, whatever the outcome."""
     after: Save | None = None
-    """The save before this one in the same directory, which settles first."""
+    """The save before this one in the same output directory; it settles first."""
     cluster_saves: dict[str, ClusterSave] = field(default_factory=dict)
     failure: RollCkptError | None = None
     reported: bool = False
     durable_s: float | None = None
     notes: list[str] = field(default_factory=list)
-    """What followed the commit, for the log: uploaded, pruned."""
+    """Phrases for the log line about what followed the commit: uploaded, pruned."""
     stood_still_s: float = 0.0
-    """How long training waited for this save so far, in seconds."""
+    """Seconds for which training has been blocked by this save so far, on this rank."""
     _threaded: bool = False
     _staged: threading.Event = field(default_factory=threading.Event)
     _settled: threading.Event = field(default_factory=threading.Event)
@@ -56,7 +61,7 @@ class Save:
     _started: float = field(default_factory=time.monotonic)
 
     def add_cluster(self, cluster: str, facts: Mapping[str, Any]) -> ClusterSave:
-        """The part of `cluster`; `facts` go into the manifest."""
+        """Add the part of `cluster` to this save; `facts` go into the manifest."""
         self.cluster_saves[cluster] = ClusterSave(
             self.attempt, self.settings, cluster, self.rank, facts, cluster in self.reused_plans
         )
@@ -64,12 +69,13 @@ class Save:
 
     @contextmanager
     def staging(self) -> Iterator[None]:
-        """Stage every cluster inside the block; when it ends, vote and commit in the background.
+        """Stage every cluster inside the block; after it, the save votes and commits in the background.
 
-        Whatever is raised in it, an interrupt too, turns all votes of this rank into a no.
+        Any exception in the block, KeyboardInterrupt included, turns all votes of this rank into a no and is raised.
+        If no thread can be started, leaving the block blocks until the save has ended.
         """
         began = time.monotonic()
-        self._start_thread()  # now: once there are copies to make, a thread waits long for a processor
+        self._start_thread()  # before staging: the copy threads would keep a new thread waiting for a CPU
         try:
             yield
         except BaseException as problem:
@@ -85,7 +91,7 @@ class Save:
             if cluster not in self.cluster_saves:
                 self.add_cluster(cluster, {}).fail(RuntimeError("the trainer failed before this cluster was staged"))
         self._staged.set()
-        if not self._threaded:  # no thread to be had: blocking beats a save that nobody finishes
+        if not self._threaded:  # nobody else would finish this save
             self._run()
 
     def _start_thread(self) -> None:
@@ -93,50 +99,53 @@ class Save:
             threading.Thread(target=self._run, name=f"roll_ckpt {self.attempt.name}", daemon=True).start()
             self._threaded = True
         except RuntimeError as problem:
-            log.warning("%s: no thread can be started, this save blocks: %s", self.attempt.label, problem)
+            log.warning("%s: no thread can be started, so this save blocks training: %s", self.attempt.label, problem)
 
     @property
     def begun(self) -> bool:
-        """Whether there is an attempt to stage; else it has failed already: `failure` says why."""
+        """Whether there is an attempt to stage. If not, the save has failed already, and `failure` says why."""
         return self.attempt.attempt > 0
 
     @property
     def lead(self) -> bool:
-        """Whether this process collects the votes and decides: rank 0 of each world."""
+        """Whether this rank collects the votes and decides: true on rank 0 of each job."""
         return self.rank == 0
 
     @property
     def staged(self) -> bool:
-        """Whether `staging()` has ended: the save goes on by itself."""
+        """Whether `staging()` has ended; from then on the save proceeds in the background."""
         return self._staged.is_set()
 
     @property
     def settled(self) -> bool:
-        """The outcome is known: committed, or `failure` says why not."""
+        """Whether the outcome is known: committed, or abandoned for the reason in `failure`."""
         return self._settled.is_set()
 
     @property
     def finished(self) -> bool:
-        """Settled, and what follows a commit (upload, prune) is done."""
+        """Whether the save is settled and what follows a commit (upload, pruning) has ended."""
         return self._finished.is_set()
 
     def fence(self, changes: Changes = lambda owner: True) -> None:
-        """`ClusterSave.fence` of every cluster of this rank: blocks until their sources were copied."""
+        """`ClusterSave.fence` of every cluster: block until their sources on this rank have been copied."""
         began = time.monotonic()
         for cluster_save in self.cluster_saves.values():
             cluster_save.fence(changes)
         self.stood_still_s += time.monotonic() - began
 
     def wait(self, timeout_s: float | None = None, *, uploaded: bool = False) -> None:
-        """Block until the checkpoint is committed; with `uploaded`, until its upload and pruning are done.
+        """Block until the checkpoint is committed; with `uploaded`, until its upload and pruning are done as well.
+
+        Any rank may call alone; the outcome is the same on every rank. Durable on return.
 
         Raises:
-            SaveFailed, EpochLost: the save was abandoned; the message says why.
-            TimeoutError: not within `timeout_s`; the save goes on.
+            SaveFailed: the save was abandoned, is committed but perhaps not durable, or its upload or pruning failed.
+            EpochLost: a newer run owns the directory.
+            TimeoutError: not done within `timeout_s` seconds (None: no limit); the save goes on.
         """
         event = self._finished if uploaded else self._settled
         if not event.wait(timeout_s):
-            raise TimeoutError(f"{self.attempt.label}: not done within {timeout_s} s; it goes on")
+            raise TimeoutError(f"{self.attempt.label}: not done within {timeout_s} s; it goes on in the background")
         if self.failure is not None:
             self.reported = True
             raise self.failure
@@ -149,7 +158,7 @@ class Save:
         return {**summed, "copy_s": max((stats["copy_s"] for stats in files), default=0.0)}
 
     def wait_settled(self) -> None:
-        """Block until the outcome is known, whatever it is."""
+        """Block until the outcome is known; raises nothing."""
         self._settled.wait()
 
     def _run(self) -> None:
@@ -180,15 +189,27 @@ class Save:
                 self.on_end(self)
 
     def _vote(self) -> str:
-        """Cast the vote of each cluster; return why one could not be cast, "" if all were."""
+        """Cast the vote of each cluster; return why one could not be cast, "" if all were.
+
+        Any exception counts as a refusal, with which `_settle` abandons the save at once: without a vote, the other
+        ranks would wait for `commit_timeout_s`. EpochLost is raised: the newer run ends the attempt.
+        """
         refusal = ""
         for cluster_save in self.cluster_saves.values():
             try:
                 ballot.cast(self.attempt, cluster_save.finish())
-            except SaveFailed as problem:
+            except EpochLost:
+                raise
+            except Exception as problem:
                 cluster_save.fail(problem)
-                refusal = refusal or str(problem).removeprefix(f"{self.attempt.label}: ")
+                refusal = refusal or self._refusal(cluster_save, problem)
         return refusal
+
+    def _refusal(self, cluster_save: ClusterSave, problem: Exception) -> str:
+        if isinstance(problem, RollCkptError):
+            return str(problem).removeprefix(f"{self.attempt.label}: ")
+        who = f"cluster {cluster_save.cluster!r} rank {cluster_save.rank}"
+        return f"{who} could not vote: {type(problem).__name__}: {problem}"
 
     def _settle(self, refusal: str) -> None:
         began = time.monotonic()
@@ -197,10 +218,12 @@ class Save:
         )
         now = time.monotonic()
         if not outcome.committed:
-            untold = [
-                f"cluster {t.cluster!r} rank {t.rank} failed: {t.error}" for t in self.cluster_saves.values() if t.error
+            errors = [
+                f"cluster {part.cluster!r} rank {part.rank} failed: {part.error}"
+                for part in self.cluster_saves.values()
+                if part.error
             ]
-            reason = "; ".join([outcome.reason, *(here for here in untold if here not in outcome.reason)])
+            reason = "; ".join([outcome.reason, *(error for error in errors if error not in outcome.reason)])
             raise SaveFailed(
                 f"{self.attempt.label}: abandoned: {reason}. Older checkpoints are untouched; the next save "
                 "starts afresh"
@@ -209,14 +232,14 @@ class Save:
             raise SaveFailed(
                 f"{self.attempt.label}: it is committed and whole, but the disk did not say that it is durable: "
                 f"{'; '.join(filter(None, (refusal, outcome.reason)))}. It may not survive a power failure; older "
-                "checkpoints are kept until a later save is durable. Look after the file system"
+                "checkpoints are kept until a later save is durable. Check the file system"
             )
         self.durable_s = now - self._started
         for cluster_save in self.cluster_saves.values():
             cluster_save.timing.commit_s = now - began
 
     def _log_outcome(self) -> None:
-        """One line for whoever watches the run, on rank 0."""
+        """Log one line about a durable commit, on rank 0."""
         if not self.lead or self.durable_s is None:
             return
         nbytes = sum(cluster_save.nbytes for cluster_save in self.cluster_saves.values())
@@ -225,7 +248,7 @@ class Save:
                  self.attempt.final, self.durable_s, nbytes, notes, self.stood_still_s)  # fmt: skip
 
     def fail_to_begin(self, problem: RollCkptError) -> None:
-        """End this save, for which there is no attempt, with `problem`."""
+        """End this save with `problem`: rank 0 could make no attempt for it."""
         self._fail(problem)
         self._settled.set()
         self._finished.set()

@@ -1,0 +1,51 @@
+"""Stages every cluster of a pipeline, and the pipeline's own files, for one save."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from roll_ckpt.pipeline.cluster import Cluster
+from roll_ckpt.ranks.group import RankGroup
+from roll_ckpt.save.cluster_save import ClusterSave
+from roll_ckpt.save.save import Save
+
+
+def stage_all(
+    save: Save,
+    clusters: Mapping[str, Cluster],
+    stage_own_files: Callable[[ClusterSave], None],
+    ranks: RankGroup,
+    *,
+    step: int,
+    last: bool,
+    counted: int,
+) -> tuple[dict[str, Any], Exception | None]:
+    """Stage all of a begun save. Every rank calls; returns when all but the overlappable tensors have been copied.
+
+    The pipeline's own files become a part of the first cluster's. `counted` is `ranks.rendezvous_count` before the save
+    began, for the metric `host_collectives`.
+
+    Returns:
+        This rank's metrics, and the first exception that a cluster raised, None if all went well. After an exception
+        the other clusters are staged all the same, because other ranks may wait for this one there; all votes of this
+        rank are then a no.
+    """
+    metrics: dict[str, Any] = {}
+    problem: Exception | None = None
+    first = next(iter(clusters))
+    with save.staging():
+        for cluster in clusters.values():
+            cluster.bind(save)
+            try:
+                metrics |= cluster.do_checkpoint(global_step=step, is_last_step=last, blocking=False)
+            except Exception as error:
+                problem = problem or error
+            metrics[f"time/{cluster.name}/do_checkpoint/host_collectives"] = ranks.rendezvous_count - counted
+            counted = ranks.rendezvous_count
+        if problem is None:
+            stage_own_files(save.cluster_saves[first])
+        else:
+            for cluster_save in save.cluster_saves.values():
+                cluster_save.fail(problem)
+    return metrics, problem
