@@ -361,14 +361,14 @@ def collectives_of_one_save(out: str) -> dict[str, int]:
             return kept[_name](*a, **k)
 
         setattr(dist, name, count)
-    rendezvous = install.attached(made).world._sequence  # type: ignore[union-attr]
+    rendezvous = install.attached(made).ranks.rendezvous_count  # type: ignore[union-attr]
     try:
         made.save_checkpoint(out, tag="warm")
     finally:
         for name in watched:
             setattr(dist, name, kept[name])
     pending_module.wait_pending()
-    return {**counted, "ours": install.attached(made).world._sequence - rendezvous}  # type: ignore[union-attr]
+    return {**counted, "ours": install.attached(made).ranks.rendezvous_count - rendezvous}  # type: ignore[union-attr]
 
 
 def changes_after_save_stay_out(out: str) -> dict[str, bool]:

@@ -237,7 +237,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "a PipelineModule: ",
     ),
     "device mesh": ({"data_parallel_size": 1, "sequence_parallel_size": 2}, "over a device mesh"),
-    "subset": ({"mpu": "every rank alone"}, "subset of its world"),
+    "subset": ({"mpu": "every rank alone"}, "subset of the job's ranks"),
 }
 
 
@@ -299,6 +299,40 @@ def test_run_installs_us_for_a_script_that_does_not_know_us(tmp_path: Path) -> N
     script.write_text(KNOWS_NOTHING_OF_US.format(out=str(tmp_path / "run")))
     launch("-m", "roll_ckpt.run", str(script), "--flag", "x")
     assert (tmp_path / "run" / "t" / "manifest.json").is_file()
+
+
+OTHERS_WRAP_TOO = """
+import functools
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+def wrap(name):
+    behind = getattr(DeepSpeedEngine, name)
+    @functools.wraps(behind)
+    def wrapper(*args, **kwargs):
+        return behind(*args, **kwargs)
+    setattr(DeepSpeedEngine, name, wrapper)
+    return wrapper
+
+METHODS = ("_configure_checkpointing", "save_checkpoint", "load_checkpoint")
+before = {name: wrap(name) for name in METHODS}
+import roll_ckpt.deepspeed
+from roll_ckpt.backends.deepspeed import install
+for name in METHODS:
+    assert getattr(DeepSpeedEngine, name) is not before[name], f"{name}: not wrapped, we are inert"
+    assert install.stock(name) is before[name], name
+
+ours = DeepSpeedEngine._take_model_step
+after = {name: [wrap(name), wrap(name)][-1] for name in METHODS}
+install.install()
+for name in METHODS:
+    assert getattr(DeepSpeedEngine, name) is after[name], f"{name}: wrapped a second time"
+    assert install.stock(name) is before[name], name
+assert DeepSpeedEngine._take_model_step is ours
+"""
+
+
+def test_wrappers_of_others_neither_hide_ours_nor_pass_for_it() -> None:
+    tool("-c", OTHERS_WRAP_TOO)
 
 
 def launch(*arguments: str) -> None:
