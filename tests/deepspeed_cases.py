@@ -26,6 +26,7 @@ from late_copies import copied, late_copies
 from tiny import Net, config, engine, train
 
 from roll_ckpt import process
+from roll_ckpt.backends.backend import ClusterOptions
 from roll_ckpt.backends.deepspeed import checkpoint_engine, install
 from roll_ckpt.backends.deepspeed.checkpoint_engine import RollCheckpointEngine
 from roll_ckpt.backends.deepspeed.cluster import DeepSpeedCluster
@@ -297,12 +298,12 @@ def start_and_save(asked_for: dict[str, Any], folder: str) -> None:
         made = deepspeed.initialize(model=model, config=asked_for, mpu=mpu)[0]
         if cluster:
             parsed = DeepSpeedConfig.parse(section, "test")
-            DeepSpeedCluster(made, parsed, "actor", **cluster, exclude_frozen_parameters=False)
+            DeepSpeedCluster(made, ClusterOptions("actor", parsed, **cluster, exclude_frozen_parameters=False))
         made.save_checkpoint(folder)
 
 
 class Alone:
-    """An mpu under which every rank is a world of its own."""
+    """An mpu under which every rank is a job of its own."""
 
     def __init__(self) -> None:
         alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
