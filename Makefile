@@ -8,7 +8,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help run train run-worlds test test-long matrix torture bench bench-quick bench-gpu bench-megatron bench-push sanitize fuzz lint format clean ready
+.PHONY: help metrics run train run-worlds test test-long matrix torture bench bench-quick bench-gpu bench-megatron bench-push sanitize fuzz lint format clean ready
 
 PYTHON ?= python3
 ARGS ?=
@@ -20,6 +20,8 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.venv/torch_extensions
 export DS_ACCELERATOR ?= cpu
 export OMP_NUM_THREADS ?= 1
+# For scripts that import from examples/ and from each other, wherever they lie.
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -82,6 +84,9 @@ $(3) LD_PRELOAD="$$(g++ -print-file-name=lib$(2).so) $$(g++ -print-file-name=lib
 	pytest --noconftest -o addopts= -W ignore::pytest.PytestUnknownMarkWarning tests/test_native.py $(4) $(ARGS)
 endef
 
+metrics: ## the house in figures, each beside its bound; needs nothing but Python
+	@$(OUTER_PYTHON) tests/metrics.py $(ARGS)
+
 lint: .venv/.installed ## ruff, mypy, clang-format
 	ruff check .
 	ruff format --check .
@@ -94,7 +99,7 @@ format: .venv/.installed ## write all code in the format that lint wants
 	clang-format -i $(CSRC)
 
 clean: ## remove what set-up and builds made; runs/ stays
-	rm -rf .venv build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache roll_ckpt/*.so
+	rm -rf .venv build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache roll_ckpt/native/*.so
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 
 # ---- set-up ---------------------------------------------------------------------------------------------

@@ -57,9 +57,9 @@ def require_device() -> None:
             f"benchmarks.gpu measures saves of CUDA tensors, and torch {torch.__version__} finds no CUDA device here: "
             "run it where torch.cuda.is_available() is true; make bench measures tensors of the CPU"
         )
-    from roll_ckpt.native import extension
+    from roll_ckpt.state import cuda_status
 
-    if reason := extension.cuda_status():
+    if reason := cuda_status():
         raise SystemExit(f"torch finds a CUDA device, but roll_ckpt cannot use it: {reason}")
 
 
@@ -83,17 +83,13 @@ class Plain:
         torch.cuda.synchronize()
 
 
-def our_copies(ours: systems.Ours, state: State, path: Path) -> float:
-    """Seconds from the start of a transfer that is laid out already until its last byte was copied."""
-    from roll_ckpt.formats.torch_zip import layout
-    from roll_ckpt.save import arena, cluster_save
-
-    image = cluster_save.native_image(layout.lay_out(state, "copies", lambda storage: True))
+def our_copies(ours: systems.Ours, state: State, directory: Path) -> float:
+    """Seconds from the start of a transfer until its last byte was copied."""
     torch.cuda.synchronize()
-    transfer = arena.mover(ours._settings).save(path, image, overlap=True)
-    transfer.wait_written()
-    path.unlink()
-    return float(transfer.stats["copy_s"])
+    ours.save(state, directory)
+    ours.handle()()
+    shutil.rmtree(directory)
+    return ours.copy_stats()["copy_s"]
 
 
 def measure_state(ours: systems.Ours, state: State, root: Path, rounds: int) -> Samples:
@@ -104,7 +100,7 @@ def measure_state(ours: systems.Ours, state: State, root: Path, rounds: int) -> 
         gc.collect()
         torch.cuda.synchronize()
         row = {"pinned copy_": machine.timed(plain.at_once), "copy_ by tensor": machine.timed(plain.one_by_one)}
-        row["our copies"] = our_copies(ours, state, root / "copies.pt")
+        row["our copies"] = our_copies(ours, state, measure.directory_of(root, ours, f"copies-{time.monotonic_ns()}"))
         for system in (ours, systems.TorchSave()):
             directory = measure.directory_of(root, system, f"save-{time.monotonic_ns()}")
             row |= {f"{system.name}, {key}": s for key, s in measure.save_once(system, state, directory).items()}
@@ -216,11 +212,7 @@ def run(arguments: argparse.Namespace, root: Path) -> dict[str, Any]:
     nbytes = {name: measure.bytes_of(state) for name, state in states.items()}
     ours = systems.Ours(cap_bytes=int(1.25 * sum(nbytes.values())) + (256 << 20))
     systems.open_one(ours, states["mixed"])
-    from roll_ckpt.save import arena
-
-    staging = arena.mover(ours._settings).arena
-    staging.wait_warm()
-    pinned = "pinned" if staging.pinned else f"NOT pinned: {staging.pinned_reason}"
+    pinned = ours.wait_warm()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {machine.cores()} cores; staging {pinned}")
     found: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "staging": pinned}
     for name, state in states.items():

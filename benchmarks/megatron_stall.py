@@ -69,8 +69,6 @@ class Stock:
         import torch.distributed as dist
         from megatron.core import dist_checkpointing
 
-        from roll_ckpt.backends.megatron import facts
-
         if dist.get_rank() == 0:
             directory.mkdir(parents=True)
         dist.barrier()
@@ -83,7 +81,7 @@ class Stock:
             self.strategy,
             validate_access_integrity=self.check,
             async_sharded_save=True,
-            content_metadata=facts.content_metadata_of(self.bare.sharding_type),
+            content_metadata=self.bare.content_metadata,
         )
         planned = time.perf_counter()
         self.queue.schedule_async_request(request)
@@ -167,12 +165,11 @@ def rank_main(told: argparse.Namespace) -> None:
     import megatron_cpu
 
     tiny = megatron_cpu.build(hidden=told.hidden, layers=told.layers, bf16=told.bf16)
-    from roll_ckpt.backends.megatron import handle
     from roll_ckpt.config import Settings
-    from roll_ckpt.save import arena
+    from roll_ckpt.megatron import attach
 
     settings = Settings(async_save=True)
-    attached = handle.attach(tiny.model, tiny.optimizer, tiny.scheduler, settings=settings)
+    attached = attach(tiny.model, tiny.optimizer, tiny.scheduler, settings=settings)
     shared = [tempfile.mkdtemp(prefix="megatron_stall_", dir=told.directory) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(shared)
     root = Path(str(shared[0]))
@@ -183,7 +180,7 @@ def rank_main(told: argparse.Namespace) -> None:
         "ours, fenced at once": Ours(attached, fence=True),
     }
     tiny.train(2)
-    arena.warm(settings, attached.estimate_bytes())
+    attached.warm()
     rows: dict[str, list[Row]] = {name: [] for name in kinds}
     nbytes = {}
     for turn in range(told.warm_up + told.rounds):

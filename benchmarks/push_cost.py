@@ -45,7 +45,6 @@ def train(arguments: argparse.Namespace) -> None:
     import torch
 
     from roll_ckpt import BasePipeline, Cluster, PipelineConfig
-    from roll_ckpt.upload.hub import push_queue
 
     layers = [torch.nn.Linear(arguments.width, arguments.width) for _ in range(arguments.layers)]
     model = torch.nn.Sequential(*layers)
@@ -75,7 +74,10 @@ def train(arguments: argparse.Namespace) -> None:
     torch.distributed.barrier()
     loop_s = time.monotonic() - began
     if engine.global_rank == 0:
-        pushed = [entry.nbytes for entry in push_queue.entries(arguments.rank) if entry.state == "done"]
+        listing = subprocess.run(
+            [sys.executable, "-m", "roll_ckpt", "queue", "ls", str(arguments.rank), "--json"], capture_output=True
+        )
+        pushed = [entry["nbytes"] for entry in json.loads(listing.stdout)["entries"] if entry["state"] == "done"]
         steps = arguments.steps - 1 - arguments.save_steps
         told = {"loop_s": loop_s, "step_s": loop_s / steps, "pushed": len(pushed), "pushed_bytes": sum(pushed)}
         (arguments.rank.parent / "told.json").write_text(json.dumps(told))

@@ -125,24 +125,27 @@ def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 class Staging(Section):
-    """How bytes leave the training tensors."""
+    """How bytes leave the training tensors. All engines of a process give the same values."""
 
     arena_bytes: ByteSize | None = Field(default=None, ge=2 * SMALLEST_BLOCK_BYTES)
-    """Cap of the staging memory of one host, shared by its ranks; default a quarter of its memory."""
+    """Cap of the staging memory on one host, shared by the job's ranks there. Unset: a quarter of the memory of the
+    host, or of the container where that has less."""
     overlap: bool = True
-    """Copy what only the optimizer changes under the next forward and backward pass."""
+    """True: what only the optimizer changes is copied during the next forward and backward pass. False: everything is
+    copied before the save returns."""
     check: Check = "sample"
-    """Look whether somebody else changed it before it was copied, which fails the save: not at all, at 512
-    bytes of each tensor in each block (of a random part of them where they are many and small), or at every byte."""
+    """How to detect that a tensor was changed between the save and its copy, which fails the save. `off`: not at all.
+    `sample`: by 512 bytes of each tensor in each block, at other places in every save; where a block holds many small
+    tensors, of a random part of them. `full`: by every byte, for tests and debugging."""
 
 
 class IO(Section):
-    """How bytes reach the disk."""
+    """How bytes reach the disk. All engines of a process give the same values."""
 
     direct: bool = True
-    """Direct I/O; where the file system refuses it, buffered writes are used by themselves."""
+    """Direct I/O. Where the file system refuses it, files are written through the page cache."""
     threads: int = Field(default=2, ge=1, le=64)
-    """Writes and reads in flight on each rank."""
+    """Writes in flight on each rank; a load keeps at least 4 reads in flight."""
     block_bytes: ByteSize = Field(default=ByteSize(4 << 20), ge=SMALLEST_BLOCK_BYTES)
     """Bytes of one write and of one digest; a multiple of 4096."""
 
@@ -157,32 +160,37 @@ class Load(Section):
     """What loading trusts."""
 
     allow: tuple[str, ...] = ()
-    """Qualified names (`package.module.Name`) that pickles may hold beside the built-in list."""
+    """Qualified names (`package.module.Name`) that a checkpoint's pickles may refer to, beside the built-in list."""
 
 
 class Settings(Section):
     """What every way in shares."""
 
     async_save: bool | None = None
-    """True: return before the bytes are durable. False: return when the checkpoint is committed.
-    Default: True in a pipeline, False in a plain DeepSpeed script, whose host may rotate directories itself."""
+    """True: a save returns as soon as training may go on. False: it returns when the checkpoint is committed.
+    Unset: true in a pipeline; false in a DeepSpeed script and in `roll_ckpt.megatron`, where the program around them
+    may rotate directories and would miss one that has no name yet."""
     commit_timeout_s: float = Field(default=600, gt=0)
-    """Longest wait for the votes of every rank of every cluster; then the save is abandoned."""
+    """Longest wait for all ranks to begin a save, and for the votes of all of them; then the save is abandoned."""
     exit_timeout_s: float = Field(default=600, ge=0)
-    """Longest wait for pending saves at the interpreter's exit."""
+    """Longest wait at the interpreter's exit for each pending save, and for each upload that makes progress."""
     fail_training: bool = False
-    """Raise a background failure at the next fence instead of reporting it and going on."""
+    """Raise the failure of a background save at the next optimizer step. False: log it, report it in the metrics, and
+    go on training."""
     run_id: str | None = None
-    """Names the run; worlds that share an output directory give the same one."""
+    """Names the run. Unset: `default`. Jobs that commit together give the same one."""
     take_over: bool = False
-    """Claim the output directory although another run seems alive."""
+    """Claim the output directory although another run seems alive. Set it only if that run is known to be dead."""
     max_ckpt_to_keep: int = Field(
         default=0, ge=0, validation_alias=AliasChoices("max_ckpt_to_keep", "save_total_limit")
     )
-    """Committed checkpoints that stay on the local disk; 0 keeps all."""
+    """How many committed checkpoints stay on the local disk; 0 keeps all."""
     staging: Staging = Staging()
+    """How bytes leave the training tensors."""
     io: IO = IO()
+    """How bytes reach the disk."""
     load: Load = Load()
+    """What loading trusts."""
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -211,34 +219,34 @@ class DeepSpeedConfig(Settings):
     """The object `checkpoint.roll_ckpt` of a DeepSpeed config. It lands in every checkpoint: no secrets."""
 
     cluster: str = "model"
-    """Name of this engine in the manifest, in messages and in metrics."""
+    """Name of this engine in the manifest and in messages."""
 
 
 class Upload(Section):
-    """ROLL's `checkpoint_config`: where committed checkpoints are copied to."""
+    """Committed checkpoints are copied to a directory."""
 
     type: Literal["file_system"]
     output_dir: Path
-    """Directory that receives `checkpoint-N`; never inside the run's own output directory."""
+    """The directory that receives `checkpoint-N`; never the run's own output directory, or one inside it."""
     async_upload: bool = True
-    """Upload in the background; False: `do_checkpoint` returns when the upload is done."""
+    """True: upload in the background. False: `do_checkpoint` returns when the upload is done."""
 
 
 class HubUpload(Section):
-    """ROLL's `checkpoint_config`: the repository of the Hugging Face Hub that committed checkpoints are pushed to.
+    """Committed checkpoints are pushed to a repository of the Hugging Face Hub.
 
-    The token comes from HF_TOKEN or `hf auth login`, the Hub's address from HF_ENDPOINT: never from here.
+    The token comes from HF_TOKEN or `hf auth login`, the Hub's address from HF_ENDPOINT; neither stands here.
     """
 
     type: Literal["hub"]
     repo_id: str
-    """`namespace/name`; made if it is missing."""
+    """The repository, `namespace/name`; created if it is missing."""
     private: bool = True
-    """Make it private, and refuse one that is public."""
+    """Create it as private, and refuse one that is public."""
     revision: str = "main"
-    """The branch that gets one commit for each checkpoint. Other branches than `main` must be there."""
+    """The branch that gets one commit for each checkpoint. A branch other than `main` must exist."""
     async_upload: bool = True
-    """Push in the background; False: `do_checkpoint` returns when the checkpoint is on the Hub."""
+    """True: push in the background. False: `do_checkpoint` returns when the checkpoint is on the Hub."""
 
     @model_validator(mode="after")
     def _names(self) -> HubUpload:
@@ -251,17 +259,18 @@ class PipelineConfig(Settings):
     """The settings of a `BasePipeline`."""
 
     output_dir: Path
-    """The run directory, which holds `checkpoint-N`. Nothing but checkpoints lies in it."""
+    """The directory of the run, which gets `checkpoint-N`. Keep logs and uploads out of it."""
     save_steps: int = Field(ge=1)
-    """Save at every step that is a positive multiple of this, and at the last."""
+    """Save at every step that is a positive multiple of this, and at the last step."""
     max_steps: int = Field(ge=1)
-    """Steps of the run; they count from 0, so the last is `max_steps - 1`."""
+    """How many steps the run has. Steps count from 0, so the last one is `max_steps - 1`."""
     resume_from_checkpoint: bool | HubUri | Path = True
-    """True: the newest complete and sound checkpoint. A path: that one. `hf://namespace/name[@revision]`: the one
-    on the Hub, pulled to `<output_dir>-pulled`. False: none."""
+    """True: resume from the newest sound checkpoint. False: from none. A path: from that checkpoint.
+    `hf://namespace/name[@revision]`: from that one on the Hub, which rank 0 pulls to `<output_dir>-pulled`."""
     expected_clusters: dict[str, int] | None = None
-    """World size of every cluster of the run, where several torchrun jobs commit together."""
+    """The number of ranks of every cluster of the run, where several torchrun jobs commit together; needs `run_id`."""
     checkpoint_config: Annotated[Upload | HubUpload, Field(discriminator="type")] | None = None
+    """Where committed checkpoints are sent; its `type` decides which keys it has. Unset: nowhere."""
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str], **overrides: Any) -> PipelineConfig:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from deepspeed_cases import raised
 from megatron_cases import attach
 from megatron_cpu import Tiny, build
+from patches import replaced
 from pipeline_cases import Config
 from tiny import engine, train
 
@@ -21,8 +22,7 @@ from roll_ckpt import BasePipeline, Cluster, MegatronModel, PipelineConfig
 from roll_ckpt.disk import reads
 from roll_ckpt.disk.retry import ReadRetries
 from roll_ckpt.errors import RollCkptError
-from roll_ckpt.load import together
-from roll_ckpt.load.together import check_bytes as check_bytes_
+from roll_ckpt.load.together import check_bytes
 
 STAGING = {"check": "full"}  # as tests/megatron_cases.py has it: a process has one arena
 
@@ -149,7 +149,7 @@ def load_plain(folder: str) -> dict[str, tuple[str, str, bool]]:
     def load_newest(out: str) -> tuple[Path | None, int]:
         ours = attach(run.critic)
         newest = ours.find(out)
-        with mock.patch.object(together, "check_bytes"):  # find has done it
+        with replaced(check_bytes, lambda ranks, checkpoint_dir: None):  # find has done it
             return newest, ours.load(str(newest))
 
     loads: dict[str, Callable[[], object]] = {
@@ -210,7 +210,6 @@ def load_where_one_rank_differs(folder: str, why: str, rank: int = 1, step: int 
 def change_after_the_check(folder: str, paths: dict[str, list[str]]) -> dict[str, str]:
     """What loads say whose files change between the check of all bytes and their own reading."""
     run = Run(seed=9)
-    check_bytes = check_bytes_
     loads: dict[str, Callable[[str], object]] = {
         "reward": lambda out: run.reward.load_checkpoint(out, tag="global_step2"),
         "critic": lambda out: attach(run.critic).load(f"{out}/iter_2"),
@@ -230,6 +229,6 @@ def change_after_the_check(folder: str, paths: dict[str, list[str]]) -> dict[str
                     changed.write_bytes(data[:20] + bytes([data[20] ^ 1]) + data[21:])
                 dist.barrier()
 
-            with mock.patch.object(together, "check_bytes", check_and_change):
+            with replaced(check_bytes, check_and_change):
                 found[str(out / path)] = raised(lambda load=load, out=out: load(str(out)))
     return found

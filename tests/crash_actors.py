@@ -34,9 +34,10 @@ from typing import Any
 import runs
 from crash_model import fingerprint, read_tree
 from kill_points import no_exchange
+from patches import replace
 
 from roll_ckpt import names
-from roll_ckpt.disk import failpoints, tree, writes
+from roll_ckpt.disk import failpoints, reads, tree, writes
 from roll_ckpt.errors import EpochLost, SaveFailed
 from roll_ckpt.formats import records
 from roll_ckpt.formats.records import Decision, Vote
@@ -50,7 +51,7 @@ runs.CLUSTERS = {"actor": 1, "critic": 1}
 runs.RANKS = [(cluster, 0) for cluster in runs.CLUSTERS]
 WORLDS, NEWCOMER = tuple(runs.CLUSTERS), "newcomer"
 PATIENCE_S, ENOUGH = 1000.0, 5000
-LOOKS = ("list_dir", "read_bytes", "exists")
+LOOKS = {"list_dir": tree, "read_bytes": reads, "exists": tree}
 INNER = {"fsync", "fsync_dir", "write"}  # change nothing that another process sees
 END = "end"
 STEPS = {
@@ -248,7 +249,7 @@ def play(scenario: Scenario, template: Path, folder: Path, switches: tuple[Switc
     settlement.time = publication.time = recovery.time = SimpleNamespace(
         sleep=stage.sleep, monotonic=lambda: stage.clock
     )  # type: ignore[assignment]
-    known = {name: getattr(tree, name) for name in LOOKS}
+    known = {name: getattr(module, name) for name, module in LOOKS.items()}
     known |= {name: getattr(writes, name) for name in ("link", "rename")}
 
     def watched(name: str) -> Callable[[Path], object]:
@@ -271,8 +272,8 @@ def play(scenario: Scenario, template: Path, folder: Path, switches: tuple[Switc
         if operation not in INNER:
             stage.point(f"{operation} {' '.join(Path(path).name for path in paths)}")
 
-    for one in LOOKS:
-        setattr(tree, one, watched(one))
+    for one, module in LOOKS.items():
+        setattr(module, one, watched(one))
     writes.link, writes.rename = moved("link"), moved("rename")  # type: ignore[assignment]
     failpoints.observer = observe
     try:
@@ -280,7 +281,7 @@ def play(scenario: Scenario, template: Path, folder: Path, switches: tuple[Switc
     finally:
         failpoints.observer = None
         for one, function in known.items():
-            setattr(tree if one in LOOKS else writes, one, function)
+            setattr(LOOKS.get(one, writes), one, function)
     try:
         judge(stage, output_dir, name, left)
     finally:
@@ -385,7 +386,7 @@ def overwritten(is_it: Callable[[str], bool]) -> None:
         writes.write_durable(path, data, scratch=scratch)
         return True
 
-    writes.link_durable = rename_durable
+    replace(link_durable, rename_durable)
 
 
 def own_decision() -> None:
@@ -403,7 +404,8 @@ def own_decision() -> None:
         won = decide(*arguments, **options)
         return won and (mine.decision or won)
 
-    writes.link_durable, ballot.decide = link, stubborn
+    replace(link_durable, link)
+    replace(decide, stubborn)
 
 
 def any_checkpoint() -> None:
@@ -412,7 +414,7 @@ def any_checkpoint() -> None:
     def carries(checkpoint_dir: Path, attempt: Attempt) -> bool:
         return tree.exists(checkpoint_dir / names.MANIFEST)
 
-    attempts.carries = carries
+    replace(attempts.carries, carries)
 
 
 def old_epoch() -> None:
@@ -422,7 +424,7 @@ def old_epoch() -> None:
     def first_answer(output_dir: Path) -> int:
         return newest(output_dir) if threading.current_thread().name not in WORLDS else 2
 
-    epochs_module.newest_number = first_answer
+    replace(newest, first_answer)
 
 
 def shared_place() -> None:
@@ -433,7 +435,7 @@ def shared_place() -> None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(attempt.checkpoint_dir))
         return attempt.directory
 
-    publication._take = take
+    replace(publication._take, take)
 
 
 MUTANTS = {

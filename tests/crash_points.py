@@ -68,7 +68,7 @@ def save(epoch: Epoch, step: int, salt: str) -> None:
 
 def stage(cluster_save: ClusterSave, salt: str) -> None:
     """One file of ours and one that stock code wrote, as the backends do."""
-    folder = cluster_save.save.attempt.checkpoint_dir / cluster_save.cluster
+    folder = cluster_save.attempt.checkpoint_dir / cluster_save.cluster
     writes.make_dirs(folder)
     data = runs.contents(salt, cluster_save.cluster, cluster_save.rank)
     cluster_save.stage(folder / f"rank_{cluster_save.rank}.pt", FileImage.of_bytes(data), overlap=False)

@@ -24,7 +24,7 @@ from pathlib import Path
 import faults
 import runs
 
-from roll_ckpt import names
+from roll_ckpt import names, process
 from roll_ckpt.config import Settings
 from roll_ckpt.disk import tree, writes
 from roll_ckpt.errors import RollCkptError
@@ -54,8 +54,8 @@ def begin(output_dir: Path, name: str) -> list[Save]:
     if not first.begun:
         return [first] * RANKS
     second = Save(replace(first.attempt), SETTINGS, 1, tuple(CLUSTERS))
-    pending.remember(second)
-    second._after = None  # of another process, in truth
+    process.part(pending.PendingSaves).add(second)
+    second.after = None  # of another process, in truth
     return [second, first]
 
 

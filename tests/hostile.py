@@ -44,7 +44,7 @@ from roll_ckpt.load.compare import compare_models
 from roll_ckpt.native.extension import Arena
 from roll_ckpt.native.image import NativeImage
 from roll_ckpt.native.mover import Mover
-from roll_ckpt.ranks.rng import capture, restore
+from roll_ckpt.ranks.rng import capture_portable, restore_portable
 from roll_ckpt.transaction import epochs, listing
 from roll_ckpt.transaction.epochs import Member
 from roll_ckpt.upload.hub import push_queue
@@ -344,11 +344,11 @@ def read_pickle(data: bytes) -> object:
 
 
 def read_rng(data: bytes) -> object:
-    state = capture()
+    state = capture_portable()
     try:
-        restore(parse_(bytearray(data), HERE), HERE)
+        restore_portable(parse_(bytearray(data), HERE), HERE)
     finally:
-        restore(state, HERE)
+        restore_portable(state, HERE)
     return state
 
 
@@ -449,7 +449,7 @@ PARSERS: dict[str, Parser] = {
     "config": Parser((CONFIG,), read_config),
     "torch_zip": Parser((saved(STATE), ours()), lambda data: parse_(bytearray(data), HERE)),
     "data.pkl": Parser((records_in(saved(STATE))["data.pkl"],), read_pickle),
-    "random numbers": Parser((saved(capture()),), read_rng),
+    "random numbers": Parser((saved(capture_portable()),), read_rng),
     "object": Parser((saved(OBJECT),), read_object),
     "index": Parser((pickle.dumps(index(), 2, fix_imports=False), pickle.dumps(index())), read_index),
 }

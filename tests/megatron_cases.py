@@ -26,12 +26,12 @@ from megatron.core import dist_checkpointing, parallel_state, tensor_parallel  #
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue  # noqa: E402
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper  # noqa: E402
 
-from roll_ckpt.backends.megatron import facts, handle
-from roll_ckpt.backends.megatron.handle import MegatronHandle
-from roll_ckpt.backends.megatron.load import load as load_
-from roll_ckpt.backends.megatron.strategy import SaveStrategy
-from roll_ckpt.config import Settings
-from roll_ckpt.errors import RollCkptError
+from roll_ckpt.backends.megatron import facts, handle  # noqa: E402
+from roll_ckpt.backends.megatron.handle import MegatronHandle  # noqa: E402
+from roll_ckpt.backends.megatron.load import load as load_  # noqa: E402
+from roll_ckpt.backends.megatron.strategy import SaveStrategy  # noqa: E402
+from roll_ckpt.config import Settings  # noqa: E402
+from roll_ckpt.errors import RollCkptError  # noqa: E402
 from roll_ckpt.formats.dcp import items as dcp  # noqa: E402
 
 NEXT_STEPS = 2

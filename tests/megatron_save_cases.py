@@ -25,22 +25,22 @@ from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor  # noqa: E402
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper  # noqa: E402
 
-from roll_ckpt.backends.megatron import handle
-from roll_ckpt.backends.megatron.fence import Fence
-from roll_ckpt.backends.megatron.handle import MegatronHandle
-from roll_ckpt.backends.megatron.save import save as save_
-from roll_ckpt.backends.megatron.save import stage as stage_
-from roll_ckpt.backends.megatron.strategy import SaveStrategy
-from roll_ckpt.config import Settings
-from roll_ckpt.disk import tree
-from roll_ckpt.errors import RollCkptError
-from roll_ckpt.formats.dcp import items as dcp
-from roll_ckpt.formats.image import FileImage, Memory
-from roll_ckpt.load.checkpoint import OpenedCheckpoint
-from roll_ckpt.ranks.group import RankGroup
-from roll_ckpt.save import pending
-from roll_ckpt.save.begin import Request, begin
-from roll_ckpt.save.cluster_save import ClusterSave
+from roll_ckpt.backends.megatron import handle  # noqa: E402
+from roll_ckpt.backends.megatron.fence import Fence  # noqa: E402
+from roll_ckpt.backends.megatron.handle import MegatronHandle  # noqa: E402
+from roll_ckpt.backends.megatron.save import save as save_  # noqa: E402
+from roll_ckpt.backends.megatron.save import stage as stage_  # noqa: E402
+from roll_ckpt.backends.megatron.strategy import SaveStrategy  # noqa: E402
+from roll_ckpt.config import Settings  # noqa: E402
+from roll_ckpt.disk import tree  # noqa: E402
+from roll_ckpt.errors import RollCkptError  # noqa: E402
+from roll_ckpt.formats.dcp import items as dcp  # noqa: E402
+from roll_ckpt.formats.image import FileImage, Memory  # noqa: E402
+from roll_ckpt.load.checkpoint import OpenedCheckpoint  # noqa: E402
+from roll_ckpt.ranks.group import RankGroup  # noqa: E402
+from roll_ckpt.save import pending  # noqa: E402
+from roll_ckpt.save.begin import Request, begin  # noqa: E402
+from roll_ckpt.save.cluster_save import ClusterSave  # noqa: E402
 from roll_ckpt.save.save import Save  # noqa: E402
 
 gc.freeze()  # Megatron collects garbage at each sharded_state_dict; what the imports made is none

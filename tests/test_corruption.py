@@ -268,7 +268,7 @@ def test_a_run_resumes_from_the_newest_sound_step_and_says_which_it_refused_and_
     for rank, found in enumerate(told):
         for harm, paths, (step, said, right) in zip(harms, named, found, strict=False):
             assert (step, right) == (1, True), (harm, step, said)
-            assert "resumed from checkpoint-1; refused: checkpoint-2" in said
+            assert "taking checkpoint-1; refused: checkpoint-2" in said
             # What the records tell rank 0 has said; what the bytes tell, all.
             assert rank or all(path in said for path in paths), (harm, said)
         for step, said, untouched in found[len(harms) :]:
@@ -302,10 +302,10 @@ def test_plain_loads_refuse_damage_on_every_rank_and_fall_back_only_where_nothin
             assert said.startswith("Damaged") and path in said and untouched, told
         said, log, untouched = told["newest"]
         assert "global_step1" in said and not untouched
-        assert bits["actor"] in log and "loading global_step1; refused: global_step2" in log
+        assert bits["actor"] in log and "taking global_step1; refused: global_step2" in log
         said, log, untouched = told["newest critic"]
         assert "critic/iter_1'), 1)" in said and not untouched, said
-        assert bits["critic"] in log and "found iter_1; refused: iter_2" in log
+        assert bits["critic"] in log and "taking iter_1; refused: iter_2" in log
 
 
 def test_what_one_rank_alone_finds_damaged_all_pass_over_together(

@@ -140,7 +140,9 @@ def test_a_form_that_stock_saved_and_we_do_not_know_is_refused_by_name(megatron:
         assert untouched
 
 
-@pytest.mark.parametrize("sharding_type", ["fully_sharded_model_space", "fsdp_dtensor", "dp_zero_gather_scatter", "typo"])
+@pytest.mark.parametrize(
+    "sharding_type", ["fully_sharded_model_space", "fsdp_dtensor", "dp_zero_gather_scatter", "typo"]
+)
 def test_a_form_that_cannot_be_saved_is_refused_by_name(megatron: Worlds, sharding_type: str) -> None:
     for told in megatron.call("DP2", "refusal_of_form", sharding_type):
         assert told.startswith("UnsupportedError") and sharding_type in told and "fully_reshardable" in told

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -675,3 +676,14 @@ def test_write_file_into_a_directory_that_is_not_there_names_the_file(tmp_path: 
     with pytest.raises(FileNotFoundError) as caught:
         one_file.write_file(tmp_path / "none" / "weights.bin", image_of({}), SETTINGS)
     assert "none" in str(caught.value) and caught.value.__context__ is None
+
+
+def test_one_line_tells_of_a_save_and_how_long_training_stood_still(out: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="roll_ckpt"):
+        save_now(out, {"w": torch.ones(1000)}, "t1")
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "INFO"]
+    assert re.match(
+        rf"{out / 't1'}: committed [0-9.]+ s after it began \(this rank wrote [0-9]+ bytes\); "
+        r"training stood still for [0-9.]+ s$",
+        line,
+    )

@@ -103,19 +103,17 @@ def verdicts(figures: Figures) -> list[Verdict]:
     return [*found, Verdict("on one GPU", "", "make bench-gpu", None)]
 
 
-def _at_most(
-    figure: str, value: float | None, limit: float, checkpoint_dir: str, scale: float = 1, digits: int = 2
-) -> Verdict:
+def _at_most(figure: str, value: float | None, limit: float, unit: str, scale: float = 1, digits: int = 2) -> Verdict:
     if value is None or value != value:
-        return Verdict(figure, f"<= {limit * scale:.{digits}f} {checkpoint_dir}", "not measured", None)
-    told = f"{value * scale:.{digits}f} {checkpoint_dir}"
-    return Verdict(figure, f"<= {limit * scale:.{digits}f} {checkpoint_dir}", told, value <= limit)
+        return Verdict(figure, f"<= {limit * scale:.{digits}f} {unit}", "not measured", None)
+    told = f"{value * scale:.{digits}f} {unit}"
+    return Verdict(figure, f"<= {limit * scale:.{digits}f} {unit}", told, value <= limit)
 
 
-def _at_least(figure: str, value: float | None, limit: float, checkpoint_dir: str) -> Verdict:
+def _at_least(figure: str, value: float | None, limit: float, unit: str) -> Verdict:
     if value is None or value != value:
-        return Verdict(figure, f">= {limit:.2f} {checkpoint_dir}", "not measured", None)
-    return Verdict(figure, f">= {limit:.2f} {checkpoint_dir}", f"{value:.2f} {checkpoint_dir}", value >= limit)
+        return Verdict(figure, f">= {limit:.2f} {unit}", "not measured", None)
+    return Verdict(figure, f">= {limit:.2f} {unit}", f"{value:.2f} {unit}", value >= limit)
 
 
 def _peers(figures: Figures) -> list[str]:
@@ -208,18 +206,9 @@ def table(figures: Figures) -> list[str]:
     loops = list(results.loops)
     heads = ["save()", "blocked", "blocked", "durable", "of raw", "load", "of raw", *["lost/save"] * len(loops)]
     heads += ["peak", "pause"]
-    checkpoint_dirs = [
-        "ms",
-        "ms",
-        "memcpy",
-        "GB/s",
-        "write",
-        "GB/s",
-        "read",
-        *(f"{kind.split()[0]}, ms" for kind in loops),
-    ]
-    checkpoint_dirs += ["MiB", "ms"]
-    lines = [_line("", heads), _line("medians", checkpoint_dirs)]
+    units = ["ms", "ms", "memcpy", "GB/s", "write", "GB/s", "read", *(f"{kind.split()[0]}, ms" for kind in loops)]
+    units += ["MiB", "ms"]
+    lines = [_line("", heads), _line("medians", units)]
     for name in figures.names:
         cells = [
             f"{figures.of(name, 'save') * MILLI:.1f}",

@@ -56,48 +56,32 @@ class System:
 
 
 class Ours(System):
-    """The corridor as a backend drives it, on one rank: begin, lay out, stage, vote, commit."""
+    """Our own saver of state dictionaries, on one rank: begin, lay out, stage, vote, commit."""
 
     name = "roll_ckpt"
     background = True
     several = True
 
     def __init__(self, cap_bytes: int | None = None) -> None:
-        from roll_ckpt.config import Settings
-        from roll_ckpt.formats.torch_zip.layout import Layouts
-        from roll_ckpt.ranks.group import RankGroup
+        from roll_ckpt.state import Lifetime, StateSaver
 
-        self._saver = saver
-        self._until: Any = True
-        self._layouts = Layouts()
+        self._unchanged = Lifetime.UNTIL_FENCE
         self._cap_bytes = cap_bytes
-        self._world = RankGroup.current()
-        self._settings = Settings()
+        self._saver = StateSaver()
         self._save: Any = None
 
     def open(self, state: State) -> None:
         from roll_ckpt.config import Settings
-        from roll_ckpt.save import arena
+        from roll_ckpt.state import StateSaver
 
         nbytes = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-        blocks = 2 * int(self._settings.io.block_bytes)
+        blocks = 2 * int(Settings().io.block_bytes)
         cap = nbytes + (nbytes >> 5) + blocks if self._cap_bytes is None else self._cap_bytes
-        self._settings = Settings(staging={"arena_bytes": cap}, async_save=True)
-        arena.warm(self._settings, nbytes, max((tensor.get_device() for tensor in state.values()), default=-1))
+        self._saver = StateSaver(Settings(staging={"arena_bytes": cap}, async_save=True))
+        self._saver.warm(nbytes, max((tensor.get_device() for tensor in state.values()), default=-1))
 
     def save(self, state: State, directory: Path) -> None:
-        nbytes = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-        request = self._saver.Request(directory.parent, directory.name, None, {"model": 1})
-        save = self._saver.begin(self._world, request, self._settings, nbytes=nbytes)
-        with save.staging():
-            cluster_save = save.add_cluster("model", {"framework": "none"})
-            kept = frozenset(tensor.untyped_storage()._cdata for tensor in state.values())
-            until = self._until
-            image, _ = self._layouts.lay_out(
-                "model.pt", state, "model", lambda storage: storage._cdata in kept and until
-            )
-            cluster_save.stage(save.attempt.checkpoint_dir / "model.pt", image, overlap=True)
-        self._save = save
+        self._save = self._saver.save(state, directory, unchanged=self._unchanged)
 
     def fence(self) -> None:
         if self._save is not None:
@@ -108,11 +92,18 @@ class Ours(System):
         return lambda: save.wait(600)
 
     def load(self, directory: Path) -> State:
-        from roll_ckpt.load.reader import open_reader
+        state: State = self._saver.load(directory)
+        return state
 
-        with open_reader(directory, self._settings) as reader:
-            found: State = reader.load(directory / "model.pt", "cpu")
-        return found
+    def wait_warm(self) -> str:
+        """Block until the arena is in memory; whether it is pinned for CUDA, or why not."""
+        told: str = self._saver.wait_warm()
+        return told
+
+    def copy_stats(self) -> dict[str, float]:
+        """Of the last save; see `Save.copy_stats`."""
+        stats: dict[str, float] = self._save.copy_stats()
+        return stats
 
 
 class Leased(Ours):
@@ -121,16 +112,15 @@ class Leased(Ours):
     name = "roll_ckpt, offloaded state"
 
     def open(self, state: State) -> None:
-        from roll_ckpt.native.image import Lifetime
+        from roll_ckpt.state import Lifetime
 
         super().open(state)
-        self._until = Lifetime.UNTIL_WRITTEN
+        self._unchanged = Lifetime.UNTIL_WRITTEN
 
     @property
     def copied_bytes(self) -> int:
         """Bytes of the last save that were copied before it returned."""
-        (staged,) = self._save.cluster_saves["model"]._staged
-        return int(staged.transfer.stats["eager_bytes"])
+        return int(self.copy_stats()["eager_bytes"])
 
 
 class TorchSave(System):

@@ -30,13 +30,11 @@ def seconds(value: float | None) -> str:
 
 
 def size(nbytes: float) -> str:
-    for checkpoint_dir in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000 or checkpoint_dir == "GB":
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000 or unit == "GB":
             break
         nbytes /= 1000
-    return (
-        f"{nbytes:.0f} {checkpoint_dir}" if checkpoint_dir == "B" or nbytes >= 100 else f"{nbytes:.1f} {checkpoint_dir}"
-    )
+    return f"{nbytes:.0f} {unit}" if unit == "B" or nbytes >= 100 else f"{nbytes:.1f} {unit}"
 
 
 class Screen:

@@ -20,6 +20,7 @@ def missing_ok() -> Iterator[None]:
 
 def if_there(read: Callable[[], Read]) -> Read | None:
     """What `read` returns; None if the file or directory that it asks for is not there."""
-    with missing_ok():
+    try:
         return read()
-    return None
+    except (FileNotFoundError, NotADirectoryError):
+        return None

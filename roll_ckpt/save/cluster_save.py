@@ -105,6 +105,10 @@ class ClusterSave:
         """Whether this rank's part has a file at `path`, written yet or not."""
         return path in self._adopted or any(staged.path == path for staged in self._staged)
 
+    def file_stats(self) -> list[dict[str, float]]:
+        """`Transfer.stats` of each staged file."""
+        return [staged.transfer.stats for staged in self._staged]
+
     def fail(self, problem: BaseException) -> None:
         """Turn this rank's vote into a no. Never raises, so that no rank waits at a framework's barrier."""
         if self.error is None:

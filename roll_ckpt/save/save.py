@@ -141,6 +141,13 @@ class Save:
             self.reported = True
             raise self.failure
 
+    def copy_stats(self) -> dict[str, float]:
+        """What this rank's files needed: `nbytes`, `eager_bytes` copied before staging returned, `copy_s` until the last
+        was copied (of the file that took longest), each summed over files; meant for benchmarks."""
+        files = [stats for part in self.cluster_saves.values() for stats in part.file_stats()]
+        summed = {key: float(sum(stats[key] for stats in files)) for key in ("nbytes", "eager_bytes", "lazy_bytes")}
+        return {**summed, "copy_s": max((stats["copy_s"] for stats in files), default=0.0)}
+
     def wait_settled(self) -> None:
         """Block until the outcome is known, whatever it is."""
         self._settled.wait()

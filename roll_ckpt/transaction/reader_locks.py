@@ -47,9 +47,10 @@ def reading(checkpoint_dir: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        readers = process.part(Readers)  # another one in a child that was forked inside the block
         with readers.guard:
             readers.counts[key] -= 1
-            if not readers.counts[key]:
+            if readers.counts[key] <= 0:
                 del readers.counts[key]
         if lock is not None:
             lock.release()

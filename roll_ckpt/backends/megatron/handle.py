@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
@@ -33,7 +34,7 @@ from roll_ckpt.load.newest import newest_sound
 from roll_ckpt.load.reader import Reader
 from roll_ckpt.load.together import check_bytes, open_together
 from roll_ckpt.ranks.group import RankGroup
-from roll_ckpt.save import claims, pending
+from roll_ckpt.save import arena, claims, pending
 from roll_ckpt.save.cluster_save import ClusterSave
 from roll_ckpt.save.save import Save
 from roll_ckpt.transaction import listing
@@ -62,6 +63,16 @@ class MegatronHandle(Binding):
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         self.strategy = FullyParallelSaveStrategyWrapper(SaveStrategy(settings), group)
         self._fence = Fence.of(optimizer, self.model)
+
+    @property
+    def content_metadata(self) -> dict[str, Any]:
+        """What a stock `dist_checkpointing.save` of this model's state records beside it."""
+        return content_metadata_of(self.sharding_type)
+
+    def warm(self) -> None:
+        """Make the staging arena for this model's saves, in the background, so that the first save need not."""
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else -1
+        arena.warm(self.settings, self.estimate_bytes(), device)
 
     def save(self, directory: str | os.PathLike[str], step: int) -> Save:
         """Save everything bound as the checkpoint `directory`, in one transaction; every rank calls.

@@ -8,7 +8,6 @@ time for an output directory. Killed at any instant, the next one goes on: see p
 
 from __future__ import annotations
 
-import atexit
 import json
 import logging
 import os
@@ -17,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
+from roll_ckpt import process
 from roll_ckpt.errors import NotFound
 from roll_ckpt.upload.hub import push_queue
 from roll_ckpt.upload.hub.push_queue import State
@@ -46,6 +47,20 @@ class Ended:
     seconds: float = 0.0
 
 
+class Uploaders:
+    """The uploaders of this process; see `process`."""
+
+    exit = process.Exit.UPLOADS
+
+    def __init__(self) -> None:
+        self.running: weakref.WeakSet[Uploader] = weakref.WeakSet()
+
+    def leave(self) -> None:
+        """Tell them that the interpreter ends."""
+        for uploader in list(self.running):
+            uploader.leave()
+
+
 class Uploader:
     """Keeps a process pushing while something is owed. Any thread may call."""
 
@@ -64,15 +79,13 @@ class Uploader:
         self._changed = threading.Condition()
         self._wanted = self._again = self._serving = self._stopping = False
         self._stuck = self._leaving = False
-        self._pid = os.getpid()
         self._process: subprocess.Popen[str] | None = None
         self._ended: dict[str, Ended] = {}  # the newest ones, for those who wait for them
         self._ends = 0
         self._progress: dict[str, dict[str, Any]] = {}
         self._trouble = ""
         self._moved = time.monotonic()
-        # Registered after the one that joins the background's threads, so it comes before that.
-        atexit.register(self._leave)
+        process.part(Uploaders).running.add(self)
 
     def notify(self, name: str | None = None, *, again: bool = False) -> None:
         """Something may be owed: `name`, or whatever lies there; `again` includes what failed before."""
@@ -118,13 +131,11 @@ class Uploader:
             if self._process is not None:
                 self._process.kill()
 
-    def _leave(self) -> None:
-        """The interpreter ends: a push that moves may finish, one that waits is for the next start.
+    def leave(self) -> None:
+        """The interpreter ends: a push that moves may finish, one that waits for the Hub is left to the next start.
 
         The rank of a job that has crashed must not stay while the others hang in its collectives.
         """
-        if self._pid != os.getpid():
-            return
         with self._changed:
             self._leaving = True
             if self._stuck:

@@ -1,0 +1,102 @@
+"""StateSaver: a state dictionary of each rank as a checkpoint, for scripts without DeepSpeed or Megatron-core."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from roll_ckpt import names
+from roll_ckpt.config import Settings
+from roll_ckpt.errors import NotFound
+from roll_ckpt.formats.torch_zip.layout import Layouts
+from roll_ckpt.load import trust
+from roll_ckpt.load.together import check_bytes, open_together
+from roll_ckpt.native.image import Lifetime
+from roll_ckpt.ranks.group import RankGroup
+from roll_ckpt.save import arena, pending
+from roll_ckpt.save.begin import Request, begin
+from roll_ckpt.save.save import Save
+from roll_ckpt.upload.after_commit import AfterCommit
+
+_CLUSTER = "state"
+
+
+class StateSaver:
+    """Saves and loads one state dictionary on each rank; keeps the layout of its files from save to save.
+
+    Args:
+        settings: staging, I/O, time limits, retention; `async_save` counts as false unless it is set.
+    """
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        self.settings = settings or Settings()
+        self._layouts = Layouts(trust.allowed(self.settings))
+        self._warned: set[str] = set()
+
+    def warm(self, nbytes: int, device: int = -1) -> None:
+        """Make the staging arena for states of `nbytes` bytes, in the background; pin it for a CUDA `device`."""
+        arena.warm(self.settings, nbytes, device)
+
+    def wait_warm(self) -> str:
+        """Block until the arena is in memory: "pinned" for CUDA, or "NOT pinned" and the reason."""
+        staging = arena.mover(self.settings).arena
+        staging.wait_warm()
+        return "pinned" if staging.pinned else f"NOT pinned: {staging.pinned_reason}"
+
+    def save(
+        self,
+        state: dict[str, Any],
+        directory: str | os.PathLike[str],
+        *,
+        step: int | None = None,
+        unchanged: Lifetime = Lifetime.UNTIL_SAVE_RETURNS,
+    ) -> Save:
+        """Save `state` as this rank's part of the checkpoint `directory`; every rank calls.
+
+        Returns when the checkpoint is committed and durable; with `async_save` as soon as the caller may go on.
+        `unchanged` says how long the caller leaves the tensors of `state` as they are: until this call returns, until
+        `roll_ckpt.fence()`, or until the file is written. What it promises longer is copied, or written, later.
+
+        Raises:
+            SaveFailed: it was abandoned, on every rank; older checkpoints are sound. As `begin`.
+        """
+        path, ranks = Path(directory).absolute(), RankGroup.current()
+        names.check_name("tag", path.name)
+        file = _file(ranks.rank)
+        nbytes = sum(value.nbytes for value in state.values() if hasattr(value, "nbytes"))
+        request = Request(path.parent, path.name, step, {_CLUSTER: ranks.size})
+        save = begin(ranks, request, self.settings, nbytes=nbytes, on_commit=AfterCommit(self.settings))
+        if save.begun:
+            with save.staging():
+                part = save.add_cluster(_CLUSTER, {"framework": "none"})
+                image, unsafe = self._layouts.lay_out(file, state, Path(file).stem, lambda storage: unchanged)
+                trust.warn_unloadable(path / file, unsafe, self._warned)
+                late = unchanged != Lifetime.UNTIL_SAVE_RETURNS and self.settings.staging.overlap
+                part.stage(save.attempt.checkpoint_dir / file, image, overlap=late)
+        if not self.settings.async_save:
+            pending.wait_on_all_ranks(ranks, save, uploaded=True)
+        return save
+
+    def load(self, directory: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, Any]:
+        """This rank's state in the committed checkpoint `directory`, every byte verified; every rank calls; blocks.
+
+        Raises:
+            NotFound: there is no committed checkpoint, or none of this rank. Damaged, Unreadable: on every rank.
+        """
+        path, ranks = Path(directory).absolute(), RankGroup.current()
+        pending.wait_pending()
+        with ExitStack() as stack:
+            reader = stack.enter_context(open_together(ranks, path, self.settings))
+            if reader.checkpoint is None:
+                raise NotFound(f"{path}: no checkpoint of roll_ckpt is there")
+            if ranks.size > 1:
+                check_bytes(ranks, path)
+                reader.cached = True
+            state: dict[str, Any] = reader.load(path / _file(ranks.rank), map_location)
+        return state
+
+
+def _file(rank: int) -> str:
+    return f"state_rank_{rank}.pt"
