@@ -298,7 +298,8 @@ def start_and_save(asked_for: dict[str, Any], folder: str) -> None:
         made = deepspeed.initialize(model=model, config=asked_for, mpu=mpu)[0]
         if cluster:
             parsed = DeepSpeedConfig.parse(section, "test")
-            DeepSpeedCluster(made, ClusterOptions("actor", parsed, **cluster, exclude_frozen_parameters=False))
+            options = ClusterOptions("actor", parsed, exclude_frozen_parameters=False, **cluster)
+            DeepSpeedCluster(made, options)
         made.save_checkpoint(folder)
 
 

@@ -441,7 +441,7 @@ def fail_to_lay_out(directory: str) -> dict[str, Any]:
         made._settled.wait(60)
         return made
 
-    for turn, name in enumerate(["form", None, "join", None]):
+    for turn, name in enumerate(["template", None, "join", None]):
         with mock.patch.object(dcp, name, broken) if name and second else mock.patch("os.sep", os.sep):
             made = save(turn)
         sound = made.failure is None and _read_back(Path(directory) / f"turn_{turn}", turn, {})

@@ -74,7 +74,7 @@ def small_arena(made: Any, out: str) -> Iterator[contextlib.ExitStack]:
     ours = settings(staging={"arena_bytes": 2 * SMALL_ARENA})
     with new_arena(), contextlib.ExitStack() as disk:
         attached = install.attach(made, DeepSpeedConfig.parse(ours, "test"), "model")
-        folder = Path(out) / f"stuck{attached.world.rank}"
+        folder = Path(out) / f"stuck{attached.ranks.rank}"
         folder.mkdir()
         disk.enter_context(stuck(arena.mover(attached.settings), folder, attached.settings.io.threads))
         yield disk

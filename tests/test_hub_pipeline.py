@@ -46,7 +46,7 @@ def test_a_killed_job_and_a_hub_that_is_down_cost_no_checkpoint(
     hub.faults.clear()
     jobs.run("losses", *options)
     assert [p.name for p in jobs.out.glob("checkpoint-*")] == ["checkpoint-8"]
-    assert {entry.name: entry.state for entry in push_queue.entries(jobs.out)} == {
+    assert {entry.name: entry.state for entry in push_queue.list_entries(jobs.out)} == {
         f"checkpoint-{n}": "done" for n in (2, 4, 6, 8)
     }
     assert_there_once(hub, REPO, jobs.out / "checkpoint-8", tmp_path)
@@ -80,7 +80,7 @@ def test_a_no_is_heard_later(two_ranks: World, hub: LocalHub, tmp_path: Path, st
     )
     told = later["raised" if strict else "checkpoint/failed"]
     assert "public" in told and "roll-ckpt push" in told and "unpruned" in told
-    assert push_queue.entries(tmp_path / "run")[0].state == "failed"
+    assert push_queue.list_entries(tmp_path / "run")[0].state == "failed"
 
 
 def test_without_async_upload_a_save_returns_when_it_is_on_the_hub(

@@ -280,7 +280,7 @@ def test_the_host_holds_one_copy(tmp_path: Path, aslant: int) -> None:
             state[at] = 1 + at % 255
         image = HandMadeImage(4096 + (320 << 20))
         image.add_bytes(0, b"header")
-        image.add(4096, address_of(state)[0] + int(sys.argv[2]), 320 << 20, lazy=Until(int(sys.argv[3])))
+        image.add(4096, address_of(state)[0] + int(sys.argv[2]), 320 << 20, lazy=Lifetime(int(sys.argv[3])))
         before = resident("VmRSS")
         mover = Mover(Arena(64 << 20, 4 << 20))
         transfer = mover.save(sys.argv[1], image)

@@ -678,7 +678,9 @@ def test_write_file_into_a_directory_that_is_not_there_names_the_file(tmp_path: 
     assert "none" in str(caught.value) and caught.value.__context__ is None
 
 
-def test_one_line_tells_of_a_save_and_how_long_training_stood_still(out: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_one_line_tells_of_a_save_and_how_long_training_stood_still(
+    out: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level("INFO", logger="roll_ckpt"):
         save_now(out, {"w": torch.ones(1000)}, "t1")
     (line,) = [record.getMessage() for record in caplog.records if record.levelname == "INFO"]
