@@ -3,8 +3,8 @@
 An engine whose config has a section `checkpoint.roll_ckpt`, or that a `Cluster` attached, gets our checkpoint engine.
 Every other engine behaves as before.
 
-Written against DeepSpeed 0.19 (`runtime/engine.py`). docs/deepspeed.md lists the names that we rely on, public and
-private, and what we found behind them.
+Written against DeepSpeed 0.19 (`runtime/engine.py`). docs/deepspeed.md tells what we found in it; look there first if
+an update breaks something.
 """
 
 from __future__ import annotations
