@@ -304,7 +304,7 @@ def start_and_save(asked_for: dict[str, Any], folder: str) -> None:
 
 
 class Alone:
-    """An mpu under which every rank is a world of its own."""
+    """An mpu under which every rank is a job of its own."""
 
     def __init__(self) -> None:
         alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())]

@@ -365,7 +365,7 @@ def many_saves(out: str, saves: int) -> list[dict[str, Any]]:
             assert one._finished.wait(60)
         add_ended({}, made._saves, made._after_commit, fail_training=False)
         dist.barrier()
-        critic = made._clusters["critic"]._backend._attached  # type: ignore[attr-defined]
+        critic = made._clusters["critic"]._backend._handle  # type: ignore[attr-defined]
         roots = [made, pair[0].checkpoint_engine, critic.strategy.base_strategy]
         found = long_runs.sample(Path(out), roots, seconds)
         dist.barrier()

@@ -237,7 +237,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "a PipelineModule: ",
     ),
     "device mesh": ({"data_parallel_size": 1, "sequence_parallel_size": 2}, "over a device mesh"),
-    "subset": ({"mpu": "every rank alone"}, "subset of its world"),
+    "subset": ({"mpu": "every rank alone"}, "subset of the job's ranks"),
 }
 
 
@@ -301,6 +301,40 @@ def test_run_installs_us_for_a_script_that_does_not_know_us(tmp_path: Path) -> N
     assert (tmp_path / "run" / "t" / "manifest.json").is_file()
 
 
+OTHERS_WRAP_TOO = """
+import functools
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+def wrap(name):
+    behind = getattr(DeepSpeedEngine, name)
+    @functools.wraps(behind)
+    def wrapper(*args, **kwargs):
+        return behind(*args, **kwargs)
+    setattr(DeepSpeedEngine, name, wrapper)
+    return wrapper
+
+METHODS = ("_configure_checkpointing", "save_checkpoint", "load_checkpoint")
+before = {name: wrap(name) for name in METHODS}
+import roll_ckpt.deepspeed
+from roll_ckpt.backends.deepspeed import install
+for name in METHODS:
+    assert getattr(DeepSpeedEngine, name) is not before[name], f"{name}: not wrapped, we are inert"
+    assert install.stock(name) is before[name], name
+
+ours = DeepSpeedEngine._take_model_step
+after = {name: [wrap(name), wrap(name)][-1] for name in METHODS}
+install.install()
+for name in METHODS:
+    assert getattr(DeepSpeedEngine, name) is after[name], f"{name}: wrapped a second time"
+    assert install.stock(name) is before[name], name
+assert DeepSpeedEngine._take_model_step is ours
+"""
+
+
+def test_wrappers_of_others_neither_hide_ours_nor_pass_for_it() -> None:
+    tool("-c", OTHERS_WRAP_TOO)
+
+
 def launch(*arguments: str) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
@@ -337,7 +371,7 @@ def test_what_is_copied_under_training_does_not_change_before_the_step(
         assert found["late"] > 0.8 and found["changed"] == 0
         assert found["alike"] == [True, True]
         parted = case in {"with_experts", "with_stages"} or (case == "with_tensor_parallel" and stage < 3)
-        assert ("what rank 0 holds alone" in found["whole"]) == parted
+        assert ("only the part that rank 0 holds" in found["whole"]) == parted
         assert not (parted and (tmp_path / "weights.bin").exists())
 
 

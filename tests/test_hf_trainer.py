@@ -17,7 +17,7 @@ SCRIPT = """
 import json, sys
 import torch, transformers
 import roll_ckpt.deepspeed
-from roll_ckpt.backends.deepspeed import attached
+from roll_ckpt.backends.deepspeed.install import attached
 
 out, steps, keep, resume = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "resume"
 config = {

@@ -1,6 +1,6 @@
-"""What the pipeline asks of a framework, and the table of frameworks that it knows.
+"""What the pipeline asks of a framework (`Backend`), and the table of frameworks that it recognises (`FRAMEWORKS`).
 
-Another framework is a folder beside this file with a module `cluster`, and a row in `FRAMEWORKS`.
+To add a framework, add a folder beside this file with a module `cluster`, and a row to `FRAMEWORKS`.
 """
 
 from __future__ import annotations
@@ -21,31 +21,46 @@ from roll_ckpt.save.save import Save
 
 
 class Backend(Protocol):
-    """A cluster's model on this rank under its framework: all that differs between frameworks.
+    """One cluster's model on this rank, under its framework. All that differs between frameworks is behind it.
 
-    Every rank makes the same calls. What `stage` raises or records becomes this rank's no vote.
+    Every rank makes the same calls in the same order. If `stage` raises or records an error, this rank votes no.
     """
 
     framework: str
+    """The name of the framework, as the manifest records it."""
     ranks: RankGroup
+    """The ranks of this job; each holds a part of the model."""
 
     def estimate_bytes(self) -> int:
-        """About what this rank will write, in bytes. No collective."""
+        """About how many bytes this rank will write in one save. No collective."""
 
     def prepare(self, step: int, client_state: Mapping[str, Any]) -> SaveEstimate:
-        """Look at what the next `stage` will save. No collective, so that it may fail on one rank."""
+        """Look at what the next `stage` will save. No collective, so that it may raise on one rank alone."""
 
     def fence(self) -> None:
-        """Wait until no save of this model reads its tensors any more; see `Save.fence`."""
+        """Block until no pending save reads this model's tensors any more; see `Save.fence`.
+
+        Raises:
+            SaveFailed: an earlier save failed in the background and `fail_training` is set.
+        """
 
     def stage(self, save: Save, directory: Path) -> ClusterSave:
-        """Copy what was prepared towards `directory`, as the model's part of `save`; not durable on return."""
+        """Stage the model's files under `directory` as its part of `save`; returns that part.
+
+        Blocks until everything but the overlappable tensors has been copied. Not durable on return.
+        """
 
     def check(self, opened: OpenedCheckpoint, where: str) -> None:
-        """Raise if the cluster in `opened` cannot be loaded here, before anything changes. No collective."""
+        """Raise if this job cannot load the cluster from `opened`; changes nothing. No collective.
+
+        `where` begins the messages: it names the checkpoint and the cluster.
+        """
 
     def load(self, checkpoint_dir: Path, name: str) -> Mapping[str, Any]:
-        """Restore the model from `unit`, whose bytes were verified just now; returns the client state."""
+        """Restore the model from the checkpoint `name` in `checkpoint_dir` and return its client state. Blocks.
+
+        The ranks have verified every byte just before.
+        """
 
 
 @dataclass(frozen=True)
@@ -60,10 +75,11 @@ class ClusterOptions:
 
 @dataclass(frozen=True)
 class Framework:
-    """One framework: what it calls its models, and the module whose `cluster_of(trained, options)` makes a Backend.
+    """One framework: the class of its models, and the module that makes a `Backend` of them.
 
-    `base` is the qualified name of a class; objects of it and of its subclasses are recognised. The module is
-    imported only then: nobody needs a framework that the script does not use.
+    `base` is the qualified name of a class; its instances and those of its subclasses are recognised. `module` has
+    the function `cluster_of(trained, options)`. It is imported only once such a model appears, so that nobody needs
+    to install a framework that the script does not use.
     """
 
     base: str
@@ -81,16 +97,17 @@ FRAMEWORKS = (
 
 
 def backend_of(trained: object, options: ClusterOptions) -> Backend:
-    """Wire a model to us under its framework; every rank calls. No collective.
+    """Attach roll_ckpt to a model under its framework; every rank calls. No collective.
 
     Raises:
-        ConfigError: no framework recognises it, or the engine's own configuration contradicts the settings.
-        UnsupportedError: it uses what is refused by name.
+        ConfigError: no framework recognises `trained`, or the engine's own configuration contradicts the settings.
+        UnsupportedError: the model uses a feature that this version refuses; the message names it.
     """
     for framework in FRAMEWORKS:
         if framework.recognises(trained):
-            made: Backend = importlib.import_module(framework.module).cluster_of(trained, options)
-            return made
+            backend: Backend = importlib.import_module(framework.module).cluster_of(trained, options)
+            return backend
     raise ConfigError(
-        f"cluster {options.name}: trained is {type(trained).__name__}; give a DeepSpeedEngine, or a MegatronModel"
+        f"cluster {options.name}: trained is {type(trained).__name__}, which no supported framework recognises; "
+        "give a DeepSpeedEngine or a MegatronModel"
     )

@@ -1,5 +1,6 @@
-"""DeepSpeed ZeRO: `engine.save_checkpoint()` and its kin go through us.
+"""DeepSpeed ZeRO: `engine.save_checkpoint()` and its relatives write through roll_ckpt.
 
-Stock code decides what a checkpoint holds and how its files are called. We decide where they go, how their bytes get
-there, and when `latest` is written. The public module `roll_ckpt.deepspeed` imports `install`; the registry `cluster`.
+DeepSpeed decides what a checkpoint holds and what its files are called. We decide where the files go, how their bytes
+get there, and when `latest` is written. The public module `roll_ckpt.deepspeed` imports `install`; `backend.FRAMEWORKS`
+names `cluster`.
 """

@@ -1,9 +1,4 @@
-"""The DeepSpeed backend: `engine.save_checkpoint()` and its kin go through us.
-
-`install()` wraps methods of `DeepSpeedEngine`. An engine whose config has `checkpoint.roll_ckpt`, or that a
-`Cluster` attached, gets our `CheckpointEngine`; every other engine behaves as before. Stock code still decides
-what a checkpoint holds and how its files are called; we decide where they go (an attempt directory that is
-renamed into place when all ranks have voted), how their bytes get there, and when `latest` is written.
+"""The checkpoint engine that a `DeepSpeedEngine` calls to write and read files.
 
 Written against DeepSpeed 0.19 (`runtime/engine.py`, `runtime/checkpoint_engine/checkpoint_engine.py`).
 """
@@ -41,15 +36,15 @@ from roll_ckpt.save.save import Save
 log = logging.getLogger("roll_ckpt")
 
 ALLOWED_GLOBALS = (LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address)
-"""What DeepSpeed's own files hold beyond torch's `weights_only` list."""
+"""The classes that DeepSpeed's files contain and that torch's `weights_only` load does not allow by itself."""
 
 
 class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
-    """What a `DeepSpeedEngine` calls to save and load files; one for each engine.
+    """What one `DeepSpeedEngine` calls to save and load its files.
 
-    `is_decoupled` is true and `get_commit_info` None, so stock code neither writes `latest` nor commits: both
-    happen in our transaction. Its methods never raise between stock code's barriers; an error becomes a no
-    vote, which every rank sees.
+    `is_decoupled` returns True and `get_commit_info` None, so DeepSpeed neither writes `latest` nor commits: both
+    happen in our transaction. DeepSpeed calls `makedirs` and `save` between barriers, so these two never raise: an
+    error becomes this rank's no vote, which every rank learns of.
     """
 
     def __init__(self, engine: DeepSpeedEngine, settings: Settings, cluster: str) -> None:
@@ -64,14 +59,14 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
         self._borrowed: frozenset[int] = frozenset()
         self._reader: Reader | None = None
         self.saves: list[Save] = []
-        """Saves that may still read this engine's tensors, or whose failure was not raised yet."""
+        """Saves that may still read this engine's tensors, or whose failure has not been raised yet."""
         self.lone_problem: str | None = None
-        """Why a file outside of any save could not be written."""
+        """Why a file that belongs to no save could not be written; `save_16bit_model` raises it."""
         self._warned: set[str] = set()
         self._allowed = [*ALLOWED_GLOBALS, *trust.allowed(settings)]
         self._layouts = Layouts(self._allowed)
         self.verified: Path | None = None
-        """A checkpoint whose every byte all ranks have just read; loading from it reads it once."""
+        """A checkpoint of which the ranks have just verified every byte; a load from it does not do so again."""
 
     @property
     def engine(self) -> DeepSpeedEngine:
@@ -79,21 +74,25 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
         assert engine is not None, "the DeepSpeed engine of this checkpoint engine is gone"
         return engine
 
-    # What DeepSpeed calls.
+    # DeepSpeed calls these.
 
     def create(self, info: object) -> None:
-        """Nothing to do: the attempt was begun before stock code ran."""
+        """Does nothing: our wrapper began the attempt before DeepSpeed's code ran."""
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Make a directory and its parents. Never raises; see the class."""
         with self.no_raise():
             writes.make_dirs(Path(path))
 
     def save(self, state_dict: object, path: str) -> None:
-        """Lay out and stage one file. Outside of `save_checkpoint`: write it at once, durable on return."""
+        """Lay out one file and stage it as part of the save. Not durable on return. Never raises; see the class.
+
+        Outside of a save it writes the file at once, and the file is durable on return.
+        """
         with self.no_raise():
-            # A file by itself may have another name each time: its layout is not kept.
+            # A file outside of a save may have another name each time, so its layout is not kept.
             layouts = Layouts(self._allowed) if self._cluster_save is None else self._layouts
-            image, unsafe = layouts.lay_out(Path(path).name, state_dict, Path(path).stem, self._until)
+            image, unsafe = layouts.lay_out(Path(path).name, state_dict, Path(path).stem, self._lifetime_of)
             trust.warn_unloadable(Path(path), unsafe, self._warned)
             if self._cluster_save is None:
                 one_file.write_file(Path(path), image, self.settings)
@@ -101,6 +100,12 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
                 self._cluster_save.stage(Path(path), image, overlap=bool(self._overlappable))
 
     def load(self, path: str, map_location: Any = None) -> Any:
+        """The state in the file `path`, with every digest checked. This rank alone; blocks.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            Damaged: a block differs from its digest, or a safe load refuses the file.
+        """
         if self._reader is not None:
             return self._reader.load(Path(path), map_location)
         with open_reader(Path(path).parent, self.settings, ALLOWED_GLOBALS) as reader:
@@ -119,13 +124,16 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
         return False
 
     def cleanup(self) -> None:
+        """DeepSpeed calls this when the engine is destroyed; the same as `fence`."""
         self.fence()
 
-    # What our wrappers call.
+    # Our wrappers of the engine's methods call these.
 
     def fence(self, changes: cluster_save.Changes = lambda storage: True) -> None:
-        """Wait until no save of this engine reads its tensors any more; not for the disk, but that those which were
-        offloaded when it began and which `changes` are written.
+        """Block until no save of this engine reads its tensors any more. This rank alone.
+
+        Does not wait for the disk, except for tensors that were offloaded to the host when their save began and whose
+        storage the caller is about to change (`changes(storage)`): these are waited for until they are written.
 
         Raises:
             SaveFailed: an earlier save failed in the background and `fail_training` is set.
@@ -134,7 +142,7 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
 
     @contextmanager
     def staging(self, save: Save) -> Iterator[ClusterSave]:
-        """Inside the block, files that stock code saves become this engine's part of `save`."""
+        """Inside the block, the files that DeepSpeed saves become this engine's part of `save`, which is yielded."""
         cluster_save = save.add_cluster(self.cluster, {})
         self.saves.append(save)
         try:
@@ -154,7 +162,7 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
 
     @contextmanager
     def reading(self, reader: Reader) -> Iterator[None]:
-        """Inside the block, files that stock code loads come from `reader`."""
+        """Inside the block, the files that DeepSpeed loads come from `reader`."""
         self._reader = reader
         try:
             yield
@@ -163,7 +171,10 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
 
     @contextmanager
     def no_raise(self, cluster_save: ClusterSave | None = None) -> Iterator[None]:
-        """Inside stock code's barriers: an error becomes a no vote, or what `save_16bit_model` reports."""
+        """Keep an error of the block from reaching DeepSpeed's code, where the other ranks wait at a barrier.
+
+        Within a save the error becomes this rank's no vote. Outside of one it is logged and kept in `lone_problem`.
+        """
         try:
             yield
         except Exception as problem:
@@ -172,13 +183,19 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
                 cluster_save.fail(problem)
             else:
                 self.lone_problem = f"{type(problem).__name__}: {problem}"
-                log.error("rank %d: a file outside of any checkpoint was not written: %s", self.ranks.rank, problem)
+                log.error(
+                    "cluster %s: rank %d: a file outside of any checkpoint was not written: %s",
+                    self.cluster,
+                    self.ranks.rank,
+                    problem,
+                )
 
-    def _until(self, storage: torch.UntypedStorage) -> Lifetime:
+    def _lifetime_of(self, storage: torch.UntypedStorage) -> Lifetime:
         if storage._cdata in self._borrowed:
             return Lifetime.UNTIL_WRITTEN
         return Lifetime.UNTIL_FENCE if storage._cdata in self._overlappable else Lifetime.UNTIL_SAVE_RETURNS
 
 
-def nothing(storage: torch.UntypedStorage) -> bool:
+def no_changes(storage: torch.UntypedStorage) -> bool:
+    """For `RollCheckpointEngine.fence`: the caller changes no storage that a save has borrowed."""
     return False

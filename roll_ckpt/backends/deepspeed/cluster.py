@@ -1,12 +1,4 @@
-"""The DeepSpeed backend: `engine.save_checkpoint()` and its kin go through us.
-
-`install()` wraps methods of `DeepSpeedEngine`. An engine whose config has `checkpoint.roll_ckpt`, or that a
-`Cluster` attached, gets our `CheckpointEngine`; every other engine behaves as before. Stock code still decides
-what a checkpoint holds and how its files are called; we decide where they go (an attempt directory that is
-renamed into place when all ranks have voted), how their bytes get there, and when `latest` is written.
-
-Written against DeepSpeed 0.19 (`runtime/engine.py`, `runtime/checkpoint_engine/checkpoint_engine.py`).
-"""
+"""A DeepSpeed engine as a cluster of a pipeline: the `Backend` that the pipeline saves and loads through."""
 
 from __future__ import annotations
 
@@ -20,7 +12,7 @@ from roll_ckpt import names
 from roll_ckpt.backends.backend import ClusterOptions
 from roll_ckpt.backends.deepspeed.facts import FRAMEWORK, SECTION, parameters_of, section_of
 from roll_ckpt.backends.deepspeed.install import attach, stock
-from roll_ckpt.backends.deepspeed.load import check_world
+from roll_ckpt.backends.deepspeed.load import check_world_size
 from roll_ckpt.backends.deepspeed.refusals import refuse_parts
 from roll_ckpt.backends.deepspeed.save import run_stock
 from roll_ckpt.backends.deepspeed.tensors import estimate_bytes
@@ -38,16 +30,17 @@ MODEL_ONLY_FILE = "pytorch_model.bin"
 
 
 def cluster_of(engine: DeepSpeedEngine, options: ClusterOptions) -> DeepSpeedCluster:
-    """The engine as a cluster; see `backend.backend_of`."""
+    """The engine as a `Backend`; see `backends.backend.backend_of`, which documents the errors."""
     return DeepSpeedCluster(engine, options)
 
 
 class DeepSpeedCluster:
-    """A `DeepSpeedEngine` as a cluster of a pipeline: see `cluster.Backend`.
+    """A `DeepSpeedEngine` as a cluster of a pipeline; see `backends.backend.Backend` for its methods.
 
     Raises:
-        ConfigError: the engine's own `checkpoint.roll_ckpt` contradicts `settings`.
-        UnsupportedError: the engine uses what is refused by name.
+        ConfigError: the engine's own `checkpoint.roll_ckpt` contradicts `options.settings`, or its config asks for
+            another checkpoint engine too.
+        UnsupportedError: the engine uses a feature that this version refuses; the message names it.
     """
 
     framework = FRAMEWORK
@@ -61,8 +54,8 @@ class DeepSpeedCluster:
         self._save_only_model = options.save_only_model
         self._exclude_frozen = options.exclude_frozen_parameters
         self._client_state: Mapping[str, Any] = {}
-        self._ours = attach(engine, options.settings, options.name)
-        self.ranks = self._ours.ranks
+        self._checkpoint_engine = attach(engine, options.settings, options.name)
+        self.ranks = self._checkpoint_engine.ranks
 
     def estimate_bytes(self) -> int:
         return estimate_bytes(self._engine)
@@ -72,16 +65,20 @@ class DeepSpeedCluster:
         return SaveEstimate(self.estimate_bytes())
 
     def fence(self) -> None:
-        self._ours.fence()
+        self._checkpoint_engine.fence()
 
     def stage(self, save: Save, directory: Path) -> ClusterSave:
         arguments: dict[str, Any] = {"exclude_frozen_parameters": self._exclude_frozen}
         if self._save_only_model:
-            cluster_save = run_stock(self._ours, self._stock_model_only, save, directory, MODEL_ONLY_FILE, arguments)
+            cluster_save = run_stock(
+                self._checkpoint_engine, self._stock_model_only, save, directory, MODEL_ONLY_FILE, arguments
+            )
         else:
             name = save.attempt.name
             arguments |= {"client_state": self._client_state, "save_latest": False}
-            cluster_save = run_stock(self._ours, stock("save_checkpoint"), save, directory, name, arguments)
+            cluster_save = run_stock(
+                self._checkpoint_engine, stock("save_checkpoint"), save, directory, name, arguments
+            )
         if cluster_save.rank == 0:
             self._add_stock_files(cluster_save, directory)
         return cluster_save
@@ -89,12 +86,12 @@ class DeepSpeedCluster:
     def _stock_model_only(self, engine: Any, save_dir: str, tag: str, **kwargs: Any) -> None:
         if not stock("save_16bit_model")(engine, save_dir, tag, **kwargs):
             raise UnsupportedError(
-                f"cluster {self._cluster}: save_only_model under ZeRO-3 needs "
-                "stage3_gather_16bit_weights_on_model_save in the DeepSpeed config"
+                f"cluster {self._cluster}: save_only_model under ZeRO-3 needs zero_optimization."
+                "stage3_gather_16bit_weights_on_model_save: true in the DeepSpeed config"
             )
 
     def _add_stock_files(self, cluster_save: ClusterSave, directory: Path) -> None:
-        """Count the scripts that stock code writes beside the tag, and write `latest` as it would."""
+        """Adopt the scripts that DeepSpeed writes beside the tag, and stage `latest` as DeepSpeed would write it."""
         name = cluster_save.attempt.name
         try:
             for path in tree.walk(directory):
@@ -106,27 +103,31 @@ class DeepSpeedCluster:
             cluster_save.fail(problem)
 
     def check(self, opened: OpenedCheckpoint, where: str) -> None:
-        check_world(opened.manifest.clusters[self._cluster], self.ranks.size, where)
+        check_world_size(opened.manifest.clusters[self._cluster], self.ranks.size, where)
         saved = opened.parameters(self._cluster, self.ranks.rank)
         compare_models(saved, parameters_of(self._engine), where)
 
     def load(self, checkpoint_dir: Path, name: str) -> Mapping[str, Any]:
-        self._ours.verified = checkpoint_dir
+        self._checkpoint_engine.verified = checkpoint_dir
         try:
             path, client_state = self._engine.load_checkpoint(str(checkpoint_dir / self._cluster), tag=name)
         finally:
-            self._ours.verified = None
+            self._checkpoint_engine.verified = None
         if path is None:
-            raise NotFound(f"{checkpoint_dir / self._cluster}: DeepSpeed found nothing to load for it")
+            raise NotFound(
+                f"{checkpoint_dir / self._cluster}: DeepSpeed found no files of tag {name} to load on rank "
+                f"{self.ranks.rank}; see `roll-ckpt verify {checkpoint_dir}`, or resume from another checkpoint"
+            )
         return dict(client_state)
 
 
 def _check_section(engine: DeepSpeedEngine, settings: Settings, cluster: str) -> None:
-    own = section_of(engine)
-    for key in sorted(own.model_fields_set) if own is not None else ():
-        wanted = cluster if key == "cluster" else getattr(settings, key)
-        if getattr(own, key) != wanted:
+    """ConfigError if a key that the engine's own section sets has another value in the pipeline's configuration."""
+    section = section_of(engine)
+    for key in sorted(section.model_fields_set) if section is not None else ():
+        value = cluster if key == "cluster" else getattr(settings, key)
+        if getattr(section, key) != value:
             raise ConfigError(
-                f"cluster {cluster}: {SECTION} sets {key} to {getattr(own, key)!r}, the pipeline's configuration to "
-                f"{wanted!r}; remove one of them"
+                f"cluster {cluster}: {SECTION} sets {key} to {getattr(section, key)!r}, the pipeline's configuration "
+                f"to {value!r}; remove one of them"
             )

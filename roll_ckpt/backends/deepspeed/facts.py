@@ -1,15 +1,8 @@
-"""The DeepSpeed backend: `engine.save_checkpoint()` and its kin go through us.
-
-`install()` wraps methods of `DeepSpeedEngine`. An engine whose config has `checkpoint.roll_ckpt`, or that a
-`Cluster` attached, gets our `CheckpointEngine`; every other engine behaves as before. Stock code still decides
-what a checkpoint holds and how its files are called; we decide where they go (an attempt directory that is
-renamed into place when all ranks have voted), how their bytes get there, and when `latest` is written.
-
-Written against DeepSpeed 0.19 (`runtime/engine.py`, `runtime/checkpoint_engine/checkpoint_engine.py`).
-"""
+"""What is read off a DeepSpeed engine: its section of the config, the manifest's facts, and its parameters."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import deepspeed
@@ -45,7 +38,17 @@ def parameters_of(engine: DeepSpeedEngine) -> dict[str, dict[str, Any]]:
     }
 
 
+def user_config(engine: DeepSpeedEngine) -> Mapping[str, Any]:
+    """The DeepSpeed config as the user gave it, unknown keys included."""
+    config: Mapping[str, Any] = engine._config._param_dict
+    return config
+
+
 def section_of(engine: DeepSpeedEngine) -> DeepSpeedConfig | None:
-    """The engine's `checkpoint.roll_ckpt`, checked, or None if its config has none."""
-    values = (engine._config._param_dict.get("checkpoint") or {}).get("roll_ckpt")
+    """The `checkpoint.roll_ckpt` section of the engine's config, validated; None if there is none.
+
+    Raises:
+        ConfigError: the section has an unknown key or a bad value.
+    """
+    values = (user_config(engine).get("checkpoint") or {}).get("roll_ckpt")
     return None if values is None else DeepSpeedConfig.parse(values, SECTION)

@@ -1,16 +1,16 @@
-"""The DeepSpeed backend: `engine.save_checkpoint()` and its kin go through us.
+"""Wraps methods of `DeepSpeedEngine`, so that `engine.save_checkpoint()` and its relatives go through roll_ckpt.
 
-`install()` wraps methods of `DeepSpeedEngine`. An engine whose config has `checkpoint.roll_ckpt`, or that a
-`Cluster` attached, gets our `CheckpointEngine`; every other engine behaves as before. Stock code still decides
-what a checkpoint holds and how its files are called; we decide where they go (an attempt directory that is
-renamed into place when all ranks have voted), how their bytes get there, and when `latest` is written.
+An engine whose config has a section `checkpoint.roll_ckpt`, or that a `Cluster` attached, gets our checkpoint engine.
+Every other engine behaves as before.
 
-Written against DeepSpeed 0.19 (`runtime/engine.py`, `runtime/checkpoint_engine/checkpoint_engine.py`).
+Written against DeepSpeed 0.19 (`runtime/engine.py`). docs/deepspeed.md tells what we found in it; look there first if
+an update breaks something.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +21,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import tensor_fragment
 
-from roll_ckpt.backends.deepspeed.checkpoint_engine import RollCheckpointEngine, nothing
+from roll_ckpt.backends.deepspeed.checkpoint_engine import RollCheckpointEngine, no_changes
 from roll_ckpt.backends.deepspeed.facts import section_of
 from roll_ckpt.backends.deepspeed.load import load_checkpoint
 from roll_ckpt.backends.deepspeed.refusals import (
@@ -37,12 +37,16 @@ from roll_ckpt.config import Settings
 from roll_ckpt.errors import UnsupportedError
 from roll_ckpt.save import pending
 
+Method = Callable[..., Any]
+
 
 def attach(engine: DeepSpeedEngine, settings: Settings, cluster: str) -> RollCheckpointEngine:
-    """Put our checkpoint engine into `engine`; every rank calls. No collective.
+    """Put our checkpoint engine into `engine`, which saves as `cluster`; every rank calls. No collective.
 
     Raises:
-        UnsupportedError, ConfigError: see `refuse_unsupported` and `refuse_rivals`; the engine is left as it was.
+        UnsupportedError: the engine has no optimizer, or uses a feature that this version refuses.
+        ConfigError: its config also asks for another checkpoint engine.
+        Either way the engine is left as it was.
     """
     install()
     if without_optimizer(engine) or engine.checkpoint_engine is None:
@@ -53,151 +57,176 @@ def attach(engine: DeepSpeedEngine, settings: Settings, cluster: str) -> RollChe
     refuse_rivals(engine)
     refuse_unsupported(engine)
     engine.checkpoint_engine.cleanup()
-    ours = RollCheckpointEngine(engine, settings, cluster)
-    engine.checkpoint_engine = ours
-    _of_optimizer[engine.optimizer] = ours
-    return ours
+    checkpoint_engine = RollCheckpointEngine(engine, settings, cluster)
+    engine.checkpoint_engine = checkpoint_engine
+    _by_optimizer[engine.optimizer] = checkpoint_engine
+    return checkpoint_engine
 
 
-_of_optimizer: weakref.WeakKeyDictionary[Any, RollCheckpointEngine] = weakref.WeakKeyDictionary()
+_by_optimizer: weakref.WeakKeyDictionary[Any, RollCheckpointEngine] = weakref.WeakKeyDictionary()
 
 
 def attached(engine: DeepSpeedEngine) -> RollCheckpointEngine | None:
-    """Our checkpoint engine in `engine`, if it is there."""
-    ours = getattr(engine, "checkpoint_engine", None)
-    return ours if isinstance(ours, RollCheckpointEngine) else None
+    """Our checkpoint engine in `engine`; None if it has another one."""
+    checkpoint_engine = getattr(engine, "checkpoint_engine", None)
+    return checkpoint_engine if isinstance(checkpoint_engine, RollCheckpointEngine) else None
 
 
-def stock(name: str) -> Callable[..., Any]:
-    """DeepSpeed's own method behind our wrapper."""
+# --- wrappers, which can be told from those of others --------------------------------------------------------
+
+_BEHIND = "_roll_ckpt_behind"
+"""The attribute that marks our wrappers; its value is the function that the wrapper replaced."""
+
+
+def _wrapped(function: Method, replacement: Method) -> Method:
+    """A marked wrapper of `function`: calls `replacement(function, *args, **kwargs)`."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return replacement(function, *args, **kwargs)
+
+    setattr(wrapper, _BEHIND, function)
+    return wrapper
+
+
+def _behind_our_wrapper(function: Method) -> Method | None:
+    """The function that our wrapper replaced; None if `function` does not lead to a wrapper of ours.
+
+    Others may have wrapped the method before us and after us. Their wrappers are seen through if they set
+    `__wrapped__`, as `functools.wraps` does.
+    """
+    link = inspect.unwrap(function, stop=lambda link: hasattr(link, _BEHIND))
+    return getattr(link, _BEHIND, None)
+
+
+def stock(name: str) -> Method:
+    """The method of `DeepSpeedEngine` that our wrapper replaced: DeepSpeed's own, or a patch made before ours."""
     method = getattr(DeepSpeedEngine, name)
-    return getattr(method, "__wrapped__", method)  # type: ignore[no-any-return]
+    return _behind_our_wrapper(method) or method
 
 
 def install() -> None:
-    """Wrap DeepSpeed's methods once in this process. Engines without our section behave as before."""
-    if hasattr(DeepSpeedEngine._configure_checkpointing, "__wrapped__"):
+    """Wrap DeepSpeed's methods. Does nothing if our wrappers are there already, also beneath wrappers of others."""
+    if any(_behind_our_wrapper(getattr(DeepSpeedEngine, name)) is not None for name in _ENGINE_METHODS):
         return
-
-    def wrap(name: str, replacement: Callable[..., Any], home: type = DeepSpeedEngine) -> None:
-        original = getattr(home, name)
-
-        @functools.wraps(original)
-        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return replacement(original, self, *args, **kwargs)
-
-        setattr(home, name, method)
-
-    wrap("_do_sanity_check", _do_sanity_check)
-    wrap("_configure_checkpointing", _configure_checkpointing)
-    wrap("save_checkpoint", _save_checkpoint)
-    wrap("load_checkpoint", _load_checkpoint)
-    wrap("save_16bit_model", _save_16bit_model)
-    wrap("_take_model_step", _take_model_step)
-    wrap("reload_states", _reload_states)
-    # ZeRO-3 offloads into the buffers of the last time; below it waiting keeps the host at one copy.
-    for name in ("offload_states", "load_module_state_dict", "destroy"):
-        wrap(name, _fence_first)
-    for home in (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3):  # some trainers call it there
-        wrap("offload_states", _offload_optimizer, home)
+    for name, replacement in _ENGINE_METHODS.items():
+        setattr(DeepSpeedEngine, name, _wrapped(getattr(DeepSpeedEngine, name), replacement))
+    for optimizer in (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3):  # some trainers call it there
+        optimizer.offload_states = _wrapped(optimizer.offload_states, _offload_optimizer)
     for name in _SETTERS:
-        for home in (deepspeed.utils, tensor_fragment):
-            if hasattr(home, name):
-                setattr(home, name, _fencing(getattr(home, name)))
+        for module in (deepspeed.utils, tensor_fragment):
+            if hasattr(module, name):
+                setattr(module, name, _wrapped(getattr(module, name), _set_after_fence))
 
 
-_SETTERS = (
-    "safe_set_full_fp32_param",
-    "safe_set_full_optimizer_state",
-    "safe_set_local_fp32_param",
-    "safe_set_local_optimizer_state",
-)
+# --- what the wrapped methods do -----------------------------------------------------------------------------
 
 
-def _fencing(setter: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(setter)
-    def fenced(*args: Any, **kwargs: Any) -> Any:
-        pending.fence()
-        return setter(*args, **kwargs)
-
-    return fenced
-
-
-def _do_sanity_check(original: Callable[..., Any], engine: DeepSpeedEngine) -> None:
-    """Refuse what the config asks for before DeepSpeed starts on it: swap folders, processes, minutes of work."""
+def _do_sanity_check(original: Method, engine: DeepSpeedEngine) -> None:
+    """Refuse features by the config, before DeepSpeed acts on it: swap folders, processes, minutes of work."""
     if section_of(engine) is not None:
         refuse_rivals(engine)
         refuse(refusals_of_config(engine))
     original(engine)
 
 
-def _configure_checkpointing(original: Callable[..., Any], engine: DeepSpeedEngine, *args: Any, **kw: Any) -> None:
-    original(engine, *args, **kw)
+def _configure_checkpointing(original: Method, engine: DeepSpeedEngine, *args: Any, **kwargs: Any) -> None:
+    original(engine, *args, **kwargs)
     settings = section_of(engine)
     if settings is not None and not without_optimizer(engine):
         attach(engine, settings, settings.cluster)
 
 
-def _save_checkpoint(original: Callable[..., Any], engine: DeepSpeedEngine, *args: Any, **kwargs: Any) -> Any:
-    ours = attached(engine)
-    if ours is not None:
-        return save_checkpoint(ours, original, *args, **kwargs)
+def _save_checkpoint(original: Method, engine: DeepSpeedEngine, *args: Any, **kwargs: Any) -> Any:
+    checkpoint_engine = attached(engine)
+    if checkpoint_engine is not None:
+        return save_checkpoint(checkpoint_engine, original, *args, **kwargs)
     if section_of(engine) is not None:
         raise UnsupportedError(
-            "this engine has no optimizer, and DeepSpeed cannot save such an engine at any ZeRO stage; keep it "
-            "out of the saves, or remove checkpoint.roll_ckpt from its config"
+            "this engine has no optimizer, and DeepSpeed cannot save such an engine at any ZeRO stage; do not call "
+            "save_checkpoint on it, or remove checkpoint.roll_ckpt from its config"
         )
     return original(engine, *args, **kwargs)
 
 
-def _load_checkpoint(original: Callable[..., Any], engine: DeepSpeedEngine, *args: Any, **kwargs: Any) -> Any:
-    ours = attached(engine)
-    if ours is None:
+def _load_checkpoint(original: Method, engine: DeepSpeedEngine, *args: Any, **kwargs: Any) -> Any:
+    checkpoint_engine = attached(engine)
+    if checkpoint_engine is None:
         return original(engine, *args, **kwargs)
-    loaded = load_checkpoint(ours, original, *args, **kwargs)
+    loaded = load_checkpoint(checkpoint_engine, original, *args, **kwargs)
     _forget_secondary_partitions(engine)
     return loaded
 
 
 def _forget_secondary_partitions(engine: DeepSpeedEngine) -> None:
-    """hpZ gathers weights from second partitions. After a load DeepSpeed drops those of trained parameters only, and
-    frozen ones would keep the values of before."""
+    """Drop the secondary partitions from which hpZ gathers weights, so that it makes them anew.
+
+    After a load DeepSpeed drops those of trained parameters only; those of frozen ones would keep their old values.
+    """
     for parameter in engine.module.parameters():
         if getattr(parameter, "ds_secondary_tensor", None) is not None:
             parameter.ds_secondary_tensor = None
 
 
-def _save_16bit_model(original: Callable[..., Any], engine: DeepSpeedEngine, *args: Any, **kwargs: Any) -> Any:
-    ours = attached(engine)
-    if ours is None:
+def _save_16bit_model(original: Method, engine: DeepSpeedEngine, *args: Any, **kwargs: Any) -> Any:
+    checkpoint_engine = attached(engine)
+    if checkpoint_engine is None:
         return original(engine, *args, **kwargs)
-    return save_16bit_model(ours, original, *args, **kwargs)
+    return save_16bit_model(checkpoint_engine, original, *args, **kwargs)
 
 
-def _fence_first(original: Callable[..., Any], engine: DeepSpeedEngine, *args: Any, **kwargs: Any) -> Any:
-    ours = attached(engine)
-    if ours is not None:
-        ours.fence()
+def _fence_first(original: Method, engine: DeepSpeedEngine, *args: Any, **kwargs: Any) -> Any:
+    checkpoint_engine = attached(engine)
+    if checkpoint_engine is not None:
+        checkpoint_engine.fence()
     return original(engine, *args, **kwargs)
 
 
-def _offload_optimizer(original: Callable[..., Any], optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-    ours = _of_optimizer.get(optimizer)
-    if ours is not None:
-        ours.fence()
+def _offload_optimizer(original: Method, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+    checkpoint_engine = _by_optimizer.get(optimizer)
+    if checkpoint_engine is not None:
+        checkpoint_engine.fence()
     return original(optimizer, *args, **kwargs)
 
 
-def _take_model_step(original: Callable[..., Any], engine: DeepSpeedEngine, *args: Any, **kwargs: Any) -> Any:
-    ours = attached(engine)
-    if ours is not None:
+def _take_model_step(original: Method, engine: DeepSpeedEngine, *args: Any, **kwargs: Any) -> Any:
+    checkpoint_engine = attached(engine)
+    if checkpoint_engine is not None:
         stepped = functools.cache(lambda: storages_of(stepped_tensors(engine)))
-        ours.fence(lambda storage: storage._cdata in stepped())
+        checkpoint_engine.fence(lambda storage: storage._cdata in stepped())
     return original(engine, *args, **kwargs)
 
 
-def _reload_states(original: Callable[..., Any], engine: DeepSpeedEngine, *args: Any, **kwargs: Any) -> Any:
-    ours = attached(engine)
-    if ours is not None:
-        ours.fence(nothing)  # it copies out of the host's buffers, and those it drops a save holds
+def _reload_states(original: Method, engine: DeepSpeedEngine, *args: Any, **kwargs: Any) -> Any:
+    checkpoint_engine = attached(engine)
+    if checkpoint_engine is not None:
+        # It only reads the host's buffers, and a save keeps alive those that it drops.
+        checkpoint_engine.fence(no_changes)
     return original(engine, *args, **kwargs)
+
+
+def _set_after_fence(original: Method, *args: Any, **kwargs: Any) -> Any:
+    pending.fence()
+    return original(*args, **kwargs)
+
+
+_ENGINE_METHODS: dict[str, Method] = {
+    "_do_sanity_check": _do_sanity_check,
+    "_configure_checkpointing": _configure_checkpointing,
+    "save_checkpoint": _save_checkpoint,
+    "load_checkpoint": _load_checkpoint,
+    "save_16bit_model": _save_16bit_model,
+    "_take_model_step": _take_model_step,
+    "reload_states": _reload_states,
+    # ZeRO-3 offloads into the same host buffers each time. At lower stages, waiting keeps the host at one copy.
+    "offload_states": _fence_first,
+    "load_module_state_dict": _fence_first,
+    "destroy": _fence_first,
+}
+_SETTERS = (
+    "safe_set_full_fp32_param",
+    "safe_set_full_optimizer_state",
+    "safe_set_local_fp32_param",
+    "safe_set_local_optimizer_state",
+)
+"""Functions of `deepspeed.utils` that change parameters and moments."""

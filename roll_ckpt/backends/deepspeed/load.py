@@ -1,4 +1,4 @@
-"""`engine.load_checkpoint`: which tag, whether this engine can load it, and its bytes verified before stock code runs."""
+"""`engine.load_checkpoint`: picks the tag, checks that this engine can load it, and verifies every byte first."""
 
 from __future__ import annotations
 
@@ -28,128 +28,145 @@ log = logging.getLogger("roll_ckpt")
 
 
 def load_checkpoint(
-    ours: RollCheckpointEngine, stock: Callable[..., Any], load_dir: str, tag: object = None, *args: Any, **kwargs: Any
+    checkpoint_engine: RollCheckpointEngine,
+    stock: Callable[..., Any],
+    load_dir: str,
+    tag: object = None,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
-    """`engine.load_checkpoint`: every rank calls; waits for pending saves, checks the model and every byte. Blocks.
+    """`engine.load_checkpoint`: every rank calls; blocks. Returns what `stock`, DeepSpeed's own method, returns.
 
-    Without a tag it takes the one that `latest` names, or else the newest, and falls back past damaged ones to
-    the newest sound one, saying so. Returns what stock returns.
+    Waits for pending saves, and checks the model and every byte before anything is loaded. Without a tag it takes the
+    tag that `latest` names, or else the newest. Damaged ones are logged and passed over, down to the newest sound one.
 
-    Raises:
-        Damaged: the tag that was asked for is damaged, or all are. Unreadable: the disk does not tell whether one
-            is; nothing older is taken in its place. RanksDisagree: the ranks do not see one and the same
-            checkpoint. ModelMismatch, UnsupportedError: another model, or another number of ranks. On every rank,
-            before anything is loaded.
+    Raises, on every rank and with nothing loaded:
+        Damaged: the given tag is damaged, or without a tag all are.
+        Unreadable: the disk does not tell whether a checkpoint is sound; no older one is taken in its place.
+        RanksDisagree: the ranks ask for different tags, or see different checkpoints.
+        ModelMismatch: the checkpoint holds another model.
+        UnsupportedError: another number of ranks saved the optimizer.
     """
-    ours.fence()
+    checkpoint_engine.fence()
     pending.wait_pending()
-    engine = ours.engine
+    engine, ranks = checkpoint_engine.engine, checkpoint_engine.ranks
     if engine.load_universal_checkpoint():
         return stock(engine, load_dir, tag, *args, **kwargs)
 
     def open_verified(stack: ExitStack, directory: Path) -> Reader:
         call = inspect.signature(stock).bind(engine, load_dir, directory.name, *args, **kwargs)
         call.apply_defaults()
-        reader = stack.enter_context(open_together(ours.ranks, directory, ours.settings, ALLOWED_GLOBALS))
+        reader = stack.enter_context(open_together(ranks, directory, checkpoint_engine.settings, ALLOWED_GLOBALS))
         if reader.checkpoint is not None:
-            _check_together(ours, reader.checkpoint, directory, call.arguments)
+            _check_together(checkpoint_engine, reader.checkpoint, directory, call.arguments)
             reader.cached = True
         return reader
 
-    tags = _agree_on_tags(ours, Path(load_dir), None if tag is None else str(tag))
+    tags = _agree_on_tags(checkpoint_engine, Path(load_dir), None if tag is None else str(tag))
     with ExitStack() as stack:
         if tag is not None and tags:
-            found: tuple[str, Reader] | None = tags[0], open_verified(stack, Path(load_dir) / tags[0])
+            opened: tuple[str, Reader] | None = tags[0], open_verified(stack, Path(load_dir) / tags[0])
         else:
-            found = stack.enter_context(newest_sound(Path(load_dir), tags, open_verified))
-        if found is None:
+            opened = stack.enter_context(newest_sound(Path(load_dir), tags, open_verified))
+        if opened is None:
             return stock(engine, load_dir, tag, *args, **kwargs)
-        name, reader = found
-        with ours.reading(reader):
+        name, reader = opened
+        with checkpoint_engine.reading(reader):
             return stock(engine, load_dir, name, *args, **kwargs)
 
 
-def _agree_on_tags(ours: RollCheckpointEngine, load_dir: Path, tag: str | None) -> list[str]:
-    """The tags to load, the one to try first first, the same on every rank; none where there is no such directory.
-    What a killed run left there is finished or discarded first."""
+def _agree_on_tags(checkpoint_engine: RollCheckpointEngine, load_dir: Path, tag: str | None) -> list[str]:
+    """The tags to try, in this order, the same on every rank; those without a directory are left out.
+
+    Rank 0 first finishes or discards what a killed run has left in `load_dir`.
+    """
+    ranks, settings = checkpoint_engine.ranks, checkpoint_engine.settings
 
     def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
-        asked = {post["tag"] for post in posts}
-        if len(asked) > 1:
-            raise RanksDisagree(f"{load_dir}: ranks ask to load different tags: {sorted(map(str, asked))}")
-        claims.recover(load_dir, ours.settings, {ours.cluster: ours.ranks.size})
+        posted = {post["tag"] for post in posts}
+        if len(posted) > 1:
+            raise RanksDisagree(
+                f"{load_dir}: ranks ask to load different tags: {sorted(map(str, posted))}; nothing was loaded. Call "
+                "load_checkpoint with the same tag on every rank"
+            )
+        claims.recover(load_dir, settings, {checkpoint_engine.cluster: ranks.size})
         with as_unreadable(load_dir):
             tags = tags_to_load(load_dir) if tag is None else [tag]
             retries = ReadRetries()
             return {"tags": [name for name in tags if retries.run(partial(tree.is_dir, load_dir / name))]}
 
-    tags: list[str] = ours.ranks.decide_on_rank0({"tag": tag}, decide, ours.settings.commit_timeout_s)["tags"]
+    tags: list[str] = ranks.decide_on_rank0({"tag": tag}, decide, settings.commit_timeout_s)["tags"]
     return tags
 
 
 def _check_together(
-    ours: RollCheckpointEngine, opened: OpenedCheckpoint, directory: Path, call: Mapping[str, Any]
+    checkpoint_engine: RollCheckpointEngine, opened: OpenedCheckpoint, directory: Path, call: Mapping[str, Any]
 ) -> None:
-    """Refuse on every rank another model, another job's optimizer partitions, and damaged files."""
+    """Refuse, on every rank, another model, optimizer partitions of another number of ranks, and damaged files.
+
+    `call` holds the arguments of DeepSpeed's `load_checkpoint` by name.
+    """
+    engine, ranks = checkpoint_engine.engine, checkpoint_engine.ranks
     clusters, load_dir = opened.manifest.clusters, directory.parent
     cluster = load_dir.resolve().name if load_dir.resolve().name in clusters else next(iter(clusters))
 
     def check() -> None:
         resuming = call["load_optimizer_states"] and not call["load_module_only"]
-        if resuming and ours.engine.zero_optimization():
-            check_world(clusters[cluster], ours.ranks.size, str(directory))
+        if resuming and engine.zero_optimization():
+            check_world_size(clusters[cluster], ranks.size, str(directory))
         if call["custom_load_fn"] is None:
-            saved = opened.parameters(cluster, ours.ranks.rank)
-            compare_models(saved, parameters_of(ours.engine), str(directory), strict=call["load_module_strict"])
+            saved = opened.parameters(cluster, ranks.rank)
+            compare_models(saved, parameters_of(engine), str(directory), strict=call["load_module_strict"])
 
-    ours.ranks.run_on_all_ranks(check, ours.settings.commit_timeout_s)
-    if ours.verified != opened.directory:
-        check_bytes(ours.ranks, opened.directory)
+    ranks.run_on_all_ranks(check, checkpoint_engine.settings.commit_timeout_s)
+    if checkpoint_engine.verified != opened.directory:
+        check_bytes(ranks, opened.directory)
 
 
-def check_world(saved: Mapping[str, Any], world_size: int, where: str) -> None:
-    """Refuse to resume on another number of ranks than saved; `saved` are the cluster's facts in the manifest.
+def check_world_size(facts: Mapping[str, Any], world_size: int, where: str) -> None:
+    """Refuse to resume on another number of ranks than saved. `facts` are the cluster's, from the manifest.
 
     Raises:
-        UnsupportedError: names both sizes. Nothing was loaded.
+        UnsupportedError: names both numbers. Nothing was loaded.
     """
-    if saved["world_size"] != world_size:
+    if facts["world_size"] != world_size:
         raise UnsupportedError(
-            f"{where} was saved by {saved['world_size']} ranks and this job has {world_size}; this version resumes on "
+            f"{where} was saved by {facts['world_size']} ranks and this job has {world_size}; this version resumes on "
             "the same number of ranks only. Start that many, or convert it with DeepSpeed's ds_to_universal"
         )
 
 
 def tags_to_load(load_dir: Path) -> list[str]:
-    """The tags of a plain DeepSpeed directory in the order in which a load tries them when none is given.
+    """The tags in a `save_dir` of `engine.save_checkpoint`, in the order in which a load without a tag tries them.
 
-    A directory that `latest` names wins, because users edit it; then our committed ones, the newest first.
+    The tag that `latest` names comes first, because users edit that file; then our committed ones, the newest first.
 
     Raises:
-        Damaged: there are checkpoints of ours, and none has a manifest that can be trusted.
-        Unreadable: `latest` names none, and the disk does not tell which is the newest.
+        Damaged: the directory has checkpoints of ours, and the manifest of none can be trusted.
+        Unreadable: `latest` names no tag, and the disk does not tell which is the newest.
     """
     latest = load_dir / names.LATEST
     try:
         named = (ReadRetries().run(partial(reads.read_text_or_none, latest)) or "").strip()
     except Damaged as problem:
-        log.warning("%s; the newest checkpoint is loaded", problem)
+        log.warning("%s; the newest checkpoint is loaded instead of the one it names", problem)
         named = ""
     chosen = [named] if named and _is_tag(named) and tree.is_dir(load_dir / named) else []
     try:
-        tags = [found.name for found in listing.newest_first(load_dir) if found.name not in chosen]
+        tags = [manifest.name for manifest in listing.newest_first(load_dir) if manifest.name not in chosen]
     except (Damaged, Unreadable) as problem:
         if not chosen:
             raise
-        log.warning("%s", problem)
+        log.warning("%s; only %s, which latest names, is tried", problem, named)
         tags = []
     if tags and named and not chosen:
-        log.warning("%s names %s, which is not there; loading %s", latest, named, tags[0])
+        log.warning("%s names %s, which does not exist; loading %s instead", latest, named, tags[0])
     return chosen + tags
 
 
 def _is_tag(name: str) -> bool:
     try:
         return bool(names.check_name("tag", name))
-    except ConfigError:
+    except ConfigError as problem:
+        log.debug("%s names no tag: %s", names.LATEST, problem)
         return False

@@ -1,4 +1,4 @@
-"""`engine.save_checkpoint` and `engine.save_16bit_model` as stock code makes them, with our checkpoint engine."""
+"""`engine.save_checkpoint` and `engine.save_16bit_model`: DeepSpeed's own methods, run inside our transaction."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from roll_ckpt import names
-from roll_ckpt.backends.deepspeed.checkpoint_engine import RollCheckpointEngine, nothing
+from roll_ckpt.backends.deepspeed.checkpoint_engine import RollCheckpointEngine, no_changes
 from roll_ckpt.backends.deepspeed.refusals import refuse_parts
 from roll_ckpt.backends.deepspeed.tensors import estimate_bytes
 from roll_ckpt.errors import SaveFailed
@@ -19,7 +19,7 @@ from roll_ckpt.upload.after_commit import AfterCommit
 
 
 def save_checkpoint(
-    ours: RollCheckpointEngine,
+    checkpoint_engine: RollCheckpointEngine,
     stock: Callable[..., Any],
     save_dir: str,
     tag: object = None,
@@ -29,27 +29,33 @@ def save_checkpoint(
 ) -> bool:
     """`engine.save_checkpoint` as one transaction on `save_dir/tag`; every rank calls.
 
-    With `async_save` it returns once all but the overlappable tensors are copied, otherwise when committed and
-    durable. False: the disk refused before the first byte.
+    With `async_save` it returns True once everything but the overlappable tensors is copied: not durable yet. Without,
+    it returns True once the checkpoint is committed and durable on every rank. False: the save could not begin,
+    because the disk refused before the first byte; `fail_training` raises that at the next fence.
 
     Raises:
-        ValueError: no save_dir. As `begin`; without `async_save` also SaveFailed, on every rank.
+        ValueError: `save_dir` is empty.
+        RanksDisagree, RunIsLive, NoRoom, SaveFailed: see `save.begin.begin`; on every rank, nothing was written.
+        SaveFailed: without `async_save`, on every rank, the save failed on any rank.
+        SaveFailed: an earlier save failed in the background and `fail_training` is set.
     """
     if not save_dir:
         raise ValueError(f"save_dir must be a non-empty string, got {save_dir!r}")
-    ours.fence(nothing)
-    engine, settings = ours.engine, ours.settings
+    checkpoint_engine.fence(no_changes)
+    engine, settings, ranks = checkpoint_engine.engine, checkpoint_engine.settings, checkpoint_engine.ranks
     name = str(tag) if tag is not None else f"global_step{engine.global_steps}"
-    request = Request(Path(save_dir), name, engine.global_steps, {ours.cluster: ours.ranks.size}, None, save_latest)
+    request = Request(
+        Path(save_dir), name, engine.global_steps, {checkpoint_engine.cluster: ranks.size}, None, save_latest
+    )
     nbytes, problem = 0, None
     try:
         names.check_name("tag", name)
         nbytes = estimate_bytes(engine)
     except Exception as error:
-        problem = str(error)
-    save = begin(ours.ranks, request, settings, nbytes=nbytes, problem=problem, on_commit=AfterCommit(settings))
+        problem = str(error)  # `begin` raises it on every rank
+    save = begin(ranks, request, settings, nbytes=nbytes, problem=problem, on_commit=AfterCommit(settings))
     if not save.begun:
-        ours.saves.append(save)  # `fail_training` raises it at the next fence
+        checkpoint_engine.saves.append(save)  # `fail_training` raises it at the next fence
         if not settings.async_save:
             save.wait()
         return False
@@ -59,41 +65,48 @@ def save_checkpoint(
             "save_latest": save_latest,
             "exclude_frozen_parameters": exclude_frozen_parameters,
         }
-        run_stock(ours, stock, save, save.attempt.directory, name, arguments)
+        run_stock(checkpoint_engine, stock, save, save.attempt.directory, name, arguments)
     if not settings.async_save:
-        pending.wait_on_all_ranks(ours.ranks, save, uploaded=True)
+        pending.wait_on_all_ranks(ranks, save, uploaded=True)
     return True
 
 
 def run_stock(
-    ours: RollCheckpointEngine,
+    checkpoint_engine: RollCheckpointEngine,
     stock: Callable[..., Any],
     save: Save,
     directory: Path,
     tag: str,
     arguments: dict[str, Any],
 ) -> ClusterSave:
-    """Let stock `save_checkpoint` write into `directory`, inside the attempt of `save`. Every rank calls."""
-    with ours.staging(save) as cluster_save:
-        stock(ours.engine, str(directory), tag=tag, **arguments)
+    """Let `stock`, a save method of DeepSpeed, write under `directory` as the engine's part of `save`.
+
+    Every rank calls. Returns that part when everything but the overlappable tensors is copied; not durable.
+    """
+    with checkpoint_engine.staging(save) as cluster_save:
+        stock(checkpoint_engine.engine, str(directory), tag=tag, **arguments)
     return cluster_save
 
 
-def save_16bit_model(ours: RollCheckpointEngine, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """`engine.save_16bit_model`: every rank calls; blocks, durable on return.
+def save_16bit_model(
+    checkpoint_engine: RollCheckpointEngine, stock: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """`engine.save_16bit_model`: every rank calls; blocks, and the file is durable on return.
 
     Raises:
-        UnsupportedError: rank 0 holds a part of the model only; nothing was written. SaveFailed: on every rank.
+        UnsupportedError: rank 0 holds only a part of the model. Nothing was written.
+        SaveFailed: on every rank, the file could not be written; an older one is untouched.
     """
-    refuse_parts(ours.engine)
-    ours.lone_problem = None
-    result = stock(ours.engine, *args, **kwargs)
+    refuse_parts(checkpoint_engine.engine)
+    checkpoint_engine.lone_problem = None
+    result = stock(checkpoint_engine.engine, *args, **kwargs)
 
     def report() -> None:
-        if ours.lone_problem is not None:
+        if checkpoint_engine.lone_problem is not None:
             raise SaveFailed(
-                f"save_16bit_model: rank {ours.ranks.rank}: {ours.lone_problem}; an older file is untouched"
+                f"save_16bit_model: rank {checkpoint_engine.ranks.rank}: {checkpoint_engine.lone_problem}; an older "
+                "file of that name is untouched. Mend the cause and save again"
             )
 
-    ours.ranks.run_on_all_ranks(report, ours.settings.commit_timeout_s)
+    checkpoint_engine.ranks.run_on_all_ranks(report, checkpoint_engine.settings.commit_timeout_s)
     return result

@@ -1,12 +1,4 @@
-"""The DeepSpeed backend: `engine.save_checkpoint()` and its kin go through us.
-
-`install()` wraps methods of `DeepSpeedEngine`. An engine whose config has `checkpoint.roll_ckpt`, or that a
-`Cluster` attached, gets our `CheckpointEngine`; every other engine behaves as before. Stock code still decides
-what a checkpoint holds and how its files are called; we decide where they go (an attempt directory that is
-renamed into place when all ranks have voted), how their bytes get there, and when `latest` is written.
-
-Written against DeepSpeed 0.19 (`runtime/engine.py`, `runtime/checkpoint_engine/checkpoint_engine.py`).
-"""
+"""Which of an engine's tensors a save may copy during training, which lie on the host, and how many bytes there are."""
 
 from __future__ import annotations
 
@@ -28,7 +20,10 @@ def base_optimizer(engine: DeepSpeedEngine) -> Any:
 
 
 def _optimizer_tensors(engine: DeepSpeedEngine, *, offload_buffers: bool = True) -> Iterator[torch.Tensor]:
-    """The flat partitions (or plain parameters) that the optimizer owns, and its state for them."""
+    """The flat partitions (or plain parameters) that the optimizer owns, and its state for them.
+
+    `offload_buffers`: also ZeRO-3's host buffers that wait for the next offload.
+    """
     base = base_optimizer(engine)
     for group in base.param_groups:
         yield from (parameter.data for parameter in group["params"])
@@ -36,28 +31,32 @@ def _optimizer_tensors(engine: DeepSpeedEngine, *, offload_buffers: bool = True)
         for key, value in state.items():
             if isinstance(value, torch.Tensor) and (offload_buffers or not key.endswith(_OFFLOAD_BUFFER)):
                 yield value
-    # ZeRO-3 leaves its flat partitions in the base optimizer only while that steps.
+    # ZeRO-3 keeps its flat partitions in the base optimizer only during a step.
     yield from getattr(engine.optimizer, "fp32_partitioned_groups_flat", ())
 
 
 def _optimized_parameters(engine: DeepSpeedEngine) -> Iterator[torch.Tensor]:
-    """The module's parameters that this engine's optimizer writes; frozen ones and others' are not among them."""
+    """The module's parameters that this engine's optimizer writes: no frozen ones, none of another optimizer."""
     for name in ("bit16_groups", "bf16_groups", "fp16_groups"):
         for group in getattr(engine.optimizer, name, ()):
             yield from (parameter for parameter in group if parameter.requires_grad)
 
 
 def changes_in_step_alone(engine: DeepSpeedEngine) -> bool:
-    """Whether the engine's state changes in the optimizer step alone, so that copies may run until then.
+    """Whether only the optimizer step changes the engine's state, so that copies may run until then.
 
-    A hybrid engine fuses LoRA weights to generate; PEFT merges them, and AdaLoRA masks them: between two steps.
+    Not so with LoRA: between two steps a hybrid engine fuses LoRA weights to generate, PEFT merges them, and AdaLoRA
+    masks them.
     """
     adapted = any(hasattr(module, "peft_config") for module in engine.module.modules())
     return not (isinstance(engine, DeepSpeedHybridEngine) or adapted)
 
 
 def overlappable_storages(engine: DeepSpeedEngine) -> frozenset[int]:
-    """Storages that only the optimizer step changes: flat partitions, their state, plain parameters."""
+    """Storages that only the optimizer step changes: flat partitions, their state, plain parameters.
+
+    A storage is identified by its `_cdata`, the address of its `StorageImpl`.
+    """
     if not changes_in_step_alone(engine):
         return frozenset()
     tensors = list(_optimizer_tensors(engine))
@@ -67,33 +66,34 @@ def overlappable_storages(engine: DeepSpeedEngine) -> frozenset[int]:
 
 
 def offloaded_storages(engine: DeepSpeedEngine) -> frozenset[int]:
-    """Storages of the optimizer that `offload_states` has left on the host.
+    """Storages of the optimizer's tensors that `offload_states` has moved to the host.
 
-    They stay as they are until it is called again; none where that cannot be known. Where the host is the device
-    `reload_states` moves nothing, and the next step writes to them. Counters are on the host at all times, and are
-    not among them.
+    They stay unchanged until `offload_states` is called again; the result is empty where that cannot be known. Where
+    the host is the device, `reload_states` moves nothing and the next step writes to them. Step counters, which are
+    always on the host, are left out.
     """
     if not getattr(engine.optimizer, "offloaded_states", None):
         return frozenset()
     if any("offload_states" in vars(owner) for owner in (engine, engine.optimizer)):
-        return frozenset()  # somebody's own, which would not wait before it overwrites them
+        return frozenset()  # replaced on the instance: that one would overwrite the buffers without waiting for us
     if os.environ.get("DS_PIN_MEMORY_BACKEND", "").strip().lower() == "native":
-        return frozenset()  # such memory is freed when DeepSpeed drops the tensor, whoever holds its storage
-    return storages_of(t for t in stepped_tensors(engine) if t.device.type == "cpu" and t.dim() > 0)
+        return frozenset()  # DeepSpeed frees such memory when it drops the tensor, even while we hold the storage
+    return storages_of(tensor for tensor in stepped_tensors(engine) if tensor.device.type == "cpu" and tensor.dim() > 0)
 
 
 def stepped_tensors(engine: DeepSpeedEngine) -> Iterator[torch.Tensor]:
-    """What the optimizer step writes; ZeRO-3's host buffers that wait for the next offload are not among it."""
+    """The tensors that the optimizer step writes; ZeRO-3's host buffers for the next offload are left out."""
     yield from _optimizer_tensors(engine, offload_buffers=False)
     yield from (parameter.data for parameter in _optimized_parameters(engine))
 
 
 def storages_of(tensors: Iterable[torch.Tensor]) -> frozenset[int]:
+    """The storages of `tensors`, each as its `_cdata`."""
     return frozenset(tensor.untyped_storage()._cdata for tensor in tensors)
 
 
 def estimate_bytes(engine: DeepSpeedEngine) -> int:
-    """About what this rank will write, in bytes."""
+    """About how many bytes this rank will write in one save. No collective."""
     tensors = []
     if engine.save_zero_checkpoint or engine.save_non_zero_checkpoint:
         tensors += list(_optimizer_tensors(engine))

@@ -1,5 +1,5 @@
-"""Megatron-core: what `dist_checkpointing` saves goes through us, and stays what stock reads.
+"""Megatron-core: what `dist_checkpointing` saves goes through roll_ckpt, and stock `dist_checkpointing` can load it.
 
-Stock code plans who writes which shard, we move the bytes. The public module `roll_ckpt.megatron` imports `handle`,
-`load`, `save` and `strategy`; the registry imports `cluster`.
+Megatron plans which rank writes which shard; we move the bytes. The public module `roll_ckpt.megatron` imports
+`handle`, `load`, `save` and `strategy`; `backend.FRAMEWORKS` names `cluster`.
 """

@@ -1,4 +1,4 @@
-"""A Megatron model bound to its optimizer, scheduler and random states, and the sharded state of all."""
+"""A Megatron model bound to its optimizer, scheduler and random states: makes the sharded state of them all."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ _OPTIMIZER_BYTES = 12  # of one parameter: a main copy and two moments in fp32
 
 
 class Binding:
-    """A Megatron model, its optimizer, scheduler and random states on this rank. Every rank calls all methods."""
+    """A Megatron model, its optimizer, scheduler and random states on this rank.
+
+    Every rank calls `state`; the other methods concern one rank alone.
+    """
 
     framework = FRAMEWORK
 
@@ -49,7 +52,7 @@ class Binding:
         self.save_only_model = save_only_model
 
     def estimate_bytes(self) -> int:
-        """About what this rank will write, in bytes, without making the state."""
+        """About how many bytes this rank will write in one save; does not make the state. No collective."""
         parameters = [parameter for chunk in self.model for parameter in chunk.parameters()]
         nbytes = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
         if not self.save_only_model:
@@ -59,20 +62,24 @@ class Binding:
     def state(
         self, step: int = 0, *, sharding_type: str | None = None, loading: bool = False, with_rng: bool = True
     ) -> dict[str, Any]:
-        """The sharded state of everything attached. Unless `loading`, `fully_reshardable` gathers the optimizer on
-        data parallel rank 0, and parameters whose gather is overlapped with the forward pass are gathered.
+        """The sharded state of the model and, unless `save_only_model`, of all that is bound to it. Every rank calls.
+
+        For a save there may be collectives: `fully_reshardable` gathers the optimizer on data parallel rank 0, and
+        parameters whose gather overlaps the forward pass are gathered now. `loading` makes the state that a load fills.
 
         Raises:
-            SaveFailed: the optimizer has made no step yet; on every rank where a collective would follow.
+            SaveFailed: the optimizer has made no step yet. It is raised on every rank where a collective would follow.
         """
-        told = content_metadata_of(sharding_type or self.sharding_type)
+        metadata = content_metadata_of(sharding_type or self.sharding_type)
         if not loading:
             self._ready_to_save()
-        state: dict[str, Any] = {key: chunk.sharded_state_dict(metadata=told) for key, chunk in self.chunks().items()}
+        state: dict[str, Any] = {
+            key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in self.chunks().items()
+        }
         if self.save_only_model:
             return state
-        whole = dict(state) if len(self.model) > 1 else state["model"]
-        state["optimizer"] = self.optimizer.sharded_state_dict(whole, is_loading=loading, metadata=told)
+        model_state = dict(state) if len(self.model) > 1 else state["model"]
+        state["optimizer"] = self.optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=metadata)
         state |= {"iteration": step, "checkpoint_version": 3.0}
         if self.scheduler is not None:
             state["opt_param_scheduler"] = self.scheduler.state_dict()
@@ -81,20 +88,20 @@ class Binding:
         return state
 
     def chunks(self) -> dict[str, Any]:
-        """The bare modules of this rank's pipeline stages, under the names that Megatron's checkpoints give them."""
+        """The modules of this rank's pipeline stages without DistributedDataParallel, by their names in checkpoints."""
         bare = [chunk.module if isinstance(chunk, DistributedDataParallel) else chunk for chunk in self.model]
         return {"model": bare[0]} if len(bare) == 1 else {f"model{index}": chunk for index, chunk in enumerate(bare)}
 
     @property
     def alone(self) -> bool:
-        """Whether a rank makes its state without the others: nothing is gathered for it."""
+        """Whether a rank makes its state for a save without a collective."""
         return self.sharding_type != "fully_reshardable" and not any(gathers_late(chunk) for chunk in self.model)
 
     def _ready_to_save(self) -> None:
         if not self.save_only_model:
             if self.alone:
                 self._check_stepped()
-            else:  # a rank that stays away from a gather would leave the others in it
+            else:  # if one rank raised before a gather, the others would hang in it
                 RankGroup.current().run_on_all_ranks(self._check_stepped, self.settings.commit_timeout_s)
         for chunk in self.model:
             if gathers_late(chunk):
@@ -105,14 +112,14 @@ class Binding:
             inner = part.optimizer
             if any(not inner.state.get(parameter) for group in inner.param_groups for parameter in group["params"]):
                 raise SaveFailed(
-                    f"cluster {self.cluster}: the optimizer has made no step yet (or has skipped them all), it has "
-                    f"no moments, and Megatron can neither gather it nor load it back from {self.sharding_type}; save after "
+                    f"cluster {self.cluster}: the optimizer has made no step yet (or has skipped them all). It has no "
+                    f"moments, so Megatron can neither gather it nor load it back as {self.sharding_type}; save after "
                     "the first step"
                 )
 
 
 def random_states() -> ShardedObject:
-    """Every random state of this rank, under the rank's place in the layout."""
+    """Every random state of this rank, as a sharded object at the rank's place in the job."""
     state = {**rng.capture(), "cuda": torch.cuda.get_rng_state()}
     state["tracker"] = tensor_parallel.get_cuda_rng_tracker().get_states()
     size, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
@@ -120,7 +127,7 @@ def random_states() -> ShardedObject:
 
 
 def set_random_states(state: Mapping[str, Any]) -> None:
-    """Set the random states of this rank to what `random_states` took."""
+    """Set the random states of this rank to `state`, the data of what `random_states` returned."""
     rng.restore(state)
     torch.cuda.set_rng_state(state["cuda"])
     tensor_parallel.get_cuda_rng_tracker().set_states(dict(state["tracker"]))

@@ -1,7 +1,7 @@
-"""Files as stock's load reads them: through us, so that each block is checked when its bytes are taken.
+"""The files of a checkpoint as Megatron's load reads them: through us, so that each block is verified as it is read.
 
-All bytes were checked before the load; but stock code opens the files again, and what the page cache could not keep
-comes from the disk again.
+All bytes were verified before the load. But Megatron opens the files again, and what has left the page cache by then
+comes from the disk once more.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from roll_ckpt.backends.megatron.facts import COMMON
 from roll_ckpt.errors import Damaged
 from roll_ckpt.load.checkpoint import Blocks, OpenedCheckpoint
 
-_BUFFER_BYTES = 1 << 16  # larger reads go past it
+_BUFFER_BYTES = 1 << 16  # larger reads bypass the buffer
 
 
 class _CheckedFile(io.RawIOBase):
-    """A file of a checkpoint, of which the last block that was read is kept."""
+    """A file of a checkpoint, read block by block; each block is verified, and the last one is cached."""
 
     def __init__(self, blocks: Blocks) -> None:
         self._blocks = blocks
         self._at = 0
-        self._kept = memoryview(bytearray(min(blocks.block_bytes, blocks.nbytes)))
-        self._kept_index = -1
+        self._cached = memoryview(bytearray(min(blocks.block_bytes, blocks.nbytes)))
+        self._cached_index = -1
 
     def readable(self) -> bool:
         return True
@@ -60,63 +60,69 @@ class _CheckedFile(io.RawIOBase):
         if count == length:
             self._blocks.read(index, target[:count])
         else:
-            if index != self._kept_index:
-                self._kept_index = -1
-                self._blocks.read(index, self._kept[:length])
-                self._kept_index = index
-            target[:count] = self._kept[start : start + count]
+            if index != self._cached_index:
+                self._cached_index = -1
+                self._blocks.read(index, self._cached[:length])
+                self._cached_index = index
+            target[:count] = self._cached[start : start + count]
         self._at += count
         return count
 
 
-def _opened(checkpoint_dir: OpenedCheckpoint, path: str | os.PathLike[str]) -> io.BufferedReader:
-    return io.BufferedReader(_CheckedFile(checkpoint_dir.blocks(Path(path))), _BUFFER_BYTES)
+def _open(checkpoint: OpenedCheckpoint, path: str | os.PathLike[str]) -> io.BufferedReader:
+    return io.BufferedReader(_CheckedFile(checkpoint.blocks(Path(path))), _BUFFER_BYTES)
 
 
 class _CheckedFiles(FileSystem):
-    def __init__(self, checkpoint_dir: OpenedCheckpoint) -> None:
+    """The file system that DCP's reader opens files through."""
+
+    def __init__(self, checkpoint: OpenedCheckpoint) -> None:
         super().__init__()
-        self._unit = checkpoint_dir
+        self._checkpoint = checkpoint
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
         assert mode == "rb", f"a load opens {path} with {mode!r}"
-        with _opened(self._unit, path) as stream:
+        with _open(self._checkpoint, path) as stream:
             yield stream
 
 
-class _Common(TorchCommonLoadStrategy):  # type: ignore[misc]
-    def __init__(self, checkpoint_dir: OpenedCheckpoint) -> None:
+class _CheckedCommon(TorchCommonLoadStrategy):  # type: ignore[misc]
+    """Megatron's strategy for the common state, which otherwise opens the file by itself."""
+
+    def __init__(self, checkpoint: OpenedCheckpoint) -> None:
         super().__init__()
-        self._unit = checkpoint_dir
+        self._checkpoint = checkpoint
 
     def load_common(self, checkpoint_dir: str | os.PathLike[str]) -> Any:
-        with _opened(self._unit, Path(checkpoint_dir) / COMMON) as stream:
+        with _open(self._checkpoint, Path(checkpoint_dir) / COMMON) as stream:
             return torch.load(stream, map_location="cpu", weights_only=True)
 
 
 @contextmanager
-def checked(checkpoint_dir: OpenedCheckpoint) -> Iterator[TorchCommonLoadStrategy]:
-    """Inside the block stock's strategies read the files of `unit` through us. Yields the one for the common state,
-    which stock opens past every seam.
+def checked(checkpoint: OpenedCheckpoint) -> Iterator[TorchCommonLoadStrategy]:
+    """Inside the block, Megatron's load strategies read the files of `checkpoint` through us. This process alone.
+
+    Yields the strategy for the common state, to be passed to `dist_checkpointing.load`: no patch reaches how
+    Megatron's own opens that file.
 
     Raises:
-        Damaged: the bytes have changed since they were checked; what was loaded by then stays loaded.
+        Damaged: the bytes have changed since they were verified; what was loaded by then stays loaded.
     """
 
     def reader(directory: str | os.PathLike[str], cache_metadata: bool = False) -> CachedMetadataFileSystemReader:
-        made = CachedMetadataFileSystemReader(directory)
-        made.fs = _CheckedFiles(checkpoint_dir)
-        return made
+        checked_reader = CachedMetadataFileSystemReader(directory)
+        checked_reader.fs = _CheckedFiles(checkpoint)
+        return checked_reader
 
-    kept = stock._get_filesystem_reader
+    stock_reader = stock._get_filesystem_reader
     stock._get_filesystem_reader = reader
     try:
-        yield _Common(checkpoint_dir)
-    except CheckpointException as problem:  # what a rank raised while it read, on all ranks; no Exception
+        yield _CheckedCommon(checkpoint)
+    except CheckpointException as problem:  # DCP raises it on every rank; it is no subclass of Exception
         for cause, _ in problem.failures.values():
             if isinstance(cause, Damaged):
                 raise Damaged(str(cause)) from problem
         raise
     finally:
-        stock._get_filesystem_reader = kept
+        stock._get_filesystem_reader = stock_reader

@@ -1,4 +1,4 @@
-"""A model with its optimizer, scheduler and random states, by itself or as a cluster of a pipeline."""
+"""A Megatron model as a cluster of a pipeline: the `Backend` that the pipeline saves and loads through."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _CLIENT_STATE = "roll_ckpt.client_state"
 
 
 def cluster_of(trained: MegatronModel, options: ClusterOptions) -> MegatronCluster:
-    """The model as a cluster; see `backend.backend_of`."""
+    """The model as a `Backend`; see `backends.backend.backend_of`, which documents the errors."""
     requirement.check()
     if options.exclude_frozen_parameters:
         raise UnsupportedError(
             f"cluster {options.name}: roll_ckpt does not support exclude_frozen_parameters under Megatron-core: "
-            "its load wants every parameter; leave it out"
+            "its load needs every parameter; leave the option out"
         )
     return MegatronCluster(
         attach(
@@ -44,40 +44,40 @@ def cluster_of(trained: MegatronModel, options: ClusterOptions) -> MegatronClust
 
 
 class MegatronCluster:
-    """What `attach` bound, as a cluster of a pipeline: see `cluster.Backend`."""
+    """A model that `attach` has bound, as a cluster of a pipeline; see `backends.backend.Backend` for its methods."""
 
     framework = FRAMEWORK
 
-    def __init__(self, attached: MegatronHandle) -> None:
+    def __init__(self, handle: MegatronHandle) -> None:
         self.ranks = RankGroup.current()
-        self._attached = attached
-        self._make: Callable[[], dict[str, Any]] = dict
+        self._handle = handle
+        self._make_state: Callable[[], dict[str, Any]] = dict
         self._prepared: Prepared | None = None
 
     def estimate_bytes(self) -> int:
-        return self._attached.estimate_bytes()
+        return self._handle.estimate_bytes()
 
     def prepare(self, step: int, client_state: Mapping[str, Any]) -> SaveEstimate:
-        self._make = lambda: {**self._attached.state(step), _CLIENT_STATE: dict(client_state)}
-        if not self._attached.alone:
+        self._make_state = lambda: {**self._handle.state(step), _CLIENT_STATE: dict(client_state)}
+        if not self._handle.alone:
             return SaveEstimate(self.estimate_bytes())
-        self._prepared = self._attached.prepare(self._make())
+        self._prepared = self._handle.prepare(self._make_state())
         return SaveEstimate(self._prepared.nbytes, self._prepared.plan)
 
     def fence(self) -> None:
-        self._attached.fence()
+        self._handle.fence()
 
     def stage(self, save: Save, directory: Path) -> ClusterSave:
-        ours, prepared = self._attached, self._prepared
-        self._prepared = None  # or else it would hold the tensors until the next save
-        cluster_save = save.add_cluster(ours.cluster, describe(content_metadata_of(ours.sharding_type)))
-        ours.stage(save, cluster_save, directory, prepared.state if prepared else self._make(), prepared)
+        handle, prepared = self._handle, self._prepared
+        self._prepared = None  # otherwise it would keep the tensors alive until the next save
+        cluster_save = save.add_cluster(handle.cluster, describe(content_metadata_of(handle.sharding_type)))
+        handle.stage(save, cluster_save, directory, prepared.state if prepared else self._make_state(), prepared)
         return cluster_save
 
     def check(self, opened: OpenedCheckpoint, where: str) -> None:
-        self._attached.check(opened.directory / self._attached.cluster)
+        self._handle.check(opened.directory / self._handle.cluster)
 
     def load(self, checkpoint_dir: Path, name: str) -> Mapping[str, Any]:
-        loaded = self._attached.restore(checkpoint_dir / self._attached.cluster, verified=True)
+        loaded = self._handle.restore(checkpoint_dir / self._handle.cluster, verified=True)
         client_state: Mapping[str, Any] = loaded.get(_CLIENT_STATE, {})
         return client_state

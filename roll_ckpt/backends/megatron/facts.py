@@ -1,4 +1,4 @@
-"""What a checkpoint of Megatron-core holds, and what is told of it: names of files, forms, the parallel layout."""
+"""Constants and facts of a Megatron-core checkpoint: file names, optimizer sharding types, parallel sizes."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from roll_ckpt.errors import UnsupportedError
 
 FRAMEWORK = "megatron-core"
 COMMON, DCP_METADATA, MARKER = "common.pt", ".metadata", "metadata.json"
-"""What a checkpoint has beside the `.distcp` files; in a save by stock code the marker comes last."""
+"""The files of a checkpoint beside the `.distcp` ones. In a save by stock Megatron the marker comes last."""
 MARKER_BYTES = json.dumps(asdict(CheckpointingConfig("torch_dist", 1))).encode()
 RESHARDABLE = {
     "dp_reshardable": "on any number of data parallel ranks",
     "fully_reshardable": "in any layout",
 }
-"""Forms of the distributed optimizer that can be saved, and where they can be loaded."""
+"""Sharding types of the distributed optimizer that can be saved, and where each can be loaded."""
 
 
 def check_sharding_type(content_metadata: Mapping[str, Any] | None) -> None:
-    """Refuse forms of the distributed optimizer that cannot be saved or that were not tried.
+    """Refuse a sharding type of the distributed optimizer that cannot be saved or was not tested.
 
     Raises:
-        UnsupportedError: names the form and those to choose from.
+        UnsupportedError: names the sharding type and those to choose from.
     """
     sharding_type = (content_metadata or {}).get("distrib_optim_sharding_type")
     if sharding_type is not None and sharding_type not in RESHARDABLE:
         raise UnsupportedError(
-            f"roll_ckpt does not support distrib_optim_sharding_type {sharding_type!r}: Megatron cannot save it as whole "
-            f"tensors, or it was not tried; choose one of {', '.join(sorted(RESHARDABLE))}"
+            f"roll_ckpt does not support distrib_optim_sharding_type {sharding_type!r}: Megatron cannot save it as "
+            f"whole tensors, or it was not tested; choose one of {', '.join(sorted(RESHARDABLE))}"
         )
 
 
 def content_metadata_of(sharding_type: str) -> dict[str, Any]:
-    """What Megatron's `sharded_state_dict` functions are told, and what the checkpoint records of it."""
+    """The metadata that Megatron's `sharded_state_dict` functions take, and that the checkpoint records."""
     return {
         "distrib_optim_sharding_type": sharding_type,
         "singleton_local_shards": False,
@@ -60,7 +60,7 @@ def parallel_layout() -> dict[str, int]:
 
 
 def describe(content_metadata: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Facts for the manifest: framework, parallel sizes, form of the optimizer."""
+    """Facts for the manifest: framework, parallel sizes, sharding type of the optimizer."""
     return {
         "framework": FRAMEWORK,
         "framework_version": megatron.core.__version__,

@@ -1,4 +1,4 @@
-"""Copies under training: what may be copied late, and what waits for it."""
+"""Which tensors a save may copy during training, and the fence that what changes them waits at."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from roll_ckpt.save.save import Save
 
 
 class Fence:
-    """The saves that read tensors of one optimizer: its step, and all else that changes them, waits for the copies.
+    """The saves that still read the tensors of one optimizer.
 
-    One for each optimizer, however often it is attached.
+    The optimizer's step, and whatever else changes the tensors, first waits for their copies. There is one fence for
+    each optimizer, however often it is attached.
     """
 
     def __init__(self) -> None:
@@ -26,10 +27,10 @@ class Fence:
 
     @classmethod
     def of(cls, optimizer: Any, model: Sequence[Any]) -> Fence:
-        """The fence of `optimizer`, wired into it and into `model` at the first call."""
-        found: Fence | None = getattr(optimizer, "_roll_ckpt_fence", None)
-        if found is not None:
-            return found
+        """The fence of `optimizer`. The first call wraps its methods and those of `model`. This rank alone."""
+        existing: Fence | None = getattr(optimizer, "_roll_ckpt_fence", None)
+        if existing is not None:
+            return existing
         fence = optimizer._roll_ckpt_fence = cls()
         for part in [optimizer, *getattr(optimizer, "chained_optimizers", ())]:
             loads = (name for name in dir(part) if name.startswith("load_parameter_state"))
@@ -39,19 +40,24 @@ class Fence:
             fence._before(chunk, "broadcast_params")
             for buffer in _buffers(chunk):
                 fence._before(buffer, "offload_to_cpu")
-            for module in chunk.modules():  # a hook, no wrapper: a copy of the model must load into itself
+            for module in chunk.modules():  # a hook: a wrapper on a copy of the model would load into the original
                 module.register_load_state_dict_pre_hook(lambda *args: fence.wait())
         return fence
 
     def add(self, save: Save) -> None:
-        """`save` reads the tensors from now on."""
+        """Let `wait` also wait for `save`, which reads the tensors from now on."""
         self._saves.append(save)
 
     def wait(self) -> None:
-        """See `Attached.fence`."""
+        """Block until no save reads the tensors any more; does not wait for the disk. This rank alone.
+
+        Raises:
+            SaveFailed: an earlier save failed in the background and `fail_training` is set.
+        """
         pending.wait_copied(self._saves)
 
     def _before(self, owner: Any, name: str) -> None:
+        """Let the method `name` of `owner`, if it has one, wait first."""
         stock = getattr(owner, name, None)
         if stock is None:
             return
@@ -72,15 +78,15 @@ _CHANGES = (
     "offload_to_cpu",
     "restore_from_cpu",
 )
-"""What changes, or moves, an optimizer's tensors and the parameters that it trains."""
+"""Methods of an optimizer that change or move its tensors and the parameters that it trains."""
 
 
 def overlappable_storages(model: Sequence[Any], optimizer: Any) -> frozenset[int]:
-    """Storages that change in the step of a distributed optimizer alone: its main parameters and moments, and the
-    parameters that it trains.
+    """Storages that only the step of a distributed optimizer changes, each as its `_cdata`.
 
-    Where the gather of parameters overlaps the forward pass, parameters are none of them: hooks write them there.
-    Nor is anything whose optimizer keeps a copy on the host, which it may still be moving after the step.
+    They are its main parameters, its moments, and the parameters that it trains. Where the gather of parameters
+    overlaps the forward pass, parameters are excluded: hooks write them there. If an optimizer keeps a copy on the
+    host, the result is empty: it may still be moving that copy after the step.
     """
     tensors: list[Any] = []
     for part in distributed_parts(optimizer):
@@ -89,18 +95,18 @@ def overlappable_storages(model: Sequence[Any], optimizer: Any) -> frozenset[int
         tensors += [parameter for group in part.optimizer.param_groups for parameter in group["params"]]
         tensors += [value for state in part.optimizer.state.values() for value in state.values()]
         tensors += part.model_param_gbuf_map
-    unstable = {
+    gathered_late = {
         buffer.param_data.untyped_storage()._cdata
         for chunk in model
         for buffer in _buffers(chunk)
         if buffer.param_data is not None and gathers_late(chunk)
     }
     plain = (torch.Tensor, torch.nn.Parameter)
-    return frozenset(tensor.untyped_storage()._cdata for tensor in tensors if type(tensor) in plain) - unstable
+    return frozenset(tensor.untyped_storage()._cdata for tensor in tensors if type(tensor) in plain) - gathered_late
 
 
 def distributed_parts(optimizer: Any) -> list[Any]:
-    """The distributed optimizers with parameters on this rank that `optimizer` is or is made of."""
+    """The distributed optimizers that `optimizer` is, or chains, and that have parameters on this rank."""
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     return [part for part in parts if isinstance(part, DistributedOptimizer) and not part.is_stub_optimizer]
 
@@ -115,5 +121,5 @@ def _is_ddp(chunk: Any) -> bool:
 
 
 def gathers_late(chunk: Any) -> bool:
-    """Whether parameters are old after the step, until hooks of the next forward pass have gathered them."""
+    """Whether parameters keep their old values after the step, until hooks of the next forward pass gather them."""
     return _is_ddp(chunk) and bool(chunk.ddp_config.overlap_param_gather)

@@ -1,4 +1,4 @@
-"""A model with its optimizer, scheduler and random states, by itself or as a cluster of a pipeline."""
+"""The handle that `attach` returns: a Megatron model that is saved and loaded by itself, outside of a pipeline."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ log = logging.getLogger("roll_ckpt")
 
 
 class MegatronHandle(Binding):
-    """A Megatron model, its optimizer, scheduler and random states on this rank, to save and load as one.
+    """A Megatron model, its optimizer, scheduler and random states on this rank, saved and loaded as one.
 
-    Made by `attach`. Every rank calls all methods.
+    Made by `attach`. Every rank calls `save`, `find` and `load`; `fence` concerns one rank alone.
     """
 
     def __init__(
@@ -75,15 +75,19 @@ class MegatronHandle(Binding):
         arena.warm(self.settings, self.estimate_bytes(), device)
 
     def save(self, directory: str | os.PathLike[str], step: int) -> Save:
-        """See `save` of this module. With `async_save` it returns while what only the optimizer's step changes is
-        still being copied; the step waits for that.
+        """Save everything bound as the checkpoint `directory`, in one transaction; every rank calls.
+
+        Returns when the checkpoint is committed and durable. With `async_save` it returns earlier, when everything but
+        the overlappable tensors is copied; the optimizer's step waits for these, and `wait()` of the result for the
+        commit.
 
         Raises:
-            SaveFailed: also of an earlier save, if `fail_training` is set.
+            As `backends.megatron.save.save`.
+            SaveFailed: also of an earlier save that failed in the background, if `fail_training` is set.
         """
         self.fence()
-        told = content_metadata_of(self.sharding_type)
-        made = transact(
+        metadata = content_metadata_of(self.sharding_type)
+        save = transact(
             lambda: self.prepare(self.state(step)),
             lambda save, cluster_save, prepared: self.stage(
                 save, cluster_save, save.attempt.checkpoint_dir, prepared.state, prepared
@@ -92,15 +96,15 @@ class MegatronHandle(Binding):
             step=step,
             settings=self.settings,
             cluster=self.cluster,
-            facts=lambda: describe(told),
+            facts=lambda: describe(metadata),
             save_latest=True,
         )
-        if not made.begun:
-            self._fence.add(made)  # `fail_training` raises it at the next fence
-        return made
+        if not save.begun:
+            self._fence.add(save)  # `fail_training` raises it at the next fence
+        return save
 
     def prepare(self, state: dict[str, Any]) -> Prepared:
-        """`prepare` of this module for `state` of this model."""
+        """Take `state`, which `Binding.state` made, apart for a save; see `save.prepare`. No collective."""
         return prepare(state, self.strategy, content_metadata_of(self.sharding_type))
 
     def stage(
@@ -111,9 +115,13 @@ class MegatronHandle(Binding):
         state: dict[str, Any],
         prepared: Prepared | None = None,
     ) -> None:
-        """`stage` of this module for `state` of this model, copied under training; `fence` ends that."""
+        """Stage `state`, which `Binding.state` made, as a part of `save`; see `save.stage`. Every rank calls.
+
+        Overlappable tensors may still be copied when it returns; `fence` waits for them.
+        """
         self._fence.add(save)
-        late = overlappable_storages(self.model, self.optimizer) if self.settings.staging.overlap else frozenset()
+        overlap = self.settings.staging.overlap
+        overlappable = overlappable_storages(self.model, self.optimizer) if overlap else frozenset()
         stage(
             cluster_save,
             directory,
@@ -121,11 +129,11 @@ class MegatronHandle(Binding):
             self.strategy,
             content_metadata_of(self.sharding_type),
             prepared=prepared,
-            lifetime_of=lambda storage: storage._cdata in late,
+            lifetime_of=lambda storage: storage._cdata in overlappable,
         )
 
     def fence(self) -> None:
-        """Wait until no save reads this model's tensors any more; not for the disk.
+        """Block until no save reads this model's tensors any more; does not wait for the disk. This rank alone.
 
         Raises:
             SaveFailed: an earlier save failed in the background and `fail_training` is set.
@@ -133,13 +141,15 @@ class MegatronHandle(Binding):
         self._fence.wait()
 
     def find(self, output_dir: str | os.PathLike[str]) -> Path | None:
-        """The newest sound checkpoint in `output_dir`, the same on every rank; None if there is none. What a killed run
-        left there is finished or discarded first; damaged ones are passed over, by name. Every rank calls; reads every
-        byte, which `load` of what is returned does not do once more.
+        """The newest sound checkpoint in `output_dir`, the same on every rank; None if there is no checkpoint.
 
-        Raises:
-            Damaged: there are checkpoints, and none is sound. Unreadable: the disk does not tell whether one is;
-                nothing older is taken in its place. RanksDisagree: the ranks do not see one and the same.
+        Every rank calls; blocks. It first finishes or discards what a killed run has left there. It verifies every
+        byte, so that `load` of the result need not; damaged checkpoints are logged by name and passed over.
+
+        Raises, on every rank:
+            Damaged: there are checkpoints, and none is sound.
+            Unreadable: the disk does not tell whether a checkpoint is sound; no older one is taken in its place.
+            RanksDisagree: the ranks see different checkpoints.
         """
         path, ranks = Path(output_dir).absolute(), RankGroup.current()
         pending.wait_pending()
@@ -155,17 +165,18 @@ class MegatronHandle(Binding):
             return reader
 
         names = ranks.decide_on_rank0({}, decide, self.settings.commit_timeout_s)["names"]
-        with newest_sound(path, names, open_verified) as found:
-            self._verified = None if found is None else path / found[0]
+        with newest_sound(path, names, open_verified) as opened:
+            self._verified = None if opened is None else path / opened[0]
         return self._verified
 
     def load(self, directory: str | os.PathLike[str]) -> int:
-        """Restore everything from `directory` and return its step; see `load` of this module.
+        """Restore everything bound from the checkpoint `directory`, and return its step. Every rank calls; blocks.
 
-        The random states come back where the parallel layout is the one that saved; elsewhere a warning says so.
+        Random states are restored only if the parallel layout is the one that saved; otherwise a warning is logged.
 
         Raises:
-            UnsupportedError: the optimizer was saved in a form that this layout cannot load, or `save_only_model` is
+            As `backends.megatron.load.load`.
+            UnsupportedError: the optimizer's sharding type cannot be loaded in this layout, or `save_only_model` is
                 set. Nothing was read.
         """
         path = Path(directory).absolute()
@@ -176,12 +187,14 @@ class MegatronHandle(Binding):
         return step
 
     def restore(self, path: Path, *, verified: bool) -> dict[str, Any]:
-        """Load `path`, which is complete, and return the state that it held; see `load`."""
+        """Restore everything bound from `path`, which is complete, and return the state that it held; see `load`."""
         return restoring.restore(self, path, verified=verified)
 
     def check(self, path: Path) -> None:
-        """Raise unless `path`, a checkpoint of ours, can be loaded here; nothing is loaded. No collective: a rank
-        looks at its share of the pickled objects."""
+        """Raise unless this job can load `path`, a checkpoint that we saved; loads nothing. No collective.
+
+        Each rank inspects its share of the pickled objects.
+        """
         restoring.check(self, path)
 
 
@@ -195,14 +208,22 @@ def attach(
     sharding_type: str = "dp_reshardable",
     save_only_model: bool = False,
 ) -> MegatronHandle:
-    """Bind a model (a module, or the list of its virtual pipeline stages), its optimizer and scheduler.
+    """Bind a model to its optimizer and scheduler, to be saved and loaded as one; every rank calls. No collective.
 
-    `form` is Megatron's `distrib_optim_sharding_type`, see `RESHARDABLE`; with `save_only_model` the weights alone
-    are saved. The optimizer's step, and what else changes its tensors, waits for the copies of pending saves. No
-    collective.
+    From then on the optimizer's step, and whatever else changes its tensors, waits for the copies of pending saves.
+
+    Args:
+        model: the module, or the list of this rank's virtual pipeline stages, in DistributedDataParallel or bare.
+        optimizer: what `get_megatron_optimizer` returned.
+        scheduler: the `OptimizerParamScheduler`, if there is one.
+        settings: how to save; default `Settings()`.
+        cluster: the name under which the manifest lists the model.
+        sharding_type: Megatron's `distrib_optim_sharding_type`; see `facts.RESHARDABLE` for the choice.
+        save_only_model: save the weights alone; such a checkpoint cannot be resumed.
 
     Raises:
-        UnsupportedError: Megatron's FSDP, or a form that cannot be saved.
+        ConfigError: `cluster` cannot be used as a name.
+        UnsupportedError: Megatron's FSDP, or a sharding type that cannot be saved.
     """
     names.check_name("cluster", cluster)
     check_sharding_type({"distrib_optim_sharding_type": sharding_type})
@@ -210,5 +231,5 @@ def attach(
     for chunk in chunks:
         config = getattr(chunk, "ddp_config", None)
         if getattr(config, "use_megatron_fsdp", False):
-            raise UnsupportedError("roll_ckpt does not support Megatron's FSDP in this version: it was not tried")
+            raise UnsupportedError("roll_ckpt does not support Megatron's FSDP in this version: it was not tested")
     return MegatronHandle(chunks, optimizer, scheduler, settings or Settings(), cluster, sharding_type, save_only_model)

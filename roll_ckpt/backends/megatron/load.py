@@ -1,4 +1,4 @@
-"""Loads of a sharded state, and what is refused before a tensor is read."""
+"""Loads of a sharded state, and what a load refuses before it reads a tensor."""
 
 from __future__ import annotations
 
@@ -39,16 +39,24 @@ def load(
     strategy: Any = None,
     verified: bool = False,
 ) -> dict[str, Any]:
-    """What `dist_checkpointing.load` returns, after every byte was verified, and each again as it is read; every rank
-    calls.
+    """Load a sharded state from the checkpoint `directory`, and return what `dist_checkpointing.load` does.
 
-    Checkpoints that stock wrote are loaded with a warning. `strategy` is a stock load strategy; `verified` says
-    that the ranks have just read every byte.
+    Every rank calls; blocks. Every byte is verified before the load, and each block again as it is read. A checkpoint
+    that stock Megatron wrote has no digests: it is loaded with a warning.
 
-    Raises:
-        NotFound: there is no complete checkpoint in `directory`. Damaged: bytes differ. ModelMismatch: other
-            names or shapes. UnsupportedError: stock wrote it with another backend than torch_dist. On every rank,
-            and before a tensor was read.
+    Args:
+        sharded_state_dict: as for `dist_checkpointing.load`.
+        settings: of which `load.allow`, `io` and `commit_timeout_s` matter here; default `Settings()`.
+        cluster: the name under which the model was saved.
+        strategy: a load strategy of Megatron's; default Megatron's own.
+        verified: the ranks have verified every byte just now, so do not do so again.
+
+    Raises, on every rank and before a tensor is read:
+        NotFound: there is no complete checkpoint in `directory`.
+        Damaged: bytes differ from what was saved, or a safe load refuses a pickled object.
+        Unreadable: the disk does not tell whether the checkpoint is sound.
+        ModelMismatch: tensors have other names or shapes.
+        UnsupportedError: Megatron wrote it with another backend than torch_dist.
     """
     settings = settings or Settings()
     path, ranks = Path(directory).absolute(), RankGroup.current()
@@ -58,7 +66,7 @@ def load(
         if reader.checkpoint is not None and not verified:
             check_bytes(ranks, reader.checkpoint.directory)
         if reader.checkpoint is None:
-            ranks.run_on_all_ranks(lambda: told_by_stock(path, settings), settings.commit_timeout_s)
+            ranks.run_on_all_ranks(lambda: stock_content_metadata(path, settings), settings.commit_timeout_s)
         ranks.run_on_all_ranks(lambda: check_content(sharded_state_dict, path, settings, ranks), LONGEST_S)
         with torch.serialization.safe_globals(trust.allowed(settings)), ExitStack() as stack:
             common = None if reader.checkpoint is None else stack.enter_context(checked(reader.checkpoint))
@@ -67,24 +75,31 @@ def load(
 
 
 def check_complete(path: Path) -> None:
-    for name in (MARKER, DCP_METADATA, COMMON):
-        if not tree.exists(path / name):
-            later = " (Megatron-core later than 0.16 writes none, and 0.16 cannot read it)" if name == COMMON else ""
-            raise NotFound(f"{path}: no complete Megatron checkpoint: it has no {name}{later}; load another one")
-
-
-def told_by_stock(path: Path, settings: Settings) -> dict[str, Any]:
-    """The content metadata of a checkpoint that has no manifest.
+    """Refuse a directory that is no complete Megatron checkpoint. No collective.
 
     Raises:
-        UnsupportedError: another backend wrote it. Damaged: the marker or the common state cannot be read, or a safe
-            load refuses it.
+        NotFound: names the file that is missing.
+    """
+    for name in (MARKER, DCP_METADATA, COMMON):
+        if not tree.exists(path / name):
+            hint = ""
+            if name == COMMON:
+                hint = " (Megatron-core later than 0.16 writes none, and 0.16 cannot read such a checkpoint)"
+            raise NotFound(f"{path}: no complete Megatron checkpoint: it has no {name}{hint}; load another one")
+
+
+def stock_content_metadata(path: Path, settings: Settings) -> dict[str, Any]:
+    """The content metadata of a checkpoint that stock Megatron wrote. No collective.
+
+    Raises:
+        UnsupportedError: another backend than torch_dist wrote it.
+        Damaged: the marker or the common state cannot be parsed, or a safe load refuses it.
     """
     marker = sealed_json.parse_json(reads.read_bytes(path / MARKER), path / MARKER)
     if marker != json.loads(MARKER_BYTES):
         raise UnsupportedError(
-            f"{path / MARKER}: {marker} wrote this checkpoint; roll_ckpt loads what torch_dist, version 1, wrote. "
-            "Load it with Megatron, and save it again as torch_dist"
+            f"{path / MARKER}: the backend {marker} wrote this checkpoint; roll_ckpt loads only what torch_dist, "
+            "version 1, wrote. Load it with Megatron, and save it again as torch_dist"
         )
     allowed = trust.allowed(settings)
     dcp_index.check_file(path / COMMON, allowed)
@@ -93,8 +108,15 @@ def told_by_stock(path: Path, settings: Settings) -> dict[str, Any]:
 
 
 def check_content(sharded_state_dict: dict[str, Any], path: Path, settings: Settings, ranks: RankGroup) -> None:
-    """Refuse what stock code would unpickle without restriction, or stumble over (the index, the common state, and
-    this rank's share of the objects), and tensors that are not those that this rank wants. No collective."""
+    """Refuse unsafe or unreadable pickles, and tensors that differ from those of this rank's state. No collective.
+
+    Megatron would unpickle the index, the common state and the objects without restriction. Of the objects each rank
+    checks its share.
+
+    Raises:
+        Damaged: a safe load refuses a pickle, or it cannot be parsed.
+        ModelMismatch: tensors have other names or shapes.
+    """
     allowed = trust.allowed(settings)
     index = dcp_index.read(path, [kind for kind in allowed if isinstance(kind, type)])
     dcp_index.check_file(path / COMMON, allowed)
@@ -107,7 +129,7 @@ def _compare(sharded_state_dict: dict[str, Any], path: Path, index: Metadata) ->
     saved = {name: {"shape": list(kind.size)} for name, kind in stored if isinstance(kind, TensorStorageMetadata)}
     live = {tensor.key: {"shape": list(tensor.global_shape)} for tensor in _tensors(sharded_state_dict)}
     if live and not saved:
-        raise ModelMismatch(f"{path} holds no tensors")
+        raise ModelMismatch(f"{path} holds no tensors, and the model has {len(live)}; load another checkpoint")
     compare_models({name: saved[name] for name in live if name in saved} or saved, live, str(path))
 
 
@@ -119,9 +141,12 @@ def _tensors(sharded_state_dict: dict[str, Any]) -> Iterator[ShardedTensor]:
             yield value
 
 
-def recorded(checkpoint_dir: OpenedCheckpoint | None, cluster: str) -> Mapping[str, Any]:
-    """The facts that the manifest holds of a cluster; nothing for a checkpoint that stock wrote."""
-    if checkpoint_dir is None:
+def facts_of(checkpoint: OpenedCheckpoint | None, cluster: str) -> Mapping[str, Any]:
+    """The manifest's facts about a cluster; empty for None, which stands for a checkpoint that stock Megatron wrote.
+
+    A checkpoint without a cluster of that name gives the facts of its first one.
+    """
+    if checkpoint is None:
         return {}
-    clusters = checkpoint_dir.manifest.clusters
+    clusters = checkpoint.manifest.clusters
     return clusters[cluster if cluster in clusters else next(iter(clusters))]

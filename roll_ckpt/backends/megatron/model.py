@@ -1,4 +1,4 @@
-"""Cluster: one named model of a pipeline, saved and loaded through its framework's own calls."""
+"""`MegatronModel`, which a script gives to a `Cluster`. Importing this module needs no Megatron-core."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class MegatronModel:
-    """What Megatron-core trains, as a `Cluster` takes it.
+    """A model that Megatron-core trains, to be given to a `Cluster`.
 
     Args:
         model: the module, or the list of this rank's virtual pipeline stages, in DistributedDataParallel or bare.
         optimizer: what `get_megatron_optimizer` returned.
         scheduler: the `OptimizerParamScheduler`, if there is one.
-        sharding_type: Megatron's `distrib_optim_sharding_type`: `dp_reshardable` gathers nothing and loads at other data
-            parallel sizes, `fully_reshardable` gathers on data parallel rank 0 at each save and loads anywhere.
+        sharding_type: Megatron's `distrib_optim_sharding_type`. `dp_reshardable` gathers nothing and can be loaded at
+            other data parallel sizes; `fully_reshardable` gathers on data parallel rank 0 at each save and can be
+            loaded in any layout.
     """
 
     model: Any

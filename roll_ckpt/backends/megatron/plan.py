@@ -1,4 +1,7 @@
-"""Who writes what, as stock code planned it, for every later save of the same structure."""
+"""Megatron's save plan: which of this rank's files holds which part of a state, for all saves of one structure.
+
+Megatron plans who writes what; see `strategy.SaveStrategy.planned_by_stock`.
+"""
 
 from __future__ import annotations
 
@@ -25,77 +28,76 @@ from roll_ckpt.formats.torch_zip.skeleton import is_plain
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """A file of this rank: a form that tensors fill, and behind it a slot for each pickled object.
-
-    Numbers are places in `Prepared.parts`.
-    """
+    """A file of this rank: a template that tensors fill, and behind it a slot for each pickled item."""
 
     name: str
-    sharding_type: FileTemplate
+    template: FileTemplate
     tensors: tuple[int, ...]
+    """Indices into `Prepared.parts` of the tensors that fill the template, in its order."""
     objects: tuple[tuple[int, ...], ...]
+    """For each pickled item, the indices into `Prepared.parts` of what it holds."""
     slots: tuple[Span, ...]
+    """Where in the file each pickled item lies."""
 
     def image(self, parts: Sequence[Any], objects: Iterator[FileImage], lifetime_of: sources.LifetimeOf) -> FileImage:
-        """The file as it is to be written now; takes its share of `objects`."""
-        tensors = self.sharding_type.fill((parts[at].data for at in self.tensors), lifetime_of)
+        """The file as one save writes it. Takes as many of `objects`, the pickled items, as it has slots."""
+        tensors = self.template.fill((parts[index].data for index in self.tensors), lifetime_of)
         slotted = [(slot, next(objects)) for slot in self.slots]
         return dcp.join([(Span(0, tensors.nbytes), tensors), *slotted])
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Who writes what, as stock code planned it, for every later save of the same structure.
+    """This rank's share of what Megatron planned in one save, for every later save of the same structure.
 
-    Each rank holds its own share; all made it in the same save, whose name it bears. Holds no tensor.
+    Holds no tensor.
     """
 
     name: str
+    """The path of the checkpoint for which it was planned; the same on every rank."""
     structure: list[Any]
+    """`structure_of` each part of the state for which it was planned."""
     files: tuple[PlannedFile, ...]
     metadata: bytes
-    """The bytes of `.metadata`, on the coordinator."""
+    """The bytes of `.metadata` on the coordinator, empty on other ranks."""
 
     @property
     def slots(self) -> list[Span]:
+        """The slots of all files, in their order."""
         return [slot for file in self.files for slot in file.slots]
 
     def pickled(self, parts: Sequence[Any]) -> list[FileImage]:
-        """What goes into the slots now; larger than its slot where it has grown too much."""
+        """What the slots hold in one save, in their order; larger than its slot is an item that has grown too much."""
         return [
-            _pickled([parts[at] for at in places], slot.length)
+            _pickled([parts[index] for index in indices], slot.length)
             for file in self.files
-            for places, slot in zip(file.objects, file.slots, strict=True)
+            for indices, slot in zip(file.objects, file.slots, strict=True)
         ]
 
 
 def plan_file(name: str, items: Sequence[Any], parts: Sequence[Any]) -> tuple[PlannedFile, list[WriteResult]]:
-    """Lay out what stock code wants in one file. Items are told apart by key, and by offset where one rank writes
-    several pieces of a tensor."""
-    places: dict[tuple[str, Any], list[int]] = {}
-    for at, part in enumerate(parts):
-        if is_main_replica(part.replica_id):  # as the distribution has left it
-            if isinstance(part, ShardedObject):
-                places.setdefault((part.unique_key, None), []).append(at)
-            else:
-                places.setdefault((part.key, tuple(part.global_offset)), []).append(at)
+    """Lay out one file: `items` are DCP's write items that Megatron planned for it, `parts` are `Prepared.parts`.
+
+    Returns the file, and for each item where it lies, as DCP records it in `.metadata`.
+    """
+    by_item = _indices_by_item(parts)
     tensors: list[tuple[Any, int]] = []
     objects: list[tuple[Any, tuple[int, ...]]] = []
     for item in items:
         offset = None if item.type is WriteItemType.BYTE_IO else tuple(item.index.offset or ())
-        found = places[item.index.fqn, offset]
-        if offset is not None and is_plain(parts[found[0]].data.detach()):
-            tensors.append((item, found[0]))
+        indices = by_item[item.index.fqn, offset]
+        if offset is not None and is_plain(parts[indices[0]].data.detach()):
+            tensors.append((item, indices[0]))
         else:
-            objects.append((item, tuple(found)))
-    sharding_type, spans = dcp.template((item.index.fqn, _shaped(parts[at])) for item, at in tensors)
+            objects.append((item, tuple(indices)))
+    template, spans = dcp.template((item.index.fqn, _shaped(parts[index])) for item, index in tensors)
     slots: list[Span] = []
-    end = sharding_type.image.nbytes
+    end = template.image.nbytes
     for _, group in objects:
-        slots.append(dcp.place(end, _slot_bytes(_pickled([parts[at] for at in group]).nbytes)))
+        slots.append(dcp.place(end, _slot_bytes(_pickled([parts[index] for index in group]).nbytes)))
         end = slots[-1].end
     file = PlannedFile(
-        name, sharding_type, tuple(at for _, at in tensors), tuple(found for _, found in objects), tuple(slots)
+        name, template, tuple(index for _, index in tensors), tuple(group for _, group in objects), tuple(slots)
     )
     planned = [item for item, _ in (*tensors, *objects)]
     results = [
@@ -105,14 +107,30 @@ def plan_file(name: str, items: Sequence[Any], parts: Sequence[Any]) -> tuple[Pl
     return file, results
 
 
+def _indices_by_item(parts: Sequence[Any]) -> dict[tuple[str, Any], list[int]]:
+    """The indices of the parts that this rank writes, by key and offset.
+
+    A key alone does not identify a tensor's part: one rank may write several pieces of a tensor. Objects have None for
+    the offset.
+    """
+    by_item: dict[tuple[str, Any], list[int]] = {}
+    for index, part in enumerate(parts):
+        if is_main_replica(part.replica_id):  # the strategy has distributed the writing by changing `replica_id`
+            if isinstance(part, ShardedObject):
+                by_item.setdefault((part.unique_key, None), []).append(index)
+            else:
+                by_item.setdefault((part.key, tuple(part.global_offset)), []).append(index)
+    return by_item
+
+
 def _shaped(part: Any) -> torch.Tensor:
-    """The tensor as stock code stores it: with the axes that the global shape has before it."""
+    """The tensor in the shape in which Megatron stores it: with the leading axes that only the global shape has."""
     data: torch.Tensor = part.data.detach().contiguous()
     return data.reshape((1,) * part.prepend_axis_num + tuple(part.local_shape))
 
 
 def structure_of(part: Any) -> tuple[Any, ...]:
-    """Everything about a part of a state that the plan and the layout of its tensor follow from."""
+    """Everything about a part of a state that determines the plan and the layout of its tensor."""
     if isinstance(part, ShardedObject):
         return part.key, part.global_shape, part.global_offset, part.replica_id
     return (
@@ -123,7 +141,7 @@ def structure_of(part: Any) -> tuple[Any, ...]:
 
 
 def main_bytes(part: Any) -> int:
-    """About what the ranks together write of a part, counted on the rank that Megatron calls its main replica."""
+    """About how many bytes of a part the job writes, counted on the rank that holds its main replica; 0 elsewhere."""
     if not isinstance(part, ShardedTensor) or not is_main_replica(part.replica_id):
         return 0
     nbytes: int = math.prod(part.local_shape) * part.dtype.itemsize
@@ -131,19 +149,22 @@ def main_bytes(part: Any) -> int:
 
 
 def _pickled(parts: Sequence[Any], at_least: int = 0) -> FileImage:
-    """One item as an archive of its own: a list of objects, as Megatron has them, or a tensor of a class of its own."""
-    tensor = isinstance(parts[0], ShardedTensor)
-    value = parts[0].data.detach() if tensor else [part.data for part in parts]
+    """One pickled item, an archive of at least `at_least` bytes.
+
+    It holds a list of objects, as Megatron's files do, or one tensor that is no plain `torch.Tensor`.
+    """
+    is_tensor = isinstance(parts[0], ShardedTensor)
+    value = parts[0].data.detach() if is_tensor else [part.data for part in parts]
     return replace(layout.lay_out(value, dcp.ARCHIVE, at_least=at_least), pieces=())
 
 
 def _slot_bytes(nbytes: int) -> int:
-    """Room for a pickled object, so that it may grow a little before the ranks have to plan again."""
+    """The size of the slot for a pickled item of `nbytes`: it may grow a little before the ranks must plan again."""
     return (nbytes + nbytes // 4 + 1024) // 64 * 64
 
 
 def metadata_bytes(metadata: Any, gathered: Sequence[Sequence[WriteResult]]) -> bytes:
-    """What stock's writer puts into `.metadata`, less the path and the name of one save."""
+    """The bytes that DCP's writer puts into `.metadata`, without the path and the name of one save."""
     metadata.version = getattr(dcp_filesystem, "CURRENT_DCP_VERSION", None)
     metadata.storage_data = {result.index: result.storage_data for results in gathered for result in results}
     metadata.storage_meta = StorageMeta()

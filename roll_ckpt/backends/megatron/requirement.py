@@ -1,4 +1,4 @@
-"""Whether there is a Megatron-core that this backend can work with; importable without one."""
+"""Whether the installed Megatron-core is one that this backend can work with. Importing this module needs none."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ _MODULES = ("version", "facts", "fence", "checked_files", "plan", "strategy", "l
 
 
 def check() -> None:
-    """Import every module of this backend, which needs Megatron-core's names.
+    """Import every module of this backend, and so every name of Megatron-core that they use.
 
     Raises:
-        UnsupportedError: there is no Megatron-core, or it lacks a name that the backend takes hold of; names it.
+        UnsupportedError: Megatron-core is not installed, or it lacks a name that the backend needs; names it.
     """
     try:
-        loaded = [importlib.import_module(f"roll_ckpt.backends.megatron.{name}") for name in _MODULES]
+        modules = [importlib.import_module(f"roll_ckpt.backends.megatron.{name}") for name in _MODULES]
     except ImportError as problem:
         raise UnsupportedError(
-            f"this Megatron-core is not one that roll_ckpt knows, or there is none: {problem}; "
+            f"roll_ckpt cannot work with this Megatron-core, or it is not installed: {problem}; "
             f"pip install megatron-core=={TESTED_WITH}"
         ) from problem
-    loaded[0].check(TESTED_WITH)
+    modules[0].check(TESTED_WITH)

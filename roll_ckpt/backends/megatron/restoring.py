@@ -1,4 +1,4 @@
-"""How a bound model is restored from a checkpoint, and what is refused before anything changes."""
+"""How everything bound to a Megatron model is restored, and what is refused before anything changes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from roll_ckpt.backends.megatron.facts import (
     content_metadata_of,
     parallel_layout,
 )
-from roll_ckpt.backends.megatron.load import check_complete, check_content, load, recorded, told_by_stock
+from roll_ckpt.backends.megatron.load import check_complete, check_content, facts_of, load, stock_content_metadata
 from roll_ckpt.errors import ModelMismatch, UnsupportedError
 from roll_ckpt.load.checkpoint import OpenedCheckpoint
 from roll_ckpt.load.together import open_together
@@ -30,32 +30,35 @@ from roll_ckpt.ranks.group import RankGroup
 log = logging.getLogger("roll_ckpt")
 
 
-def restore(bound: Binding, path: Path, *, verified: bool) -> dict[str, Any]:
-    """Load `path`, which is complete, and return the state that it held; see `load`."""
-    _check_resumes(bound, path)
-    with open_together(RankGroup.current(), path, bound.settings) as reader:
-        return _restore(bound, path, recorded(reader.checkpoint, bound.cluster), verified)
+def restore(binding: Binding, path: Path, *, verified: bool) -> dict[str, Any]:
+    """Restore everything bound from `path`, which is complete, and return the state that it held. Every rank calls.
+
+    `verified`: the ranks have verified every byte just now. See `handle.MegatronHandle.load` for the errors.
+    """
+    _check_resumes(binding, path)
+    with open_together(RankGroup.current(), path, binding.settings) as reader:
+        return _restore(binding, path, facts_of(reader.checkpoint, binding.cluster), verified)
 
 
-def _restore(bound: Binding, path: Path, saved: Mapping[str, Any], verified: bool) -> dict[str, Any]:
+def _restore(binding: Binding, path: Path, saved: Mapping[str, Any], verified: bool) -> dict[str, Any]:
     _check_layout(path, saved)
-    told = dict(saved)
+    facts = dict(saved)
     if not saved:
         RankGroup.current().run_on_all_ranks(
-            lambda: told.update(told_by_stock(path, bound.settings)), bound.settings.commit_timeout_s
+            lambda: facts.update(stock_content_metadata(path, binding.settings)), binding.settings.commit_timeout_s
         )
-    check_sharding_type(told)
-    sharding_type = told.get("distrib_optim_sharding_type")
+    check_sharding_type(facts)
+    sharding_type = facts.get("distrib_optim_sharding_type")
     with_rng = saved.get("layout") == parallel_layout()
     if not with_rng:
-        log.warning("%s: saved by another parallel layout, or by stock code: random states are not restored", path)
+        log.warning("%s: saved in another parallel layout, or by stock Megatron: random states are not restored", path)
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     try:
         loaded = load(
-            bound.state(sharding_type=sharding_type, loading=True, with_rng=with_rng),
+            binding.state(sharding_type=sharding_type, loading=True, with_rng=with_rng),
             path,
-            settings=bound.settings,
-            cluster=bound.cluster,
+            settings=binding.settings,
+            cluster=binding.cluster,
             strategy=FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), group),
             verified=verified,
         )
@@ -63,43 +66,47 @@ def _restore(bound: Binding, path: Path, saved: Mapping[str, Any], verified: boo
         if saved or sharding_type != "dp_reshardable":
             raise
         raise ModelMismatch(
-            f"{problem}\nOr another layout: stock code saved its optimizer as dp_reshardable, which loads "
-            f"{RESHARDABLE[sharding_type]} and in no other layout, and does not note the layout"
+            f"{problem}\nOr the parallel layout differs: stock Megatron saved this optimizer as dp_reshardable, which "
+            f"loads {RESHARDABLE[sharding_type]} and in no other layout, and it does not record the layout. Start this "
+            "job as the one that saved"
         ) from None
-    for key, chunk in bound.chunks().items():
+    for key, chunk in binding.chunks().items():
         chunk.load_state_dict(loaded[key])
-    with torch.no_grad():  # Megatron writes into views of parameters that require a gradient
-        bound.optimizer.load_state_dict(loaded["optimizer"])
-    if bound.scheduler is not None and "opt_param_scheduler" in loaded:
-        bound.scheduler.load_state_dict(loaded["opt_param_scheduler"])
+    with torch.no_grad():  # Megatron writes to views of parameters that require a gradient
+        binding.optimizer.load_state_dict(loaded["optimizer"])
+    if binding.scheduler is not None and "opt_param_scheduler" in loaded:
+        binding.scheduler.load_state_dict(loaded["opt_param_scheduler"])
     if with_rng:
         set_random_states(loaded["rng_state"])
     return loaded
 
 
-def check(bound: Binding, path: Path) -> None:
-    """Raise unless `path`, a checkpoint of ours, can be loaded here; nothing is loaded. No collective: a rank
-    looks at its share of the pickled objects."""
-    _check_resumes(bound, path)
+def check(binding: Binding, path: Path) -> None:
+    """Raise unless this job can load `path`, a checkpoint that we saved; loads nothing. No collective.
+
+    Each rank inspects its share of the pickled objects.
+    """
+    _check_resumes(binding, path)
     check_complete(path)
-    saved = recorded(OpenedCheckpoint.around(path), bound.cluster)
+    saved = facts_of(OpenedCheckpoint.around(path), binding.cluster)
     check_sharding_type(saved)
     _check_layout(path, saved)
-    told = content_metadata_of(bound.sharding_type)
-    parameters = {key: chunk.sharded_state_dict(metadata=told) for key, chunk in bound.chunks().items()}
-    check_content(parameters, path, bound.settings, RankGroup.current())
+    metadata = content_metadata_of(binding.sharding_type)
+    parameters = {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in binding.chunks().items()}
+    check_content(parameters, path, binding.settings, RankGroup.current())
 
 
-def _check_resumes(bound: Binding, path: Path) -> None:
-    if bound.save_only_model:
+def _check_resumes(binding: Binding, path: Path) -> None:
+    if binding.save_only_model:
         raise UnsupportedError(
-            f"{path}: cluster {bound.cluster} saves only its model (save_only_model), and such a cluster cannot "
+            f"{path}: cluster {binding.cluster} saves only its model (save_only_model), and such a cluster cannot "
             "resume; leave save_only_model out to resume with the optimizer, or load the weights alone with "
             "roll_ckpt.megatron.load"
         )
 
 
 def _check_layout(path: Path, saved: Mapping[str, Any]) -> None:
+    """UnsupportedError if the optimizer, saved with the facts `saved`, cannot be loaded in this job's layout."""
     before, now = saved.get("layout"), parallel_layout()
     if before is None or saved.get("distrib_optim_sharding_type") != "dp_reshardable":
         return

@@ -1,4 +1,4 @@
-"""Saves of a sharded state under the commit: prepare, plan or replay, stage."""
+"""Saves of a sharded state as one transaction: prepare it, plan or use the last plan again, stage its files."""
 
 from __future__ import annotations
 
@@ -49,20 +49,34 @@ def save(
 ) -> Save:
     """Save what `dist_checkpointing.save` would, as one transaction on `directory`; every rank calls.
 
-    Returns when committed, or with `async_save` once everything is copied; then `wait()` of the result tells.
-    `strategy` is a `SaveStrategy`, which may be wrapped for fully parallel saves; default a new one.
+    Returns when the checkpoint is committed and durable. With `async_save` it returns once everything is copied, and
+    `wait()` of the result blocks until the commit. If this run has saved in that directory before and the disk refuses
+    the first byte, there is no exception with `async_save`: the result is not `begun`.
+
+    Args:
+        sharded_state_dict: as for `dist_checkpointing.save`; factories in it are built in place.
+        step: the training step, for the manifest.
+        settings: how to save; default `Settings()`.
+        cluster: the name under which the manifest lists the model.
+        content_metadata: what the checkpoint records of how `sharded_state_dict` was made.
+        strategy: a `SaveStrategy`, bare or in a `FullyParallelSaveStrategyWrapper`; default a new one. The same one at
+            each save lets Megatron plan only once.
+        save_latest: name the checkpoint in `latest`.
 
     Raises:
-        UnsupportedError: a form of the optimizer that cannot be saved. As `saver.begin`, on every rank.
+        ConfigError: `strategy` is no `SaveStrategy`.
+        UnsupportedError: the optimizer's sharding type cannot be saved.
+        RanksDisagree, RunIsLive, EpochLost, NoRoom, SaveFailed: see `save.begin.begin`; on every rank, nothing was
+            written.
+        SaveFailed: without `async_save`, on every rank, the save failed on any rank.
     """
     strategy = strategy or SaveStrategy(settings)
     check_sharding_type(content_metadata)
     strategy_of(strategy)
 
     def stage_it(save: Save, cluster_save: ClusterSave, prepared: Prepared) -> None:
-        stage(
-            cluster_save, save.attempt.checkpoint_dir, sharded_state_dict, strategy, content_metadata, prepared=prepared
-        )
+        directory = save.attempt.checkpoint_dir
+        stage(cluster_save, directory, sharded_state_dict, strategy, content_metadata, prepared=prepared)
 
     return transact(
         lambda: prepare(sharded_state_dict, strategy, content_metadata),
@@ -87,7 +101,10 @@ def transact(
     facts: Callable[[], dict[str, Any]],
     save_latest: bool,
 ) -> Save:
-    """Prepare, begin, stage, commit. What `prepare_it` raises on one rank is raised on all."""
+    """Prepare, begin, stage, commit: one save of one cluster. Every rank calls; see `save` for when it returns.
+
+    If `prepare_it` raises on one rank, the save is not begun, and SaveFailed is raised on all.
+    """
     ranks = RankGroup.current()
     request = Request(path.parent, path.name, step, {cluster: ranks.size}, None, save_latest)
     prepared: Prepared | None = None
@@ -95,11 +112,11 @@ def transact(
     try:
         names.check_name("tag", path.name)
         prepared = prepare_it()
-    except RollCkptError as found:
-        problem = str(found)
-    except Exception as found:
-        problem = f"{type(found).__name__}: {found}"
-    begun = begin(
+    except RollCkptError as error:
+        problem = str(error)  # `begin` raises it on every rank
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
+    save = begin(
         ranks,
         request,
         settings,
@@ -108,43 +125,45 @@ def transact(
         plans={cluster: prepared.plan if prepared else None},
         on_commit=AfterCommit(settings),
     )
-    if not begun.begun:
+    if not save.begun:
         if not settings.async_save:
-            begun.wait()
-        return begun
-    assert prepared is not None, "a rank with a problem does not begin"
-    with begun.staging():
-        stage_it(begun, begun.add_cluster(cluster, facts()), prepared)
+            save.wait()
+        return save
+    assert prepared is not None, "no save begins if any rank has a problem"
+    with save.staging():
+        stage_it(save, save.add_cluster(cluster, facts()), prepared)
     if not settings.async_save:
-        pending.wait_on_all_ranks(ranks, begun, uploaded=True)
-    return begun
+        pending.wait_on_all_ranks(ranks, save, uploaded=True)
+    return save
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A state taken apart for one save, on this rank; made by `prepare`."""
+    """A state taken apart for one save, on this rank. Made by `prepare`."""
 
     state: dict[str, Any]
     common: dict[str, Any]
     parts: list[Any]
     """Its `ShardedTensor`s and `ShardedObject`s, in the order of the state."""
     structure: list[Any]
+    """`structure_of` each part; a plan fits a state of the same structure."""
     nbytes: int
+    """About how many bytes this rank will write."""
     objects: list[FileImage]
-    """What `plan` wants pickled, in its order."""
+    """The pickled objects that `plan` has slots for, in its order."""
     plan: str | None
-    """Names the plan of an earlier save that fits, for `saver.begin`; None: this rank needs a new one."""
+    """The name of an earlier save's plan that fits, for `save.begin.begin`; None if this rank needs a new plan."""
 
 
 def prepare(
     sharded_state_dict: dict[str, Any], strategy: Any, content_metadata: Mapping[str, Any] | None = None
 ) -> Prepared:
-    """Take a state apart and look whether the last plan of `strategy` fits it. No collective.
+    """Take a state apart, and check whether the last plan of `strategy` fits it. No collective.
 
-    Objects are pickled now. As in stock's save, factories in `sharded_state_dict` are built in place.
+    Objects are pickled now. As in Megatron's own save, factories in `sharded_state_dict` are built in place.
 
     Raises:
-        ConfigError: not a strategy of ours.
+        ConfigError: `strategy` is no `SaveStrategy`.
     """
     plan = strategy_of(strategy).plan
     if content_metadata is not None:
@@ -176,29 +195,29 @@ def stage(
     prepared: Prepared | None = None,
     lifetime_of: sources.LifetimeOf = lambda storage: False,
 ) -> None:
-    """Stage what stock `dist_checkpointing.save` would write into `directory`, inside the attempt of `ticket`;
-    every rank calls.
+    """Stage what `dist_checkpointing.save` would write into `directory`, as `cluster_save`; every rank calls.
 
-    Returns when everything but the `stable` storages is copied; not durable. The strategy's last plan is used again
-    where it fits on every rank: `saver.begin` knows, from the `plan` of what `prepare` returned; without `prepared`
-    there is a rendezvous here. Otherwise stock code plans, with collectives of its own. An error becomes this rank's
-    no vote, so that no rank waits for it in a collective.
+    Returns when everything but the storages that `lifetime_of` calls overlappable is copied; not durable. The last
+    plan of `strategy` is used again if it fits on every rank: `save.begin.begin` has compared `Prepared.plan` of the
+    ranks; without `prepared` they meet here to do so. Otherwise Megatron plans, with collectives of its own. An error
+    becomes this rank's no vote, so that no other rank waits for this one in a collective.
     """
-    ours = strategy_of(strategy)
+    save_strategy = strategy_of(strategy)
     replay = cluster_save.reuses_plan
     if prepared is None:
         prepared, replay = _prepare_together(cluster_save, sharded_state_dict, strategy, content_metadata)
     try:
         writes.make_dirs(directory)
     except Exception as problem:
-        cluster_save.fail(problem)  # but plan with the others: they would wait for this rank
+        cluster_save.fail(problem)  # still plan with the others, who would wait for this rank otherwise
     try:
         if not replay:
             _plan_together(cluster_save, prepared, strategy)
-        if ours.plan is None or cluster_save.error is not None:
-            return  # this rank has voted no
-        objects = prepared.objects if replay else ours.plan.pickled(prepared.parts)
-        _stage_planned(cluster_save, directory, ours, ours.plan, prepared, objects, lifetime_of)
+        plan = save_strategy.plan
+        if plan is None or cluster_save.error is not None:
+            return  # this rank votes no
+        objects = prepared.objects if replay else plan.pickled(prepared.parts)
+        _stage_planned(cluster_save, directory, save_strategy, plan, prepared, objects, lifetime_of)
     except Exception as problem:
         cluster_save.fail(problem)
 
@@ -206,14 +225,18 @@ def stage(
 def _prepare_together(
     cluster_save: ClusterSave, state: dict[str, Any], strategy: Any, content_metadata: Mapping[str, Any] | None
 ) -> tuple[Prepared, bool]:
-    """`prepare`, and whether every rank names the same plan; one rendezvous."""
-    mine: dict[str, Any] = {"plan": None, "problem": None}
+    """`prepare`, and whether every rank can use the same earlier plan. Every rank calls; one rendezvous.
+
+    Raises:
+        SaveFailed: on every rank, if `prepare` raised on any.
+    """
+    post: dict[str, Any] = {"plan": None, "problem": None}
     prepared: Prepared | None = None
     try:
         prepared = prepare(state, strategy, content_metadata)
-        mine["plan"] = prepared.plan
-    except Exception as found:
-        mine["problem"] = f"{type(found).__name__}: {found}"
+        post["plan"] = prepared.plan
+    except Exception as error:
+        post["problem"] = f"{type(error).__name__}: {error}"
 
     def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
         problems = [f"rank {rank}: {post['problem']}" for rank, post in enumerate(posts) if post["problem"]]
@@ -222,8 +245,8 @@ def _prepare_together(
         plan = posts[0]["plan"]
         return {"replay": plan is not None and all(post["plan"] == plan for post in posts)}
 
-    verdict = RankGroup.current().decide_on_rank0(mine, decide, cluster_save.settings.commit_timeout_s)
-    assert prepared is not None, "a rank with a problem has none of this"
+    verdict = RankGroup.current().decide_on_rank0(post, decide, cluster_save.settings.commit_timeout_s)
+    assert prepared is not None, "the rendezvous raises if any rank has a problem"
     return prepared, verdict["replay"]
 
 
@@ -236,7 +259,7 @@ def _stage_planned(
     objects: Sequence[FileImage],
     lifetime_of: sources.LifetimeOf,
 ) -> None:
-    """Every file of this rank, by the plan. Small ones go first: their bytes need not wait behind large copies."""
+    """Stage every file of this rank by `plan`. Small files go first, so that they do not wait behind large copies."""
     if cluster_save.rank == 0:
         small = {
             COMMON: layout.lay_out(prepared.common, Path(COMMON).stem),
@@ -246,42 +269,44 @@ def _stage_planned(
         strategy.warn_unloadable(prepared.common, directory, cluster_save.settings)
         for name, image in small.items():
             cluster_save.stage(directory / name, image, overlap=False)
-    rest = iter(objects)
+    remaining = iter(objects)
     for file in plan.files:
-        cluster_save.stage(directory / file.name, file.image(prepared.parts, rest, lifetime_of), overlap=True)
+        cluster_save.stage(directory / file.name, file.image(prepared.parts, remaining, lifetime_of), overlap=True)
 
 
 def _plan_together(cluster_save: ClusterSave, prepared: Prepared, strategy: Any) -> None:
-    """Let stock code plan, and keep what it planned; every rank calls, also one that cannot lay its part out: it
-    votes no and has no plan then.
+    """Let Megatron plan, and keep the plan in the strategy. Every rank calls.
+
+    A rank that cannot lay its files out takes part too; it has no plan afterwards, and votes no.
 
     Raises:
-        SaveFailed: on every rank, if stock code finds the state invalid, which it says on rank 0 alone.
+        SaveFailed: on every rank, if Megatron finds the state invalid, which it reports on rank 0 alone.
     """
-    ours, attempt = strategy_of(strategy), cluster_save.attempt
-    ours.plan = None
+    save_strategy, attempt = strategy_of(strategy), cluster_save.attempt
+    save_strategy.plan = None
     sharded: dict[str, Any] = {}
     RankGroup.current().run_on_all_ranks(
         lambda: sharded.update(save_preprocess(prepared.state)[0]), cluster_save.settings.commit_timeout_s
     )
-    # Planned for a directory that is there: stock code would make the attempt's again after it was thrown away.
-    writer, metadata, group = ours.planned_by_stock(strategy, sharded, attempt.output_dir)
+    # Plan for the output directory, which exists. Megatron makes the directory that it plans for, and would make the
+    # attempt's anew if that had been discarded meanwhile.
+    writer, metadata, group = save_strategy.planned_by_stock(strategy, sharded, attempt.output_dir)
     files: list[PlannedFile] = []
     results: list[WriteResult] = []
-    problem = None
+    problem: Exception | None = None
     try:
         for _, name, (objects, tensors) in writer.write_buckets or ():
-            file, found = plan_file(name, [item for item, _ in (*objects, *tensors)], prepared.parts)
+            file, written = plan_file(name, [item for item, _ in (*objects, *tensors)], prepared.parts)
             files.append(file)
-            results += found
-    except Exception as found_problem:
-        problem = found_problem
+            results += written
+    except Exception as error:
+        problem = error  # this rank still takes part in the gather
     writer.write_buckets = None
     gathered = group.gather_object(results)
     try:
         if problem is not None:
             raise problem
-        written = metadata_bytes(metadata, gathered) if group.is_coordinator else b""
-        ours.plan = Plan(str(attempt.checkpoint_dir), prepared.structure, tuple(files), written)
-    except Exception as found_problem:
-        cluster_save.fail(found_problem)
+        index = metadata_bytes(metadata, gathered) if group.is_coordinator else b""
+        save_strategy.plan = Plan(str(attempt.checkpoint_dir), prepared.structure, tuple(files), index)
+    except Exception as error:
+        cluster_save.fail(error)

@@ -1,4 +1,4 @@
-"""`SaveStrategy`: stock code plans, we move the bytes; and its files under stock's own save."""
+"""`SaveStrategy`: Megatron plans, and we move the bytes, in our transaction or under Megatron's own save."""
 
 from __future__ import annotations
 
@@ -35,12 +35,16 @@ from roll_ckpt.save import arena, cluster_save
 
 
 class SaveStrategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
-    """Stock's `torch_dist` strategy with our files: one for each rank, staged, written and fsynced natively.
+    """Megatron's `torch_dist` strategy, whose files we lay out, stage, write and fsync: one file for each rank.
 
-    Under stock `dist_checkpointing.save` every file is durable under its name before `.metadata`, and that
-    before `metadata.json`, which stays the marker of a complete checkpoint. With `async_sharded_save=True` the
-    request goes into Megatron's `AsyncCallsQueue` (not its persistent worker: that one pickles the request):
-    scheduling it returns when everything was copied.
+    It can be given to stock `dist_checkpointing.save(sharded_strategy=...)`. Then every file is durable under its name
+    before `.metadata`, and that before `metadata.json`, which remains the marker of a complete checkpoint. With
+    `async_sharded_save=True`, give the request to Megatron's `AsyncCallsQueue`, whose `schedule_async_request` returns
+    when everything is copied. Its persistent worker does not work: it pickles the request.
+
+    Args:
+        settings: how to copy and write; default `Settings()`.
+        **stock: arguments of `TorchDistSaveShardedStrategy` beyond backend and version.
     """
 
     def __init__(self, settings: Settings | None = None, **stock: Any) -> None:
@@ -48,23 +52,25 @@ class SaveStrategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
         self.settings = settings or Settings()
         self.use_cached_ckpt_structure: bool
         self.plan: Plan | None = None
-        """What the last save under our commit planned, if this rank could lay it out."""
+        """The plan of the last save in our transaction; None if there was none, or this rank could not lay it out."""
         self._planned: list[Any] | None = None
+        """Not None while `planned_by_stock` runs: there the hook leaves what Megatron planned."""
         self._warned: set[str] = set()
 
     def warn_unloadable(self, common: dict[str, Any], directory: Path, settings: Settings) -> None:
-        """Warn, once, of each entry of the common state that a safe load would refuse."""
+        """Log a warning, once, about each entry of the common state that a safe load would refuse."""
         unsafe = safe_pickle.unsafe_parts(common, trust.allowed(settings))
         trust.warn_unloadable(directory / COMMON, unsafe, self._warned)
 
     def planned_by_stock(self, outer: Any, sharded: dict[str, Any], directory: Path) -> tuple[Any, Any, Any]:
-        """Who writes what, as stock code plans it: its writer, `.metadata`'s content on the coordinator, and the
-        group that planned. `outer` is this strategy or what wraps it. Every rank calls; writes nothing, but makes
-        `directory` if it is missing.
+        """Let Megatron plan which rank writes what. Every rank calls; collectives of Megatron's.
 
-        Stock's own caches are left out: they trust that the structure never changes.
+        Returns Megatron's writer, on the coordinator the content of `.metadata`, and the group that planned. `outer`
+        is this strategy or the wrapper around it. Writes no file, but makes `directory` if it is missing.
+
+        Bypasses Megatron's own caches of plans, which assume that the structure never changes.
         """
-        kept, self.use_cached_ckpt_structure = self.use_cached_ckpt_structure, False
+        use_cache, self.use_cached_ckpt_structure = self.use_cached_ckpt_structure, False
         if isinstance(outer, FullyParallelSaveStrategyWrapper):
             outer.cached_distribution = None
         self._planned = []
@@ -73,10 +79,15 @@ class SaveStrategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
             writer, metadata, group = self._planned
         finally:
             self._planned = None
-            self.use_cached_ckpt_structure = kept
+            self.use_cached_ckpt_structure = use_cache
         return writer, metadata, group
 
     def async_save(self, *args: Any, **kwargs: Any) -> AsyncRequest:
+        """Plan, and return the request whose steps copy, write and finish; see the class. Every rank calls.
+
+        Raises:
+            UnsupportedError: Megatron's multi-storage client is enabled.
+        """
         if MultiStorageClientFeature.is_enabled():
             raise UnsupportedError(
                 "roll_ckpt does not support Megatron's multi-storage client in this version: the commit needs a "
@@ -86,8 +97,10 @@ class SaveStrategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
             return super().async_save(*args, **kwargs)
 
     def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any, *rest: Any) -> AsyncRequest:
-        """Stock's hook between planning and writing. `planned`: the writer, `.metadata`'s content on the
-        coordinator, and the group that planned."""
+        """Megatron calls this hook between planning and writing; `rest` is unused.
+
+        `planned` holds the writer, the content of `.metadata` on the coordinator, and the group that planned.
+        """
         _, metadata, group = planned
         if self._planned is not None:
             self._planned += [writer, metadata, group]
@@ -97,10 +110,18 @@ class SaveStrategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
 
 
 def strategy_of(strategy: Any) -> SaveStrategy:
-    ours = getattr(strategy, "base_strategy", strategy)
-    if not isinstance(ours, SaveStrategy):
-        raise ConfigError(f"strategy is {type(ours).__name__}; give a {SaveStrategy.__name__}, wrapped or not")
-    return ours
+    """The `SaveStrategy` that `strategy` is or wraps.
+
+    Raises:
+        ConfigError: it is or wraps another strategy.
+    """
+    inner = getattr(strategy, "base_strategy", strategy)
+    if not isinstance(inner, SaveStrategy):
+        raise ConfigError(
+            f"strategy is {type(inner).__name__}; give a {SaveStrategy.__name__}, bare or in a "
+            f"{FullyParallelSaveStrategyWrapper.__name__}"
+        )
+    return inner
 
 
 @dataclass
@@ -111,7 +132,7 @@ class _LaidOut:
 
 
 def _lay_out(writer: Any) -> list[_LaidOut]:
-    """One image for each file that stock code wants this rank to write; they now hold the tensors, not `writer`."""
+    """One image for each file that Megatron planned for this rank. The images take the tensors over from `writer`."""
     files = []
     for path, name, (objects, tensors) in writer.write_buckets or ():
         plan = [*objects, *tensors]
@@ -126,14 +147,15 @@ def _lay_out(writer: Any) -> list[_LaidOut]:
 
 
 def _plain(value: Any) -> torch.Tensor | bytes:
-    """A planned item: a tensor, or what Megatron has pickled into a stream."""
+    """The value of a planned item: a tensor, or the bytes that Megatron has pickled into a stream."""
     return value.detach() if isinstance(value, torch.Tensor) else bytes(value.getbuffer())
 
 
 class _Files:
-    """This rank's files of one save by stock code: written beside their names, then renamed.
+    """This rank's files of one save by stock `dist_checkpointing.save`: written to temporary files, then renamed.
 
-    Between `begin` and `finish` stock code meets at a barrier: an error on one rank waits for `finish`.
+    Megatron has a barrier between `begin` and `finish`, so neither `begin` nor `write` raises: `finish` raises their
+    error on every rank.
     """
 
     def __init__(self, settings: Settings, writer: Any, metadata: Any, group: Any) -> None:
@@ -147,7 +169,7 @@ class _Files:
         self._pid = os.getpid()
 
     def begin(self) -> _Files:
-        """Copy everything, and start to write; returns when the tensors may change."""
+        """Copy everything and start writing; returns when the tensors may change. Never raises; see the class."""
         try:
             mover = arena.mover(self._settings)
             for file in _lay_out(self._writer):
@@ -160,8 +182,10 @@ class _Files:
         return self
 
     def write(self) -> None:
-        """Wait until the files are durable under their names. In a forked child, which has no threads of ours,
-        it does nothing: `finish` comes back to it in the parent."""
+        """Wait until the files are durable under their names. Never raises; see the class.
+
+        Does nothing in a forked child, which has none of our threads: there `finish` calls it again in the parent.
+        """
         if os.getpid() != self._pid:
             return
         try:
@@ -179,10 +203,12 @@ class _Files:
         self._moving.clear()
 
     def finish(self) -> None:
-        """Every rank calls, on the training thread: `.metadata`, once all files of all ranks are durable.
+        """Write `.metadata` once all files of all ranks are durable. Every rank calls, on the training thread.
+
+        `.metadata` is durable on return.
 
         Raises:
-            SaveFailed: on every rank, if it failed on any; the directory has no `metadata.json` then.
+            The error of `begin` or `write`, on every rank; the directory then has no `metadata.json`.
         """
         ranks = RankGroup.current()
         ranks.run_on_all_ranks(self._check, LONGEST_S)
@@ -204,16 +230,16 @@ class _Files:
 
 
 def _write(rank: object, files: _Files, unused: object) -> None:
-    """What Megatron's queue runs, in a forked child or here."""
+    """Megatron's queue calls this, in a forked child or in this process."""
     files.write()
 
 
 @contextmanager
 def _without_results_process() -> Iterator[None]:
-    """Stock code starts a manager process to collect results from writer processes; we have none of them."""
-    stock = filesystem_async._results_queue
-    filesystem_async._results_queue = stock or queue.SimpleQueue()
+    """Keep Megatron from starting a manager process for the results of its writer processes, which we do not use."""
+    results_queue = filesystem_async._results_queue
+    filesystem_async._results_queue = results_queue or queue.SimpleQueue()
     try:
         yield
     finally:
-        filesystem_async._results_queue = stock
+        filesystem_async._results_queue = results_queue

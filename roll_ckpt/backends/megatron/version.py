@@ -1,4 +1,4 @@
-"""Whether this Megatron-core has what this package takes hold of."""
+"""Whether this Megatron-core has the names and signatures that this backend relies on."""
 
 from __future__ import annotations
 
@@ -20,14 +20,17 @@ log = logging.getLogger("roll_ckpt")
 
 
 def check(tested_with: str) -> None:
-    """Refuse a Megatron-core without what this package takes hold of, beside the names imported above.
+    """Refuse a Megatron-core without the names and signatures that this backend relies on.
+
+    The imports of this backend's modules check most names; this checks the rest. A version other than `tested_with`
+    that has them all is accepted with a warning.
 
     Raises:
         UnsupportedError: names what is missing.
     """
     strategy, wrapper = TorchDistSaveShardedStrategy, FullyParallelSaveStrategyWrapper
     writer = filesystem_async.FileSystemWriterAsync
-    has = {
+    present = {
         "TorchDistSaveShardedStrategy._get_save_and_finalize_callbacks": hasattr(
             strategy, "_get_save_and_finalize_callbacks"
         ),
@@ -47,7 +50,7 @@ def check(tested_with: str) -> None:
         == ["checkpoint_dir", "cache_metadata"],
         "dist_checkpointing.load_content_metadata": hasattr(dist_checkpointing, "load_content_metadata"),
     }
-    missing = [name for name, there in has.items() if not there]
+    missing = [name for name, is_present in present.items() if not is_present]
     if missing:
         raise UnsupportedError(
             f"Megatron-core {megatron.core.__version__} has no {', '.join(missing)}, which roll_ckpt relies on; "
@@ -58,7 +61,7 @@ def check(tested_with: str) -> None:
 
 
 def _sets(kind: type, attribute: str) -> bool:
-    """Whether a method of `kind` itself gives a value to the attribute."""
+    """Whether a method of `kind` itself, not of a base class, assigns the attribute."""
     methods = (inspect.unwrap(member) for member in vars(kind).values() if inspect.isfunction(member))
     return any(
         step.opname == "STORE_ATTR" and step.argval == attribute
