@@ -46,6 +46,7 @@ _NUMBERED = re.compile(r"(.*?)([0-9]+)", re.DOTALL)
 _ATTEMPT_DIR = re.compile(rf"\.(.+)\.{_NUMBER}\.{_NUMBER}\.tmp", re.DOTALL)
 _PULL_DIR = re.compile(r"\.(.+)\.([0-9a-f]{16})\.pull", re.DOTALL)
 _RANK_FILE = re.compile(rf"(.+)\.{_NUMBER}\.json", re.DOTALL)
+_INDEX_FILE = re.compile(rf"(.+)\.{_NUMBER}\.index", re.DOTALL)
 _EPOCH_FILE = re.compile(rf"{_NUMBER}(?:\.(.+))?", re.DOTALL)
 _ABORTED = re.compile(rf"aborted\.{_NUMBER}\.{_NUMBER}\.(.+)", re.DOTALL)
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9]+\.[0-9a-f]{8}\.[0-9]+\.new", re.DOTALL)
@@ -152,13 +153,19 @@ def parse_digest_file(path: str) -> tuple[str, int] | None:
 
 def tensor_file(cluster: str, rank: int) -> str:
     """The path, relative to the unit, of one rank's tensor index."""
-    return f"{TENSORS}/{cluster}.{rank}.json"
+    return f"{TENSORS}/{cluster}.{rank}.index"
 
 
 def parse_tensor_file(path: str) -> tuple[str, int] | None:
     """(cluster, rank) of a tensor index's path, None for any other path."""
     folder, _, entry = path.partition("/")
-    return parse_vote_file(entry) if folder == TENSORS else None
+    match = _INDEX_FILE.fullmatch(entry)
+    return (match[1], int(match[2])) if match and folder == TENSORS else None
+
+
+def old_tensor_file(cluster: str, rank: int) -> str:
+    """The path, relative to the checkpoint, of one rank's tensor index in checkpoints of format 1, where it was JSON."""
+    return f"{TENSORS}/{cluster}.{rank}.json"
 
 
 def rng_file(rank: int) -> str:

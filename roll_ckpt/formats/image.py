@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from roll_ckpt.formats.tensor_index.meanings import FileTensors
 from roll_ckpt.native.image import Lifetime
 
 HOST = -1
@@ -153,13 +154,17 @@ class CrcPatches:
 
 @dataclass(frozen=True, slots=True)
 class TensorPiece:
-    """One tensor in a file: its name in the state, its dtype and shape, and where its bytes lie in the file."""
+    """One tensor in a file: its name in the state, its dtype and shape, and where its bytes lie in the file.
+
+    With `strides`, in elements, it does not lie row by row; its bytes are those from its first to its last element.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    strides: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -170,6 +175,8 @@ class FileImage:
     extents: Extents = field(default_factory=Extents)
     crc_patches: CrcPatches = field(default_factory=CrcPatches)
     pieces: tuple[TensorPiece, ...] = ()
+    tensors: FileTensors | None = None
+    """What the pieces are of the model, where a backend knows; the same object at every save of one structure."""
 
     @classmethod
     def of_bytes(cls, data: bytes) -> FileImage:

@@ -102,6 +102,7 @@ def build(votes: Mapping[str, bytes], expected: bytes) -> bytes:
         save_latest=attempt.save_latest,
         software=attempt.software,
         directories_durable=all(vote.directories_durable for vote in cast),
+        format=attempt.format,
     ).to_bytes()
 
 
@@ -123,7 +124,7 @@ def objection(vote: Vote, expected: Expected, file: str) -> str:
 def parse(data: bytes, where: object) -> Manifest:
     """The record in the bytes of manifest.json. Damaged, naming `where`, if they cannot be trusted."""
     fields = Fields(unseal(data, where), where)
-    take_format(fields)
+    format = take_format(fields)
     manifest = Manifest(
         name=take_name(fields),
         step=fields.optional("step", int, is_count),
@@ -136,6 +137,7 @@ def parse(data: bytes, where: object) -> Manifest:
         save_latest=fields.take("save_latest", bool),
         software=fields.take("software", str),
         directories_durable=fields.take("directories_durable", bool),
+        format=format,
     )
     fields.end()
     clusters = manifest.clusters

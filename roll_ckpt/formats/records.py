@@ -20,7 +20,9 @@ from roll_ckpt.formats.sealed_json import Fields, is_count, is_sha256, seal, uns
 
 log = logging.getLogger("roll_ckpt")
 
-FORMAT = 1
+FORMAT = 2
+"""The format of new records. Format 1, with the tensor index as JSON, is still read."""
+_FORMATS = (1, 2)
 SOFTWARE = f"roll_ckpt {__version__}"
 BLOCK_BYTES = 4 << 20
 SMALLEST_BLOCK_BYTES = 4096  # a stranger's record that asks for a digest of every byte would fill the memory
@@ -150,10 +152,11 @@ class Expected:
     clusters: dict[str, int]
     save_latest: bool
     software: str
+    format: int = FORMAT
 
     def to_bytes(self) -> bytes:
         """The bytes of the file: the same for every job that takes part."""
-        return seal({**asdict(self), "format": FORMAT})
+        return seal(asdict(self))
 
     def voters(self) -> list[str]:
         """The file names of all votes, in order of cluster and rank."""
@@ -163,7 +166,7 @@ class Expected:
 def parse_expected(data: bytes, where: object) -> Expected:
     """The record in the bytes of votes/expected.json. Damaged, naming `where`, if they cannot be trusted."""
     fields = Fields(unseal(data, where), where)
-    take_format(fields)
+    format = take_format(fields)
     expected = Expected(
         name=take_name(fields),
         step=fields.optional("step", int, is_count),
@@ -173,6 +176,7 @@ def parse_expected(data: bytes, where: object) -> Expected:
         clusters=fields.take("clusters", dict, are_world_sizes),
         save_latest=fields.take("save_latest", bool),
         software=fields.take("software", str),
+        format=format,
     )
     fields.end()
     return expected
@@ -239,13 +243,14 @@ def is_shallow(value: Any, deepest: int = _DEEPEST_FACT) -> bool:
     return deepest > 0 and all(is_shallow(part, deepest - 1) for part in parts)
 
 
-def take_format(fields: Fields) -> None:
+def take_format(fields: Fields) -> int:
     """Damaged if the record has another format version than this code."""
     version = fields.take("format", int)
-    if version != FORMAT:
+    if version not in _FORMATS:
         raise Damaged(
             f"{fields.where}: format {version} is not {FORMAT}: another version of roll_ckpt wrote it; use that version"
         )
+    return version
 
 
 def take_name(fields: Fields) -> str:

@@ -16,6 +16,7 @@ from roll_ckpt.disk import reads, tree
 from roll_ckpt.disk.retry import ReadRetries
 from roll_ckpt.errors import Damaged, NotFound, RollCkptError, Unreadable
 from roll_ckpt.formats import manifests, records, sealed_json
+from roll_ckpt.formats.tensor_index.reader import TensorIndex, parse
 from roll_ckpt.native import extension, files
 from roll_ckpt.native.extension import Buffer
 
@@ -146,10 +147,25 @@ class OpenedCheckpoint:
     def parameters(self, cluster: str, rank: int) -> dict[str, Any]:
         """The parameters that `rank` of `cluster` saved: dtype and shape by name; empty if they were not recorded."""
         for candidate in (rank, 0):
-            relative = names.tensor_file(cluster, candidate)
+            index = self.tensor_index(cluster, candidate)
+            if index is not None:
+                return index.parameters
+            relative = names.old_tensor_file(cluster, candidate)
             if relative in self._files:
                 return _parameters(self._json(relative).get("parameters"), self.directory / relative)
         return {}
+
+    def tensor_index(self, cluster: str, rank: int) -> TensorIndex | None:
+        """Where the tensors of the model lie that `rank` of `cluster` saved; None in checkpoints of format 1.
+
+        Raises:
+            Damaged: its bytes are not those that were written, or it describes what cannot be. Unreadable: the disk.
+        """
+        relative = names.tensor_file(cluster, rank)
+        if relative not in self._files:
+            return None
+        sizes = {path: receipt.nbytes for path, receipt in self._files.items()}
+        return parse(self._bytes(relative), self.directory / relative, sizes)
 
     def _crcs(self, relative: str) -> list[int]:
         if self._digests is None:
@@ -166,6 +182,10 @@ class OpenedCheckpoint:
         return crcs
 
     def _json(self, relative: str) -> dict[str, Any]:
+        return sealed_json.parse_json(self._bytes(relative), self.directory / relative)
+
+    def _bytes(self, relative: str) -> bytes:
+        """The bytes of a small file of this checkpoint. Damaged if they are not those that were written."""
         path = self.directory / relative
         with as_unreadable(path):
             try:
@@ -174,7 +194,7 @@ class OpenedCheckpoint:
                 raise Damaged(f"{path}: it was committed and is not there") from problem
         if records.receipt_of_bytes(relative, data) != self._files[relative]:
             raise Damaged(f"{path}: its bytes are not those that were written")
-        return sealed_json.parse_json(data, path)
+        return data
 
 
 def _parameters(record: Any, where: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,9 @@ from roll_ckpt.errors import SourceChanged
 from roll_ckpt.formats import records, sealed_json
 from roll_ckpt.formats.image import Extents, FileImage, TensorPiece
 from roll_ckpt.formats.records import Receipt, Vote
+from roll_ckpt.formats.tensor_index.layout import Parameters
+from roll_ckpt.formats.tensor_index.meanings import FileTensors
+from roll_ckpt.formats.tensor_index.writer import Indexer
 from roll_ckpt.native import files
 from roll_ckpt.native.extension import Digest
 from roll_ckpt.native.image import Lifetime, NativeImage
@@ -43,6 +46,7 @@ class _Staged:
     image: FileImage | None
     transfer: Transfer
     pieces: tuple[TensorPiece, ...]
+    tensors: FileTensors
 
 
 @dataclass
@@ -78,7 +82,10 @@ class ClusterSave:
         self.facts = dict(facts)
         self.reuses_plan = reuses_plan
         """Whether an earlier save plan of this cluster fits again, on every rank."""
-        self.parameters: dict[str, dict[str, Any]] = {}
+        self.parameters: Parameters = {}
+        """Names, dtypes and shapes of the model's parameters, for the tensor index."""
+        self.indexer = Indexer()
+        """A backend that saves often puts one here that it keeps."""
         self.timing = Timing()
         self.nbytes = 0
         self.error: str | None = None
@@ -201,17 +208,11 @@ class ClusterSave:
             path: {"nbytes": d.nbytes, "block_bytes": d.block_bytes, "crcs": list(d.crcs)}
             for path, d in digests.items()
         }
-        pieces = [
-            record
-            for staged in self._staged
-            for record in _piece_records(staged.pieces, _relative(staged.path, checkpoint_dir))
-        ]
-        index = {"parameters": self.parameters, "pieces": pieces}
-        for relative, record in (
-            (names.digest_file(self.cluster, self.rank), blocks),
-            (names.tensor_file(self.cluster, self.rank), index),
+        tensors = [(_relative(s.path, checkpoint_dir), s.tensors) for s in self._staged if s.tensors.tensors]
+        for relative, data in (
+            (names.digest_file(self.cluster, self.rank), sealed_json.canonical(blocks)),
+            (names.tensor_file(self.cluster, self.rank), self.indexer.encode(tensors, self.parameters)),
         ):
-            data = sealed_json.canonical(record)
             writes.make_dirs((checkpoint_dir / relative).parent)
             writes.write_durable(checkpoint_dir / relative, data)
             receipts.append(records.receipt_of_bytes(relative, data))
@@ -236,18 +237,11 @@ class ClusterSave:
                 )  # fmt: skip
 
 
-def _piece_records(pieces: Iterable[TensorPiece], file: str) -> Iterator[dict[str, Any]]:
-    for piece in pieces:
-        yield {
-            **{"name": piece.name, "dtype": piece.dtype, "shape": piece.shape},
-            **{"offset": piece.offset, "nbytes": piece.nbytes, "file": file},
-        }
-
-
 def stage_file(mover: Mover, path: Path, image: FileImage, overlap: bool, check: Check = "off") -> _Staged:
     """Start the transfer of one file to `path`; see `ClusterSave.stage`."""
     transfer = mover.save(path, native_image(image), overlap=overlap, check=check)
-    return _Staged(path, None if transfer.released else image, transfer, image.pieces)
+    tensors = image.tensors or FileTensors(image.pieces)
+    return _Staged(path, None if transfer.released else image, transfer, image.pieces, tensors)
 
 
 def _borrowed(image: FileImage) -> Iterator[Any]:

@@ -9,6 +9,7 @@ import logging
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from roll_ckpt.backends.deepspeed.facts import describe, parameters_of
+from roll_ckpt.backends.deepspeed.facts import describe
+from roll_ckpt.backends.deepspeed.index import EngineIndex
 from roll_ckpt.backends.deepspeed.tensors import offloaded_storages, overlappable_storages
 from roll_ckpt.config import Settings
 from roll_ckpt.disk import writes
+from roll_ckpt.formats.tensor_index.writer import Indexer
 from roll_ckpt.formats.torch_zip.layout import Layouts
 from roll_ckpt.load import trust
 from roll_ckpt.load.reader import Reader, open_reader
@@ -65,6 +68,7 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
         self._warned: set[str] = set()
         self._allowed = [*ALLOWED_GLOBALS, *trust.allowed(settings)]
         self._layouts = Layouts(self._allowed)
+        self._index, self._indexer = EngineIndex(), Indexer()
         self.verified: Path | None = None
         """A checkpoint of which the ranks have just verified every byte; a load from it does not do so again."""
 
@@ -97,6 +101,7 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
             if self._cluster_save is None:
                 one_file.write_file(Path(path), image, self.settings)
             else:
+                image = replace(image, tensors=self._index.of_file(Path(path).name, image.pieces))
                 self._cluster_save.stage(Path(path), image, overlap=bool(self._overlappable))
 
     def load(self, path: str, map_location: Any = None) -> Any:
@@ -148,7 +153,7 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
         try:
             with self.no_raise(cluster_save):
                 cluster_save.facts |= describe(self.engine)
-                cluster_save.parameters = parameters_of(self.engine)
+                cluster_save.parameters, cluster_save.indexer = self._index.look(self.engine), self._indexer
                 if self.settings.staging.overlap:
                     self._overlappable = overlappable_storages(self.engine)
                     self._borrowed = self._overlappable & offloaded_storages(self.engine)

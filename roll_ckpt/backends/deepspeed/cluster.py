@@ -10,7 +10,8 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from roll_ckpt import names
 from roll_ckpt.backends.backend import ClusterOptions
-from roll_ckpt.backends.deepspeed.facts import FRAMEWORK, SECTION, parameters_of, section_of
+from roll_ckpt.backends.deepspeed.facts import FRAMEWORK, SECTION, section_of
+from roll_ckpt.backends.deepspeed.index import MODEL_ONLY_FILE, parameters_of
 from roll_ckpt.backends.deepspeed.install import attach, stock
 from roll_ckpt.backends.deepspeed.load import check_world_size
 from roll_ckpt.backends.deepspeed.refusals import refuse_parts
@@ -25,8 +26,6 @@ from roll_ckpt.load.compare import compare_models
 from roll_ckpt.save.begin import SaveEstimate
 from roll_ckpt.save.cluster_save import ClusterSave
 from roll_ckpt.save.save import Save
-
-MODEL_ONLY_FILE = "pytorch_model.bin"
 
 
 def cluster_of(engine: DeepSpeedEngine, options: ClusterOptions) -> DeepSpeedCluster:

@@ -27,17 +27,6 @@ def describe(engine: DeepSpeedEngine) -> dict[str, Any]:
     }
 
 
-def parameters_of(engine: DeepSpeedEngine) -> dict[str, dict[str, Any]]:
-    """Name, dtype and global shape of every parameter of the engine's module on this rank."""
-    return {
-        name: {
-            "dtype": str(parameter.dtype).removeprefix("torch."),
-            "shape": list(getattr(parameter, "ds_shape", parameter.shape)),
-        }
-        for name, parameter in engine.module.named_parameters()
-    }
-
-
 def user_config(engine: DeepSpeedEngine) -> Mapping[str, Any]:
     """The DeepSpeed config as the user gave it, unknown keys included."""
     config: Mapping[str, Any] = engine._config._param_dict

@@ -12,7 +12,7 @@ from typing import Any
 
 from roll_ckpt import names
 from roll_ckpt.backends.deepspeed.checkpoint_engine import ALLOWED_GLOBALS, RollCheckpointEngine
-from roll_ckpt.backends.deepspeed.facts import parameters_of
+from roll_ckpt.backends.deepspeed.index import parameters_of
 from roll_ckpt.disk import reads, tree
 from roll_ckpt.disk.retry import ReadRetries
 from roll_ckpt.errors import ConfigError, Damaged, RanksDisagree, Unreadable, UnsupportedError

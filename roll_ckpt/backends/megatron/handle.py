@@ -24,6 +24,7 @@ from roll_ckpt.backends.megatron.facts import (
     describe,
 )
 from roll_ckpt.backends.megatron.fence import Fence, overlappable_storages
+from roll_ckpt.backends.megatron.index import Source
 from roll_ckpt.backends.megatron.load import check_complete
 from roll_ckpt.backends.megatron.save import Prepared, prepare, stage, transact
 from roll_ckpt.backends.megatron.strategy import SaveStrategy
@@ -61,7 +62,9 @@ class MegatronHandle(Binding):
         super().__init__(model, optimizer, scheduler, settings, cluster, sharding_type, save_only_model)
         self._verified: Path | None = None
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        self.strategy = FullyParallelSaveStrategyWrapper(SaveStrategy(settings), group)
+        strategy = SaveStrategy(settings)
+        strategy.source = lambda: Source.of(self.model, self.optimizer)
+        self.strategy = FullyParallelSaveStrategyWrapper(strategy, group)
         self._fence = Fence.of(optimizer, self.model)
 
     @property

@@ -19,9 +19,11 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.planner import WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
+from roll_ckpt.backends.megatron.index import StateIndex
 from roll_ckpt.formats.dcp import items as dcp
 from roll_ckpt.formats.dcp.items import FileTemplate, Span
 from roll_ckpt.formats.image import FileImage
+from roll_ckpt.formats.tensor_index.meanings import FileTensors
 from roll_ckpt.formats.torch_zip import layout, sources
 from roll_ckpt.formats.torch_zip.skeleton import is_plain
 
@@ -37,13 +39,15 @@ class PlannedFile:
     objects: tuple[tuple[int, ...], ...]
     """For each pickled item, the indices into `Prepared.parts` of what it holds."""
     slots: tuple[Span, ...]
+    index: FileTensors
     """Where in the file each pickled item lies."""
 
     def image(self, parts: Sequence[Any], objects: Iterator[FileImage], lifetime_of: sources.LifetimeOf) -> FileImage:
         """The file as one save writes it. Takes as many of `objects`, the pickled items, as it has slots."""
         tensors = self.template.fill((parts[index].data for index in self.tensors), lifetime_of)
         slotted = [(slot, next(objects)) for slot in self.slots]
-        return dcp.join([(Span(0, tensors.nbytes), tensors), *slotted])
+        joined = dcp.join([(Span(0, tensors.nbytes), tensors), *slotted])
+        return replace(joined, tensors=self.index)
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,9 @@ class Plan:
         ]
 
 
-def plan_file(name: str, items: Sequence[Any], parts: Sequence[Any]) -> tuple[PlannedFile, list[WriteResult]]:
+def plan_file(
+    name: str, items: Sequence[Any], parts: Sequence[Any], index: StateIndex
+) -> tuple[PlannedFile, list[WriteResult]]:
     """Lay out one file: `items` are DCP's write items that Megatron planned for it, `parts` are `Prepared.parts`.
 
     Returns the file, and for each item where it lies, as DCP records it in `.metadata`.
@@ -90,15 +96,15 @@ def plan_file(name: str, items: Sequence[Any], parts: Sequence[Any]) -> tuple[Pl
             tensors.append((item, indices[0]))
         else:
             objects.append((item, tuple(indices)))
-    template, spans = dcp.template((item.index.fqn, _shaped(parts[index])) for item, index in tensors)
+    template, spans = dcp.template((item.index.fqn, _shaped(parts[place])) for item, place in tensors)
     slots: list[Span] = []
     end = template.image.nbytes
     for _, group in objects:
-        slots.append(dcp.place(end, _slot_bytes(_pickled([parts[index] for index in group]).nbytes)))
+        slots.append(dcp.place(end, _slot_bytes(_pickled([parts[place] for place in group]).nbytes)))
         end = slots[-1].end
-    file = PlannedFile(
-        name, template, tuple(index for _, index in tensors), tuple(group for _, group in objects), tuple(slots)
-    )
+    file_index = FileTensors(template.image.pieces, index.in_order([parts[place] for _, place in tensors]))
+    places = tuple(place for _, place in tensors), tuple(group for _, group in objects)
+    file = PlannedFile(name, template, *places, tuple(slots), file_index)
     planned = [item for item, _ in (*tensors, *objects)]
     results = [
         WriteResult(item.index, span.length, _StorageInfo(name, span.offset, span.length))

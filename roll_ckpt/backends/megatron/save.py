@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from roll_ckpt import names
 from roll_ckpt.backends.megatron.facts import COMMON, DCP_METADATA, MARKER, MARKER_BYTES, check_sharding_type, describe
+from roll_ckpt.backends.megatron.index import StateIndex
 from roll_ckpt.backends.megatron.plan import Plan, PlannedFile, main_bytes, metadata_bytes, plan_file, structure_of
 from roll_ckpt.backends.megatron.strategy import SaveStrategy, strategy_of
 from roll_ckpt.config import Settings
@@ -203,6 +204,7 @@ def stage(
     becomes this rank's no vote, so that no other rank waits for this one in a collective.
     """
     save_strategy = strategy_of(strategy)
+    cluster_save.indexer = save_strategy.indexer
     replay = cluster_save.reuses_plan
     if prepared is None:
         prepared, replay = _prepare_together(cluster_save, sharded_state_dict, strategy, content_metadata)
@@ -295,8 +297,9 @@ def _plan_together(cluster_save: ClusterSave, prepared: Prepared, strategy: Any)
     results: list[WriteResult] = []
     problem: Exception | None = None
     try:
+        index = StateIndex(prepared.parts, save_strategy.source())
         for _, name, (objects, tensors) in writer.write_buckets or ():
-            file, written = plan_file(name, [item for item, _ in (*objects, *tensors)], prepared.parts)
+            file, written = plan_file(name, [item for item, _ in (*objects, *tensors)], prepared.parts, index)
             files.append(file)
             results += written
     except Exception as error:

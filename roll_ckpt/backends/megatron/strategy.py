@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +21,14 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from roll_ckpt import names
 from roll_ckpt.backends.megatron.facts import COMMON, DCP_METADATA
+from roll_ckpt.backends.megatron.index import Source
 from roll_ckpt.backends.megatron.plan import Plan
 from roll_ckpt.config import Settings
 from roll_ckpt.disk import writes
 from roll_ckpt.errors import ConfigError, UnsupportedError
 from roll_ckpt.formats.dcp import items as dcp
 from roll_ckpt.formats.image import FileImage
+from roll_ckpt.formats.tensor_index.writer import Indexer
 from roll_ckpt.formats.torch_zip import safe_pickle
 from roll_ckpt.load import trust
 from roll_ckpt.native.mover import Transfer
@@ -53,6 +55,9 @@ class SaveStrategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
         self.use_cached_ckpt_structure: bool
         self.plan: Plan | None = None
         """The plan of the last save in our transaction; None if there was none, or this rank could not lay it out."""
+        self.source: Callable[[], Source] = Source
+        """Says where the states that are saved come from; `attach` sets it."""
+        self.indexer = Indexer()
         self._planned: list[Any] | None = None
         """Not None while `planned_by_stock` runs: there the hook leaves what Megatron planned."""
         self._warned: set[str] = set()

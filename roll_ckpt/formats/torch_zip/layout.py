@@ -27,7 +27,6 @@ from roll_ckpt.formats.torch_zip.skeleton import (
     Fragments,
     MemoFull,
     Skeleton,
-    is_plain,
     skeleton_of,
     splice,
 )
@@ -38,6 +37,7 @@ from roll_ckpt.formats.torch_zip.sources import (
     Piece,
     Pieces,
     Signature,
+    is_indexed,
     location_of,
     memory_of,
     named_tensors,
@@ -244,10 +244,12 @@ def _index(state: object, storages: list[torch.UntypedStorage], pieces: Pieces) 
     """The tensors of the state by name; the pieces must have their offsets."""
     numbers = {storage._cdata: number for number, storage in enumerate(storages)}
     for name, tensor in named_tensors(state):
-        if not (type(tensor) is torch.nn.Parameter or is_plain(tensor)):
+        number = numbers.get(tensor.untyped_storage()._cdata) if is_indexed(tensor) else None
+        if number is None:  # it is pickled as something else
             continue
         start, stop = span_of(tensor)
-        piece = piece_at(pieces[numbers[tensor.untyped_storage()._cdata]], start)
+        piece = piece_at(pieces[number], start)
         offset = piece.offset + start - piece.start
         dtype = str(tensor.dtype).removeprefix("torch.")
-        yield TensorPiece(name, dtype, tuple(tensor.shape), offset, stop - start)
+        strides = None if tensor.is_contiguous() else tuple(tensor.stride())
+        yield TensorPiece(name, dtype, tuple(tensor.shape), offset, stop - start, strides)

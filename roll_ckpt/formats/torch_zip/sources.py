@@ -15,7 +15,7 @@ import torch
 
 from roll_ckpt.errors import SaveFailed
 from roll_ckpt.formats.image import Memory
-from roll_ckpt.formats.torch_zip.skeleton import NO_TENSORS, Marked, is_plain
+from roll_ckpt.formats.torch_zip.skeleton import NO_TENSORS, Marked
 from roll_ckpt.native.image import Lifetime
 
 LifetimeOf = Callable[[torch.UntypedStorage], Lifetime | bool]
@@ -146,8 +146,20 @@ def tensor_names(state: object) -> list[tuple[Any, ...]]:
     return [
         (name, tensor.dtype, tensor.shape, tensor.storage_offset(), numbers.setdefault(_identity(tensor), len(numbers)))
         for name, tensor in named
-        if type(tensor) is torch.nn.Parameter or is_plain(tensor)
+        if is_indexed(tensor)
     ]
+
+
+def is_indexed(tensor: torch.Tensor) -> bool:
+    """Whether the elements of a tensor lie in its storage as they are, by its strides."""
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and not (
+        tensor.layout is not torch.strided
+        or tensor.is_quantized
+        or tensor.is_meta
+        or tensor.is_conj()
+        or tensor.is_neg()
+        or tensor.is_nested
+    )
 
 
 def _identity(tensor: torch.Tensor) -> int:
