@@ -370,7 +370,7 @@ def test_what_became_of_it_meanwhile_stays(hub: LocalHub, run: Path) -> None:
     to = push_queue.repository(run)
     assert to is not None
     push_queue.record(run, replace(first, state="done", commit="c" * 40), to)
-    worker._note(run, replace(first, state="failed", detail="no"), to)
+    worker._record_unless_settled(run, replace(first, state="failed", detail="no"), to)
     assert states(run)["checkpoint-1"] == "done"
 
 
