@@ -11,8 +11,8 @@ from roll_ckpt.cli.paths import Place, locate
 from roll_ckpt.cli.printing import FINE, print_json, print_line, say
 from roll_ckpt.cli.queue import show_queue, spell_repository
 from roll_ckpt.errors import ConfigError, HubUnavailable
-from roll_ckpt.upload.hub import push_queue, worker
 from roll_ckpt.upload.hub import push as hub_push
+from roll_ckpt.upload.hub import push_queue, worker
 from roll_ckpt.upload.hub.address import Remote
 from roll_ckpt.upload.hub.progress import ProgressBar, progress_bar
 from roll_ckpt.upload.hub.push_queue import Repository

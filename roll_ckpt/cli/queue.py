@@ -108,9 +108,7 @@ def _output_dir(args: argparse.Namespace) -> Path:
     """The directory of a run that pushes somewhere; NotFound if it does not."""
     output_dir = run_directory(args.path, "queue")
     if push_queue.repository(output_dir) is None:
-        raise NotFound(
-            f"{output_dir}: its run pushes nowhere, so nothing is owed; `roll-ckpt push DIR REPO` pushes its checkpoints"
-        )
+        raise NotFound(f"{output_dir}: its run pushes nowhere, so nothing is owed; `roll-ckpt push DIR REPO` pushes it")
     return output_dir
 
 

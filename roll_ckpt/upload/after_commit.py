@@ -1,4 +1,4 @@
-"""What rank 0 does after each commit: upload the checkpoint, then prune old ones. The pipeline and the backends use it."""
+"""What rank 0 does after each commit: upload the checkpoint, then prune old ones."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class AfterCommit:
         self.awaited: set[str] = set()
         """Checkpoints whose save ends only when they are uploaded."""
         self.resumed_from: str | None = None
-        """The checkpoint that this run resumed from: it is sound, so it stays until the run has committed another one."""
+        """The checkpoint that this run resumed from: it is sound, so it stays until the run has committed one."""
 
     def send_to(self, section: Upload | HubUpload, output_dir: Path) -> None:
         """From now on, upload every checkpoint of `output_dir` to the destination that `section` describes."""

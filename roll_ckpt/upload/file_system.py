@@ -196,7 +196,7 @@ def _check_records(copy: Path, manifest: Manifest) -> None:
 
 
 def _publish(staging: Path, target: Path) -> None:
-    """Rename the copy into place. A copy that had the name before moves into the staging directory, which is removed."""
+    """Rename the copy into place. A copy that had the name moves into the staging directory, which is removed."""
     new = staging / target.name
     try:
         writes.rename(new, target)

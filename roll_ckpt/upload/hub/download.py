@@ -20,8 +20,8 @@ from roll_ckpt.disk import tree, writes
 from roll_ckpt.errors import HubUnavailable, NoRoom
 from roll_ckpt.transaction import verification
 from roll_ckpt.upload.hub.client import stream
-from roll_ckpt.upload.hub.staging import make_real_dir
 from roll_ckpt.upload.hub.remote_checkpoint import RemoteCheckpoint, pause_s, refuse_damage
+from roll_ckpt.upload.hub.staging import make_real_dir
 
 log = logging.getLogger("roll_ckpt")
 

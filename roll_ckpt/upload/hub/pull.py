@@ -119,8 +119,8 @@ def _check_room(checkpoint: RemoteCheckpoint, staging: Path) -> None:
     needed, free = sum(checkpoint.sizes.values()) - downloaded, tree.free_bytes(staging)
     if needed > free:
         raise NoRoom(
-            f"{checkpoint.manifest.name} of {checkpoint.remote.uri} needs {needed} bytes in {staging.parent}, and its file system "
-            f"has {free}; make room, or pull into another directory. Nothing was written"
+            f"{checkpoint.manifest.name} of {checkpoint.remote.uri} needs {needed} bytes in {staging.parent}, and its "
+            f"file system has {free}; make room, or pull into another directory. Nothing was written"
         )
 
 

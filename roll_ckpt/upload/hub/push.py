@@ -125,9 +125,7 @@ def _open(remote: Remote, private: bool) -> None:
         )
     branches, _ = refs(remote)
     if remote.revision not in branches:
-        raise HubRefused(
-            f"{remote.uri}: {remote.revision} is no branch of the repository; name a branch, checkpoints are committed to one"
-        )
+        raise HubRefused(f"{remote.uri}: {remote.revision} is no branch of the repository; checkpoints go to a branch")
 
 
 def _mark(digest: str) -> str:
@@ -267,8 +265,8 @@ def _check(
     uploads += _check_records(checkpoint_dir, manifest, record)
     if leaking := [u.path for u in uploads if isinstance(u.source, bytes) and answers.holds_token(u.source)]:
         raise HubRefused(
-            f"{checkpoint_dir / leaking[0]}: it holds what looks like a token of the Hub; nothing of {manifest.name} was "
-            "sent. Revoke that token, keep it out of what is saved, and save again"
+            f"{checkpoint_dir / leaking[0]}: it holds what looks like a token of the Hub; nothing of {manifest.name} "
+            "was sent. Revoke that token, keep it out of what is saved, and save again"
         )
     return _Checked(manifest, sha256(record), uploads, mtimes_ns)
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @cache
 def own_api() -> HfApi:
-    """huggingface_hub's client. From now on every call of huggingface_hub in this process has time limits and is silent.
+    """huggingface_hub's client. From now on all its calls in this process have time limits, and it prints nothing.
 
     The calls for a push take no limits, so the client factory is replaced for the whole process. That must not happen
     in a training process, which may have its own factory: there only the module `client` is used.

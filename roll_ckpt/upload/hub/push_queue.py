@@ -146,7 +146,7 @@ def find(output_dir: Path, name: str) -> Entry:
 
 
 def _entry(checkpoint_dir: Path, manifest: Manifest, recorded: Entry | None) -> Entry | None:
-    """The entry of a committed checkpoint: the recorded one, if it is about the same manifest; None if it was pruned."""
+    """The entry of a committed checkpoint: the recorded one if it has the same manifest; None if it was pruned."""
     try:
         digest = sealed_json.sha256(reads.read_bytes(checkpoint_dir / names.MANIFEST))
     except FileNotFoundError as error:
@@ -257,7 +257,7 @@ def _required_repository(output_dir: Path) -> Repository:
 
 
 def last_moved_ns(output_dir: Path) -> int:
-    """When a push from this directory last made progress, in nanoseconds by the file system's clock; 0 if none began."""
+    """When a push from this directory last made progress, in ns by the file system's clock; 0 if none has begun."""
     return if_there(partial(reads.mtime_ns, output_dir / names.HUB_LOCK)) or 0
 
 
@@ -275,7 +275,7 @@ def _write(path: Path, values: dict[str, Any]) -> None:
 
 
 class Hashes:
-    """The SHA-256 of one checkpoint's large files, stored until it is pushed, so that a push after a kill reuses them."""
+    """The SHA-256 of one checkpoint's large files, stored until it is pushed: a push after a kill reuses them."""
 
     def __init__(self, output_dir: Path, entry: Entry) -> None:
         self._path = output_dir / names.hub_hashes(entry.name)

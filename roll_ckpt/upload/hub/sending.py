@@ -32,7 +32,7 @@ class Sending:
     """The files of one commit. The large ones are sent first, one request each; then the commit is one request."""
 
     def __init__(self, remote: Remote, uploads: Iterable[HubFile], sent: Callable[[int], None]) -> None:
-        """`sent` is called with the number of bytes as they are sent, by several threads. A retry does not count again."""
+        """`sent` is called with the number of bytes sent, by several threads. A retry does not count again."""
         own_api()
         self._remote = remote
         self._operations = [_addition(upload, sent) for upload in uploads]

@@ -1,4 +1,4 @@
-"""The training process's side of pushing: starts the process `worker` while something is owed and listens to its events.
+"""The training process's side of pushing: runs the process `worker` while something is owed, and hears its events.
 
 The child's stdin is a pipe that this process holds open, so that the child ends when this process does.
 """

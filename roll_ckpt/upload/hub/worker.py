@@ -94,7 +94,7 @@ class _Round:
         self._pause_s = _FIRST_PAUSE_S
 
     def next(self) -> tuple[Repository, Entry] | None:
-        """The push to try next: the oldest, unless the Hub does not accept it again and again; None if there is none."""
+        """The push to try next: the oldest, unless the Hub keeps refusing it for now; None if there is none."""
         to = push_queue.repository(self._output_dir)
         if to is None:
             return None
