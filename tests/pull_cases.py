@@ -12,11 +12,11 @@ from runs import ended, forked
 
 from roll_ckpt.disk import failpoints, tree
 from roll_ckpt.errors import RollCkptError
-from roll_ckpt.upload.hub import wanted
+from roll_ckpt.upload.hub import remote_checkpoint
 from roll_ckpt.upload.hub.address import Remote
 from roll_ckpt.upload.hub.pull import pull
 
-wanted._FIRST_PAUSE_S = 0.01
+remote_checkpoint._FIRST_PAUSE_S = 0.01
 
 
 def pulled(uri: str, to: str) -> str:

@@ -5,7 +5,9 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -97,16 +99,48 @@ def test_ls_has_one_row_for_each_checkpoint_and_marks_latest(run: Path) -> None:
     done = roll_ckpt("ls", run)
     assert (done.returncode, done.stderr) == (0, "")
     head, first, second, *_ = done.stdout.splitlines()
-    assert head.split() == ["NAME", "STEP", "CLUSTERS", "(RANKS)", "FILES", "SIZE", "EPOCH.ATTEMPT"]
-    assert first.split()[:6] == ["checkpoint-1", "1", "actor", "(2),", "critic", "(2)"]
+    assert head.split() == ["NAME", "STEP", "COMMITTED", "AGE", "CLUSTERS", "(RANKS)", "FILES", "SIZE"]
+    name, step, day, minute, *rest = first.split()
+    assert (name, step) == ("checkpoint-1", "1")
+    committed_at = datetime.fromtimestamp((run / "checkpoint-1" / names.MANIFEST).stat().st_mtime)
+    assert f"{day} {minute}" == f"{committed_at:%Y-%m-%d %H:%M}"
+    assert " min " in first and rest[-7:-3] == ["actor", "(2),", "critic", "(2)"]
     assert second.split()[:3] == ["*", "checkpoint-2", "2"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "age"),
+    [
+        *((-5, "<1 min"), (59, "<1 min"), (60, "1 min"), (3599, "59 min"), (3600, "1 h"), (2 * 86400 - 1, "47 h")),
+        *((2 * 86400, "2 d"), (40 * 86400, "40 d")),
+    ],
+)
+def test_an_age_is_told_in_minutes_hours_or_days(seconds: float, age: str) -> None:
+    assert printing.human_age(seconds) == age
+
+
+def test_ls_tells_when_a_checkpoint_was_committed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    at = time.time() - 3 * 3600
+    os.utime(run / "checkpoint-1" / names.MANIFEST, (at, at))
+    row = answer(capsys, "ls", run)["checkpoints"][0]
+    assert abs(row["age_s"] - 3 * 3600) < 60
+    assert datetime.fromisoformat(row["committed_at"]) == datetime.fromtimestamp(int(at), timezone.utc)
+    assert row["committed_at"].endswith("+00:00")
+    assert main.main(["ls", str(run / "checkpoint-1")]) == printing.FINE
+    assert f"{datetime.fromtimestamp(at):%Y-%m-%d %H:%M}  3 h " in capsys.readouterr().out
+
+
+def test_the_help_names_the_development_hub() -> None:
+    assert "`roll-ckpt hub-dev` starts a local Hub" in roll_ckpt("--help").stdout
 
 
 def test_ls_json_shows_exactly_the_committed_steps(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told = answer(capsys, "ls", run)
     assert [row["step"] for row in told["checkpoints"]] == [1, 2]
     listed = [len(data) for path, data in files(run / "checkpoint-2").items() if is_listed(path)]
-    assert told["checkpoints"][1] == {
+    row = told["checkpoints"][1]
+    assert row == {
+        **{"committed_at": row["committed_at"], "age_s": row["age_s"]},
         **{"name": "checkpoint-2", "step": 2, "clusters": {"actor": 2, "critic": 2}, "run_id": runs.RUN},
         **{"epoch": 1, "attempt": 1, "latest": True, "files": len(listed), "bytes": sum(listed)},
     }
@@ -350,7 +384,7 @@ def test_a_run_starts_at_once_after_the_command_line_has_owned_its_directory(run
 def test_deepspeed_checkpoints_of_other_writers_are_shown_and_not_verified(run: Path) -> None:
     (run / "global_step7").mkdir()
     (run / "global_step7/mp_rank_00_model_states.pt").touch()
-    assert "not ours: global_step7" in roll_ckpt("ls", run).stdout
+    assert "foreign: global_step7" in roll_ckpt("ls", run).stdout
     done = roll_ckpt("verify", run)
     assert (done.returncode, "not verified: global_step7" in done.stderr) == (0, True)
 

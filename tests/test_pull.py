@@ -467,9 +467,9 @@ def test_a_client_factory_of_the_user_stays_in_force_and_is_used(
     since = len(hub.requests())
     told = case(fresh, "with_a_client_of_the_users_own(uri, to)", uri=f"hf://{LARGE}", to=tmp_path)
     assert_same(tmp_path / "checkpoint-7", checkpoint_dirs / "large/checkpoint-7")
-    assert sorted(told.pop("every request went through it")) == sorted(
-        line["path"].partition("?")[0] for line in hub.requests()[since:]
-    )
+    # A stalled request of a test before this one may be logged only now: it has a fault.
+    answered = [line for line in hub.requests()[since:] if not line["fault"]]
+    assert sorted(told.pop("every request went through it")) == sorted(line["path"] for line in answered)
     assert told == {"the same client": True, "the same verbosity": True, "the same factory": True}
 
 
@@ -499,7 +499,7 @@ def test_a_disk_that_fills_up_is_told_and_the_next_pull_goes_on(
 ) -> None:
     code = "pull_cases.on_a_disk_that_fills_up(uri, to, 3_000_000)"
     error = refused(client, f"hf://{LARGE}", tmp_path, code)
-    assert error.kind == "NoRoom" and "rank_1.pt" in error.text and "goes on there" in error.text
+    assert error.kind == "NoRoom" and "rank_1.pt" in error.text and "pull again to resume" in error.text
     pull(client, f"hf://{LARGE}", tmp_path)
     assert_same(tmp_path / "checkpoint-7", checkpoint_dirs / "large/checkpoint-7")
 

@@ -193,7 +193,7 @@ def test_retry_and_cancel(run: Path) -> None:
 
 
 def test_of_what_was_pushed_and_pruned_the_newest_is_remembered(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(push_queue, "_GONE_KEPT", 2)
+    monkeypatch.setattr(push_queue, "_PRUNED_KEPT", 2)
     first, second = push_queue.list_entries(run)
     for step in range(4):
         push_queue.record(run, replace(first, name=f"pruned-{step}", state="done"), Repository(REPO))
@@ -370,7 +370,7 @@ def test_what_became_of_it_meanwhile_stays(hub: LocalHub, run: Path) -> None:
     to = push_queue.repository(run)
     assert to is not None
     push_queue.record(run, replace(first, state="done", commit="c" * 40), to)
-    worker._note(run, replace(first, state="failed", detail="no"), to)
+    worker._record_unless_settled(run, replace(first, state="failed", detail="no"), to)
     assert states(run)["checkpoint-1"] == "done"
 
 
@@ -474,7 +474,7 @@ def test_a_dead_uploader_is_started_again(
     assert process is not None
     process.kill()
     assert parent.uploader.wait("checkpoint-2", 60, lambda _: None).state == "done"
-    assert "signal 9" in caplog.text and "started again" in caplog.text
+    assert "signal 9" in caplog.text and "starting it again" in caplog.text
     parent.threads[0].join()
     assert_all_there(hub, run, tmp_path)
 

@@ -1,4 +1,4 @@
-"""The command line, roll-ckpt: one file for each command, which holds its help text, its work and its messages.
+"""The command line, roll-ckpt: one file for each command, named after it, with its help text, work and messages.
 
 `main` is the entry point. Nobody imports from here. No module here, nor below it, imports torch.
 """

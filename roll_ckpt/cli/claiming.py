@@ -1,8 +1,4 @@
-"""roll-ckpt: list, show, verify, prune, recover, and the Hub. Imports nothing heavy, so that it answers at once.
-
-Tables for people go to stdout, or JSON with --json; errors and progress go to stderr.
-Exit codes: 0 fine, 1 error, 2 wrong usage, 3 something is damaged, 4 uploads are still owed.
-"""
+"""How a command that changes an output directory owns it while it works."""
 
 from __future__ import annotations
 
@@ -18,15 +14,19 @@ from roll_ckpt.transaction.recovery import Recovery
 
 @contextmanager
 def claimed(output_dir: Path, args: argparse.Namespace) -> Iterator[tuple[Epoch, list[Recovery]]]:
-    """Own the directory like a run, which is refused while one is live; recover it first, like a run."""
-    mine = epochs.claim_number(
+    """Claim the directory inside the block as a run does, and recover it first as a run does.
+
+    RunIsLive while a run owns the directory, unless --take-over is given.
+    """
+    epoch = epochs.claim_number(
         output_dir, f"roll-ckpt {args.command}", {"command line": 1}, None, take_over=args.take_over
     )
     try:
-        yield mine, recovery.recover(output_dir, epoch=mine)
+        yield epoch, recovery.recover(output_dir, epoch=epoch)
     finally:
-        mine.release()
+        epoch.release()
 
 
 def recovered_rows(recovered: Sequence[Recovery]) -> list[list[str]]:
-    return [[found.action, found.name, f"{found.epoch}.{found.attempt}", found.reason] for found in recovered]
+    """For each attempt that was recovered: what was done, its name, EPOCH.ATTEMPT, and why."""
+    return [[done.action, done.name, f"{done.epoch}.{done.attempt}", done.reason] for done in recovered]

@@ -1,9 +1,9 @@
-"""Where a path on the command line leads."""
+"""Where a path on the command line leads: to an output directory, to one checkpoint, or to a part of one."""
 
 from __future__ import annotations
 
+import logging
 import os
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +11,12 @@ from roll_ckpt import names
 from roll_ckpt.disk import tree
 from roll_ckpt.errors import NotFound
 
+log = logging.getLogger("roll_ckpt")
+
 
 @dataclass(frozen=True)
 class Place:
-    """What a path means: an output directory, perhaps one checkpoint in it, perhaps a part of that."""
+    """An output directory, or the checkpoint `name` in it, or `part`, a path below that checkpoint."""
 
     output_dir: Path
     name: str | None = None
@@ -25,22 +27,29 @@ class Place:
         """The checkpoint's directory; the output directory where no checkpoint was named."""
         return self.output_dir / (self.name or "")
 
+    def directory_of(self, name: str) -> Path:
+        """The directory of the checkpoint whose manifest says `name`. A copy may have another name than it says."""
+        return self.checkpoint_dir if self.name is not None else self.output_dir / name
+
 
 def locate(given: str) -> Place:
-    """The place a path leads to; any path inside a checkpoint leads to it. NotFound, saying why."""
+    """The place that a path leads to; a path inside a checkpoint leads to that checkpoint.
+
+    NotFound, saying why, if it leads to no checkpoint and no directory of checkpoints.
+    """
     path = Path(os.path.abspath(given))
     if not tree.exists(path):
         raise NotFound(f"{given} does not exist")
     for checkpoint_dir in (path, *path.parents):
         if names.parse_attempt_dir(checkpoint_dir.name):
             raise NotFound(
-                f"{given} is being written, or was left by a crash: no checkpoint yet. See {checkpoint_dir.parent}; "
-                "the next start of the run, or `roll-ckpt recover`, finishes or discards it"
+                f"{given} is being written, or was left by a crash: it is not a checkpoint yet. The next start of the "
+                f"run in {checkpoint_dir.parent}, or `roll-ckpt recover`, finishes or discards it"
             )
         if names.parse_pull_dir(checkpoint_dir.name):
             raise NotFound(
-                f"{given} is being pulled, or a pull that was killed left it: no checkpoint yet. The same "
-                "`roll-ckpt pull` goes on there; or remove it"
+                f"{given} is being pulled, or was left by a pull that was killed: it is not a checkpoint yet. Run the "
+                "same `roll-ckpt pull` again to finish it, or remove it"
             )
         if _is_checkpoint(checkpoint_dir):
             part = path.relative_to(checkpoint_dir).as_posix()
@@ -61,15 +70,32 @@ def run_directory(given: str, command: str) -> Path:
     return place.output_dir
 
 
+def is_foreign(path: Path) -> bool:
+    """True if the directory is a DeepSpeed checkpoint that was not written by roll_ckpt."""
+    if path.name.startswith(".") or not tree.is_dir(path) or _count_records(path):
+        return False
+    try:
+        return any(entry.endswith("_states.pt") for entry in tree.list_dir(path))
+    except PermissionError as error:
+        log.debug("%s: not looked into: %s", path, error)
+        return False
+
+
 def _is_checkpoint(path: Path) -> bool:
-    """Whether a directory is one, perhaps with a record gone. Others have a manifest.json, too."""
-    return _records(path) > 1
+    """True if the directory is a checkpoint, even if one of its three records is gone.
+
+    One record is not enough: other programs write a manifest.json, too.
+    """
+    return _count_records(path) > 1
 
 
-def _records(path: Path) -> int:
-    with suppress(PermissionError):  # of somebody else, as lost+found is
+def _count_records(path: Path) -> int:
+    """How many of the records manifest.json, votes/expected.json and decision are there."""
+    try:
         return sum(tree.exists(path / record) for record in (names.MANIFEST, names.EXPECTED, names.DECISION))
-    return 0
+    except PermissionError as error:
+        log.debug("%s: not looked into, as it belongs to another user: %s", path, error)  # lost+found, for one
+        return 0
 
 
 def _holds_checkpoints(path: Path) -> bool:
@@ -80,12 +106,3 @@ def _holds_checkpoints(path: Path) -> bool:
         or is_foreign(path / entry)
         for entry in tree.list_dir(path)
     )
-
-
-def is_foreign(path: Path) -> bool:
-    """Whether it is a DeepSpeed checkpoint that somebody else wrote."""
-    if path.name.startswith(".") or not tree.is_dir(path) or _records(path):
-        return False
-    with suppress(PermissionError):
-        return any(entry.endswith("_states.pt") for entry in tree.list_dir(path))
-    return False

@@ -1,8 +1,4 @@
-"""roll-ckpt: list, show, verify, prune, recover, and the Hub. Imports nothing heavy, so that it answers at once.
-
-Tables for people go to stdout, or JSON with --json; errors and progress go to stderr.
-Exit codes: 0 fine, 1 error, 2 wrong usage, 3 something is damaged, 4 uploads are still owed.
-"""
+"""roll-ckpt prune: removes old checkpoints of a run that is not running."""
 
 from __future__ import annotations
 
@@ -11,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from roll_ckpt.cli.claiming import claimed, recovered_rows
+from roll_ckpt.cli.parsing import Commands, add_change_options, add_parser, add_path
 from roll_ckpt.cli.paths import run_directory
 from roll_ckpt.cli.printing import FINE, human_bytes, print_json, print_line
 from roll_ckpt.cli.survey import survey
@@ -18,6 +15,27 @@ from roll_ckpt.transaction import reader_locks, retention
 from roll_ckpt.transaction.recovery import Recovery
 from roll_ckpt.upload import file_system
 from roll_ckpt.upload.hub import push_queue
+
+_ABOUT = """\
+Remove all committed checkpoints but the newest N. Checkpoints stay in any case that
+`latest` names, that a process is reading, or that are owed to the Hub. Refuses while
+a live run owns the directory (a run prunes by itself: max_ckpt_to_keep). Recovers
+the directory first, as the next start of the run would.
+
+  roll-ckpt prune runs/demo --keep 2 --dry-run
+  roll-ckpt prune runs/demo --keep 2 --upload-dir /mnt/archive/demo
+"""
+
+
+def add_command(commands: Commands) -> None:
+    """Add `prune` to the command line."""
+    parser = add_parser(commands, "prune", prune, "remove all but the newest", _ABOUT)
+    add_path(parser)
+    parser.add_argument("--keep", type=_positive, required=True, metavar="N", help="how many checkpoints stay")
+    parser.add_argument(
+        "--upload-dir", type=Path, metavar="DIR", help="also keep what has no complete copy in this directory"
+    )
+    add_change_options(parser)
 
 
 def prune(args: argparse.Namespace) -> int:
@@ -30,16 +48,16 @@ def prune(args: argparse.Namespace) -> int:
         being_read = [name for name in sizes if reader_locks.is_being_read(output_dir / name)]
         removed = retention.doomed(retention.records_of(output_dir, owing, being_read), args.keep)
     else:
-        with claimed(output_dir, args) as (claim, recovered):
-            removed = retention.prune(output_dir, claim, args.keep, owing)
-    kept_names = [told.name for told in survey(output_dir).checkpoints if told.name not in removed]
+        with claimed(output_dir, args) as (epoch, recovered):
+            removed = retention.prune(output_dir, epoch, args.keep, owing)
+    remaining = [manifest.name for manifest in survey(output_dir).checkpoints if manifest.name not in removed]
     if args.json:
         print_json(
             {
                 "path": str(output_dir),
                 "dry_run": args.dry_run,
                 "removed": removed,
-                "kept": kept_names,
+                "kept": remaining,
                 "recovered": [asdict(recovery) for recovery in recovered],
             }
         )
@@ -48,25 +66,14 @@ def prune(args: argparse.Namespace) -> int:
         print_line(f"{action} {name}, attempt {attempt}: {reason}")
     for name in removed:
         print_line(f"{'would remove' if args.dry_run else 'removed'} {name} ({human_bytes(sizes.get(name, 0))})")
-    print_line(f"{'would keep' if args.dry_run else 'kept'} {', '.join(kept_names) or 'nothing'}")
+    print_line(f"{'would keep' if args.dry_run else 'kept'} {', '.join(remaining) or 'nothing'}")
     return FINE
 
 
 def _owing(output_dir: Path, upload_dir: Path | None) -> list[retention.Owing]:
-    """What may still be owed checkpoints: the Hub, and with --upload-dir that directory."""
+    """The destinations that checkpoints may be owed to: the Hub, and with --upload-dir that directory."""
     copies = [file_system.Copies(output_dir, upload_dir)] if upload_dir is not None else []
     return [push_queue.RecordedQueue(output_dir), *copies]
-
-
-_PRUNE = """\
-Remove all but the newest N committed checkpoints. The one that `latest` names and
-those that somebody reads just now, or that are owed to the Hub, stay in any case.
-Refuses while a live run owns the directory (a run prunes by itself:
-max_ckpt_to_keep); recovers the directory first, as the next start of the run would.
-
-  roll-ckpt prune runs/demo --keep 2 --dry-run
-  roll-ckpt prune runs/demo --keep 2 --upload-dir /mnt/archive/demo
-"""
 
 
 def _positive(text: str) -> int:

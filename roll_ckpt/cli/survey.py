@@ -1,29 +1,32 @@
-"""roll-ckpt: list, show, verify, prune, recover, and the Hub. Imports nothing heavy, so that it answers at once.
-
-Tables for people go to stdout, or JSON with --json; errors and progress go to stderr.
-Exit codes: 0 fine, 1 error, 2 wrong usage, 3 something is damaged, 4 uploads are still owed.
-"""
+"""What lies in an output directory, for the commands that show it: reads records only and waits for nobody."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from roll_ckpt import names
 from roll_ckpt.cli.paths import Place, is_foreign
 from roll_ckpt.disk import reads, tree
+from roll_ckpt.disk.missing import if_there
 from roll_ckpt.errors import Damaged, NotFound
 from roll_ckpt.formats import manifests, records
 from roll_ckpt.formats.manifests import Manifest
 from roll_ckpt.transaction import epochs, listing
+from roll_ckpt.transaction.epochs import Member
 
-_HEARD_S = 60.0  # a run on another host that was heard of so recently is shown as live
+_HEARTBEAT_S = 60.0  # a run on another host counts as live while its newest heartbeat is no older
 
 
 @dataclass(frozen=True)
 class Pending:
-    """An attempt that is not committed. `fate` is what recovery would do with it as it lies here."""
+    """An attempt that is not committed.
+
+    `votes` of the `expected` ranks have voted. `fate` is what recovery would do with it now, "finish" or "discard",
+    and `reason` says why.
+    """
 
     name: str
     epoch: int
@@ -36,7 +39,11 @@ class Pending:
 
 @dataclass(frozen=True)
 class Survey:
-    """What lies in an output directory; `foreign` are DeepSpeed checkpoints that somebody else wrote."""
+    """What lies in an output directory.
+
+    `checkpoints` are the committed ones, the oldest first, `damaged` says what is wrong with each of the others,
+    `foreign` are DeepSpeed checkpoints that roll_ckpt did not write, `live` names the processes that save there.
+    """
 
     checkpoints: list[Manifest]
     damaged: list[str]
@@ -47,7 +54,7 @@ class Survey:
 
 
 def survey(output_dir: Path) -> Survey:
-    """Look at an output directory. Reads records only, no contents, and waits for nobody."""
+    """Survey an output directory. OSError if it cannot be listed."""
     damaged: list[str] = []
     checkpoints = listing.committed(output_dir, report=lambda problem: damaged.append(str(problem)))
     try:
@@ -68,7 +75,7 @@ def survey(output_dir: Path) -> Survey:
 
 
 def look(place: Place) -> Survey:
-    """The survey of a place: of the one checkpoint that it names, else of its output directory."""
+    """The survey of the one checkpoint that `place` names, or else of its output directory."""
     if place.name is None:
         return survey(place.output_dir)
     checkpoints, damaged, latest = [], [], None
@@ -82,48 +89,45 @@ def look(place: Place) -> Survey:
     return Survey(checkpoints, damaged, [], [], latest)
 
 
-def _look_at_attempt(output_dir: Path, name: str, number: int, attempt: int) -> Pending:
-    checkpoint_dir = output_dir / names.attempt_dir(name, number, attempt) / name
+def _look_at_attempt(output_dir: Path, name: str, epoch: int, attempt: int) -> Pending:
+    checkpoint_dir = output_dir / names.attempt_dir(name, epoch, attempt) / name
+    pending = partial(Pending, name, epoch, attempt)
     votes = needed = 0
     try:
-        told = records.parse_expected(
-            reads.read_bytes(checkpoint_dir / names.EXPECTED), checkpoint_dir / names.EXPECTED
-        )
-        needed = len(told.voters())
-        cast = set(tree.list_dir(checkpoint_dir / names.VOTES)) & set(told.voters())
+        path = checkpoint_dir / names.EXPECTED
+        expected = records.parse_expected(reads.read_bytes(path), path)
+        needed = len(expected.voters())
+        cast = set(tree.list_dir(checkpoint_dir / names.VOTES)) & set(expected.voters())
         votes = len(cast)
-        if tree.exists(checkpoint_dir / names.DECISION):
-            decision = records.parse_decision(
-                reads.read_bytes(checkpoint_dir / names.DECISION), checkpoint_dir / names.DECISION
-            )
+        path = checkpoint_dir / names.DECISION
+        if tree.exists(path):
+            decision = records.parse_decision(reads.read_bytes(path), path)
             fate, reason = ("finish", "committed") if decision.commit else ("discard", decision.reason)
-            return Pending(name, number, attempt, votes, needed, fate, reason)
+            return pending(votes, needed, fate, reason)
         for file in sorted(cast):
             path = checkpoint_dir / names.VOTES / file
-            if problem := manifests.objection(records.parse_vote(reads.read_bytes(path), path), told, file):
-                return Pending(name, number, attempt, votes, needed, "discard", problem)
+            if problem := manifests.objection(records.parse_vote(reads.read_bytes(path), path), expected, file):
+                return pending(votes, needed, "discard", problem)
     except Damaged as error:
-        return Pending(name, number, attempt, votes, needed, "discard", str(error))
+        return pending(votes, needed, "discard", str(error))
     except FileNotFoundError as error:
-        # It was made, renamed or removed while we looked; or its process was killed at its very beginning.
-        return Pending(name, number, attempt, votes, needed, "discard", f"{error.filename} is not there")
-    fate = "finish" if votes == needed else "discard"
-    return Pending(name, number, attempt, votes, needed, fate, f"{votes} of {needed} votes")
+        # The attempt was begun, renamed or removed meanwhile; or its process was killed at its very beginning.
+        return pending(votes, needed, "discard", f"{error.filename} is not there")
+    return pending(votes, needed, "finish" if votes == needed else "discard", f"{votes} of {needed} votes")
 
 
 def _live(output_dir: Path) -> list[str]:
-    """Who saves there now, as far as can be told without waiting for a heartbeat."""
-    found = []
-    for path, member in epochs.members(output_dir, epochs.newest_number(output_dir)).items():
-        if isinstance(member, Damaged):
-            continue
-        try:
-            if member.locked and member.boot_id == reads.boot_id():
-                alive = epochs.is_alive(path, member)
-            else:
-                alive = time.time() - reads.mtime_ns(path) / 1e9 < _HEARD_S
-        except FileNotFoundError:
-            continue
-        if alive:
-            found.append(member.who)
-    return found
+    """The processes that save there now, as far as can be told without waiting for a heartbeat."""
+    members = epochs.members(output_dir, epochs.newest_number(output_dir))
+    return [
+        member.who
+        for path, member in members.items()
+        if not isinstance(member, Damaged) and if_there(partial(_seems_alive, path, member))
+    ]
+
+
+def _seems_alive(path: Path, member: Member) -> bool:
+    """True if the process that `path` is the record of is alive; for one on another host, if it was heard of lately."""
+    if member.locked and member.boot_id == reads.boot_id():
+        return epochs.is_alive(path, member)
+    return time.time() - reads.mtime_ns(path) / 1e9 < _HEARTBEAT_S

@@ -64,6 +64,17 @@ class Manifest:
         """The size of all listed files together, in bytes."""
         return sum(receipt.nbytes for receipt in self.files)
 
+    def record_paths(self) -> tuple[str, ...]:
+        """The files that no receipt lists, because they are written by the commit itself: the votes, then the decision.
+
+        Paths are relative to the checkpoint's directory. The manifest itself is not among them.
+        """
+        return (*(f"{names.VOTES}/{file}" for file in sorted(self.votes)), names.DECISION)
+
+    def paths(self) -> tuple[str, ...]:
+        """Every file of the checkpoint, relative to its directory: listed files, records, then the manifest."""
+        return (*(receipt.path for receipt in self.files), *self.record_paths(), names.MANIFEST)
+
     def to_bytes(self) -> bytes:
         """The bytes of manifest.json."""
         return seal({**asdict(self), "files": receipts_to_json(self.files)})

@@ -56,8 +56,7 @@ def verify(checkpoint_dir: Path, *, part: int = 0, parts: int = 1, cache: bool =
     if names.is_another(checkpoint_dir.absolute().name, told.name):
         problems.append(Problem(names.MANIFEST, "name", f"it is the manifest of {told.name}"))
     bad = {problem.path for problem in problems}
-    paths = {names.EXPECTED, names.DECISION, *(f"{names.VOTES}/{file}" for file in told.votes)}
-    if not bad & paths:
+    if not bad & {names.EXPECTED, *told.record_paths()}:
         problems += _records(checkpoint_dir, told, record, retries)
     for receipt in _share([r for r in told.files if r.path not in bad], part, parts):
         problems += _contents(checkpoint_dir, receipt, retries, direct=not cache)
@@ -73,17 +72,17 @@ def _listing(checkpoint_dir: Path, told: Manifest, retries: ReadRetries) -> list
 
 def _compare(checkpoint_dir: Path, told: Manifest) -> list[Problem]:
     listed = {receipt.path: receipt.nbytes for receipt in told.files}
-    ours = {names.MANIFEST, names.DECISION, *(f"{names.VOTES}/{file}" for file in told.votes)}
+    paths = {*told.paths()}
     found = dict(tree.walk_all(checkpoint_dir))
     problems = []
     for path, regular in found.items():
         if not regular:
             problems.append(Problem(path, "link", "it is a symbolic link or a special file"))
-        elif path not in listed and path not in ours:
+        elif path not in paths:
             problems.append(Problem(path, "extra", "it was not there when the checkpoint was committed"))
         elif path in listed and (size := tree.file_bytes(checkpoint_dir / path)) != listed[path]:
             problems.append(Problem(path, "size", f"it has {size} bytes instead of {listed[path]}"))
-    for path in sorted(({*listed} | ours) - {*found}):
+    for path in sorted(paths - {*found}):
         if tree.is_dir(checkpoint_dir / path):
             problems.append(Problem(path, "link", "a directory is in its place"))
         else:

@@ -1,4 +1,5 @@
-"""Where committed checkpoints are sent: `destination` is what the pipeline asks of a destination.
+"""Where committed checkpoints are sent: `destination` is the interface, `file_system` and `hub/` implement it.
 
-`file_system` copies to a directory, `hub/` pushes to the Hugging Face Hub. The pipeline and the command line import these.
+`file_system` copies to a directory, `hub/` pushes to the Hugging Face Hub, and `after_commit` sends and prunes after
+each commit. The pipeline, the backends and the command line import these.
 """

@@ -1,4 +1,4 @@
-"""What rank 0 does once a checkpoint is committed, whichever way in saved it: send it on, then prune."""
+"""What rank 0 does after each commit: upload the checkpoint, then prune old ones."""
 
 from __future__ import annotations
 
@@ -24,27 +24,32 @@ log = logging.getLogger("roll_ckpt")
 
 
 class AfterCommit:
-    """Called with each committed save, on that save's thread; see `Save.on_commit`."""
+    """Called with each committed save, on that save's thread; see `Save.on_commit`. Does nothing but on rank 0."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._one_at_a_time = threading.Lock()
         self._destination: Any = None
         self.report: dict[str, dict[str, Any]] = {}
-        """Metrics of what followed each save's commit, until the pipeline takes them."""
+        """By checkpoint, the metrics of its upload and of pruning after it, until the pipeline takes them."""
         self.late: deque[dict[str, Any]] = deque()
-        """Metrics of uploads that ended after the saves that they belong to."""
+        """Metrics of uploads that ended after their save had ended."""
         self.awaited: set[str] = set()
-        """Checkpoints whose saves end only when they are uploaded."""
+        """Checkpoints whose save ends only when they are uploaded."""
         self.resumed_from: str | None = None
-        """Known to be sound, so it stays until this run has committed a checkpoint of its own."""
+        """The checkpoint that this run resumed from: it is sound, so it stays until the run has committed one."""
 
     def send_to(self, section: Upload | HubUpload, output_dir: Path) -> None:
-        """Send every checkpoint of `output_dir` from now on to the destination that `section` describes."""
+        """From now on, upload every checkpoint of `output_dir` to the destination that `section` describes."""
         self._destination = make(section, output_dir, self._ended, self._settings.exit_timeout_s)
 
     def __call__(self, save: Save, *, awaited: bool = False) -> None:
-        """`awaited`: the save ends only when its checkpoint is uploaded."""
+        """Upload and prune. With `awaited`, block until the checkpoint is uploaded.
+
+        Raises:
+            SaveFailed: an upload that was waited for failed. The checkpoint stays committed and owed.
+            OSError, Damaged: an upload that is not in the background, or pruning, failed.
+        """
         if not save.lead:
             return
         name = save.attempt.name
@@ -59,7 +64,7 @@ class AfterCommit:
             self.awaited.discard(name)
 
     def catch_up(self, output_dir: Path) -> None:
-        """Upload and prune, in the background, what an earlier run committed before it was killed."""
+        """In the background, upload and prune what an earlier run committed before it was killed."""
         pending.in_background(lambda: self._catch_up(output_dir), "catching up", self._settings.exit_timeout_s)
 
     def _follow(self, save: Save) -> None:
@@ -86,7 +91,7 @@ class AfterCommit:
         )
 
     def _ended(self, ended: Ended) -> None:
-        """An upload in the background has ended: what was owed before may be pruned now."""
+        """Called when an upload in the background has ended: prune, since what was owed until now may go."""
         record: dict[str, Any] = {"checkpoint/step": names.step_of(ended.name)}
         if ended.state == "failed":
             record["checkpoint/failed"] = not_pushed(ended.output_dir, ended.name, ended.detail)
@@ -125,5 +130,8 @@ class AfterCommit:
 
 
 def sends(clusters: Collection[str], expected: Collection[str] | None) -> bool:
-    """Whether the job with `clusters` uploads and prunes for the run: the one whose cluster comes first does."""
+    """True if the job that saves `clusters` uploads and prunes for the run: the job of the first `expected` cluster.
+
+    `expected` is None where the run has one job only.
+    """
     return expected is None or min(expected) in clusters

@@ -1,6 +1,6 @@
-"""What a run asks of the place that its committed checkpoints are sent to.
+"""The interface of a destination of committed checkpoints, and the choice of the one that is configured.
 
-Another destination is a class with these methods in a file of its own, and a row in `_KINDS`.
+To add a destination, write a class with the methods of `Destination` in its own file and add a row to `_KINDS`.
 """
 
 from __future__ import annotations
@@ -18,31 +18,37 @@ from roll_ckpt.upload.hub.uploader import Ended
 
 
 class Destination(Protocol):
-    """One destination of one run's checkpoints. Rank 0 of a job calls, any thread."""
+    """The destination of one run's checkpoints. Rank 0 of a job calls, from any thread."""
 
     in_background: ClassVar[bool]
-    """Whether `upload` returns before the checkpoint is there."""
+    """True if `upload` returns before the checkpoint is uploaded."""
 
     def owed(self) -> list[str]:
-        """The committed checkpoints that are not there yet, the oldest first: they must not be pruned."""
+        """The committed checkpoints that are not uploaded yet, the oldest first. They must not be pruned.
+
+        Reads records on the local disk, and for a file system the sizes of the copies.
+        """
 
     def upload(self, name: str, *, again: bool = False) -> None:
-        """Send a committed checkpoint. `again` also tries what the destination has refused before.
+        """Upload a committed checkpoint. With `again`, one that the destination has refused before is retried.
 
-        Unless `in_background` it blocks, and the checkpoint is there, complete and durable, on return.
+        If `in_background`, returns at once. Else blocks: on return the copy is complete and durable.
+
+        Raises:
+            Damaged, SaveFailed, OSError: an upload that is not in the background failed. The checkpoint stays owed.
         """
 
     def wait(self, name: str, patience_s: float, check: Callable[[], None]) -> None:
-        """Block until `name` is there, also if another job of the run sends it.
+        """Block until `name` is uploaded, by this job or by another job of the run.
 
-        `check` is called now and then and may raise.
+        `check` is called several times a second; what it raises ends the wait.
 
         Raises:
-            SaveFailed: it was refused, or nothing has moved for `patience_s` seconds. It stays owed.
+            SaveFailed: the destination refused it, or there was no progress for `patience_s` seconds. It stays owed.
         """
 
     def forget(self, name: str) -> None:
-        """Drop what is kept here for sending `name`, which was pruned."""
+        """Remove what is stored for uploading `name`, which was pruned."""
 
 
 _KINDS: dict[type[Any], Callable[..., Destination]] = {
@@ -54,15 +60,15 @@ _KINDS: dict[type[Any], Callable[..., Destination]] = {
 def make(
     section: Upload | HubUpload, output_dir: Path, on_end: Callable[[Ended], None], exit_timeout_s: float
 ) -> Destination:
-    """The destination that `checkpoint_config` asks for. Nothing is sent or written yet.
+    """The destination that `checkpoint_config` describes. Nothing is uploaded or written yet.
 
-    `on_end` is called, on a thread of the destination, when a checkpoint sent in the background is there or was
-    refused. `exit_timeout_s` is how long the interpreter's exit waits for what moves.
+    `on_end` is called, on a thread of the destination, when an upload in the background was done or refused.
+    `exit_timeout_s` is how many seconds the exit of the interpreter waits for an upload that makes progress.
     """
     return _KINDS[type(section)](section, output_dir, on_end, exit_timeout_s)
 
 
 def all_owing(output_dir: Path, configured: Destination | None = None) -> list[Owing]:
-    """Everything that may still be owed checkpoints of `output_dir`: `configured`, and the repository that somebody
-    named with `roll-ckpt push`."""
+    """Every destination that checkpoints of `output_dir` may be owed to, for pruning: the `configured` one, and the
+    repository that is recorded in the directory, perhaps by `roll-ckpt push`."""
     return [*([configured] if configured is not None else []), RecordedQueue(output_dir)]

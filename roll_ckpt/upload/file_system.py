@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import threading
 import time
@@ -20,13 +21,15 @@ from roll_ckpt.formats.sealed_json import sha256
 from roll_ckpt.native import extension
 from roll_ckpt.transaction import listing, reader_locks
 
+log = logging.getLogger("roll_ckpt")
+
 _POLL_S = 0.2
 _OLD = ".old"
 
 
 @dataclass(frozen=True)
 class Copies:
-    """What a directory of copies is owed; see `retention.Owing`."""
+    """What a directory of copies is owed; implements `retention.Owing`."""
 
     output_dir: Path
     upload_dir: Path
@@ -42,7 +45,7 @@ class Copies:
 
 
 class FileSystemDestination:
-    """A directory that receives copies; see `destination.Destination`."""
+    """A directory that receives copies; implements `destination.Destination`."""
 
     in_background: ClassVar[bool] = False
 
@@ -62,8 +65,8 @@ class FileSystemDestination:
         while name in self.owed():
             if time.monotonic() > limit:
                 raise SaveFailed(
-                    f"{self._copies.output_dir / name}: committed, but the job that uploads has not done so within "
-                    f"{patience_s:g} s (exit_timeout_s); see its log"
+                    f"{self._copies.output_dir / name}: committed, but the job that uploads did not upload it within "
+                    f"{patience_s:g} s (exit_timeout_s); see the log of that job"
                 )
             check()
             time.sleep(_POLL_S)
@@ -73,95 +76,99 @@ class FileSystemDestination:
 
 
 def owed(output_dir: Path, upload_dir: Path) -> list[str]:
-    """The names of committed checkpoints that `upload_dir` has not, or not completely, the oldest first.
+    """The names of committed checkpoints without a complete copy in `upload_dir`, the oldest first.
 
     Compares manifests and sizes; contents were checked when they were copied.
     """
     return [
-        told.name
-        for told in listing.committed(output_dir)
-        if not is_complete(output_dir / told.name, upload_dir / told.name)
+        manifest.name
+        for manifest in listing.committed(output_dir)
+        if not is_complete(output_dir / manifest.name, upload_dir / manifest.name)
     ]
 
 
 def is_complete(checkpoint_dir: Path, copy: Path) -> bool:
-    """Whether `copy` has the manifest of `unit`, and every file in its size."""
+    """True if `copy` has the manifest of the checkpoint, and every file with the size that the manifest says.
+
+    A copy of which something cannot be read counts as incomplete: it stays owed, and uploading it raises the error.
+    """
     try:
         if reads.read_bytes(copy / names.MANIFEST) != reads.read_bytes(checkpoint_dir / names.MANIFEST):
             return False
-        told = manifests.read(copy)
-        return all(tree.file_bytes(copy / r.path) == r.nbytes for r in told.files) and all(
-            tree.is_file(copy / path) for path in _records(told)
+        manifest = manifests.read(copy)
+        return all(tree.file_bytes(copy / r.path) == r.nbytes for r in manifest.files) and all(
+            tree.is_file(copy / path) for path in manifest.record_paths()
         )
-    except (OSError, Damaged):
+    except (OSError, Damaged) as problem:
+        log.debug("%s: no complete copy of %s: %s", copy, checkpoint_dir, problem)
         return False
 
 
 def upload(checkpoint_dir: Path, upload_dir: Path, progress: Callable[[int], None] | None = None) -> None:
-    """Copy a committed checkpoint to `<upload_dir>/<name>`: complete under that name or not there; durable.
+    """Copy a committed checkpoint to `<upload_dir>/<name>`. The copy appears there complete and durable, or not at all.
 
-    Blocks. Idempotent: a complete copy is left alone, what a killed upload left is removed, a damaged copy or
-    one of another attempt is replaced. `progress` is told of bytes as they are copied. The unit is not pruned
-    meanwhile.
+    Blocks. One process calls. Idempotent: a complete copy is left alone, what a killed upload left is removed, an
+    incomplete copy or one of another attempt is replaced. `progress` is called with the number of bytes of each block
+    that was copied. The checkpoint is not pruned meanwhile.
 
     Raises:
         Damaged: a file is not as it was committed; nothing appears under the final name.
-        NotFound: the unit is not there. ConfigError: `upload_dir` lies inside the run's directory.
+        NotFound: there is no such checkpoint. ConfigError: `upload_dir` lies inside the run's directory.
+        SaveFailed: another process changed the copy while it was written. OSError: the disk refused.
     """
     source = checkpoint_dir.parent.resolve()
     if upload_dir.resolve() == source or source in upload_dir.resolve().parents:
         raise ConfigError(f"uploads to {upload_dir} would lie inside {checkpoint_dir.parent}; choose another directory")
     with reader_locks.reading(checkpoint_dir):
-        told = manifests.read(checkpoint_dir)
-        _remove_leftovers(upload_dir, told)
-        if is_complete(checkpoint_dir, upload_dir / told.name):
+        manifest = manifests.read(checkpoint_dir)
+        name = manifest.name
+        _remove_leftovers(upload_dir, manifest)
+        if is_complete(checkpoint_dir, upload_dir / name):
             return
-        staging = upload_dir / names.attempt_dir(told.name, told.epoch, told.attempt)
+        staging = upload_dir / names.attempt_dir(name, manifest.epoch, manifest.attempt)
         writes.make_dirs(upload_dir)
         writes.make_dir(staging)
-        _copy_all(checkpoint_dir, staging / told.name, told, progress or (lambda _: None))
-    failpoints.failpoint("upload.copied", name=told.name)
-    if not is_complete(checkpoint_dir, staging / told.name):
-        raise SaveFailed(f"{staging}: another process changed it while it was copied; upload {told.name} again")
-    _publish(staging, upload_dir / told.name)
-    failpoints.failpoint("upload.renamed", name=told.name)
+        _copy_all(checkpoint_dir, staging / name, manifest, progress or (lambda _: None))
+    failpoints.failpoint("upload.copied", name=name)
+    if not is_complete(checkpoint_dir, staging / name):
+        raise SaveFailed(f"{staging}: another process changed it while it was copied; upload {name} again")
+    _publish(staging, upload_dir / name)
+    failpoints.failpoint("upload.renamed", name=name)
     writes.remove_tree(staging)
 
 
-def _remove_leftovers(upload_dir: Path, told: Manifest) -> None:
-    """Remove what uploads have left that were killed: of this checkpoint, and of others up to its epoch, since uploads
-    of one run come one after the other."""
+def _remove_leftovers(upload_dir: Path, manifest: Manifest) -> None:
+    """Remove what killed uploads have left: of this checkpoint, and of others up to its epoch.
+
+    A run uploads one checkpoint at a time, so none of these uploads is still going on.
+    """
     for entry in tree.list_dir(upload_dir):
         parsed = names.parse_attempt_dir(entry)
-        if parsed is not None and (parsed[0] == told.name or parsed[1] <= told.epoch):
+        if parsed is not None and (parsed[0] == manifest.name or parsed[1] <= manifest.epoch):
             writes.remove_tree(upload_dir / entry)
 
 
-def _records(told: Manifest) -> list[str]:
-    return [*(f"{names.VOTES}/{file}" for file in sorted(told.votes)), names.DECISION]
-
-
-def _copy_all(checkpoint_dir: Path, copy: Path, told: Manifest, progress: Callable[[int], None]) -> None:
+def _copy_all(checkpoint_dir: Path, copy: Path, manifest: Manifest, progress: Callable[[int], None]) -> None:
     folders = {copy}
-    for path in [*(receipt.path for receipt in told.files), *_records(told)]:
+    for path in manifest.paths():
         folders.update(parent for parent in (copy / path).parents if copy in parent.parents)
     for folder in sorted(folders):
         writes.make_dir(folder)
-    for receipt in told.files:
+    for receipt in manifest.files:
         crcs = _copy(checkpoint_dir / receipt.path, copy / receipt.path, receipt.block_bytes, progress)
         nbytes = tree.file_bytes(copy / receipt.path)
         if nbytes != receipt.nbytes or records.root_of(nbytes, receipt.block_bytes, crcs) != receipt.root:
             raise Damaged(f"{checkpoint_dir / receipt.path}: not as it was committed; the upload was abandoned")
-    for path in [*_records(told), names.MANIFEST]:
+    for path in (*manifest.record_paths(), names.MANIFEST):
         _copy(checkpoint_dir / path, copy / path, records.BLOCK_BYTES, progress)
-    _check_records(copy, told)
-    for folder in sorted(folders, reverse=True):  # what refers to something becomes durable after it
+    _check_records(copy, manifest)
+    for folder in sorted(folders, reverse=True):  # a directory becomes durable after what is in it
         writes.fsync_dir(folder)
     writes.fsync_dir(copy.parent)
 
 
 def _copy(source: Path, target: Path, block_bytes: int, progress: Callable[[int], None]) -> list[int]:
-    """Copy one file, fsync it, and return the CRC-32 of each block that went by."""
+    """Copy one file, fsync it, and return the CRC-32 of each block that was read."""
     crcs = []
     descriptor = writes.create(target)
     try:
@@ -175,11 +182,12 @@ def _copy(source: Path, target: Path, block_bytes: int, progress: Callable[[int]
     return crcs
 
 
-def _check_records(copy: Path, told: Manifest) -> None:
+def _check_records(copy: Path, manifest: Manifest) -> None:
+    """Damaged unless the copied manifest, votes and decision are those of `manifest`."""
     record = reads.read_bytes(copy / names.MANIFEST)
-    if manifests.parse(record, copy / names.MANIFEST) != told:
+    if manifests.parse(record, copy / names.MANIFEST) != manifest:
         raise Damaged(f"{copy / names.MANIFEST}: it changed while it was copied; upload again")
-    for file, digest in told.votes.items():
+    for file, digest in manifest.votes.items():
         if sha256(reads.read_bytes(copy / names.VOTES / file)) != digest:
             raise Damaged(f"{copy / names.VOTES / file}: it is not the vote that the manifest rests on")
     decision = records.parse_decision(reads.read_bytes(copy / names.DECISION), copy / names.DECISION)
@@ -188,7 +196,7 @@ def _check_records(copy: Path, told: Manifest) -> None:
 
 
 def _publish(staging: Path, target: Path) -> None:
-    """Rename the copy into place; what was there under that name goes with the staging directory."""
+    """Rename the copy into place. A copy that had the name moves into the staging directory, which is removed."""
     new = staging / target.name
     try:
         writes.rename(new, target)

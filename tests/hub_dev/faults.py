@@ -1,4 +1,4 @@
-"""How the local Hub misbehaves when it is told to: which call of which route, and in what way."""
+"""Faults of the local Hub that a test injects: which call of which route fails, and how."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from roll_ckpt.errors import ConfigError
 
-# What the real Hub says with a status, and the X-Error-Code that its client makes an exception of.
+# The message of the real Hub for a status, and the X-Error-Code from which its client chooses an exception.
 _SAYS: dict[int, tuple[str, str | None]] = {
     401: ("Invalid credentials in Authorization header", None),
     403: ("Forbidden: you are not allowed to do this", None),
@@ -24,50 +24,55 @@ _SAYS: dict[int, tuple[str, str | None]] = {
 
 @dataclass(frozen=True)
 class Fault:
-    """One way to misbehave. Exactly one of `status` and `cut_at`, or `stall_s` alone or with either."""
+    """One fault: exactly one of `status` and `cut_at`, or `stall_s` alone or with either. ConfigError otherwise."""
 
     route: str
-    """The name of a route as the request log has it, or "*"."""
+    """The name of a route as in the request log, or "*" for every route."""
     call: int = 1
-    """Which call of that route it begins with, counted from when the fault was set."""
+    """The first call of the route that fails, counted from 1 since the fault was added."""
     times: int = 1
-    """How many calls in a row misbehave; 0: all that follow."""
+    """How many calls in a row fail; 0: all that follow."""
     status: int | None = None
-    """Answer with this error."""
+    """Answer with this HTTP status."""
     message: str = ""
-    """What the error says; by default what the real Hub says with that status."""
+    """The message of the error; by default that of the real Hub for the status."""
     code: str = ""
-    """Its X-Error-Code: RepoNotFound, RevisionNotFound, EntryNotFound, GatedRepo; 404 has the first by default."""
+    """The X-Error-Code: RepoNotFound, RevisionNotFound, EntryNotFound, GatedRepo; for 404 the first by default."""
     retry_after_s: int | None = None
-    """Its Retry-After."""
+    """The Retry-After header of the answer."""
     stall_s: float = 0.0
-    """Say nothing for so long; then misbehave as said, or else answer as usual."""
+    """Wait so many seconds first; then fail, or answer as usual if the fault says nothing else."""
     cut_at: int | None = None
-    """Cut the connection: 0 without an answer, else after so many bytes of the answer's body."""
+    """Cut the connection after so many bytes of the answer's body; 0: without an answer."""
     landed: bool = False
-    """Do what was asked before misbehaving."""
+    """Carry out the request before failing."""
 
     def __post_init__(self) -> None:
         if problem := _objection(self):
             raise ConfigError(f"fault for {self.route!r}: {problem}")
 
     def says(self) -> tuple[str, str | None]:
-        """The message and the X-Error-Code of its status."""
+        """The message and the X-Error-Code of the answer."""
         message, code = _SAYS.get(self.status or 0, (f"Injected error {self.status}", None))
         return (self.message or message, self.code or (None if self.message else code))
 
 
-def parse(given: object) -> Fault:
-    """A fault from plain JSON. ConfigError says what is wrong with it."""
-    if not isinstance(given, dict) or not isinstance(given.get("route"), str):
+def parse(value: object) -> Fault:
+    """A fault from parsed JSON; ConfigError, saying what is wrong, if it is none."""
+    if not isinstance(value, dict) or not isinstance(value.get("route"), str):
         raise ConfigError('a fault is an object with a "route", such as {"route": "commit", "status": 503}')
-    known = {field.name for field in fields(Fault)}
-    if unknown := sorted(given.keys() - known):
-        raise ConfigError(f"a fault has no key {unknown[0]!r}; it has {', '.join(sorted(known))}")
-    return Fault(**given)
+    keys = {field.name for field in fields(Fault)}
+    if unknown := sorted(value.keys() - keys):
+        raise ConfigError(f"a fault has no key {unknown[0]!r}; it has {', '.join(sorted(keys))}")
+    return Fault(**value)
 
 
 def _objection(fault: Fault) -> str:
+    """Why a fault makes no sense; "" if it does."""
+    return _wrong_type(fault) or _wrong_value(fault) or _wrong_combination(fault)
+
+
+def _wrong_type(fault: Fault) -> str:
     for name, kinds in (
         *((name, (int,)) for name in ("call", "times")),
         *((name, (int, type(None))) for name in ("status", "retry_after_s", "cut_at")),
@@ -77,10 +82,18 @@ def _objection(fault: Fault) -> str:
     ):
         if type(getattr(fault, name)) not in kinds:
             return f"{name} cannot be {getattr(fault, name)!r}"
+    return ""
+
+
+def _wrong_value(fault: Fault) -> str:
     if fault.call < 1 or fault.times < 0 or fault.stall_s < 0 or min(fault.cut_at or 0, fault.retry_after_s or 0) < 0:
         return "call counts from 1, and no other number may be negative"
     if fault.status is not None and not 400 <= fault.status < 600:
         return f"status {fault.status} is no error"
+    return ""
+
+
+def _wrong_combination(fault: Fault) -> str:
     if fault.status is None and fault.cut_at is None and not fault.stall_s:
         return "give a status, cut_at or stall_s"
     if fault.status is not None and fault.cut_at is not None:
@@ -91,7 +104,7 @@ def _objection(fault: Fault) -> str:
 
 
 class Faults:
-    """The faults that are set. Any thread may call."""
+    """The faults of a server. Any thread may call."""
 
     def __init__(self, routes: Collection[str]) -> None:
         self._routes = routes
@@ -99,19 +112,19 @@ class Faults:
         self._calls: list[tuple[Fault, int]] = []
 
     def add(self, fault: Fault) -> None:
-        """Set one more; of those that fit a call, the first that was set happens. ConfigError: no such route."""
+        """Add a fault. Of several that fit a call, the first that was added happens. ConfigError: no such route."""
         if fault.route != "*" and fault.route not in self._routes:
             raise ConfigError(f"no route {fault.route!r}; there are {', '.join(sorted(self._routes))}")
         with self._lock:
             self._calls.append((fault, 0))
 
     def clear(self) -> None:
-        """Behave from now on."""
+        """Remove all faults."""
         with self._lock:
             self._calls.clear()
 
     def pending(self) -> list[dict[str, Any]]:
-        """Those that can still happen, each with the calls that it has seen."""
+        """The faults that can still happen, each with the number of calls that it has counted."""
         with self._lock:
             return [
                 {**asdict(fault), "seen": seen}
@@ -120,14 +133,14 @@ class Faults:
             ]
 
     def hit(self, route: str) -> Fault | None:
-        """Count one call of a route; the fault that it meets."""
-        met = None
+        """Count one call of a route; return the fault that this call shall have, if any."""
+        hit = None
         with self._lock:
             for at, (fault, seen) in enumerate(self._calls):
                 if fault.route not in (route, "*"):
                     continue
                 self._calls[at] = (fault, seen + 1)
                 late = seen + 1 - fault.call
-                if met is None and late >= 0 and (not fault.times or late < fault.times):
-                    met = fault
-        return met
+                if hit is None and late >= 0 and (not fault.times or late < fault.times):
+                    hit = fault
+        return hit

@@ -1,4 +1,4 @@
-"""roll-ckpt hub-dev: serve a local Hub until a signal ends it."""
+"""roll-ckpt hub-dev: serves a local Hub until a signal ends it."""
 
 from __future__ import annotations
 
@@ -22,37 +22,38 @@ stdout is its address; Ctrl-C or SIGTERM ends it, and DIR stays for the next sta
   roll-ckpt hub-dev --root runs/hub --port 8600
   export HF_ENDPOINT=http://127.0.0.1:8600 HF_HUB_DISABLE_XET=1 HF_TOKEN=anything
 
-It has no Xet storage. HF_HUB_DISABLE_XET=1 must be set before the client starts, or
-else uploads of large files end with an error that says so; with it, they use LFS.
-Datasets, spaces, buckets and pull requests are not there.
+It has no Xet storage: set HF_HUB_DISABLE_XET=1 before the client starts, so that large
+files are uploaded with LFS; without it their upload ends with an error that says so.
+Datasets, spaces, buckets and pull requests are not supported.
 
-Any token may write, unless --token-env names the variable with the one that may.
-What is private needs a token to be seen. Requests are logged in DIR/log, one JSON
-object a line, and at GET /__requests__; tokens never are. To make the second
-commit fail after it was made, and then behave again:
+Any token may write, unless --token-env names a variable with the only one that may.
+Private repositories are visible with a token only. Requests are logged in DIR/log, one
+JSON object a line, and shown at GET /__requests__; tokens are never logged. To make the
+second commit from now on fail after it was made, and to remove all faults again:
 
   curl -d '{"route": "commit", "call": 2, "status": 500, "landed": true}' \\
       http://127.0.0.1:8600/__faults__
   curl -X DELETE http://127.0.0.1:8600/__faults__
 
-Keys of a fault: route (a name from the log, or "*"), call (the first that fails,
-from now on; 1), times (how many; 1, or 0 for all), status with message, code
-(X-Error-Code) and retry_after_s, stall_s (seconds of silence first), cut_at (cut the
-connection after so many bytes of the answer; 0 before it), landed (do it, then fail).
+Keys of a fault: route (a name from the log, or "*"), call (the first call from now on
+that fails; 1), times (how many fail; 1, or 0 for all), status with message, code
+(X-Error-Code) and retry_after_s, stall_s (seconds to wait first), cut_at (cut the
+connection after so many bytes of the answer; 0 for no answer at all), landed (carry out
+the request, then fail).
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until Ctrl-C or SIGTERM; return 0. SystemExit(2) on wrong usage, 1 if a token's variable is empty."""
+    """Serve until Ctrl-C or SIGTERM; return 0. SystemExit: 2 on wrong usage, 1 if the variable of a token is empty."""
     args = _parser().parse_args(argv)
     write_token, read_token = _token(args.token_env), _token(args.read_token_env)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     parts = args.part_mib << 20
     serving = LocalHub(args.root, port=args.port, write_token=write_token, read_token=read_token, part_bytes=parts)
     with suppress(KeyboardInterrupt), serving as hub:
-        told = {"url": hub.url, "root": str(args.root), "log": str(hub.log_path)}
-        print(json.dumps(told) if args.json else hub.url, flush=True)
-        _say(f"a local Hub, for tests only; requests are logged in {hub.log_path}. For its clients:")
+        document = {"url": hub.url, "root": str(args.root), "log": str(hub.log_path)}
+        print(json.dumps(document) if args.json else hub.url, flush=True)
+        _say(f"a local Hub, for tests only; requests are logged in {hub.log_path}. Set for its clients:")
         print(f"  export HF_ENDPOINT={hub.url} HF_HUB_DISABLE_XET=1", file=sys.stderr)
         threading.Event().wait()
     return 0
@@ -62,8 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="roll-ckpt hub-dev", description=_ABOUT, formatter_class=raw)
     parser.add_argument("--root", type=Path, required=True, metavar="DIR", help="its repositories; made if missing")
-    parser.add_argument("--port", type=int, default=0, metavar="N", help="0, the default: any that is free")
-    parser.add_argument("--token-env", metavar="NAME", help="variable with the one token that may write")
+    parser.add_argument("--port", type=int, default=0, metavar="N", help="default: 0, any free port")
+    parser.add_argument("--token-env", metavar="NAME", help="variable with the only token that may write")
     parser.add_argument("--read-token-env", metavar="NAME", help="variable with a token that may only read")
     parser.add_argument(
         "--part-mib", type=_positive_mib, default=64, metavar="N", help="larger files are uploaded in parts (64)"
@@ -81,7 +82,7 @@ def _token(variable: str | None) -> str | None:
         return None
     if token := os.environ.get(variable):
         return token
-    _say(f"the environment variable {variable}, which should hold a token, is not set or empty")
+    _say(f"the environment variable {variable}, which should hold a token, is not set or is empty")
     raise SystemExit(1)
 
 

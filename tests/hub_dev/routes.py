@@ -1,6 +1,7 @@
-"""Every request that huggingface_hub makes for a model repository, and its answer.
+"""The answer to every request that huggingface_hub makes for a model repository.
 
-A route is a name, a method, a path and who may call it; its function makes a Reply of a Call, or raises Refusal.
+A route is a name, a method, a path and the token that it needs; its function turns a Call into a Reply, or raises
+Refusal.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from roll_ckpt import names
 from .store import MAIN, Commit, Edit, File, Refusal, Repo, Store, pointer_bytes
 
 USER = "dev"
-REGULAR_BYTES = 10_000_000  # what is larger goes by LFS
+REGULAR_BYTES = 10_000_000  # larger files are uploaded with LFS
 PAGE = 1000  # entries in one answer
 
 _LFS_NAMES = (*(".bin", ".ckpt", ".distcp", ".gz", ".model", ".npy", ".npz", ".pt", ".pth", ".safetensors", ".zip"),)
@@ -30,7 +31,7 @@ _NO_XET_PATH = "/no-xet-here/start-the-client-with/HF_HUB_DISABLE_XET=1"
 
 
 class Token(Enum):
-    """What a request's token is good for."""
+    """What the token of a request permits."""
 
     NONE = "none"
     WRONG = "wrong"
@@ -39,15 +40,17 @@ class Token(Enum):
 
 
 class Body(Protocol):
-    """What the client sends."""
+    """The body of a request."""
 
     def blocks(self) -> Iterator[bytes]:
-        """All of it in blocks. ConnectionError if the client stops in the middle."""
+        """The whole body in blocks. ConnectionError if the client stops in the middle."""
         ...
 
 
 @dataclass(frozen=True)
 class Call:
+    """One request: `base` is the server's address, `args` come from the path, names of headers are in lower case."""
+
     store: Store
     base: str
     token: Token
@@ -60,15 +63,15 @@ class Call:
     def json(self) -> dict[str, Any]:
         """The JSON object in the body, {} if there is no body; Refusal (400) if it is anything else."""
         try:
-            asked = json.loads(b"".join(self.body.blocks()) or b"{}")
+            document = json.loads(b"".join(self.body.blocks()) or b"{}")
         except ValueError as error:
             raise Refusal(400, f"The body is not JSON: {error}") from error
-        if not isinstance(asked, dict):
+        if not isinstance(document, dict):
             raise Refusal(400, "The body is no JSON object")
-        return asked
+        return document
 
     def repo(self) -> Repo:
-        """The repository that is asked for, if this token may know of it."""
+        """The repository in the path. Refusal if there is none, or if this token may not see it."""
         return visible(self.store, self.args["repo"], self.token)
 
 
@@ -86,6 +89,8 @@ class Reply:
 
 @dataclass(frozen=True)
 class Route:
+    """`path` must match the whole path of a request; its named groups become `Call.args`."""
+
     name: str
     method: str
     path: re.Pattern[str]
@@ -108,7 +113,7 @@ def _route(name: str, method: str, path: str, needs: Token = Token.NONE) -> Call
 
 
 def visible(store: Store, repo_id: str, token: Token) -> Repo:
-    """A repository, which must look missing to whoever may not see it."""
+    """A repository. Refusal, the same one, if there is none or if a request with this token may not see it."""
     try:
         repo = store.repo(repo_id)
     except Refusal as error:
@@ -141,12 +146,12 @@ def _validate_yaml(call: Call) -> Reply:
 
 @_route("create_repo", "POST", "/api/repos/create", Token.WRITE)
 def _create_repo(call: Call) -> Reply:
-    asked, repo_id = _named_repo(call)
+    document, repo_id = _named_repo(call)
     url = f"{call.base}/{repo_id}"
     try:
-        call.store.create(repo_id, private=asked.get("visibility") == "private" or asked.get("private") is True)
+        call.store.create(repo_id, private=document.get("visibility") == "private" or document.get("private") is True)
     except Refusal as error:
-        # With exist_ok the client takes the address from the refusal.
+        # With exist_ok the client reads the address from the refusal.
         raise Refusal(error.status, error.message, error.code, url=url) from None
     return Reply({"url": url, "name": repo_id})
 
@@ -158,10 +163,10 @@ def _delete_repo(call: Call) -> Reply:
 
 
 def _named_repo(call: Call) -> tuple[dict[str, Any], str]:
-    asked = call.json()
-    if asked.get("type") not in (None, "model"):
-        raise Refusal(400, f"The local Hub has model repositories only, not {asked['type']!r}")
-    return asked, f"{asked.get('organization') or USER}/{asked.get('name')}"
+    document = call.json()
+    if document.get("type") not in (None, "model"):
+        raise Refusal(400, f"The local Hub has model repositories only, not {document['type']!r}")
+    return document, f"{document.get('organization') or USER}/{document.get('name')}"
 
 
 @_route("auth_check", "GET", "/api/models/{repo}/auth-check")
@@ -184,12 +189,12 @@ def _repo_info(call: Call) -> Reply:
     for path, file in sorted(commit.files.items()):
         more = {"size": file.nbytes, "blobId": file.oid, **_lfs(file)} if "blobs" in call.query else {}
         siblings.append({"rfilename": path, **more})
-    told = {
+    info = {
         **{"id": repo.id, "modelId": repo.id, "author": repo.id.partition("/")[0], "sha": commit.id},
         **{"private": repo.private, "gated": False, "disabled": False, "tags": [], "downloads": 0, "likes": 0},
         **{"createdAt": repo.created, "lastModified": commit.date, "siblings": siblings},
     }
-    return Reply(told)
+    return Reply(info)
 
 
 def _commit(call: Call, repo: Repo) -> Commit:
@@ -223,9 +228,9 @@ def _tree(call: Call) -> Reply:
 @_route("paths_info", "POST", "/api/models/{repo}/paths-info/{revision}")
 def _paths_info(call: Call) -> Reply:
     files = _commit(call, call.repo()).files
-    asked = parse_qs(b"".join(call.body.blocks()).decode(errors="replace")).get("paths", [])
+    paths = parse_qs(b"".join(call.body.blocks()).decode(errors="replace")).get("paths", [])
     entries = []
-    for path in asked:
+    for path in paths:
         if path in files:
             entries.append(_file_entry(path, files[path]))
         elif any(name.startswith(f"{path.rstrip('/')}/") for name in files):
@@ -235,11 +240,11 @@ def _paths_info(call: Call) -> Reply:
 
 @_route("commits", "GET", "/api/models/{repo}/commits/{revision}")
 def _commits(call: Call) -> Reply:
-    told = [
+    commits = [
         {"id": c.id, "title": c.title, "message": c.message, "date": c.date, "authors": [{"user": USER}]}
         for c in call.store.history(call.repo(), call.args["revision"])
     ]
-    return _page(call, told)
+    return _page(call, commits)
 
 
 def _page(call: Call, entries: list[dict[str, Any]]) -> Reply:
@@ -262,8 +267,8 @@ def _folder_entry(path: str) -> dict[str, Any]:
 def _lfs(file: File) -> dict[str, Any]:
     if file.sha256 is None:
         return {}
-    told = {"oid": file.sha256, "sha256": file.sha256, "size": file.nbytes, "pointerSize": pointer_bytes(file)}
-    return {"lfs": told}
+    pointer = {"oid": file.sha256, "sha256": file.sha256, "size": file.nbytes, "pointerSize": pointer_bytes(file)}
+    return {"lfs": pointer}
 
 
 @_route("metadata", "HEAD", "/{repo}/resolve/{revision}/{path}")
@@ -278,13 +283,13 @@ def _download(call: Call) -> Reply:
     if file.sha256:
         headers.update({"X-Linked-ETag": f'"{file.etag}"', "X-Linked-Size": str(file.nbytes)})
     contents = call.store.contents(file)
-    asked = re.fullmatch(r"bytes=(\d*)-(\d*)", call.headers.get("range", ""))
-    if asked is None or not any(asked.groups()):
+    span = re.fullmatch(r"bytes=(\d*)-(\d*)", call.headers.get("range", ""))
+    if span is None or not any(span.groups()):
         return Reply(headers=headers, file=contents, nbytes=file.nbytes)
-    if asked[1]:
-        start, end = int(asked[1]), min(int(asked[2] or file.nbytes), file.nbytes - 1)
+    if span[1]:
+        start, end = int(span[1]), min(int(span[2] or file.nbytes), file.nbytes - 1)
     else:
-        start, end = max(0, file.nbytes - int(asked[2])), file.nbytes - 1
+        start, end = max(0, file.nbytes - int(span[2])), file.nbytes - 1
     if start > end:
         return Reply({"error": "Range not satisfiable"}, 416, {"Content-Range": f"bytes */{file.nbytes}"})
     headers["Content-Range"] = f"bytes {start}-{end}/{file.nbytes}"
@@ -336,43 +341,44 @@ def _delete_tag(call: Call) -> Reply:
 @_route("preupload", "POST", "/api/models/{repo}/preupload/{revision}", Token.WRITE)
 def _preupload(call: Call) -> Reply:
     commit = _commit(call, call.repo())
-    told = []
-    for asked in _list(call.json(), "files"):
-        path, nbytes = _text(asked, "path"), _count(asked, "size")
-        binary = b"\0" in _from_base64(asked.get("sample") or "")
+    answers = []
+    for file in _list(call.json(), "files"):
+        path, nbytes = _text(file, "path"), _count(file, "size")
+        binary = b"\0" in _from_base64(file.get("sample") or "")
         large = nbytes > REGULAR_BYTES or path.endswith(_LFS_NAMES) or binary
-        there = {"oid": commit.files[path].etag} if path in commit.files else {}
-        told.append({"path": path, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False, **there})
-    return Reply({"files": told, "commitOid": commit.id})
+        current = {"oid": commit.files[path].etag} if path in commit.files else {}
+        answers.append({"path": path, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False, **current})
+    return Reply({"files": answers, "commitOid": commit.id})
 
 
 @_route("lfs_batch", "POST", r"/{repo}\.git/info/lfs/objects/batch", Token.WRITE)
 def _lfs_batch(call: Call) -> Reply:
     call.repo()
-    asked = call.json()
-    parts = "multipart" in (asked.get("transfers") or [])
-    objects = [_lfs_object(call, wanted, parts) for wanted in _list(asked, "objects")]
-    used = any("chunk_size" in o.get("actions", {}).get("upload", {}).get("header", {}) for o in objects)
-    told = {"transfer": "multipart" if used else "basic", "objects": objects}
-    return Reply(told, headers={"Content-Type": "application/vnd.git-lfs+json"})
+    document = call.json()
+    parts = "multipart" in (document.get("transfers") or [])
+    objects = [_lfs_object(call, requested, parts) for requested in _list(document, "objects")]
+    multipart = any("chunk_size" in o.get("actions", {}).get("upload", {}).get("header", {}) for o in objects)
+    answer = {"transfer": "multipart" if multipart else "basic", "objects": objects}
+    return Reply(answer, headers={"Content-Type": "application/vnd.git-lfs+json"})
 
 
-def _lfs_object(call: Call, asked: dict[str, Any], parts: bool) -> dict[str, Any]:
-    sha256, nbytes = _text(asked, "oid"), _count(asked, "size")
-    told: dict[str, Any] = {"oid": sha256, "size": nbytes, "authenticated": True}
+def _lfs_object(call: Call, requested: dict[str, Any], parts: bool) -> dict[str, Any]:
+    """The answer about one LFS file: where to upload it; `parts` if the client can upload it in parts."""
+    sha256, nbytes = _text(requested, "oid"), _count(requested, "size")
+    answer: dict[str, Any] = {"oid": sha256, "size": nbytes, "authenticated": True}
     if not re.fullmatch("[0-9a-f]{64}", sha256):
-        return {**told, "error": {"code": 422, "message": "The oid is no SHA-256"}}
+        return {**answer, "error": {"code": 422, "message": "The oid is no SHA-256"}}
     if call.store.lfs_bytes(sha256) == nbytes:
-        return told  # without actions: it is here already
-    # Like the real Hub's, these addresses need no token: the client sends none to them.
-    here = f"{call.base}/lfs-storage/{sha256}"
-    upload: dict[str, Any] = {"href": here}
+        return answer  # no actions: the file need not be uploaded
+    # As on the real Hub, these addresses need no token: the client sends none to them.
+    address = f"{call.base}/lfs-storage/{sha256}"
+    upload: dict[str, Any] = {"href": address}
     if parts and nbytes > call.part_bytes:
         numbers = range(1, -(-nbytes // call.part_bytes) + 1)
-        header = {f"{number:05d}": f"{here}/parts/{number}" for number in numbers}
-        upload = {"href": f"{here}/complete", "header": {"chunk_size": str(call.part_bytes), **header}}
+        header = {f"{number:05d}": f"{address}/parts/{number}" for number in numbers}
+        upload = {"href": f"{address}/complete", "header": {"chunk_size": str(call.part_bytes), **header}}
     verify = {"href": f"{call.base}/{call.args['repo']}.git/info/lfs/objects/verify"}
-    return {**told, "actions": {"upload": upload, "verify": verify}}
+    return {**answer, "actions": {"upload": upload, "verify": verify}}
 
 
 _SHA256 = "(?P<sha256>[0-9a-f]{64})"
@@ -399,9 +405,9 @@ def _lfs_complete(call: Call) -> Reply:
 
 @_route("lfs_verify", "POST", r"/{repo}\.git/info/lfs/objects/verify", Token.WRITE)
 def _lfs_verify(call: Call) -> Reply:
-    asked = call.json()
-    if call.store.lfs_bytes(_sha256(asked)) != _count(asked, "size"):
-        raise Refusal(404, f"{asked['oid']} with {asked['size']} bytes is not here")
+    document = call.json()
+    if call.store.lfs_bytes(_sha256(document)) != _count(document, "size"):
+        raise Refusal(404, f"The store has no {document['oid']} with {document['size']} bytes")
     return Reply({})
 
 
@@ -424,7 +430,7 @@ def _make_commit(call: Call) -> Reply:
             header = value
         else:
             edits.append(_edit(call.store, key, value))
-    made = call.store.commit(
+    commit = call.store.commit(
         repo.id,
         call.args["branch"],
         edits,
@@ -432,8 +438,8 @@ def _make_commit(call: Call) -> Reply:
         title=_text(header, "summary"),
         message=_text(header, "description") if header.get("description") else "",
     )
-    url = f"{call.base}/{repo.id}/commit/{made.id}"
-    return Reply({"success": True, "commitOid": made.id, "commitUrl": url, "pullRequestUrl": None, "hookOutput": ""})
+    url = f"{call.base}/{repo.id}/commit/{commit.id}"
+    return Reply({"success": True, "commitOid": commit.id, "commitUrl": url, "pullRequestUrl": None, "hookOutput": ""})
 
 
 def _edit(store: Store, key: str, value: dict[str, Any]) -> Edit:
@@ -452,7 +458,7 @@ def _edit(store: Store, key: str, value: dict[str, Any]) -> Edit:
 
 @_route("xet_token", "GET", "/api/models/{repo}/xet-(?:read|write)-token/{revision}")
 def _xet_token(call: Call) -> Reply:
-    # hf_xet shows of a failure only the status and the last address: so the address says what to do.
+    # hf_xet shows only the status and the last address of a failure, so the address says what to do.
     return Reply({"error": _NO_XET}, 307, {"Location": f"{call.base}{_NO_XET_PATH}"})
 
 
@@ -461,30 +467,30 @@ def _no_xet(call: Call) -> Reply:
     raise Refusal(404, _NO_XET)
 
 
-# --- reading what a client sends ----------------------------------------------------------------------------
+# --- values in the body of a request --------------------------------------------------------------------------
 
 
-def _text(asked: Any, key: str) -> str:
-    if isinstance(asked, dict) and isinstance(value := asked.get(key), str):
+def _text(document: Any, key: str) -> str:
+    if isinstance(document, dict) and isinstance(value := document.get(key), str):
         return value
     raise Refusal(400, f"{key!r} must be a text")
 
 
-def _sha256(asked: Any) -> str:
-    value = _text(asked, "oid")
+def _sha256(document: Any) -> str:
+    value = _text(document, "oid")
     if re.fullmatch("[0-9a-f]{64}", value):
         return value
     raise Refusal(400, "'oid' must be a SHA-256")
 
 
-def _count(asked: Any, key: str) -> int:
-    if isinstance(asked, dict) and type(value := asked.get(key)) is int and value >= 0:
+def _count(document: Any, key: str) -> int:
+    if isinstance(document, dict) and type(value := document.get(key)) is int and value >= 0:
         return value
     raise Refusal(400, f"{key!r} must be a number")
 
 
-def _list(asked: Any, key: str) -> list[Any]:
-    if isinstance(asked, dict) and isinstance(value := asked.get(key), list):
+def _list(document: Any, key: str) -> list[Any]:
+    if isinstance(document, dict) and isinstance(value := document.get(key), list):
         return value
     raise Refusal(400, f"{key!r} must be a list")
 

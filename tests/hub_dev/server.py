@@ -1,4 +1,4 @@
-"""HTTP around the routes: tokens, faults, the request log. Standard library only, 127.0.0.1 only."""
+"""The HTTP server of the local Hub: tokens, faults and the request log. Standard library only, 127.0.0.1 only."""
 
 from __future__ import annotations
 
@@ -37,11 +37,13 @@ _LINE = 1 << 16
 
 
 class LocalHub:
-    """A local Hub that serves from construction until close(), from threads of this process.
+    """A local Hub that serves from threads of this process, from its construction until close().
 
-    Without `write_token` any token may write; `read_token` is one that may only read. Requests without a token
-    see what is not private. Files above `part_bytes` are uploaded in parts. ConfigError: the directory or the
-    port cannot be used.
+    Without `write_token` any token may write; `read_token` may only read. Requests without a token see public
+    repositories only. Files larger than `part_bytes` are uploaded in parts. `port` 0 is any free port.
+
+    Raises:
+        ConfigError: the directory or the port cannot be used.
     """
 
     def __init__(
@@ -70,7 +72,7 @@ class LocalHub:
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
     def close(self) -> None:
-        """Stop, as if killed: connections are cut, stalled answers never come. The directory is free then."""
+        """Stop as if killed: cut connections and drop stalled answers. Another server may use the directory then."""
         self.stopping.set()
         self._server.shutdown()
         self._server.server_close()
@@ -85,17 +87,17 @@ class LocalHub:
         self.close()
 
     def requests(self) -> list[dict[str, Any]]:
-        """The requests that were answered (or cut) since the start, oldest first."""
+        """The requests that were answered or cut since the start, the oldest first."""
         return [json.loads(line) for line in reads.read_bytes(self.log_path).splitlines()]
 
     def token(self, authorization: str | None) -> Token:
-        """What the Authorization header of a request allows."""
+        """What the Authorization header of a request permits."""
         if authorization is None:
             return Token.NONE
-        given = authorization.removeprefix("Bearer ").encode()
-        if self._read_token is not None and compare_digest(given, self._read_token.encode()):
+        token = authorization.removeprefix("Bearer ").encode()
+        if self._read_token is not None and compare_digest(token, self._read_token.encode()):
             return Token.READ
-        if self._write_token is None or compare_digest(given, self._write_token.encode()):
+        if self._write_token is None or compare_digest(token, self._write_token.encode()):
             return Token.WRITE
         return Token.WRONG
 
@@ -105,7 +107,7 @@ class LocalHub:
 
 
 class _Log:
-    """The requests of one start, as JSON lines. No headers, no bodies, no queries: tokens never get there."""
+    """The request log of one start, as JSON lines. Without headers, bodies and queries, so it never holds a token."""
 
     def __init__(self, folder: Path) -> None:
         starts = [int(name[:-6]) for name in tree.list_dir(folder) if name[:-6].isdecimal()]
@@ -135,28 +137,32 @@ class _Server(ThreadingHTTPServer):
         self._changing = threading.Lock()
         super().__init__(("127.0.0.1", port), _Handler)
 
-    def connected(self, connection: socket.socket, there: bool) -> None:
+    def connected(self, connection: socket.socket) -> None:
         with self._changing:
-            (self._connections.add if there else self._connections.discard)(connection)
+            self._connections.add(connection)
+
+    def disconnected(self, connection: socket.socket) -> None:
+        with self._changing:
+            self._connections.discard(connection)
 
     def cut_connections(self) -> None:
         with self._changing:
             for connection in self._connections:
-                with suppress(OSError):
+                with suppress(OSError):  # the client was faster
                     connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exc_info()[1], OSError):  # a client that went away is no news
+        if not isinstance(sys.exc_info()[1], OSError):  # clients may disconnect at any time
             super().handle_error(request, client_address)
 
 
 class _Cut(Exception):
-    """The connection is to be cut now, without an answer."""
+    """Raised to cut the connection now, without an answer."""
 
 
 @dataclass
 class _Exchange:
-    """What is known of one request before it is answered."""
+    """One request: its route, token and fault, when it began, and the id that its answer has."""
 
     route: str
     token: Token
@@ -166,7 +172,7 @@ class _Exchange:
 
 
 class _Body:
-    """What a client sends, in chunks or with a length; read once."""
+    """The body of a request, chunked or with a length; it can be read once."""
 
     def __init__(self, handler: BaseHTTPRequestHandler) -> None:
         self._file = handler.rfile
@@ -179,7 +185,7 @@ class _Body:
         self.nbytes = 0
 
     def blocks(self) -> Iterator[bytes]:
-        """All of it; nothing when it was read before. ConnectionError if the client stops in the middle."""
+        """The whole body; nothing if it was read before. ConnectionError if the client stops in the middle."""
         if self._begun:
             return
         self._begun = True
@@ -209,7 +215,7 @@ class _Body:
             yield block
 
     def drain(self) -> None:
-        """Read the rest: a connection closed with bytes unread may lose the answer on its way."""
+        """Read the rest: if a connection is closed with bytes unread, the answer may be lost."""
         for _ in self.blocks():
             pass
 
@@ -221,14 +227,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         super().setup()
-        self.server.connected(self.connection, True)
+        self.server.connected(self.connection)
 
     def finish(self) -> None:
-        self.server.connected(self.connection, False)
+        self.server.disconnected(self.connection)
         super().finish()
 
     def log_message(self, format: str, *args: object) -> None:
-        """Not to stderr: _Log is the log."""
+        """Nothing on stderr: _Log is the log."""
 
     def _handle(self) -> None:
         path = urlsplit(self.path).path
@@ -245,7 +251,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._note(exchange, path, body, None)
             self._hang_up()
             return
-        # Before the answer goes out: whoever has it finds its line in the log.
+        # Logged before the answer is sent, so that a client that has the answer finds its line in the log.
         self._note(exchange, path, body, reply)
         try:
             self._send(exchange.id, reply, exchange.fault.cut_at if exchange.fault else None)
@@ -255,17 +261,17 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _handle
 
     def _decide(self, exchange: _Exchange, route: Route | None, args: dict[str, str], body: _Body) -> Reply:
-        """The answer, after all that a fault wants to happen first. _Cut: there shall be none."""
+        """The answer, after what a fault does first. _Cut if the connection is to be cut without an answer."""
         fault = exchange.fault = self.server.hub.faults.hit(route.name) if route else None
         if fault is None:
             return self._answer(exchange, route, args, body)
         if fault.landed:
             reply = self._answer(exchange, route, args, body)
-            return self._misbehave(fault) or reply
-        return self._misbehave(fault) or self._answer(exchange, route, args, body)
+            return self._inject(fault) or reply
+        return self._inject(fault) or self._answer(exchange, route, args, body)
 
-    def _misbehave(self, fault: Fault) -> Reply | None:
-        """Do as the fault says. None: the usual answer follows, perhaps to be cut in the middle."""
+    def _inject(self, fault: Fault) -> Reply | None:
+        """Carry out a fault: its answer; None if the usual answer follows, which may be cut in the middle."""
         if fault.stall_s and self.server.hub.stopping.wait(fault.stall_s):
             raise _Cut
         if fault.cut_at == 0:
@@ -299,7 +305,7 @@ class _Handler(BaseHTTPRequestHandler):
             return _refusal_reply(error)
         except ConnectionError:
             raise
-        except Exception:  # a server goes on; the client sees that it was ours, the terminal sees why
+        except Exception:  # the server goes on; the client gets a 500, the terminal the traceback
             traceback.print_exc()
             return _refusal_reply(Refusal(500, "The local Hub failed; see its standard error"))
 
@@ -327,7 +333,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _note(self, exchange: _Exchange, path: str, body: _Body, reply: Reply | None) -> None:
         record = {
             "at": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
-            "id": exchange.id,  # the X-Request-Id, which the client's errors tell
+            "id": exchange.id,  # the X-Request-Id, which the client shows in its errors
             "route": exchange.route,
             "method": self.command,
             "path": path,
@@ -341,15 +347,15 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.hub.note(record)
 
     def _control(self, path: str) -> None:
-        """GET /__requests__; GET, POST, DELETE /__faults__. Neither logged nor guarded by a token."""
+        """GET /__requests__; GET, POST, DELETE /__faults__. Not logged, and no token is needed."""
         hub = self.server.hub
-        given = b"".join(_Body(self).blocks())
+        body = b"".join(_Body(self).blocks())
         if path == REQUESTS_PATH:
             self._send("control", Reply(hub.requests()))
             return
         try:
             if self.command == "POST":
-                hub.faults.add(parse(json.loads(given)))
+                hub.faults.add(parse(json.loads(body)))
             elif self.command == "DELETE":
                 hub.faults.clear()
             reply = Reply(hub.faults.pending())
@@ -360,9 +366,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _find(method: str, path: str) -> tuple[Route | None, dict[str, str]]:
     for route in ROUTES:
-        found = route.path.fullmatch(path) if route.method == method else None
-        if found:
-            return route, {**{name: unquote(value) for name, value in found.groupdict().items()}, "raw_path": path}
+        match = route.path.fullmatch(path) if route.method == method else None
+        if match:
+            return route, {**{name: unquote(value) for name, value in match.groupdict().items()}, "raw_path": path}
     return None, {}
 
 

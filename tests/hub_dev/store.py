@@ -1,16 +1,16 @@
-"""Repositories on disk: contents by digest, commits that never change, and one record of references each.
+"""The repositories on disk: contents by digest, immutable commits, and one record of references for each repository.
 
     ROOT/
       hub-dev.lock                        locked while a server runs
-      repos/<owner>/<name>/repo.json      sealed: private, created, branches, tags; a repository exists by this file
+      repos/<owner>/<name>/repo.json      sealed: private, created, branches, tags; exists if the repository does
       repos/<owner>/<name>/commits/<id>   sealed: parent, title, message, date, files
       regular/<sha1>  lfs/<sha256>        contents, shared by all repositories; never removed
-      parts/<sha256>.<n>                  parts of uploads that are not complete
+      parts/<sha256>.<n>                  parts of incomplete uploads
       scratch/                            half-written files; emptied at the start
       log/<n>.jsonl                       the requests of the n-th start
 
-A referrer becomes durable after what it refers to: contents, then the commit, then repo.json. So a server that
-is killed leaves the old head or the new one, whole.
+A referrer becomes durable after what it refers to: contents, then the commit, then repo.json. So a killed server
+leaves the old head or the new one, complete.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _GIT_ATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
 
 
 class Refusal(Exception):
-    """The Hub says no. Status, X-Error-Code and message are those of the real one."""
+    """A request is refused. Status, X-Error-Code and message are those of the real Hub."""
 
     def __init__(self, status: int, message: str, code: str | None = None, **more: object) -> None:
         super().__init__(message)
@@ -53,11 +53,11 @@ class Refusal(Exception):
 
 @dataclass(frozen=True)
 class File:
-    """One file of a commit. `oid` is git's id of the blob: of the contents, or of the pointer to an LFS file."""
+    """One file of a commit. `oid` is git's id of the blob, for an LFS file that of its pointer."""
 
     oid: str
     nbytes: int
-    sha256: str | None = None  # of LFS files
+    sha256: str | None = None  # for LFS files only
 
     @property
     def etag(self) -> str:
@@ -85,7 +85,7 @@ class Repo:
 
 @dataclass(frozen=True)
 class Edit:
-    """One operation of a commit: put a file there, or (file None) take a file or a whole folder away."""
+    """One operation of a commit: add `file` at `path`; if it is None, remove the file or the folder at `path`."""
 
     path: str
     file: File | None = None
@@ -93,10 +93,10 @@ class Edit:
 
 
 class Store:
-    """All repositories under a directory. Any thread may call; what a call returns from is durable."""
+    """All repositories under a directory. Any thread may call; what a call has changed is durable on return."""
 
     def __init__(self, root: Path) -> None:
-        """ConfigError, with nothing changed, if the directory holds other things or another server has it."""
+        """ConfigError, with nothing changed, if the directory holds other files or another server uses it."""
         self.root = root
         if tree.list_dir(root) and not tree.exists(root / _LOCK):
             raise ConfigError(f"{root} holds other files than a local Hub's; give it a directory of its own")
@@ -113,7 +113,7 @@ class Store:
             writes.make_dirs(root / folder)
 
     def close(self) -> None:
-        """Give the directory back."""
+        """Release the directory."""
         self._lock.release()
 
     @property
@@ -123,7 +123,7 @@ class Store:
     # --- repositories ---------------------------------------------------------------------------------------
 
     def repo(self, repo_id: str) -> Repo:
-        """Refusal (404) where there is none."""
+        """The repository. Refusal (404) if there is none."""
         path = self._home(repo_id) / "repo.json"
         try:
             return Repo(**sealed_json.unseal(reads.read_bytes(path), path))
@@ -131,7 +131,7 @@ class Store:
             raise Refusal(404, "Repository not found", "RepoNotFound") from None
 
     def create(self, repo_id: str, *, private: bool) -> Repo:
-        """A repository with one commit on `main`. Refusal (409) if it exists."""
+        """Create a repository with one commit on `main`. Refusal (409) if it exists."""
         with self._changing:
             if tree.exists(self._home(repo_id) / "repo.json"):
                 raise Refusal(409, "You already created this model repo")
@@ -143,14 +143,14 @@ class Store:
             return repo
 
     def delete(self, repo_id: str) -> None:
-        """Remove a repository; its contents stay, another one may have them too."""
+        """Remove a repository. Its contents stay: another repository may have the same ones."""
         with self._changing:
             self.repo(repo_id)
             home = self._home(repo_id)
-            gone = self._scratch / names.unique("deleted")
-            writes.rename(home, gone)
+            deleted = self._scratch / names.unique("deleted")
+            writes.rename(home, deleted)
             writes.fsync_dir(home.parent)
-            writes.remove_tree(gone)
+            writes.remove_tree(deleted)
 
     def _home(self, repo_id: str) -> Path:
         if not _REPO_ID.fullmatch(repo_id):
@@ -164,15 +164,15 @@ class Store:
     # --- commits --------------------------------------------------------------------------------------------
 
     def resolve(self, repo: Repo, revision: str) -> Commit:
-        """The commit of a branch, a tag or a commit id, perhaps shortened. Refusal (404) if there is none."""
+        """The commit of a branch, a tag or an id, which may be shortened. Refusal (404) if there is none."""
         short = revision.removeprefix("refs/heads/").removeprefix("refs/tags/")
-        found = repo.branches.get(short) or repo.tags.get(short)
-        if found is None and _COMMIT_ID.fullmatch(revision):
+        commit_id = repo.branches.get(short) or repo.tags.get(short)
+        if commit_id is None and _COMMIT_ID.fullmatch(revision):
             fitting = [i for i in tree.list_dir(self._home(repo.id) / "commits") if i.startswith(revision)]
-            found = fitting[0] if len(fitting) == 1 else None
-        if found is None:
+            commit_id = fitting[0] if len(fitting) == 1 else None
+        if commit_id is None:
             raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        return self._read_commit(repo.id, found)
+        return self._read_commit(repo.id, commit_id)
 
     def history(self, repo: Repo, revision: str) -> Iterator[Commit]:
         """The commit of a revision and its ancestors, newest first."""
@@ -185,7 +185,7 @@ class Store:
     def commit(
         self, repo_id: str, branch: str, edits: Sequence[Edit], *, parent: str | None, title: str, message: str
     ) -> Commit:
-        """All edits as one commit, or Refusal with nothing changed: 412 if `parent` is not the branch's head."""
+        """Make one commit of all edits. Refusal, with nothing changed: 412 if `parent` is not the branch's head."""
         with self._changing:
             repo = self.repo(repo_id)
             head = self.resolve(repo, branch)
@@ -193,10 +193,10 @@ class Store:
                 raise Refusal(400, f"Invalid rev id: {branch} is not a branch; commits go to branches")
             if parent and not head.id.startswith(parent):
                 raise Refusal(412, "A commit has happened since. Please refresh and try again.")
-            made = _new_commit(head.id, title, message, _edited(head.files, edits))
-            self._write_commit(repo_id, made)
-            self._write_repo(replace(repo, branches={**repo.branches, branch: made.id}))
-            return made
+            commit = _new_commit(head.id, title, message, _edited(head.files, edits))
+            self._write_commit(repo_id, commit)
+            self._write_repo(replace(repo, branches={**repo.branches, branch: commit.id}))
+            return commit
 
     def _read_commit(self, repo_id: str, commit_id: str) -> Commit:
         path = self._home(repo_id) / "commits" / commit_id
@@ -247,14 +247,14 @@ class Store:
     # --- contents -------------------------------------------------------------------------------------------
 
     def put_regular(self, data: bytes) -> File:
-        """Keep the contents of a small file."""
+        """Store the contents of a small file."""
         file = File(_git_blob(data), len(data))
         if not tree.exists(self.contents(file)):
             writes.write_durable(self.contents(file), data, scratch=self._scratch)
         return file
 
     def put_lfs(self, sha256: str, blocks: Iterable[bytes]) -> None:
-        """Keep the contents of an LFS file. Refusal (400) if they are not what the digest says."""
+        """Store the contents of an LFS file. Refusal (400) if they do not have this digest."""
         temporary, digest = self._receive(blocks)
         if digest != sha256:
             writes.discard_file(temporary)
@@ -262,15 +262,15 @@ class Store:
         self._keep(temporary, self.root / "lfs" / sha256)
 
     def put_part(self, sha256: str, number: int, blocks: Iterable[bytes]) -> str:
-        """Keep one part of an LFS file; its digest is returned."""
+        """Store one part of an LFS file; return the digest of the part."""
         temporary, digest = self._receive(blocks)
         self._keep(temporary, self._part(sha256, number))
         return digest
 
     def join_parts(self, sha256: str, numbers: Sequence[int]) -> None:
-        """Make an LFS file of its parts. Refusal (400) if one is missing or they are not that file."""
+        """Join the parts of an LFS file. Refusal (400) if one is missing or the whole does not have this digest."""
         if self.lfs_bytes(sha256) is not None:
-            return  # asked again: the first answer was lost
+            return  # a retry, because the first answer was lost
         parts = [self._part(sha256, number) for number in numbers]
         for part in parts:
             if not tree.exists(part):
@@ -280,21 +280,21 @@ class Store:
             writes.discard_file(part)
 
     def lfs_bytes(self, sha256: str) -> int | None:
-        """The size of an LFS file, None if it is not here."""
+        """The size of an LFS file, None if the store does not have it."""
         path = self.root / "lfs" / sha256
         return tree.file_bytes(path) if tree.exists(path) else None
 
     def lfs_file(self, sha256: str, nbytes: int | None) -> File:
-        """The file of a commit that points to these contents. Refusal (400) if they are not here."""
-        there = self.lfs_bytes(sha256)
-        if there is None:
+        """The file of a commit that points to these contents. Refusal (400) if the store does not have them."""
+        stored = self.lfs_bytes(sha256)
+        if stored is None:
             raise Refusal(400, f"LFS pointer pointed to a file that does not exist: {sha256}")
-        if nbytes not in (None, there):
-            raise Refusal(400, f"LFS pointer says {nbytes} bytes, but {sha256} has {there}")
-        return File(_git_blob(_pointer(sha256, there)), there, sha256)
+        if nbytes not in (None, stored):
+            raise Refusal(400, f"LFS pointer says {nbytes} bytes, but {sha256} has {stored}")
+        return File(_git_blob(_pointer(sha256, stored)), stored, sha256)
 
     def contents(self, file: File) -> Path:
-        """Where the contents of a file are."""
+        """The path of a file's contents."""
         return self.root / "lfs" / file.sha256 if file.sha256 else self.root / "regular" / file.oid
 
     def _part(self, sha256: str, number: int) -> Path:
@@ -322,7 +322,7 @@ class Store:
 
 
 def pointer_bytes(file: File) -> int:
-    """The size of the text that git itself would hold for an LFS file."""
+    """The size of the pointer that git itself stores for an LFS file."""
     return len(_pointer(file.sha256 or "", file.nbytes))
 
 
@@ -332,17 +332,17 @@ def _edited(files: dict[str, File], edits: Sequence[Edit]) -> dict[str, File]:
         if edit.file is not None:
             files[edit.path] = edit.file
             continue
-        gone = [path for path in files if path == edit.path or (edit.folder and path.startswith(f"{edit.path}/"))]
-        if not gone:
+        removed = [path for path in files if path == edit.path or (edit.folder and path.startswith(f"{edit.path}/"))]
+        if not removed:
             raise Refusal(404, f"A file with this name doesn't exist: {edit.path}", "EntryNotFound")
-        for path in gone:
+        for path in removed:
             del files[path]
     return files
 
 
 def _new_commit(parent: str | None, title: str, message: str, files: dict[str, File]) -> Commit:
     commit = Commit("", parent, title, message, _now(), files)
-    # The same edits on the same parent, asked for twice, are two commits, as on the real Hub.
+    # As on the real Hub, the same edits on the same parent make a new commit each time.
     unique = {**_record(commit), "at_ns": time.time_ns()}
     return replace(commit, id=hashlib.sha1(sealed_json.canonical(unique), usedforsecurity=False).hexdigest())
 

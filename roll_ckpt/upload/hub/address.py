@@ -1,27 +1,20 @@
-"""The Hugging Face Hub: addresses, our client, its errors as ours. huggingface_hub is imported here alone.
-
-The endpoint and the token come from where the Hub's own tools take them (HF_ENDPOINT, HF_TOKEN, `hf auth login`),
-never from arguments or files of ours; what looks like a token is taken out of every message.
-"""
+"""Addresses on the Hugging Face Hub: a repository and one of its revisions."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from roll_ckpt import names
 from roll_ckpt.errors import ConfigError
 
-if TYPE_CHECKING:
-    pass
-
 _SCHEME = "hf://"
 TOKENS_BELONG = "set HF_TOKEN in the environment of the job, or run `hf auth login` once on its machine"
+"""Where a token comes from; it ends messages about tokens."""
 
 
 @dataclass(frozen=True)
 class Remote:
-    """A revision of a model repository."""
+    """A revision of a model repository: a branch, a tag or a commit. ConfigError if either cannot be a name."""
 
     repo_id: str
     revision: str = "main"

@@ -1,11 +1,12 @@
-"""What a pull asks the Hub, by huggingface_hub's shared client; each call carries time limits of its own.
+"""The requests of a pull, made with huggingface_hub's shared client; each call carries its own time limits.
 
 The endpoint and the token come from where the Hub's own tools take them (HF_ENDPOINT, HF_TOKEN, `hf auth login`),
-never from arguments or files of ours. A pull runs in a training process, so nothing of that process is changed.
+never from arguments or files of roll_ckpt. A pull runs in a training process, so nothing of that process is changed.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,20 +18,22 @@ from urllib.parse import quote
 
 from roll_ckpt.errors import ConfigError, HubRefused, HubUnavailable, NotFound
 from roll_ckpt.upload.hub.address import Remote
-from roll_ckpt.upload.hub.answers import endpoint, speaking
+from roll_ckpt.upload.hub.answers import endpoint, hub_errors
 
 if TYPE_CHECKING:
     import httpx2
     from huggingface_hub import HfApi
 
+log = logging.getLogger("roll_ckpt")
+
 _CONNECT_S = 10.0
 _SILENCE_S = 60.0
-_TIMEOUT = "ROLL_CKPT_HUB_TIMEOUT_S"  # for tests: another limit in the place of both
+_TIMEOUT = "ROLL_CKPT_HUB_TIMEOUT_S"  # for tests: replaces both limits
 
 
 @cache
 def api() -> HfApi:
-    """huggingface_hub's own client. Nothing in the process is changed, and no request is made.
+    """huggingface_hub's own client. Changes nothing in the process and makes no request.
 
     ConfigError if huggingface_hub is not installed.
     """
@@ -44,7 +47,7 @@ def api() -> HfApi:
 
 
 def time_limits() -> httpx2.Timeout:
-    """How long a call may take to connect, and how long the Hub may then be silent."""
+    """How long a call may take to connect (10 s), and how long the Hub may then be silent (60 s)."""
     import httpx2
 
     limit = os.environ.get(_TIMEOUT)
@@ -54,7 +57,7 @@ def time_limits() -> httpx2.Timeout:
 
 @dataclass(frozen=True)
 class Head:
-    """What a revision is just now."""
+    """What a revision names now: its commit, the paths of its files, and whether its repository is private."""
 
     commit: str
     private: bool
@@ -67,16 +70,16 @@ def head(remote: Remote) -> str:
 
 
 def look(remote: Remote) -> Head:
-    """What the revision is now. HubRefused: no such repository or revision."""
-    with speaking(remote, "looking up the newest commit"):
-        told = api().model_info(remote.repo_id, revision=remote.revision, timeout=time_limits())  # type: ignore[arg-type]
-    assert told.sha is not None and told.private is not None  # missing only where `expand` is asked for
-    return Head(told.sha, told.private, frozenset(file.rfilename for file in told.siblings or ()))
+    """What the revision names now. HubRefused: no such repository or revision."""
+    with hub_errors(remote, "looking up the newest commit"):
+        info = api().model_info(remote.repo_id, revision=remote.revision, timeout=time_limits())  # type: ignore[arg-type]
+    assert info.sha is not None and info.private is not None  # missing only if a call passes `expand`
+    return Head(info.sha, info.private, frozenset(file.rfilename for file in info.siblings or ()))
 
 
 def sizes(remote: Remote, commit: str) -> dict[str, int]:
-    """The path of every file of a commit, and how many bytes it has."""
-    with speaking(remote, "listing its files"):
+    """The path and the size in bytes of every file of a commit."""
+    with hub_errors(remote, "listing its files"):
         entries = _pages(f"{api().endpoint}/api/models/{remote.repo_id}/tree/{quote(commit, safe='')}?recursive=true")
         return {entry["path"]: index(entry["size"]) for entry in entries if entry["type"] == "file"}
 
@@ -84,7 +87,7 @@ def sizes(remote: Remote, commit: str) -> dict[str, int]:
 def _pages(url: str) -> Iterator[Any]:
     """The entries of a list that comes page by page.
 
-    Not by huggingface_hub's `paginate`: it tries again for minutes, and logs addresses with what is secret in them.
+    huggingface_hub's `paginate` would retry for minutes, and log addresses with the secrets in them.
     """
     from huggingface_hub import get_session
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
@@ -98,7 +101,9 @@ def _pages(url: str) -> Iterator[Any]:
 
 @contextmanager
 def stream(remote: Remote, path: str, commit: str, *, start: int = 0) -> Iterator[Iterator[bytes]]:
-    """The blocks of a file of a commit, from byte `start` on. They end early if the connection does: count.
+    """The blocks of a file of a commit, from byte `start` on.
+
+    They end early, without an error, where the connection ends: the caller counts the bytes.
 
     NotFound: the commit holds no such file. HubRefused, status 416: `start` lies beyond its end.
     """
@@ -108,10 +113,10 @@ def stream(remote: Remote, path: str, commit: str, *, start: int = 0) -> Iterato
 
     url = hf_hub_url(remote.repo_id, path, revision=commit, endpoint=client.endpoint)
     headers = build_hf_headers(headers={"Range": f"bytes={start}-"} if start else None)
-    # Blocks as they are stored: a compressed answer would have another length.
+    # A compressed answer would have another length than the file.
     headers["Accept-Encoding"] = "identity"
     with (
-        speaking(remote, f"reading {path}"),
+        hub_errors(remote, f"reading {path}"),
         get_session().stream("GET", url, headers=headers, timeout=time_limits(), follow_redirects=True) as answer,
     ):
         if answer.status_code >= 400:
@@ -138,6 +143,7 @@ def read_file(remote: Remote, path: str, commit: str, *, limit: int = 256 << 20)
                 nbytes += len(block)
                 if nbytes > limit:
                     raise HubRefused(f"reading {path}: {remote.uri}: it has more than {limit} bytes")
-    except NotFound:
+    except NotFound as absent:
+        log.debug("%s", absent)
         return None
     return b"".join(parts)

@@ -13,15 +13,17 @@ from roll_ckpt.disk import writes
 from roll_ckpt.errors import SaveFailed
 from roll_ckpt.save import pending
 from roll_ckpt.upload.hub import push_queue
-from roll_ckpt.upload.hub.progress import ProgressBar
+from roll_ckpt.upload.hub.progress import progress_bar
 from roll_ckpt.upload.hub.uploader import Ended, Uploader
-from roll_ckpt.upload.hub.worker import last_moved_ns
 
 _POLL_S = 0.2
 
 
 class HubDestination:
-    """Checkpoints are pushed by a child process; see `destination.Destination`."""
+    """Pushes checkpoints by a child process; implements `destination.Destination`.
+
+    `_sends` tells whether this job pushes. If another job of the run does, `wait` reads the records on disk.
+    """
 
     in_background: ClassVar[bool] = True
 
@@ -55,26 +57,23 @@ class HubDestination:
         writes.discard_file(self._output_dir / names.hub_hashes(name))
 
     def _wait_here(self, name: str, patience_s: float) -> None:
-        bar = ProgressBar()
-        try:
+        with progress_bar() as bar:
             ended = self._uploader.wait(name, patience_s, bar)
-        finally:
-            bar.end()
         if ended.state == "owed":
-            self._uploader.stop()  # or else the exit would wait as long once more
+            self._uploader.stop()  # otherwise the exit of the interpreter would wait just as long again
         if ended.state in ("owed", "failed"):
             raise SaveFailed(not_pushed(self._output_dir, name, ended.detail))
 
     def _wait_for_other_job(self, name: str, patience_s: float, check: Callable[[], None]) -> None:
         push_queue.set_repository(self._output_dir, self._to)
-        limit, moved = time.monotonic() + patience_s, 0
+        limit, moved_ns = time.monotonic() + patience_s, 0
         while name in self.owed():
-            if moved != (moved := last_moved_ns(self._output_dir)):
+            if moved_ns != (moved_ns := push_queue.last_moved_ns(self._output_dir)):
                 limit = time.monotonic() + patience_s
             if time.monotonic() > limit:
                 raise SaveFailed(
-                    f"{self._output_dir / name}: committed, but the job that uploads has not done so within "
-                    f"{patience_s:g} s (exit_timeout_s); see its log"
+                    f"{self._output_dir / name}: committed, but the job that uploads made no progress within "
+                    f"{patience_s:g} s (exit_timeout_s); see the log of that job"
                 )
             if (entry := push_queue.find(self._output_dir, name)).state == "failed":
                 raise SaveFailed(not_pushed(self._output_dir, name, entry.detail))
@@ -83,7 +82,7 @@ class HubDestination:
 
 
 def not_pushed(output_dir: Path, name: str, detail: str) -> str:
-    """The message about a checkpoint that the Hub does not have, for the reason `detail`."""
+    """The message about a checkpoint that was not pushed, for the reason `detail`."""
     return (
         f"{output_dir / name} is not on the Hub: {detail}. It stays on the local disk, unpruned; the next start "
         f"tries again, and so does `roll-ckpt push {output_dir}`"

@@ -1,12 +1,7 @@
-"""Pull: a checkpoint comes from the Hub, complete and checked under its name or not there.
+"""Downloads the files of one checkpoint into a staging directory, resuming each at its current length; then verifies.
 
-    head → manifest → listing → room → fetch (staging) → fsync → verify → rename
-
-All is read from the one commit that the revision named at first. What comes is trusted in nothing: the manifest's
-paths stay below the staging directory, no file gets longer than its receipt, and every byte is read again there
-and compared before the checkpoint gets its name. A killed pull leaves the staging directory, and the next one
-goes on in it, byte by byte: that is why files come through disk.py and not through the client's downloads, which
-begin a file anew and leave the old one.
+The room `disk` writes the files, not the download functions of huggingface_hub: those start a file again from the
+beginning and leave the half of a killed download behind.
 """
 
 from __future__ import annotations
@@ -25,42 +20,48 @@ from roll_ckpt.disk import tree, writes
 from roll_ckpt.errors import HubUnavailable, NoRoom
 from roll_ckpt.transaction import verification
 from roll_ckpt.upload.hub.client import stream
+from roll_ckpt.upload.hub.remote_checkpoint import RemoteCheckpoint, pause_s, refuse_damage
 from roll_ckpt.upload.hub.staging import make_real_dir
-from roll_ckpt.upload.hub.wanted import Wanted, pause_s, refuse_damage
 
 log = logging.getLogger("roll_ckpt")
 
-_STREAMS = 8  # files that come at once: one connection alone seldom fills a line
-_TRIES = 6  # failures in a row without a byte between them
+_STREAMS = 8  # so many files are downloaded at once: one connection alone seldom fills a line
+_TRIES = 6  # so many failures in a row, without a byte between them, end a download
 _PROGRESS_S = 0.1
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-
 Progress = Callable[[int, int], None]
-"""Called now and then with the bytes that are here and all bytes, by one thread at a time."""
+"""Called now and then, by one thread at a time, with the bytes on disk and the bytes of the whole checkpoint."""
 
 
-def bring(wanted: Wanted, checkpoint_dir: Path, progress: Progress) -> None:
-    """Make `unit` the whole checkpoint, durable and verified. Damaged: the staging directory is gone."""
-    for patient in (True, False):
-        resumed = _sweep(checkpoint_dir, wanted.sizes)
-        _fetch_all(wanted, checkpoint_dir, progress)
-        writes.write_durable(checkpoint_dir / names.MANIFEST, wanted.record)
-        _fsync_dirs(checkpoint_dir, wanted.sizes)
+def download(checkpoint: RemoteCheckpoint, checkpoint_dir: Path, progress: Progress) -> None:
+    """Download what `checkpoint_dir` still lacks of the checkpoint. On return it is complete, durable and verified.
+
+    Blocks. The caller owns the staging directory, the parent of `checkpoint_dir`; see `staging.locked`.
+
+    Raises:
+        Damaged: a file on the Hub is not as it was committed; the staging directory is removed.
+        HubRefused, HubUnavailable, NoRoom: what was downloaded stays for the next pull.
+    """
+    for first_try in (True, False):
+        resumed = _sweep(checkpoint_dir, checkpoint.sizes)
+        _fetch_all(checkpoint, checkpoint_dir, progress)
+        writes.write_durable(checkpoint_dir / names.MANIFEST, checkpoint.record)
+        _fsync_dirs(checkpoint_dir, checkpoint.sizes)
         problems = verification.verify(checkpoint_dir)
         if not problems:
             return
         bad = {problem.path for problem in problems}
-        if not (patient and bad & resumed):
+        if not (first_try and bad & resumed):
             writes.remove_tree(checkpoint_dir.parent)
-            refuse_damage(wanted, [f"{problem.path}: {problem.kind}: {problem.detail}" for problem in problems])
-        # A host that went down may have left a file with its length and without its bytes: once more from the Hub.
+            refuse_damage(checkpoint, [f"{problem.path}: {problem.kind}: {problem.detail}" for problem in problems])
+        # A crash of the host may have left a file with its full length but not its bytes: download it once more.
         for path in bad:
             writes.discard_file(checkpoint_dir / path)
 
 
 def _sweep(checkpoint_dir: Path, sizes: Mapping[str, int]) -> set[str]:
-    """Remove what cannot be of this checkpoint, links above all; the paths that a killed pull has begun."""
+    """Remove what cannot belong to this checkpoint, links above all; return the paths that a killed pull has begun."""
     begun = set()
     make_real_dir(checkpoint_dir)
     for path, regular in list(tree.walk_all(checkpoint_dir)):
@@ -71,61 +72,61 @@ def _sweep(checkpoint_dir: Path, sizes: Mapping[str, int]) -> set[str]:
     return begun
 
 
-def _fetch_all(wanted: Wanted, checkpoint_dir: Path, progress: Progress) -> None:
-    for folder in {(checkpoint_dir / path).parent for path in wanted.sizes}:
+def _fetch_all(checkpoint: RemoteCheckpoint, checkpoint_dir: Path, progress: Progress) -> None:
+    for folder in {(checkpoint_dir / path).parent for path in checkpoint.sizes}:
         writes.make_dirs(folder, durable=False)
-    tally = _Tally(sum(wanted.sizes.values()), progress)
-    largest_first = sorted(wanted.sizes, key=lambda path: (-wanted.sizes[path], path))
+    tally = _Tally(sum(checkpoint.sizes.values()), progress)
+    largest_first = sorted(checkpoint.sizes, key=lambda path: (-checkpoint.sizes[path], path))
     with ThreadPoolExecutor(_STREAMS, "roll_ckpt-pull") as pool:
         try:
-            running = [pool.submit(_fetch, wanted, path, checkpoint_dir, tally) for path in largest_first]
+            running = [pool.submit(_fetch, checkpoint, path, checkpoint_dir, tally) for path in largest_first]
             for ended in as_completed(running):
                 ended.result()
-        except BaseException:  # Ctrl-C, too: the others shall not go on for hours
+        except BaseException:  # Ctrl-C too: the other downloads must not go on for hours
             tally.stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
 class _Tally:
-    """What has come so far, of all files together; and whether to stop."""
+    """Counts the bytes of all files that are on disk, and tells the downloading threads to `stop`."""
 
     def __init__(self, nbytes: int, progress: Progress) -> None:
         self.stop = threading.Event()
-        self._here, self._all, self._progress = 0, nbytes, progress
-        self._told = float("-inf")
+        self._done, self._total, self._progress = 0, nbytes, progress
+        self._reported_at = float("-inf")
         self._lock = threading.Lock()
 
     def add(self, nbytes: int) -> None:
         with self._lock:
-            self._here += nbytes
+            self._done += nbytes
             now = time.monotonic()
-            if now - self._told >= _PROGRESS_S or self._here == self._all:
-                self._told = now
-                self._progress(self._here, self._all)
+            if now - self._reported_at >= _PROGRESS_S or self._done == self._total:
+                self._reported_at = now
+                self._progress(self._done, self._total)
 
 
-def _fetch(wanted: Wanted, path: str, checkpoint_dir: Path, tally: _Tally) -> None:
-    """Bring one file, from where it ends here; durable on return, never longer than it shall be."""
-    file, nbytes, failures = checkpoint_dir / path, wanted.sizes[path], 0
+def _fetch(checkpoint: RemoteCheckpoint, path: str, checkpoint_dir: Path, tally: _Tally) -> None:
+    """Download one file, resuming at its current length; fsynced on return and never longer than expected."""
+    file, nbytes, failures = checkpoint_dir / path, checkpoint.sizes[path], 0
     descriptor = writes.append(file)
     try:
-        here = os.fstat(descriptor).st_size
-        tally.add(here)
-        while here < nbytes and not tally.stop.is_set():
-            before = here
+        done = os.fstat(descriptor).st_size
+        tally.add(done)
+        while done < nbytes and not tally.stop.is_set():
+            before = done
             try:
-                for block in _blocks(wanted, path, here, nbytes):
+                for block in _blocks(checkpoint, path, done, nbytes):
                     _write(descriptor, block, file, checkpoint_dir)
-                    here += len(block)
+                    done += len(block)
                     tally.add(len(block))
                     if tally.stop.is_set():
                         return
             except HubUnavailable as error:
-                failures = 1 if here > before else failures + 1
+                failures = 1 if done > before else failures + 1
                 if failures >= _TRIES:
                     raise HubUnavailable(
-                        f"{error}. What has come lies in {checkpoint_dir.parent}; pull again, and it goes on there"
+                        f"{error}. What was downloaded lies in {checkpoint_dir.parent}; pull again to resume there"
                     ) from None
                 pause = pause_s(failures, error)
                 log.info("%s; trying again in %.0f s", error, pause)
@@ -135,15 +136,15 @@ def _fetch(wanted: Wanted, path: str, checkpoint_dir: Path, tally: _Tally) -> No
         os.close(descriptor)
 
 
-def _blocks(wanted: Wanted, path: str, start: int, stop: int) -> Iterator[bytes]:
-    """The bytes [start, stop) of a file on the Hub. HubUnavailable where they end too early."""
-    with stream(wanted.remote, path, wanted.commit, start=start) as blocks:
+def _blocks(checkpoint: RemoteCheckpoint, path: str, start: int, stop: int) -> Iterator[bytes]:
+    """The bytes [start, stop) of a file on the Hub. HubUnavailable if they end too early."""
+    with stream(checkpoint.remote, path, checkpoint.commit, start=start) as blocks:
         for block in blocks:
             yield block[: stop - start]
             start += len(block)
             if start >= stop:
                 return
-    raise HubUnavailable(f"reading {path}: {wanted.remote.uri}: the connection ended after byte {start} of {stop}")
+    raise HubUnavailable(f"reading {path}: {checkpoint.remote.uri}: the connection ended after byte {start} of {stop}")
 
 
 def _write(descriptor: int, block: bytes, file: Path, checkpoint_dir: Path) -> None:
@@ -153,7 +154,7 @@ def _write(descriptor: int, block: bytes, file: Path, checkpoint_dir: Path) -> N
         if error.errno not in _FULL:
             raise
         raise NoRoom(
-            f"{file}: {error.strerror}. Make room and pull again: it goes on there. Or remove {checkpoint_dir.parent}"
+            f"{file}: {error.strerror}. Make room and pull again to resume, or remove {checkpoint_dir.parent}"
         ) from error
 
 
@@ -161,6 +162,6 @@ def _fsync_dirs(checkpoint_dir: Path, paths: Iterable[str]) -> None:
     folders = {checkpoint_dir}
     for path in paths:
         folders.update(parent for parent in (checkpoint_dir / path).parents if checkpoint_dir in parent.parents)
-    for folder in sorted(folders, reverse=True):  # what refers to something becomes durable after it
+    for folder in sorted(folders, reverse=True):  # a directory becomes durable after what is in it
         writes.fsync_dir(folder)
     writes.fsync_dir(checkpoint_dir.parent)

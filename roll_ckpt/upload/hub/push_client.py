@@ -1,4 +1,7 @@
-"""What a push asks the Hub, beside sending files. It runs in a process of ours: the uploader's or the command line's."""
+"""The requests of a push other than sending files: repositories, branches, tags and history.
+
+They change huggingface_hub for the whole process, so only the uploader's process and the command line make them.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from roll_ckpt.upload.hub.address import Remote
-from roll_ckpt.upload.hub.answers import speaking
+from roll_ckpt.upload.hub.answers import hub_errors
 from roll_ckpt.upload.hub.client import api, time_limits
 
 if TYPE_CHECKING:
@@ -19,10 +22,10 @@ if TYPE_CHECKING:
 
 @cache
 def own_api() -> HfApi:
-    """huggingface_hub's client; every call of it in this process gets time limits, and it is silent from now on.
+    """huggingface_hub's client. From now on all its calls in this process have time limits, and it prints nothing.
 
-    Its calls for a push take no limits, so its client factory is replaced for the whole process. That must not happen
-    in a training process, which may have a factory of its own: there only `client` is used.
+    The calls for a push take no limits, so the client factory is replaced for the whole process. That must not happen
+    in a training process, which may have its own factory: there only the module `client` is used.
     """
     client = api()
     import huggingface_hub
@@ -31,13 +34,13 @@ def own_api() -> HfApi:
     timeout = time_limits().as_dict()
 
     def limit_time(request: httpx2.Request) -> None:
-        # Here and not as the client's default: many calls ask for `timeout=None` by themselves.
+        # Set on each request, not as the client's default: many calls pass `timeout=None` explicitly.
         request.extensions = {**request.extensions, "timeout": timeout}
 
     def limited() -> httpx2.Client:
-        made = huggingface_hub.utils._http.default_client_factory()
-        made.event_hooks = {**made.event_hooks, "request": [*made.event_hooks["request"], limit_time]}
-        return made
+        http = huggingface_hub.utils._http.default_client_factory()
+        http.event_hooks = {**http.event_hooks, "request": [*http.event_hooks["request"], limit_time]}
+        return http
 
     huggingface_hub.set_client_factory(limited)
     disable_progress_bars()
@@ -46,32 +49,32 @@ def own_api() -> HfApi:
 
 
 def exists(remote: Remote) -> bool:
-    """Whether there is such a repository that this token may see."""
-    with speaking(remote, "looking it up"):
+    """True if the repository exists and this token may see it."""
+    with hub_errors(remote, "looking up the repository"):
         return own_api().repo_exists(remote.repo_id)
 
 
 def refs(remote: Remote) -> tuple[dict[str, str], dict[str, str]]:
-    """The branches and the tags of the repository, each with its commit."""
-    with speaking(remote, "listing branches and tags"):
-        told = own_api().list_repo_refs(remote.repo_id)
-    return tuple({ref.name: ref.target_commit for ref in kind} for kind in (told.branches, told.tags))  # type: ignore[return-value]
+    """The branches and the tags of the repository, each as name -> id of its commit."""
+    with hub_errors(remote, "listing branches and tags"):
+        info = own_api().list_repo_refs(remote.repo_id)
+    return tuple({ref.name: ref.target_commit for ref in kind} for kind in (info.branches, info.tags))  # type: ignore[return-value]
 
 
 def history(remote: Remote, limit: int) -> Iterator[tuple[str, str]]:
-    """The newest `limit` commits of the revision, newest first: id and whole message. Asks page by page."""
+    """The newest `limit` commits of the revision, newest first: (id, title and message). One request per page."""
     client = own_api()
     from huggingface_hub.utils import build_hf_headers, paginate  # type: ignore[attr-defined]
 
     url = f"{client.endpoint}/api/models/{remote.repo_id}/commits/{quote(remote.revision, safe='')}"
-    with speaking(remote, "reading its history"):
-        for told in islice(paginate(url, params={}, headers=build_hf_headers()), limit):
-            yield told["id"], f"{told['title']}\n{told.get('message') or ''}"
+    with hub_errors(remote, "reading its history"):
+        for commit in islice(paginate(url, params={}, headers=build_hf_headers()), limit):
+            yield commit["id"], f"{commit['title']}\n{commit.get('message') or ''}"
 
 
 def create(remote: Remote, *, private: bool) -> None:
-    """Make the repository, unless it is there."""
-    with speaking(remote, "creating the repository"):
+    """Create the repository, unless it exists."""
+    with hub_errors(remote, "creating the repository"):
         try:
             own_api().create_repo(remote.repo_id, private=private)
         except Exception as error:
@@ -80,20 +83,20 @@ def create(remote: Remote, *, private: bool) -> None:
 
 
 def tag(remote: Remote, name: str, commit: str, *, instead_of: str | None) -> None:
-    """Let the tag name the commit; `instead_of` is the commit that it names now."""
-    with speaking(remote, f"tagging {name}"):
+    """Make the tag name the commit; `instead_of` is the commit that it names now, None if there is no such tag."""
+    with hub_errors(remote, f"tagging {name}"):
         if instead_of is not None:
             own_api().delete_tag(remote.repo_id, tag=name)
         own_api().create_tag(remote.repo_id, tag=name, revision=commit)
 
 
 def branch(remote: Remote, *, start: str) -> None:
-    """Make the branch where `start` is, unless it is there."""
-    with speaking(remote, "making a branch"):
+    """Create the branch at the revision `start`, unless it exists."""
+    with hub_errors(remote, "creating a branch"):
         own_api().create_branch(remote.repo_id, branch=remote.revision, revision=start, exist_ok=True)
 
 
 def drop_branch(remote: Remote) -> None:
-    """Remove the branch; its commits stay where a tag names them."""
-    with speaking(remote, "removing a branch"):
+    """Remove the branch; commits that a tag names stay."""
+    with hub_errors(remote, "removing a branch"):
         own_api().delete_branch(remote.repo_id, branch=remote.revision)

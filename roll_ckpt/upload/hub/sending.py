@@ -1,8 +1,4 @@
-"""The Hugging Face Hub: addresses, our client, its errors as ours. huggingface_hub is imported here alone.
-
-The endpoint and the token come from where the Hub's own tools take them (HF_ENDPOINT, HF_TOKEN, `hf auth login`),
-never from arguments or files of ours; what looks like a token is taken out of every message.
-"""
+"""Sends the files of one commit to the Hub and makes the commit. For a push only: it uses `push_client.own_api`."""
 
 from __future__ import annotations
 
@@ -12,22 +8,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from roll_ckpt.errors import Damaged, HubRefused
 from roll_ckpt.upload.hub.address import Remote
-from roll_ckpt.upload.hub.answers import speaking
+from roll_ckpt.upload.hub.answers import hub_errors
 from roll_ckpt.upload.hub.push_client import own_api
 
-if TYPE_CHECKING:
-    pass
-
-_GROUP_BYTES = 8 << 30
+_GROUP_BYTES, _GROUP_FILES = 8 << 30, 256
 
 
 @dataclass(frozen=True)
 class HubFile:
-    """One file of a commit: its path there, and its bytes or where they lie, with their digest."""
+    """One file of a commit: its path in the repository, its bytes or the local file with them, and their SHA-256."""
 
     path: str
     source: bytes | Path
@@ -36,20 +29,21 @@ class HubFile:
 
 
 class Sending:
-    """Files on their way into one commit. The large ones go first, by themselves; then the commit is one request."""
+    """The files of one commit. The large ones are sent first, one request each; then the commit is one request."""
 
     def __init__(self, remote: Remote, uploads: Iterable[HubFile], sent: Callable[[int], None]) -> None:
-        """`sent` is told of bytes as they leave: several threads call it, and a second try counts once."""
+        """`sent` is called with the number of bytes sent, by several threads. A retry does not count again."""
         own_api()
         self._remote = remote
         self._operations = [_addition(upload, sent) for upload in uploads]
 
     def send(self) -> None:
-        """Send what goes by itself; what the Hub has is not sent again. Blocks.
+        """Send the large files that the Hub does not have yet. Blocks.
 
-        HubRefused: a `.gitignore` of the repository keeps files out.
+        Raises:
+            HubRefused: the Hub refuses, or a `.gitignore` of the repository excludes files. HubUnavailable.
         """
-        with speaking(self._remote, "sending files"):
+        with hub_errors(self._remote, "sending files"):
             for group in _groups(self._operations):
                 own_api().preupload_lfs_files(
                     self._remote.repo_id, group, revision=self._remote.revision, free_memory=False, num_threads=4
@@ -58,24 +52,26 @@ class Sending:
                     operation.arrived()
         if ignored := [op.path_in_repo for op in self._operations if op._should_ignore]:
             raise HubRefused(
-                f"sending files: {self._remote.uri}: its .gitignore keeps out {ignored[0]} and "
-                f"{len(ignored) - 1} more; take those patterns out of it"
+                f"sending files: {self._remote.uri}: its .gitignore excludes {ignored[0]} and "
+                f"{len(ignored) - 1} more; remove those patterns from it"
             )
 
     def commit(self, more: Iterable[HubFile], deleted: Iterable[str], title: str, message: str, parent: str) -> str:
-        """One commit of all files and of `more`, without `deleted`, on `parent`; its id. All or nothing.
+        """Make one commit on `parent` that adds all files and `more` and removes `deleted`; return its id.
 
-        HubUnavailable: it may have been made all the same; with status 412, `parent` is not the newest any more.
+        Raises:
+            HubUnavailable: it may have been made all the same; with status 412, `parent` is not the newest any more.
         """
         from huggingface_hub import CommitOperationDelete
 
         for operation in self._operations:
-            # What the Hub had at that path when the file was sent may have changed since: none is left out.
+            # The client leaves out a file that the Hub already had at that path when it was sent, but that may have
+            # changed since.
             operation._remote_oid = None
         additions = [*self._operations, *(_addition(upload, lambda _: None) for upload in more)]
         deletions = [CommitOperationDelete(path, is_folder=False) for path in deleted]
-        with speaking(self._remote, f"committing {title}"):
-            made = own_api().create_commit(
+        with hub_errors(self._remote, f"committing {title}"):
+            commit = own_api().create_commit(
                 self._remote.repo_id,
                 [*additions, *deletions],
                 commit_message=title,
@@ -83,14 +79,14 @@ class Sending:
                 revision=self._remote.revision,
                 parent_commit=parent,
             )
-        return made.oid
+        return commit.oid
 
 
 def _groups(operations: list[Any]) -> Iterator[list[Any]]:
-    """Few at a time: what a group has brought over need not be sent again by whoever comes after a kill."""
+    """Small groups: the Hub keeps each group that was sent whole, so a push after a kill does not send it again."""
     group: list[Any] = []
     for operation in operations:
-        if group and (len(group) == 256 or sum(op.upload_info.size for op in group) > _GROUP_BYTES):
+        if group and (len(group) == _GROUP_FILES or sum(op.upload_info.size for op in group) > _GROUP_BYTES):
             yield group
             group = []
         group.append(operation)
@@ -100,12 +96,12 @@ def _groups(operations: list[Any]) -> Iterator[list[Any]]:
 
 def _addition(upload: HubFile, sent: Callable[[int], None]) -> Any:
     source = upload.source if isinstance(upload.source, bytes) else str(upload.source)
-    made = _addition_class()(upload.path, source)
-    if made.upload_info.size != upload.nbytes:
+    addition = _addition_class()(upload.path, source)
+    if addition.upload_info.size != upload.nbytes:
         raise Damaged(f"{upload.source!r}: it changed after it was checked")
-    made.upload_info.sha256 = bytes.fromhex(upload.sha256)  # or else the client reads the whole file for it
-    made.sent = sent
-    return made
+    addition.upload_info.sha256 = bytes.fromhex(upload.sha256)  # otherwise the client would read the file for it
+    addition.sent = sent
+    return addition
 
 
 @cache
@@ -113,7 +109,7 @@ def _addition_class() -> Any:
     from huggingface_hub import CommitOperationAdd
 
     class Addition(CommitOperationAdd):
-        """Tells how much of it has left."""
+        """A file of a commit that reports how many of its bytes were sent."""
 
         sent: Callable[[int], None]
         _furthest = 0
@@ -138,7 +134,7 @@ def _addition_class() -> Any:
 
 
 class _Counted(io.FileIO):
-    """A file that tells how far it was read."""
+    """A file that reports how far it was read."""
 
     def __init__(self, path: str, reached: Callable[[int], None]) -> None:
         super().__init__(path, "rb")

@@ -1,9 +1,6 @@
-"""What is owed to the Hub is pushed by a process of its own, which the training process only listens to.
+"""The training process's side of pushing: runs the process `worker` while something is owed, and hears its events.
 
-    python -m roll_ckpt.uploader OUTPUT_DIR [--again]      pushes what is owed, the oldest first, then ends
-
-It tells what it does in JSON lines on stdout, runs at the lowest priority and ends when its parent does. One at a
-time for an output directory. Killed at any instant, the next one goes on: see push_queue.py.
+The child's stdin is a pipe that this process holds open, so that the child ends when this process does.
 """
 
 from __future__ import annotations
@@ -18,7 +15,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from json import JSONDecodeError
 from pathlib import Path
@@ -28,17 +24,20 @@ from roll_ckpt import process
 from roll_ckpt.errors import NotFound
 from roll_ckpt.upload.hub import push_queue
 from roll_ckpt.upload.hub.push_queue import State
-from roll_ckpt.upload.hub.worker import _POLL_S, last_moved_ns
 
 log = logging.getLogger("roll_ckpt")
 
-_DEATHS = 5
-_ENDED_KEPT = 100
+_DEATHS = 5  # after so many deaths in a row without a push in between, the process is not started again
+_ENDED_KEPT = 100  # so many ended pushes are remembered
+_POLL_S = 0.5
 
 
 @dataclass(frozen=True)
 class Ended:
-    """What became of one checkpoint's push: done, failed, cancelled, or owed still because nothing moved."""
+    """The end of one checkpoint's push: "done", "failed", "cancelled", or "owed" if there was no progress in time.
+
+    `detail` is the problem, for people; `seconds` the time from the first try to the end.
+    """
 
     output_dir: Path
     name: str
@@ -56,13 +55,13 @@ class Uploaders:
         self.running: weakref.WeakSet[Uploader] = weakref.WeakSet()
 
     def leave(self) -> None:
-        """Tell them that the interpreter ends."""
+        """At the interpreter's exit: stop every uploader that waits for the Hub."""
         for uploader in list(self.running):
             uploader.leave()
 
 
 class Uploader:
-    """Keeps a process pushing while something is owed. Any thread may call."""
+    """Keeps a child process pushing while something is owed. Any thread may call."""
 
     def __init__(
         self,
@@ -71,8 +70,11 @@ class Uploader:
         on_end: Callable[[Ended], None],
         background: Callable[[Callable[[], None], str], None],
     ) -> None:
-        """`on_end` is told of each push that ended, before those who wait for it, on the thread that `background`
-        started: it must not wait for another push."""
+        """`background` runs a function on a thread of that name, and waits for it at the interpreter's exit.
+
+        `on_end` is called with each push that is done or failed, on that thread and before `wait` returns; it must not
+        wait for another push.
+        """
         self._output_dir = output_dir
         self._on_end = on_end
         self._background = background
@@ -80,7 +82,7 @@ class Uploader:
         self._wanted = self._again = self._serving = self._stopping = False
         self._stuck = self._leaving = False
         self._process: subprocess.Popen[str] | None = None
-        self._ended: dict[str, Ended] = {}  # the newest ones, for those who wait for them
+        self._ended: dict[str, Ended] = {}  # the newest ones, for `wait`
         self._ends = 0
         self._progress: dict[str, dict[str, Any]] = {}
         self._trouble = ""
@@ -88,7 +90,7 @@ class Uploader:
         process.part(Uploaders).running.add(self)
 
     def notify(self, name: str | None = None, *, again: bool = False) -> None:
-        """Something may be owed: `name`, or whatever lies there; `again` includes what failed before."""
+        """Push what is owed, `name` or whatever else; with `again` also what failed before. Does not block."""
         with self._changed:
             if name is not None:
                 self._ended.pop(name, None)
@@ -103,14 +105,15 @@ class Uploader:
             raise
 
     def wait(self, name: str, patience_s: float, show: Callable[[dict[str, Any]], None]) -> Ended:
-        """Block until the push of `name` has ended, or nothing has moved for `patience_s`, here or in another process.
+        """Block until the push of `name` has ended, or until there was no progress for `patience_s` seconds.
 
-        `show` is given the newest progress event now and then.
+        Progress of any process that pushes from this directory counts. `show` is called with the newest progress event
+        now and then.
         """
         self._moved = time.monotonic()
-        seen = last_moved_ns(self._output_dir)
+        seen = push_queue.last_moved_ns(self._output_dir)
         while True:
-            if seen != (seen := last_moved_ns(self._output_dir)):
+            if seen != (seen := push_queue.last_moved_ns(self._output_dir)):
                 self._moved = time.monotonic()
             with self._changed:
                 self._changed.wait(_POLL_S)
@@ -120,21 +123,21 @@ class Uploader:
             if not serving:
                 return self._as_recorded(name)
             if time.monotonic() - self._moved > patience_s:
-                return Ended(self._output_dir, name, "owed", self._trouble or f"nothing has moved for {patience_s:g} s")
+                return Ended(self._output_dir, name, "owed", self._trouble or f"no progress for {patience_s:g} s")
             if progress is not None:
                 show(progress)
 
     def stop(self) -> None:
-        """Let the process end now; what is owed stays owed."""
+        """Kill the child process; what is owed stays owed. Does not block."""
         with self._changed:
             self._wanted, self._stopping = False, True
             if self._process is not None:
                 self._process.kill()
 
     def leave(self) -> None:
-        """The interpreter ends: a push that moves may finish, one that waits for the Hub is left to the next start.
+        """At the interpreter's exit: a push that makes progress may finish, one that waits is left to the next start.
 
-        The rank of a job that has crashed must not stay while the others hang in its collectives.
+        Otherwise the rank of a crashed job would stay alive while the other ranks hang in its collectives.
         """
         with self._changed:
             self._leaving = True
@@ -150,7 +153,7 @@ class Uploader:
 
     def _serve(self) -> None:
         try:
-            self._keep_running()  # at its end another may serve already
+            self._keep_running()  # when it returns, another thread may serve already
         except BaseException:
             self._serve_no_more()
             raise
@@ -175,14 +178,14 @@ class Uploader:
             deaths = 1 if self._ends > ends else deaths + 1
             self._trouble = f"the uploader of {self._output_dir} {how}"
             if deaths > _DEATHS:
-                log.error("%s; after %d times it stays so until the next checkpoint", self._trouble, deaths)
+                log.error("%s, %d times in a row; it is started again at the next checkpoint", self._trouble, deaths)
                 continue
-            log.warning("%s; it is started again (%d of %d)", self._trouble, deaths, _DEATHS)
+            log.warning("%s; starting it again (%d of %d)", self._trouble, deaths, _DEATHS)
             with self._changed:
                 self._wanted, self._again = True, self._again or again
 
     def _claim_work(self) -> bool | None:
-        """Whether to try failed ones again; None if there is nothing more to do, and then nobody serves."""
+        """Whether to retry failed pushes; None if there is nothing more to do, and then no thread serves any more."""
         with self._changed:
             self._serving = self._wanted and not self._stopping
             again, self._wanted, self._again = self._again, False, False
@@ -206,23 +209,26 @@ class Uploader:
                 stdout=subprocess.PIPE,
                 text=True,
             )
-            with suppress(OSError):  # from the first instruction on: its imports alone take half a second
-                os.setpriority(os.PRIO_PROCESS, process.pid, 19)
+            _lower_priority(process)
         assert process.stdin and process.stdout
         with process.stdin, process.stdout:
             for line in process.stdout:
-                with suppress(JSONDecodeError):  # a kill may cut the last line
-                    self._hear(json.loads(line))
+                try:
+                    event = json.loads(line)
+                except JSONDecodeError as error:
+                    log.debug("the last line of a killed uploader was cut: %s", error)
+                    continue
+                self._handle(event)
         return process.wait()
 
-    def _hear(self, event: dict[str, Any]) -> None:
+    def _handle(self, event: dict[str, Any]) -> None:
         kind, name = event["event"], event["name"]
         ended: Ended | None = None
         if kind in ("done", "failed"):
             ended = Ended(self._output_dir, name, kind, event.get("detail", ""), event.get("seconds", 0.0))
             self._on_end(ended)
         elif kind == "waiting":
-            log.warning("%s; what is owed stays here, and is tried again", event["detail"])
+            log.warning("%s; what is owed stays on the local disk, and is retried", event["detail"])
         with self._changed:
             if ended is not None:
                 self._ends += 1
@@ -243,11 +249,19 @@ class Uploader:
             self._changed.notify_all()
 
 
+def _lower_priority(process: subprocess.Popen[str]) -> None:
+    """Give a child the lowest priority right after its start: its imports alone take half a second."""
+    try:
+        os.setpriority(os.PRIO_PROCESS, process.pid, 19)
+    except OSError as error:
+        log.debug("the uploader (process %d) keeps its priority: %s", process.pid, error)
+
+
 def _environment() -> dict[str, str]:
-    """Ours, in which the process finds this package even where only a script's folder or a changed sys.path has it."""
+    """This process's environment, with which the child finds roll_ckpt even if only sys.path leads to it here."""
     package = Path(__file__).resolve().parents[3]
-    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    found = [*given, *site.getsitepackages(), *([site.getusersitepackages()] if site.ENABLE_USER_SITE else [])]
-    if package in [Path(path).resolve() for path in found if path]:
-        return dict(os.environ)  # PYTHONPATH comes before the standard library, where site-packages must not
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(package), *filter(None, given)])}
+    python_path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    folders = [*python_path, *site.getsitepackages(), *([site.getusersitepackages()] if site.ENABLE_USER_SITE else [])]
+    if package in [Path(folder).resolve() for folder in folders if folder]:
+        return dict(os.environ)  # PYTHONPATH comes before the standard library: site-packages must not be put there
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(package), *filter(None, python_path)])}

@@ -1,142 +1,172 @@
-"""What is owed to the Hub is pushed by a process of its own, which the training process only listens to.
+"""Pushes the checkpoints that are owed to the Hub. The uploader runs it as a child process, the command line calls it.
 
-    python -m roll_ckpt.uploader OUTPUT_DIR [--again]      pushes what is owed, the oldest first, then ends
+    python -m roll_ckpt.upload.hub.worker OUTPUT_DIR [--again]     pushes what is owed, the oldest first, then ends
 
-It tells what it does in JSON lines on stdout, runs at the lowest priority and ends when its parent does. One at a
-time for an output directory. Killed at any instant, the next one goes on: see push_queue.py.
+The process prints its events on stdout, one JSON object a line, and ends when its parent does. Its parent gives it
+the lowest priority. One process at a time pushes from an output directory. It may be killed at any instant: the next
+one goes on, see `push_queue`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import select
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
 from roll_ckpt import names
-from roll_ckpt.disk import failpoints, locks, reads, writes
+from roll_ckpt.disk import failpoints, locks, writes
 from roll_ckpt.errors import HubUnavailable, NotFound, RollCkptError
 from roll_ckpt.upload.hub import push_queue
+from roll_ckpt.upload.hub.lock_file import make_lock_file
 from roll_ckpt.upload.hub.push import push
 from roll_ckpt.upload.hub.push_queue import Entry, Hashes, Repository
 
-Tell = Callable[[dict[str, Any]], None]
+log = logging.getLogger("roll_ckpt")
+
+OnEvent = Callable[[dict[str, Any]], None]
+"""Called with each event of a push: {"event": "begin" | "progress" | "waiting" | "done" | "failed", "name", …}."""
+
 _PROGRESS_S = 0.5
 _POLL_S = 0.5
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
-_OF_THIS_ONE = (409, 412, 423, 500)  # the Hub speaks, and may take another checkpoint all the same
-_TRIES = 3  # so often one of those is heard before the others have their turn
+_OF_THIS_CHECKPOINT = (409, 412, 423, 500)  # the Hub answers, and may accept another checkpoint all the same
+_TRIES = 3  # after so many of these answers, other checkpoints have their turn
 
 
-def push_all_owed(output_dir: Path, tell: Tell, *, again: bool = False, patient: bool = True) -> None:
-    """Push every checkpoint that is owed, the oldest first, and record what became of each.
+def push_all_owed(output_dir: Path, on_event: OnEvent, *, again: bool = False, patient: bool = True) -> None:
+    """Push every checkpoint that is owed, the oldest first, and record the state of each push.
 
-    Blocks. Failed ones are tried only if `again`. While the Hub cannot be reached it waits, longer each time, and
-    as long as the Hub asks for; unless `patient` it raises HubUnavailable instead. One that the Hub does not take
-    again and again lets the others go first. Waits for another process that is at it. `tell` is told of events:
-    {"event": "begin" | "progress" | "waiting" | "done" | "failed", "name", …}.
+    Blocks; first until no other process pushes from this directory. Failed pushes are retried only with `again`. While
+    the Hub cannot be reached it waits, each time longer, and at least as long as the Hub asks for. A checkpoint that
+    the Hub does not accept several times in a row lets the others go first.
+
+    Raises:
+        HubUnavailable: the Hub cannot be reached and `patient` is False. What is owed stays owed.
+        Damaged: the record of where the run pushes to.
     """
-    with _alone(output_dir, tell):
-        pause_s = _FIRST_PAUSE_S
-        tried: set[_Key] = set()
-        not_taken: dict[_Key, int] = {}
-        furthest: dict[tuple[str, _Key], int] = {}
-        began: dict[_Key, float] = {}
-        while (found := _next(output_dir, tried, again, not_taken)) is not None:
-            to, entry = found
-            key = _key(to, entry)
-            began.setdefault(key, time.monotonic())
-            tell({"event": "begin", "name": entry.name, "nbytes": entry.nbytes})
-            entry = replace(entry, attempts=entry.attempts + 1, detail="")
-            try:
-                made = _push(output_dir, entry, to, tell, furthest)
-            except HubUnavailable as problem:
-                _note(output_dir, replace(entry, state="owed", detail=str(problem)), to)
-                if problem.status in _OF_THIS_ONE:
-                    not_taken[key] = not_taken.get(key, 0) + 1
-                    if not patient:
-                        tried.add(key)
-                        tell({"event": "waiting", "name": entry.name, "detail": str(problem), "pause_s": 0.0})
-                        continue
-                elif not patient:
-                    raise
-                wait_s = max(pause_s, problem.retry_after_s or 0.0)
-                tell({"event": "waiting", "name": entry.name, "detail": str(problem), "pause_s": wait_s})
-                time.sleep(wait_s)
-                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-            except NotFound:
-                tried.add(key)  # pruned, or being replaced by a save of the same name
-            except (RollCkptError, OSError) as problem:
-                tried.add(key)
-                _note(output_dir, replace(entry, state="failed", detail=str(problem)), to)
-                tell({"event": "failed", "name": entry.name, "detail": str(problem)})
-            else:
-                pause_s = _FIRST_PAUSE_S
-                push_queue.record(output_dir, replace(entry, state="done", commit=made), to)
-                seconds = time.monotonic() - began.pop(key)
-                furthest = {what: done for what, done in furthest.items() if what[1] != key}
-                tell({"event": "done", "name": entry.name, "commit": made, "seconds": seconds})
+    with _only_pusher(output_dir, on_event):
+        round_ = _Round(output_dir, on_event, again, patient)
+        while (owed := round_.next()) is not None:
+            round_.push(*owed)
 
 
-def push_one(output_dir: Path, name: str, to: Repository, tell: Tell) -> str:
-    """Push one checkpoint to the run's destination, whatever is recorded of it, and record it; its commit's id.
+def push_one(output_dir: Path, name: str, to: Repository, on_event: OnEvent) -> str:
+    """Push one checkpoint to the run's repository, whatever its recorded state; record it; return its commit's id.
 
-    Blocks, and waits for another process that pushes. `tell` as for `drain`. Raises what `push.push` does.
+    Blocks; first until no other process pushes from this directory. Raises NotFound, and what `push.push` raises.
     """
-    with _alone(output_dir, tell):
+    with _only_pusher(output_dir, on_event):
         entry = push_queue.find(output_dir, name)
-        made = _push(output_dir, entry, to, tell, {})
-        done = replace(entry, state="done", detail="", commit=made, attempts=entry.attempts + 1)
+        commit = _push(output_dir, entry, to, on_event, {})
+        done = replace(entry, state="done", detail="", commit=commit, attempts=entry.attempts + 1)
         push_queue.record(output_dir, done, to)
-        return made
+        return commit
 
 
 _Key = tuple[str, str]
 
 
 def _key(to: Repository, entry: Entry) -> _Key:
-    """This very checkpoint, there."""
+    """Identifies a push: the address, and the digest of the checkpoint's manifest."""
     return (to.remote.uri, entry.manifest_sha256)
 
 
-def _next(
-    output_dir: Path, tried: set[_Key], again: bool, not_taken: dict[_Key, int]
-) -> tuple[Repository, Entry] | None:
-    to = push_queue.repository(output_dir)
-    if to is None:
-        return None
-    states = ("owed", "failed") if again else ("owed",)
-    left = [e for e in push_queue.list_entries(output_dir, to) if e.state in states and _key(to, e) not in tried]
-    if not left:
-        return None
-    return to, min(left, key=lambda entry: not_taken.get(_key(to, entry), 0) // _TRIES)
+class _Round:
+    """What one call of `push_all_owed` remembers from push to push."""
+
+    def __init__(self, output_dir: Path, on_event: OnEvent, again: bool, patient: bool) -> None:
+        self._output_dir, self._on_event, self._patient = output_dir, on_event, patient
+        self._states = ("owed", "failed") if again else ("owed",)
+        self._ended: set[_Key] = set()
+        self._not_accepted: dict[_Key, int] = {}
+        self._furthest: dict[tuple[str, _Key], int] = {}
+        self._began: dict[_Key, float] = {}
+        self._pause_s = _FIRST_PAUSE_S
+
+    def next(self) -> tuple[Repository, Entry] | None:
+        """The push to try next: the oldest, unless the Hub keeps refusing it for now; None if there is none."""
+        to = push_queue.repository(self._output_dir)
+        if to is None:
+            return None
+        entries = push_queue.list_entries(self._output_dir, to)
+        owed = [e for e in entries if e.state in self._states and _key(to, e) not in self._ended]
+        if not owed:
+            return None
+        return to, min(owed, key=lambda entry: self._not_accepted.get(_key(to, entry), 0) // _TRIES)
+
+    def push(self, to: Repository, entry: Entry) -> None:
+        """Try one push and record its state. HubUnavailable if the Hub cannot be reached and nobody wants to wait."""
+        key = _key(to, entry)
+        self._began.setdefault(key, time.monotonic())
+        self._on_event({"event": "begin", "name": entry.name, "nbytes": entry.nbytes})
+        entry = replace(entry, attempts=entry.attempts + 1, detail="")
+        try:
+            commit = _push(self._output_dir, entry, to, self._on_event, self._furthest)
+        except HubUnavailable as problem:
+            _record_unless_settled(self._output_dir, replace(entry, state="owed", detail=str(problem)), to)
+            if problem.status in _OF_THIS_CHECKPOINT:
+                self._not_accepted[key] = self._not_accepted.get(key, 0) + 1
+            elif not self._patient:
+                raise
+            self._wait(key, entry.name, problem)
+        except NotFound as problem:
+            self._ended.add(key)
+            log.debug("%s was pruned, or is being replaced: %s", entry.name, problem)
+        except (RollCkptError, OSError) as problem:
+            self._ended.add(key)
+            _record_unless_settled(self._output_dir, replace(entry, state="failed", detail=str(problem)), to)
+            self._on_event({"event": "failed", "name": entry.name, "detail": str(problem)})
+        else:
+            self._pause_s = _FIRST_PAUSE_S
+            push_queue.record(self._output_dir, replace(entry, state="done", commit=commit), to)
+            seconds = time.monotonic() - self._began.pop(key)
+            self._furthest = {phase: done for phase, done in self._furthest.items() if phase[1] != key}
+            self._on_event({"event": "done", "name": entry.name, "commit": commit, "seconds": seconds})
+
+    def _wait(self, key: _Key, name: str, problem: HubUnavailable) -> None:
+        """Pause before the next push. Unless patient, leave this checkpoint to a later call and do not pause."""
+        pause_s = max(self._pause_s, problem.retry_after_s or 0.0) if self._patient else 0.0
+        self._on_event({"event": "waiting", "name": name, "detail": str(problem), "pause_s": pause_s})
+        if not self._patient:
+            self._ended.add(key)
+            return
+        time.sleep(pause_s)
+        self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
 
 
-def _push(output_dir: Path, entry: Entry, to: Repository, tell: Tell, furthest: dict[tuple[str, _Key], int]) -> str:
-    """Push one. `furthest` is how far earlier tries got: what is only done once more is no progress."""
-    told = [float("-inf")]
+def _push(
+    output_dir: Path, entry: Entry, to: Repository, on_event: OnEvent, furthest: dict[tuple[str, _Key], int]
+) -> str:
+    """Push one checkpoint; return its commit's id.
+
+    `furthest` holds how many bytes earlier tries got through, by phase: doing them once more is no progress.
+    """
+    reported_at = float("-inf")
 
     def progress(doing: str, done: int, total: int) -> None:
+        nonlocal reported_at
         now = time.monotonic()
-        if now - told[0] >= _PROGRESS_S or done == total:
-            told[0] = now
-            what = (doing, _key(to, entry))
-            moved = done > furthest.get(what, -1)
+        if now - reported_at >= _PROGRESS_S or done == total:
+            reported_at = now
+            phase = (doing, _key(to, entry))
+            moved = done > furthest.get(phase, -1)
             if moved:
-                furthest[what] = done
-                writes.touch(output_dir / names.HUB_LOCK)  # other worlds of the run look at its time
+                furthest[phase] = done
+                writes.touch(output_dir / names.HUB_LOCK)  # other jobs of the run look at its time
             event = {"event": "progress", "name": entry.name, "doing": doing, "done": done, "total": total}
-            tell({**event, "moved": moved})
+            on_event({**event, "moved": moved})
 
-    # The branch shall hold the newest: one that comes late goes beside it.
+    # Keep the branch at the newest checkpoint; push an older one to a side branch.
     newest = max((e.age for e in push_queue.list_entries(output_dir, to) if e.state == "done"), default=entry.age)
     return push(
         output_dir / entry.name,
@@ -148,30 +178,34 @@ def _push(output_dir: Path, entry: Entry, to: Repository, tell: Tell, furthest: 
     )
 
 
-def _note(output_dir: Path, entry: Entry, to: Repository) -> None:
-    """Record a push that did not come about, unless somebody has cancelled or made it meanwhile."""
-    with suppress(NotFound):
+def _record_unless_settled(output_dir: Path, entry: Entry, to: Repository) -> None:
+    """Record a push that failed or was postponed, unless it was cancelled or done meanwhile."""
+    try:
         if push_queue.find(output_dir, entry.name).state not in ("cancelled", "done"):
             push_queue.record(output_dir, entry, to)
+    except NotFound as problem:
+        log.debug("no record of the push of %s: %s", entry.name, problem)
 
 
 @contextmanager
-def _alone(output_dir: Path, tell: Tell) -> Iterator[None]:
+def _only_pusher(output_dir: Path, on_event: OnEvent) -> Iterator[None]:
+    """Hold the lock of the one process that pushes from `output_dir`; blocks while another one has it."""
     path = output_dir / names.HUB_LOCK
     writes.make_own_dir(path.parent)
-    with suppress(FileExistsError):
-        os.close(writes.create(path))
+    make_lock_file(path)
     lock = None
-    told = False
+    waiting = False
     try:
         while (lock := locks.try_lock(path, exclusive=True)) is None:
-            if not told:
-                tell({"event": "waiting", "name": None, "detail": f"another process pushes from {output_dir}"})
-            told = True
+            if not waiting:
+                on_event({"event": "waiting", "name": None, "detail": f"another process pushes from {output_dir}"})
+            waiting = True
             time.sleep(_POLL_S)
     except OSError as error:
         if error.errno not in locks.NO_LOCKS:
-            raise  # where there are no locks, two may push at once: each checkpoint is there once all the same
+            raise
+        # Without locks two processes may push at once; each checkpoint is on the Hub once all the same.
+        log.debug("%s: its file system has no locks: %s", path, error)
     try:
         yield
     finally:
@@ -179,40 +213,35 @@ def _alone(output_dir: Path, tell: Tell) -> Iterator[None]:
             lock.release()
 
 
-def last_moved_ns(output_dir: Path) -> int:
-    """When a push from this directory last got further, by the file system's clock; 0 if none has begun."""
-    try:
-        return reads.mtime_ns(output_dir / names.HUB_LOCK)
-    except FileNotFoundError:
-        return 0
-
-
 def main() -> None:
-    """Push what is owed and exit 0; whatever else happens is a death, after which the parent starts another."""
-    parser = argparse.ArgumentParser(prog="python -m roll_ckpt.uploader")
+    """Push what is owed, then exit with 0. With any other exit code the parent starts the process again."""
+    parser = argparse.ArgumentParser(prog="python -m roll_ckpt.upload.hub.worker")
     parser.add_argument("output_dir", type=Path)
-    parser.add_argument("--again", action="store_true", help="try those that failed before, too")
-    told = parser.parse_args()
-    events, sys.stdout = sys.stdout, sys.stderr  # nobody else's words among ours
-    # An interrupt of the job is not one of the upload; a session of its own would make Linux's autogroups weigh it
-    # against the whole job, and nice would count for nothing.
+    parser.add_argument("--again", action="store_true", help="retry those that failed before, too")
+    args = parser.parse_args()
+    events, sys.stdout = sys.stdout, sys.stderr  # only events go to the parent
+    # An interrupt of the job must not interrupt the upload. No session of its own: Linux's autogroups would then weigh
+    # this process against the whole job, and its priority would count for nothing.
     os.setpgid(0, 0)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    failpoints.failpoint("uploader.started", output_dir=told.output_dir)
-    push_all_owed(told.output_dir, lambda event: _tell(events, event), again=told.again)
+    failpoints.failpoint("uploader.started", output_dir=args.output_dir)
+    push_all_owed(args.output_dir, lambda event: _write_event(events, event), again=args.again)
 
 
-def _tell(events: TextIO, event: dict[str, Any]) -> None:
+def _write_event(events: TextIO, event: dict[str, Any]) -> None:
     try:
         events.write(json.dumps(event) + "\n")
         events.flush()
-    except OSError:
-        os._exit(1)  # nobody listens any more
+    except OSError as error:
+        log.debug("the parent does not listen any more: %s", error)
+        os._exit(1)
 
 
 def _end_with(parent: int) -> None:
-    """End this process when its parent has ended: its stdin is at its end, or another is its parent."""
-    # Both are looked at: the parent's forked children hold its end of the pipe open.
+    """Exit when the parent has ended: when stdin is closed, or when this process has another parent.
+
+    Both are checked, because forked children of the parent hold its end of the pipe open.
+    """
     while os.getppid() == parent:
         readable, _, _ = select.select([sys.stdin], [], [], _POLL_S)
         if readable and not os.read(sys.stdin.fileno(), 1):
