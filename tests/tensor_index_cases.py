@@ -20,9 +20,10 @@ from deepspeed_cases import Made, Steps, gathered, own_groups, settings
 from offload_cases import offload
 from tiny import Net, config, engine, train
 
-from roll_ckpt import loader, saver
-from roll_ckpt.backends import deepspeed as backend
-from roll_ckpt.formats import tensor_cover
+from roll_ckpt.backends.deepspeed import tensors
+from roll_ckpt.formats.tensor_index.cover import check_cover
+from roll_ckpt.load.checkpoint import OpenedCheckpoint
+from roll_ckpt.save import pending
 
 Tensors = dict[str, dict[str, torch.Tensor]]
 """By name and role."""
@@ -47,7 +48,7 @@ def _optimized(trained: Any, parameter: torch.Tensor, states: tuple[str, ...]) -
     if trained.zero_optimization() or hasattr(parameter, "_hp_mapping"):
         whole = {"master": safe_get_full_fp32_param(parameter)}
         return whole | {key: safe_get_full_optimizer_state(parameter, key) for key in states}
-    base = backend._base_optimizer(trained)
+    base = tensors.base_optimizer(trained)
     own = parameter
     if base is not trained.optimizer:  # 16-bit parameters, with copies in 32 bits for the optimizer
         groups = zip(trained.optimizer.fp16_groups, trained.optimizer.fp32_groups, strict=True)
@@ -109,13 +110,13 @@ def torch_of(whole: index_reader.Whole) -> torch.Tensor:
 
 def _check_covers(unit: Path, cluster: str) -> None:
     """`check_cover` finds the same as the test's own reader."""
-    opened = loader.Unit(unit)
+    opened = OpenedCheckpoint(unit)
     indexes = [opened.tensor_index(cluster, rank) for rank in range(opened.manifest.clusters[cluster]["world_size"])]
     names = {(piece.name, piece.role) for index in indexes if index for piece in index if piece.role != "other"}
     for name, role in names:
         pieces = [piece for index in indexes if index for piece in index.find(name, role)]
         if role != "parameter" or any(not piece.replica for piece in pieces):
-            tensor_cover.check_cover(pieces, unit)
+            check_cover(pieces, unit)
 
 
 def cast(wanted: Tensors, told: dict[str, Any], unit: Path) -> dict[str, Any]:
@@ -139,7 +140,7 @@ def saved_and_compared(
     wanted = over_ranks(live(trained, states))
     before()
     trained.save_checkpoint(out, tag="t", **more)
-    saver.wait_pending()
+    pending.wait_pending()
     unit = Path(out) / "t"
     return cast(wanted, compare(unit, "model", wanted), unit)
 
@@ -221,7 +222,7 @@ def of_each_step(out: str) -> list[dict[str, Any]]:
         wanted.append(over_ranks(live(trained)))
         state = {"replay": torch.arange(5 if step < 2 else 7)}
         trained.save_checkpoint(out, tag=f"t{step}", client_state=state)
-    saver.wait_pending()
+    pending.wait_pending()
     for step in range(4):
         told.append(compare(Path(out) / f"t{step}", "model", wanted[step]))
         indexes = sorted((Path(out) / f"t{step}" / "tensors").iterdir())
@@ -290,7 +291,7 @@ def of_model_only(out: str) -> dict[str, Any]:
     wanted = over_ranks({name: {"parameter": of["parameter"]} for name, of in live(trained).items()})
     made = pipeline(out, Cluster("actor", trained, save_only_model=True))
     made.do_checkpoint(1)
-    saver.wait_pending()
+    pending.wait_pending()
     return compare(Path(out) / "checkpoint-1", "actor", wanted)
 
 
@@ -314,5 +315,5 @@ def resume_format_1(out: str) -> dict[str, Any]:
     }
     train(trained, 1, seed=3)
     made.do_checkpoint(2)
-    saver.wait_pending()
+    pending.wait_pending()
     return {"step": step, "global_steps": trained.global_steps - 1, "kv": made.state.kv, "sha256": found}

@@ -11,10 +11,11 @@ import index_reader
 import megatron_cases
 import torch
 from megatron_cpu import gathered
-from roll_ckpt.loader import Unit
 
-from roll_ckpt.backends import megatron as backend
-from roll_ckpt.formats import tensor_cover
+from roll_ckpt.backends.megatron.facts import content_metadata_of
+from roll_ckpt.formats.tensor_index.cover import check_cover
+from roll_ckpt.load.checkpoint import OpenedCheckpoint
+from roll_ckpt.megatron import save as megatron_save
 
 ROLES = {"param": "master", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 
@@ -39,10 +40,10 @@ def compare(unit: Path, full: dict[str, torch.Tensor]) -> dict[str, Any]:
         key for key in sorted(found.keys() & wanted.keys()) if not torch.equal(torch_of(found[key]), wanted[key])
     ]
     told["roles"] = sorted({role for _, role in found})
-    opened = Unit(unit)
+    opened = OpenedCheckpoint(unit)
     indexes = [opened.tensor_index("model", rank) for rank in range(opened.manifest.clusters["model"]["world_size"])]
     for name, role in found:
-        tensor_cover.check_cover([piece for index in indexes if index for piece in index.find(name, role)], unit)
+        check_cover([piece for index in indexes if index for piece in index.find(name, role)], unit)
     return told
 
 
@@ -51,13 +52,26 @@ def torch_of(whole: index_reader.Whole) -> torch.Tensor:
     return torch.from_numpy(signed.copy()).view(getattr(torch, whole.dtype)).reshape(whole.words.shape)
 
 
-def index(layout: str, directory: str, form: str, gated: bool = False, **options: Any) -> list[dict[str, Any]]:
+GATED = {"gated_linear_unit": True, "activation_func": torch.nn.functional.silu}
+
+
+def index(
+    layout: str, directory: str, form: str, gated: bool = False, tied: bool = False, **options: Any
+) -> list[dict[str, Any]]:
     """Two saves, of which the second replays the plan of the first."""
+    from megatron.core.models import gpt
     from megatron.core.transformer import transformer_config
 
-    more = {"gated_linear_unit": True, "activation_func": torch.nn.functional.silu} if gated else {}
-    made = functools.partial(transformer_config.TransformerConfig, **more)
-    with mock.patch.object(transformer_config, "TransformerConfig", made):
+    config = functools.partial(transformer_config.TransformerConfig, **(GATED if gated else {}))
+    model = gpt.GPTModel
+
+    def made(*args: Any, **told: Any) -> Any:
+        return model(*args, **{**told, "share_embeddings_and_output_weights": tied})
+
+    with (
+        mock.patch.object(transformer_config, "TransformerConfig", config),
+        mock.patch.object(gpt, "GPTModel", made),
+    ):
         tiny = megatron_cases.trained(layout, **options)
     ours = megatron_cases.attach(tiny, form)
     told = []
@@ -74,6 +88,6 @@ def index_without_optimizer(layout: str, directory: str) -> dict[str, Any]:
     tiny = megatron_cases.trained(layout)
     full = gathered(tiny, moments=False)
     state = megatron_cases.stock_state(tiny, "dp_reshardable")
-    told = backend.content_metadata_of("dp_reshardable")
-    backend.save(state, Path(directory) / "iter", content_metadata=told)
+    told = content_metadata_of("dp_reshardable")
+    megatron_save(state, Path(directory) / "iter", content_metadata=told)
     return compare(Path(directory) / "iter", full)

@@ -11,7 +11,9 @@ import pytest
 from megatron_worlds import FORMS, FOUR_RANKS, MISSING, TWO_RANKS, Worlds
 from worlds import ROOT, World
 
-from roll_ckpt import commit, loader, verify
+from roll_ckpt.formats import manifests
+from roll_ckpt.load.checkpoint import OpenedCheckpoint
+from roll_ckpt.transaction import listing, verification
 
 CASES = "tensor_index_cases"
 STATES = {"exp_avg", "exp_avg_sq"}
@@ -150,10 +152,12 @@ def test_megatron(megatron: Worlds, tmp_path: Path, layout: str, form: str, bf16
 
 @needs_megatron
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("layout", ["TP2", "DP2"])
-def test_megatron_with_gated_layers(megatron: Worlds, tmp_path: Path, layout: str, form: str) -> None:
+@pytest.mark.parametrize(("layout", "kind"), [("TP2", "gated"), ("DP2", "gated"), ("PP2", "tied"), ("DP2", "tied")])
+def test_megatron_with_gated_layers_and_tied_embeddings(
+    megatron: Worlds, tmp_path: Path, layout: str, kind: str, form: str
+) -> None:
     case = "tensor_index_megatron_cases:index"
-    for told in megatron.at(layout).call(case, layout, str(tmp_path), form, gated=True):
+    for told in megatron.at(layout).call(case, layout, str(tmp_path), form, **{kind: True}):
         for save in told:
             assert save["lacks"] == [] and save["beyond"] == [] and save["differs"] == []
 
@@ -176,10 +180,10 @@ def format_1(tmp_path: Path) -> Path:
 
 
 def test_a_checkpoint_of_format_1_is_sound_and_listed(format_1: Path) -> None:
-    assert verify.verify(format_1) == []
-    assert commit.read_manifest(format_1).format == 1
-    assert [found.name for found in commit.newest_first(format_1.parent)] == ["checkpoint-1"]
-    opened = loader.Unit(format_1)
+    assert verification.verify(format_1) == []
+    assert manifests.read(format_1).format == 1
+    assert [found.name for found in listing.newest_first(format_1.parent)] == ["checkpoint-1"]
+    opened = OpenedCheckpoint(format_1)
     assert opened.parameters("actor", 1)["norm.weight"] == {"dtype": "bfloat16", "shape": [16]}
     assert opened.tensor_index("actor", 0) is None
 
@@ -188,5 +192,5 @@ def test_a_run_resumes_from_a_checkpoint_of_format_1(two_ranks: World, format_1:
     known = json.loads((FORMAT_1 / "known.json").read_text())
     for told in two_ranks.call(f"{CASES}:resume_format_1", str(format_1.parent)):
         assert told == known
-    assert commit.read_manifest(format_1.parent / "checkpoint-2").format == 2
-    assert verify.verify(format_1.parent / "checkpoint-2") == []
+    assert manifests.read(format_1.parent / "checkpoint-2").format == 2
+    assert verification.verify(format_1.parent / "checkpoint-2") == []

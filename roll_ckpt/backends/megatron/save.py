@@ -287,9 +287,15 @@ def _plan_together(cluster_save: ClusterSave, prepared: Prepared, strategy: Any)
     save_strategy, attempt = strategy_of(strategy), cluster_save.attempt
     save_strategy.plan = None
     sharded: dict[str, Any] = {}
-    RankGroup.current().run_on_all_ranks(
-        lambda: sharded.update(save_preprocess(prepared.state)[0]), cluster_save.settings.commit_timeout_s
-    )
+    indexes: list[StateIndex] = []
+
+    def preprocess() -> None:
+        sharded.update(save_preprocess(prepared.state)[0])
+        indexes.append(
+            StateIndex(prepared.parts, save_strategy.source())
+        )  # before Megatron's planning changes the parts
+
+    RankGroup.current().run_on_all_ranks(preprocess, cluster_save.settings.commit_timeout_s)
     # Plan for the output directory, which exists. Megatron makes the directory that it plans for, and would make the
     # attempt's anew if that had been discarded meanwhile.
     writer, metadata, group = save_strategy.planned_by_stock(strategy, sharded, attempt.output_dir)
@@ -297,9 +303,8 @@ def _plan_together(cluster_save: ClusterSave, prepared: Prepared, strategy: Any)
     results: list[WriteResult] = []
     problem: Exception | None = None
     try:
-        index = StateIndex(prepared.parts, save_strategy.source())
         for _, name, (objects, tensors) in writer.write_buckets or ():
-            file, written = plan_file(name, [item for item, _ in (*objects, *tensors)], prepared.parts, index)
+            file, written = plan_file(name, [item for item, _ in (*objects, *tensors)], prepared.parts, *indexes)
             files.append(file)
             results += written
     except Exception as error:
