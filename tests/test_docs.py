@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import re
 import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -141,3 +142,21 @@ def test_tests_that_the_guarantees_name_exist() -> None:
     for name in named:
         pattern = re.escape(name).replace("…", r"\w+")
         assert any(re.fullmatch(pattern, known) for known in there), name
+
+
+def fragments(page: str) -> Iterator[str]:
+    """What a page quotes of messages, in the first column of its tables headed "The message says"."""
+    for table in re.findall(
+        r"^\| The message says .*\n\|[-| ]+\n((?:\|.*\n)+)", (ROOT / page).read_text(), re.MULTILINE
+    ):
+        for row in table.splitlines():
+            for quoted in re.findall(r"`([^`]+)`", row.split("|")[1]):
+                yield from (part.strip() for part in quoted.split("…"))
+
+
+@pytest.mark.parametrize("page", ["docs/hub.md", "docs/troubleshooting.md"])
+def test_messages_that_a_page_quotes_are_those_of_the_code(page: str) -> None:
+    source = "".join(path.read_text() for path in (ROOT / "roll_ckpt").rglob("*.py"))
+    joined = re.sub(r'"\s*\n\s*f?"', "", source)
+    quoted = [part for part in fragments(page) if len(part) > 6 and not re.search(r"[0-9]", part)]
+    assert quoted and not [part for part in quoted if part not in joined]
