@@ -1,4 +1,4 @@
-"""Every name on disk: built here, parsed here, nowhere else. Touches no disk."""
+"""Every name on disk: built here, parsed here, nowhere else. Does not touch the disk."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HUB_HASHES = ".hub/hashes"
 PULL_LOCK = "lock"
 PULLED = "-pulled"
 LOST_AND_FOUND = "lost+found"
-"""What mkfs puts at the top of a file system, and only root may read."""
+"""A directory that mkfs makes at the top of a file system; only root may read it."""
 
 NAME_BYTES = 200
 PATH_CHARACTERS = 4096
@@ -59,9 +59,9 @@ _counter = itertools.count(1)
 
 
 def check_name(kind: str, name: str) -> str:
-    """Return `name` if it can be one path component of a checkpoint, else raise ConfigError that says why.
+    """Return `name` if it can be the name of a checkpoint or cluster, which is one path component.
 
-    `kind` is "tag" (the name of a checkpoint) or "cluster"; it stands in the message.
+    `kind` is "tag" (the name of a checkpoint) or "cluster". ConfigError, saying why, if the name is refused.
     """
     if problem := _objection(kind, name):
         raise ConfigError(f"{kind} {name!r} cannot be used as a name: {problem}; choose another {kind}")
@@ -73,18 +73,18 @@ def _objection(kind: str, name: str) -> str:
         return "it is empty"
     try:
         encoded = name.encode()
-    except UnicodeEncodeError:
-        return "it is not valid Unicode"
+    except UnicodeEncodeError as error:
+        return f"it is not valid Unicode ({error.reason})"
     if len(encoded) > NAME_BYTES:
         return f"it has {len(encoded)} bytes, more than {NAME_BYTES}"
     if name.startswith("."):
-        return "it starts with a dot, as roll_ckpt's own temporary names do"
+        return "it starts with a dot, like the temporary names of roll_ckpt"
     if "/" in name or "\\" in name:
-        return "it is more than one path component"
+        return "it has a slash or backslash, so it is not one path component"
     if not name.isprintable():
-        return "it holds a control or other unprintable character"
+        return "it has a control character or another unprintable character"
     if name in _RESERVED.get(kind, _RESERVED["cluster"]):
-        return "roll_ckpt uses that name itself"
+        return "roll_ckpt uses this name itself"
     return ""
 
 
@@ -95,53 +95,52 @@ def checkpoint(step: int) -> str:
 
 def step_of(name: str) -> int | None:
     """The step of `checkpoint-<step>`, None for any other name."""
-    found = _CHECKPOINT.fullmatch(name)
-    return int(found[1]) if found else None
+    match = _CHECKPOINT.fullmatch(name)
+    return int(match[1]) if match else None
 
 
-def is_another(entry: str, name: str) -> bool:
-    """Whether a directory called `entry` says that it is another checkpoint than `name` of the same series: the names
-    differ in the number at their end alone."""
-    ours, theirs = _NUMBERED.fullmatch(entry), _NUMBERED.fullmatch(name)
-    return ours is not None and theirs is not None and ours[1] == theirs[1] and ours[2] != theirs[2]
+def differ_in_number_only(entry: str, name: str) -> bool:
+    """True if `entry` and `name` differ only in their trailing number (checkpoint-9 vs checkpoint-12)."""
+    first, second = _NUMBERED.fullmatch(entry), _NUMBERED.fullmatch(name)
+    return first is not None and second is not None and first[1] == second[1] and first[2] != second[2]
 
 
 def attempt_dir(name: str, epoch: int, attempt: int) -> str:
-    """The directory that one attempt to save `name` is written in: `.<name>.<epoch>.<attempt>.tmp`."""
+    """The directory in which one attempt to save `name` writes: `.<name>.<epoch>.<attempt>.tmp`."""
     return f".{name}.{epoch}.{attempt}.tmp"
 
 
 def parse_attempt_dir(entry: str) -> tuple[str, int, int] | None:
     """(name, epoch, attempt) of an attempt directory, None for any other entry."""
-    found = _ATTEMPT_DIR.fullmatch(entry)
-    # ".." would lead out of the directory that it stands in.
-    return (found[1], int(found[2]), int(found[3])) if found and not _objection("tag", found[1]) else None
+    match = _ATTEMPT_DIR.fullmatch(entry)
+    # The name is checked because ".." would lead out of the output directory.
+    return (match[1], int(match[2]), int(match[3])) if match and not _objection("tag", match[1]) else None
 
 
 def pull_dir(name: str, manifest: str) -> str:
-    """The directory that `name` is pulled in, by its manifest's SHA-256: `.<name>.<16 digits of it>.pull`."""
+    """The directory into which `name` is pulled: `.<name>.<first 16 digits of its manifest's SHA-256>.pull`."""
     return f".{name}.{manifest[:16]}.pull"
 
 
 def parse_pull_dir(entry: str) -> tuple[str, str] | None:
-    """(name, first digits of its manifest's SHA-256) of a directory of a pull, None for any other entry."""
-    found = _PULL_DIR.fullmatch(entry)
-    return (found[1], found[2]) if found and not _objection("tag", found[1]) else None
+    """(name, first 16 digits of the manifest's SHA-256) of a pull's directory, None for any other entry."""
+    match = _PULL_DIR.fullmatch(entry)
+    return (match[1], match[2]) if match and not _objection("tag", match[1]) else None
 
 
 def vote_file(cluster: str, rank: int) -> str:
-    """The name, inside votes/, of one rank's vote: `<cluster>.<rank>.json`."""
+    """The name of one rank's vote inside votes/: `<cluster>.<rank>.json`."""
     return f"{cluster}.{rank}.json"
 
 
 def parse_vote_file(entry: str) -> tuple[str, int] | None:
-    """(cluster, rank) of a vote's name, None for any other entry."""
-    found = _RANK_FILE.fullmatch(entry)
-    return (found[1], int(found[2])) if found else None
+    """(cluster, rank) of a vote's file name, None for any other entry."""
+    match = _RANK_FILE.fullmatch(entry)
+    return (match[1], int(match[2])) if match else None
 
 
 def digest_file(cluster: str, rank: int) -> str:
-    """The path, relative to the unit, of one rank's per-block digests."""
+    """The path of one rank's per-block digests, relative to the checkpoint."""
     return f"{DIGESTS}/{cluster}.{rank}.json"
 
 
@@ -152,7 +151,7 @@ def parse_digest_file(path: str) -> tuple[str, int] | None:
 
 
 def tensor_file(cluster: str, rank: int) -> str:
-    """The path, relative to the unit, of one rank's tensor index."""
+    """The path of one rank's tensor index, relative to the checkpoint."""
     return f"{TENSORS}/{cluster}.{rank}.index"
 
 
@@ -169,67 +168,67 @@ def old_tensor_file(cluster: str, rank: int) -> str:
 
 
 def rng_file(rank: int) -> str:
-    """The name, inside the pipeline's folder, of a rank's random states. Rank 0's stands for the pipeline's."""
+    """The name of a rank's random states inside pipeline/. Rank 0's file is named after the pipeline."""
     return "rng_state_pipeline.pth" if rank == 0 else f"rng_state_rank_{rank}.pth"
 
 
 def stateful_file(name: str, rank: int) -> str:
-    """The name, inside the pipeline's folder, of a rank's part of a registered component."""
+    """The name of a rank's part of a registered component inside pipeline/."""
     return f"stateful_{name}_rank_{rank}.pth"
 
 
 def epoch_file(number: int, cluster: str | None = None) -> str:
-    """The name, inside .epochs/, of an epoch's founder, or of the world that joined it with `cluster`."""
+    """The name inside .epochs/ of the record of the job that claimed an epoch, or that joined it with `cluster`."""
     return str(number) if cluster is None else f"{number}.{cluster}"
 
 
 def parse_epoch_file(entry: str) -> tuple[int, str | None] | None:
     """(number, cluster or None) of an entry of .epochs/, None for any other entry."""
-    found = _EPOCH_FILE.fullmatch(entry)
-    return (int(found[1]), found[2]) if found else None
+    match = _EPOCH_FILE.fullmatch(entry)
+    return (int(match[1]), match[2]) if match else None
 
 
 def aborted_file(name: str, epoch: int, attempt: int) -> str:
-    """The name, inside .epochs/, of the record that says why an attempt was aborted."""
+    """The name inside .epochs/ of the record that says why an attempt was aborted."""
     return f"aborted.{epoch}.{attempt}.{name}"
 
 
 def parse_aborted_file(entry: str) -> tuple[str, int, int] | None:
-    """(name, epoch, attempt) of an abort's record, None for any other entry."""
-    found = _ABORTED.fullmatch(entry)
-    return (found[3], int(found[1]), int(found[2])) if found else None
+    """(name, epoch, attempt) of the record of an abort, None for any other entry."""
+    match = _ABORTED.fullmatch(entry)
+    return (match[3], int(match[1]), int(match[2])) if match else None
 
 
 def trash_dir(epoch: int) -> str:
-    """The path, relative to the output directory, of what one epoch has thrown away."""
+    """The directory for what one epoch throws away, relative to the output directory."""
     return f"{TRASH}/{epoch}"
 
 
 def unique(prefix: str) -> str:
-    """`prefix` made unique among all processes and threads, here and on other hosts."""
-    # The random part keeps equal process ids of two hosts, or of two containers, apart.
+    """`prefix` with a suffix that no other call, in any thread, process or host, gives."""
+    # Two hosts or containers may use the same process id; the random part tells them apart.
     return f"{prefix}.{os.getpid()}.{secrets.token_hex(4)}.{next(_counter)}"
 
 
 def temporary_file(name: str) -> str:
-    """A unique hidden name for what will become `name`."""
+    """A unique hidden name for a file that will be renamed or linked to `name`."""
     return unique(f".{name}") + ".new"
 
 
 def parse_temporary_file(entry: str) -> str | None:
-    """The name that a temporary file was to get, None for any other entry."""
-    found = _TEMPORARY.fullmatch(entry)
-    return found[1] if found else None
+    """The final name for which a temporary file was made, None for any other entry."""
+    match = _TEMPORARY.fullmatch(entry)
+    return match[1] if match else None
 
 
 def check_relative(path: str) -> str:
-    """Return `path` if it is a plain POSIX path below the unit, else raise ValueError that says why."""
+    """Return `path` if it is a plain POSIX path below a checkpoint. ValueError, saying why, if it is not."""
     if not path or path.startswith("/"):
         raise ValueError("it is empty or absolute")
     if len(path) > PATH_CHARACTERS:
         raise ValueError(f"it has {len(path)} characters, more than {PATH_CHARACTERS}")
     if "\\" in path or not path.isprintable():
-        raise ValueError("it holds a backslash or an unprintable character")
+        raise ValueError("it has a backslash or an unprintable character")
     parts = path.split("/")
     if any(part in ("", ".", "..") for part in parts):
         raise ValueError('it has an empty, "." or ".." part')
@@ -239,29 +238,29 @@ def check_relative(path: str) -> str:
 
 
 def check_repo_id(repo_id: str) -> str:
-    """Return `repo_id` if it can be a repository of the Hub, else raise ConfigError."""
+    """Return `repo_id` if it can name a repository on the Hub. ConfigError if it cannot."""
     if not _REPO_ID.fullmatch(repo_id) or "--" in repo_id or ".." in repo_id:
-        raise ConfigError(f"{repo_id!r} is no repository of the Hub; write namespace/name")
+        raise ConfigError(f"{repo_id!r} cannot be a repository on the Hub; write namespace/name")
     return repo_id
 
 
 def check_revision(revision: str) -> str:
-    """Return `revision` if it can be a branch, tag or commit of a repository, else raise ConfigError."""
+    """Return `revision` if it can name a branch, tag or commit on the Hub. ConfigError if it cannot."""
     if not _REVISION.fullmatch(revision) or ".." in revision or "//" in revision or revision.endswith(("/", ".lock")):
-        raise ConfigError(f"{revision!r} is no branch, tag or commit of a repository")
+        raise ConfigError(f"{revision!r} cannot be a branch, tag or commit on the Hub; choose another")
     return revision
 
 
 def hub_record(name: str) -> str:
-    """The path, relative to the output directory, of what is known of a checkpoint's push."""
+    """The path of the record of a checkpoint's push, relative to the output directory."""
     return f"{HUB_RECORDS}/{name}.json"
 
 
 def parse_hub_record(entry: str) -> str | None:
-    """The checkpoint that an entry of .hub/records/ is about, None for any other entry."""
+    """The name of the checkpoint whose push an entry of .hub/records/ records, None for any other entry."""
     return entry[:-5] if entry.endswith(".json") and not entry.startswith(".") else None
 
 
 def hub_hashes(name: str) -> str:
-    """The path, relative to the output directory, of the digests that a push has worked out."""
+    """The path of the digests that a push has computed, relative to the output directory."""
     return f"{HUB_HASHES}/{name}.json"

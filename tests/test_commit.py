@@ -126,7 +126,7 @@ def test_a_vote_never_changes(epoch: Epoch) -> None:
     [
         (
             lambda checkpoint_dir: (checkpoint_dir / "actor/rank_1.pt").unlink(),
-            "cluster 'actor' rank 1 lists .*not there",
+            "cluster 'actor' rank 1 lists .*does not exist",
         ),
         (
             lambda checkpoint_dir: (checkpoint_dir / "actor/rank_1.pt").write_bytes(b""),
@@ -280,7 +280,7 @@ def test_a_forked_child_neither_votes_nor_commits(epoch: Epoch) -> None:
     assert locks.is_locked(epoch.output_dir / names.EPOCHS / "1")
 
 
-# --- worlds -------------------------------------------------------------------------------------------------
+# --- jobs ---------------------------------------------------------------------------------------------------
 
 
 class Other:
@@ -304,11 +304,11 @@ class Other:
         runs.ended(self.pid)
 
 
-def world(output_dir: Path, cluster: str) -> Epoch:
+def job(output_dir: Path, cluster: str) -> Epoch:
     return claims.claim(output_dir, run_id="shared", clusters={cluster: 2}, expected_clusters=runs.CLUSTERS)
 
 
-def world_saves(epoch: Epoch, cluster: str, step: int, timeout_s: float = 20) -> Outcome:
+def job_saves(epoch: Epoch, cluster: str, step: int, timeout_s: float = 20) -> Outcome:
     attempt = begin(epoch, step)
     for rank in range(2):
         runs.vote(attempt, "x", cluster, rank)
@@ -353,39 +353,39 @@ def test_a_run_that_is_taken_over_fails_by_name(tmp_path: Path) -> None:
     other.kill()
 
 
-def test_two_worlds_commit_one_checkpoint_together(tmp_path: Path) -> None:
+def test_two_jobs_commit_one_checkpoint_together(tmp_path: Path) -> None:
     def critic() -> None:
-        epoch = world(tmp_path, "critic")
+        epoch = job(tmp_path, "critic")
         for step in range(1, 9):
-            assert world_saves(epoch, "critic", step).committed
+            assert job_saves(epoch, "critic", step).committed
 
-    epoch = world(tmp_path, "actor")
+    epoch = job(tmp_path, "actor")
     other = runs.forked(critic)
     for step in range(1, 9):
-        assert world_saves(epoch, "actor", step).committed
+        assert job_saves(epoch, "actor", step).committed
     assert runs.ended(other) == 0
     assert len(runs.salts(tmp_path)) == 8 and verification.verify_run(tmp_path) == []
     assert epoch.number == 1
 
 
-def test_a_world_that_is_missing_aborts_the_attempt(tmp_path: Path) -> None:
-    outcome = world_saves(world(tmp_path, "actor"), "actor", 1, timeout_s=0.1)
+def test_a_job_that_is_missing_aborts_the_attempt(tmp_path: Path) -> None:
+    outcome = job_saves(job(tmp_path, "actor"), "actor", 1, timeout_s=0.1)
     assert not outcome.committed and "no vote came from cluster 'critic' rank 0, 1" in outcome.reason
     with pytest.raises(SaveFailed, match="no vote came from cluster 'critic'"):
-        begin(world(tmp_path, "critic"), 1)  # it comes late, and does not wait for nothing
+        begin(job(tmp_path, "critic"), 1)  # it comes late, and does not wait for nothing
     assert not list(tmp_path.glob(".*.tmp"))
 
 
-def test_worlds_that_disagree_about_a_save_are_told(tmp_path: Path) -> None:
-    begin(world(tmp_path, "actor"))
-    with pytest.raises(RanksDisagree, match="another world has begun it"):
-        attempts.begin(world(tmp_path, "critic"), "checkpoint-1", step=2, expected=runs.CLUSTERS)
+def test_jobs_that_disagree_about_a_save_are_told(tmp_path: Path) -> None:
+    begin(job(tmp_path, "actor"))
+    with pytest.raises(RanksDisagree, match="another job has begun it"):
+        attempts.begin(job(tmp_path, "critic"), "checkpoint-1", step=2, expected=runs.CLUSTERS)
 
 
-def test_worlds_must_tell_the_same_run_and_clusters(tmp_path: Path) -> None:
-    world(tmp_path, "actor")
+def test_jobs_must_tell_the_same_run_and_clusters(tmp_path: Path) -> None:
+    job(tmp_path, "actor")
     with pytest.raises(RunIsLive, match="cluster 'actor' of run_id 'shared' is already running"):
-        world(tmp_path, "actor")
+        job(tmp_path, "actor")
     for run_id, expected in (("other", runs.CLUSTERS), ("shared", {"critic": 2}), ("shared", None)):
         with pytest.raises(RunIsLive, match="need the same run_id"):
             claims.claim(tmp_path, run_id=run_id, clusters={"critic": 2}, expected_clusters=expected)
@@ -393,20 +393,20 @@ def test_worlds_must_tell_the_same_run_and_clusters(tmp_path: Path) -> None:
         claims.claim(tmp_path, run_id="shared", clusters={"critic": 3}, expected_clusters=runs.CLUSTERS)
 
 
-def test_a_world_that_restarts_claims_a_new_epoch_and_the_survivor_is_told(tmp_path: Path) -> None:
-    critic = Other(lambda: world(tmp_path, "critic"))
-    actor = world(tmp_path, "actor")
+def test_a_job_that_restarts_claims_a_new_epoch_and_the_survivor_is_told(tmp_path: Path) -> None:
+    critic = Other(lambda: job(tmp_path, "critic"))
+    actor = job(tmp_path, "actor")
     assert actor.number == 1
     critic.kill()
-    restarted = Other(lambda: world(tmp_path, "critic"))
+    restarted = Other(lambda: job(tmp_path, "critic"))
     with pytest.raises(EpochLost, match=f"epoch 2, process {restarted.pid} on host .*cluster 'critic'"):
-        world_saves(actor, "actor", 1)
+        job_saves(actor, "actor", 1)
     actor.release()
-    assert world(tmp_path, "actor").number == 2
+    assert job(tmp_path, "actor").number == 2
     restarted.kill()
 
 
-def test_all_worlds_of_a_run_are_told_to_take_over(tmp_path: Path) -> None:
+def test_all_jobs_of_a_run_are_told_to_take_over(tmp_path: Path) -> None:
     """The first takes over from whoever seems alive, the second joins it instead of taking over from it."""
 
     def forced(cluster: str) -> Epoch:
@@ -414,11 +414,11 @@ def test_all_worlds_of_a_run_are_told_to_take_over(tmp_path: Path) -> None:
             tmp_path, run_id="shared", clusters={cluster: 2}, expected_clusters=runs.CLUSTERS, take_over=True
         )
 
-    zombies = [Other(lambda c=cluster: world(tmp_path, c)) for cluster in runs.CLUSTERS]  # type: ignore[misc]
+    zombies = [Other(lambda c=cluster: job(tmp_path, c)) for cluster in runs.CLUSTERS]  # type: ignore[misc]
     first = Other(lambda: forced("actor"))
     second = forced("critic")
     assert second.number == 2 and len(epochs.members(tmp_path, 2)) == 2
-    assert world_saves(second, "critic", 1, timeout_s=0.1).reason.startswith("no vote came from cluster 'actor'")
+    assert job_saves(second, "critic", 1, timeout_s=0.1).reason.startswith("no vote came from cluster 'actor'")
     for other in (first, *zombies):
         other.kill()
 
@@ -438,6 +438,30 @@ def test_a_run_on_another_host_is_known_by_its_heartbeat(tmp_path: Path, monkeyp
     began = time.monotonic()
     assert runs.claim(tmp_path).number == 2
     assert 0.6 <= time.monotonic() - began < 5
+
+
+def test_a_heartbeat_that_fails_is_logged_once_and_again_when_it_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(epochs, "HEARTBEAT_S", 0.01)
+    touch, beats = writes.touch, 0
+
+    def fails_five_times(path: Path, *, at_ns: int | None = None) -> None:
+        nonlocal beats
+        beats += tmp_path in path.parents  # runs of other tests have heartbeats, too
+        if beats <= 5 and tmp_path in path.parents:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        touch(path, at_ns=at_ns)
+
+    monkeypatch.setattr(writes, "touch", fails_five_times)
+    epoch = runs.claim(tmp_path)
+    deadline = time.monotonic() + 10
+    while beats < 9 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    epoch.release()
+    failed, works = [message for message in caplog.messages if message.startswith(f"{tmp_path}/.epochs/1")]
+    assert "the heartbeat of this run fails: Input/output error" in failed and "take this one for dead" in failed
+    assert works.endswith("the heartbeat of this run works again")
 
 
 def test_a_run_on_another_host_that_has_said_goodbye_is_not_waited_for(tmp_path: Path) -> None:
@@ -472,7 +496,7 @@ def left_behind(output_dir: Path, but: int) -> list[Recovery]:
 
 
 def test_a_save_with_all_votes_is_finished_by_the_next_start(tmp_path: Path) -> None:
-    assert left_behind(tmp_path, 0) == [Recovery("checkpoint-1", 1, 1, "finished", "all votes were there")]
+    assert left_behind(tmp_path, 0) == [Recovery("checkpoint-1", 1, 1, "finished", "all ranks had voted")]
     assert runs.assert_sound(tmp_path) == {"checkpoint-1": "x"}
     assert (tmp_path / names.LATEST).read_text() == "checkpoint-1"
 
@@ -483,8 +507,8 @@ def test_a_save_without_all_votes_is_discarded_by_the_next_start(tmp_path: Path)
     assert runs.assert_sound(tmp_path) == {}
 
 
-def test_a_world_that_recovers_late_does_not_keep_latest_from_being_written(tmp_path: Path) -> None:
-    """One world is about to write the manifest when another one publishes the checkpoint."""
+def test_a_job_that_recovers_late_does_not_keep_latest_from_being_written(tmp_path: Path) -> None:
+    """One job is about to write the manifest when another one publishes the checkpoint."""
     Other(lambda: vote_all(begin(runs.claim(tmp_path)))).kill()
     epoch = epochs.claim_number(tmp_path, runs.RUN, runs.CLUSTERS, None, False)
     published, late_one_is_done = threading.Event(), threading.Event()

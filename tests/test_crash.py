@@ -40,18 +40,18 @@ SPARE = {
     "fsync_dir writes.fsync_dir < writes.link_durable < attempts._make of votes": "every vote syncs it again",
     "fsync_dir writes.fsync_dir < ballot.cast of checkpoint-N": "the decision syncs it again",
     "fsync_dir writes.fsync_dir < writes.link_durable < ballot.cast of votes": "whoever decides syncs it again",
-    "fsync_dir writes.fsync_dir < ballot.decide of votes": "so does each vote, but it is seen before that",
-    "fsync_dir writes.fsync_dir < writes.link_durable < ballot.decide of checkpoint-N": "whoever renames syncs it again",
-    "fsync_dir writes.fsync_dir < publication._publish of checkpoint-N": "so does the decision, but it is seen before that",
+    "fsync_dir writes.fsync_dir < ballot._make_manifest of votes": "so does each vote, but it is seen earlier",
+    "fsync_dir writes.fsync_dir < writes.link_durable < ballot._link_decision of checkpoint-N": "the renamer does, too",
+    "fsync_dir writes.fsync_dir < publication._publish of checkpoint-N": "so does the decision, but it is seen earlier",
     "fsync_dir writes.fsync_dir < ballot.cast of deep": "so does write_durable; stock code would not",
     "fsync_dir writes.fsync_dir < ballot.cast of digests": "so does write_durable; stock code would not",
     "fsync_dir writes.fsync_dir < ballot.cast of tensors": "so does write_durable; stock code would not",
     "fsync_dir writes.fsync_dir < writes.write_durable < cluster_save._receipts of digests": "so does the vote",
     "fsync_dir writes.fsync_dir < writes.write_durable < cluster_save._receipts of tensors": "so does the vote",
     "fsync_dir writes.fsync_dir < writes.make_dirs < cluster_save._receipts of checkpoint-N": "so does the vote",
-    "fsync_dir writes.fsync_dir < writes.make_dirs < writes.make_own_dir < epochs._make of .trash": "lost, it is made again",
-    "fsync_dir writes.fsync_dir < publication._step_aside of .superseded": "the model renames whole, in both directories",
-    "fsync_dir writes.fsync_dir < publication._step_aside of .old": "the model renames whole, in both directories",
+    "fsync_dir writes.fsync_dir < writes.make_dirs < writes.make_own_dir < epochs._make of .trash": "it is remade",
+    "fsync_dir writes.fsync_dir < publication._step_aside of .superseded": "the model renames in both at once",
+    "fsync_dir writes.fsync_dir < publication._step_aside of .old": "the model renames in both at once",
     "fsync_dir writes.fsync_dir < publication._step_aside of run": "the next rename puts another under the same name",
 }
 
@@ -92,11 +92,11 @@ def test_a_manifest_that_comes_after_the_rename_is_noticed(folder: Path, recorde
 
 def test_no_fsync_that_a_commit_rests_on_can_go(folder: Path, recorder: str) -> None:
     sites = [
-        r"(cast|decide) of votes",  # one of the two will do, see SPARE
+        r"(cast|_make_manifest) of votes",  # one of the two will do, see SPARE
         r"_write_manifest of \.manifest",
         r"_write_manifest of checkpoint",
-        r"decide of \.decision",
-        r"(decide|_publish) of checkpoint",
+        r"_link_decision of \.decision",
+        r"(_link_decision|_publish) of checkpoint",
         r"_publish of run",
     ]
     assert run("crash_points.py", "noticed", folder, "save", *sites, preload=recorder).splitlines() == sites

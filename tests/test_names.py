@@ -48,13 +48,13 @@ def test_names_that_cannot_be_are_refused_with_the_reason(kind: str, name: str) 
         names.check_name(kind, name)
 
 
-def test_a_cluster_may_not_be_called_like_a_part_of_the_unit() -> None:
+def test_a_cluster_may_not_be_called_like_a_part_of_a_checkpoint() -> None:
     for name in ("votes", "decision", "manifest.json", "digests", "tensors", "pipeline"):
         with pytest.raises(ConfigError):
             names.check_name("cluster", name)
 
 
 @pytest.mark.parametrize("path", ["", "/a", "a/../b", "a//b", "./a", "a/", "a\\b", "a\nb", ".."])
-def test_paths_that_leave_the_unit_are_refused(path: str) -> None:
+def test_paths_that_leave_the_checkpoint_are_refused(path: str) -> None:
     with pytest.raises(ValueError, match="it "):
         names.check_relative(path)

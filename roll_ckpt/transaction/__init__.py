@@ -1,5 +1,5 @@
-"""How files that ranks have written become a checkpoint under its name, or nothing; and what lies there afterwards.
+"""How the files of all ranks become one checkpoint under its name, or nothing: claim, begin, vote, settle, recover.
 
-No torch from here down: the command line answers at once, and a crash test forks a thousand processes. The rooms above
-import any module of it.
+The rooms above import every module of it. Nothing from here down imports torch, so that the command line answers at
+once and a crash test can fork a thousand processes.
 """

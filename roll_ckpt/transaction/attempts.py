@@ -1,27 +1,43 @@
-"""One attempt to save a checkpoint, up to the last vote: begin, write (others do that), cast."""
+"""An attempt to save a checkpoint: its directory, the checks before it begins, and where its checkpoint lies.
+
+The steps of a transaction, and the modules that do them:
+
+    claims      claim a directory; at a restart, `recovery` finishes or discards what an earlier run left
+    attempts    begin an attempt; all ranks then write and fsync their files in its directory
+    ballot      each rank casts its vote; the votes become a manifest and one decision
+    settlement  wait for the decision and carry it out, by `publication`
+
+Any process may carry out a decision, and two may do so at once: each step accepts that it was done before. Links and
+renames decide, never a lock or a clock. A checkpoint under its final name is complete, and `latest` names no other.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from roll_ckpt import names
 from roll_ckpt.disk import failpoints, reads, tree, writes
+from roll_ckpt.disk.missing import if_there
 from roll_ckpt.errors import ConfigError, Damaged, NoRoom, NotFound, RanksDisagree, SaveFailed
+from roll_ckpt.formats.manifests import Manifest
 from roll_ckpt.formats.manifests import read as read_manifest
 from roll_ckpt.formats.records import SOFTWARE, Expected, parse_decision
 from roll_ckpt.transaction import epochs
 from roll_ckpt.transaction.epochs import Epoch
+
+log = logging.getLogger("roll_ckpt")
 
 _NAMES_KEPT = 1000
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """What every rank knows of one attempt. Rank 0 gets it from begin(), others make it from its values."""
+    """What every rank knows of one attempt. Rank 0 gets it from begin(); other ranks build it from the same values."""
 
     output_dir: Path
     name: str
@@ -35,7 +51,7 @@ class Attempt:
 
     @property
     def directory(self) -> Path:
-        """What stock code gets as its save directory; files directly in it are moved beside the unit."""
+        """The save directory that stock code is given. Files directly in it are moved to the output directory."""
         return self.output_dir / names.attempt_dir(self.name, self.epoch, self.attempt)
 
     @property
@@ -50,14 +66,14 @@ class Attempt:
 
     @property
     def label(self) -> str:
-        """For messages."""
+        """The final path and the attempt's number, for messages."""
         return f"{self.final} (attempt {self.epoch}.{self.attempt})"
 
     def refuse_fork(self) -> None:
         """RuntimeError in a process that was forked from the one that made this attempt."""
         if self.pid != os.getpid():
             raise RuntimeError(
-                f"{self.label}: process {os.getpid()} was forked from {self.pid}, whose save this is; "
+                f"{self.label}: this save belongs to process {self.pid}, from which process {os.getpid()} was forked; "
                 "a forked child neither votes nor commits"
             )
 
@@ -71,27 +87,19 @@ def begin(
     save_latest: bool = True,
     needed_bytes: int = 0,
 ) -> Attempt:
-    """Make the directory of a new attempt to save `name`. Rank 0 of each world only; durable on return.
+    """Make the directory of a new attempt to save `name`. Rank 0 of each job calls it; durable on return.
 
-    `expected` are the clusters, with their world sizes, whose every rank must vote. Worlds that save together
-    call this the same number of times for each name, so that they meet in one directory; whether the call
-    succeeds or not, the next one makes another attempt.
+    `expected` maps each cluster whose ranks must all vote to its world size. Jobs that save together call begin() the
+    same number of times for each name, so that they meet in one directory. Whether a call succeeds or not, the next
+    one begins another attempt.
 
     Raises:
         ConfigError, NoRoom, EpochLost: nothing was touched on disk.
-        RanksDisagree: another world has begun the same attempt with other values.
-        SaveFailed: another world has abandoned this attempt already.
-        OSError: the disk refused; commit.clear removes what was made.
+        RanksDisagree: another job has begun the same attempt with other values.
+        SaveFailed: another job has abandoned this attempt already.
+        OSError: the disk refused; recovery.clear removes what was made.
     """
-    names.check_name("tag", name)
-    for cluster, world_size in expected.items():
-        names.check_name("cluster", cluster)
-        if cluster == name:
-            raise ConfigError(f"the checkpoint and a cluster have the same name {name!r}; rename the cluster")
-        if world_size < 1:
-            raise ConfigError(f"cluster {cluster!r}: a world size of {world_size} is no world")
-    if not expected:
-        raise ConfigError(f"{name}: no cluster is expected to vote")
+    _check_expected(name, expected)
     number = _next_number(claimed, name)
     attempt = Attempt(
         claimed.output_dir, name, step, claimed.run_id, claimed.number, number, dict(expected), save_latest,
@@ -105,22 +113,34 @@ def begin(
     except FileNotFoundError as error:
         raise abandoned(attempt) from error
     if abort_reason(attempt) is not None or epochs.newest_number(attempt.output_dir) != attempt.epoch:
-        # Another world, or a newer run, gave it up before we made the directory, perhaps anew: nobody else
-        # will look for it now.
+        # Another job, or a newer run, gave the attempt up before this process made the directory, perhaps a second
+        # time. No other process will look for it now, so it is removed here.
         writes.remove_tree(attempt.directory)
         raise abandoned(attempt)
     failpoints.failpoint("begin.made", name=name, epoch=attempt.epoch, attempt=number)
     return attempt
 
 
+def _check_expected(name: str, expected: Mapping[str, int]) -> None:
+    names.check_name("tag", name)
+    for cluster, world_size in expected.items():
+        names.check_name("cluster", cluster)
+        if cluster == name:
+            raise ConfigError(f"the checkpoint and a cluster have the same name {name!r}; rename the cluster")
+        if world_size < 1:
+            raise ConfigError(f"cluster {cluster!r}: its world size is {world_size}, and it must be at least 1")
+    if not expected:
+        raise ConfigError(f"checkpoint {name!r}: no cluster is expected to vote; name at least one")
+
+
 def _next_number(claimed: Epoch, name: str) -> int:
-    """The number of the next attempt to save `name` in this epoch. Those of the newest names are kept."""
+    """The number of the next attempt to save `name` in this epoch. Only the newest _NAMES_KEPT names are remembered."""
     number = claimed.attempts.pop(name, 0)
     if not number:
-        # Long ago is not never: a number that was committed with would take that checkpoint for its own.
-        with suppress(NotFound, Damaged):
-            there = read_manifest(claimed.output_dir / name)
-            number = there.attempt if there.epoch == claimed.number else 0
+        # The name may have been forgotten. An attempt with the number of a committed one would take that checkpoint
+        # for its own.
+        manifest = sound_manifest(claimed.output_dir / name)
+        number = manifest.attempt if manifest is not None and manifest.epoch == claimed.number else 0
     claimed.attempts[name] = number + 1
     while len(claimed.attempts) > _NAMES_KEPT:
         del claimed.attempts[next(iter(claimed.attempts))]
@@ -128,8 +148,7 @@ def _next_number(claimed: Epoch, name: str) -> int:
 
 
 def pass_over(claimed: Epoch, name: str) -> None:
-    """Count an attempt that this world does not begin: other worlds may have begun it, and the next one is the same
-    for all."""
+    """Count an attempt that this job does not begin, so that its next one has the same number as in the other jobs."""
     _next_number(claimed, name)
 
 
@@ -137,49 +156,52 @@ def check_room(output_dir: Path, name: str, needed_bytes: int) -> None:
     """Refuse a checkpoint that the file system cannot hold; `output_dir` need not exist yet.
 
     Raises:
-        NoRoom: with both figures.
+        NoRoom: fewer than `needed_bytes` bytes are free; the message has both figures. Nothing was touched.
     """
-    free = tree.free_bytes(output_dir)
-    if free < needed_bytes:
+    free_bytes = tree.free_bytes(output_dir)
+    if free_bytes < needed_bytes:
         raise NoRoom(
             f"{output_dir / name}: the checkpoint needs {needed_bytes:,} bytes and {output_dir} has "
-            f"{free:,} left. Make room, or keep fewer checkpoints (max_ckpt_to_keep). Nothing was touched"
+            f"{free_bytes:,} left. Make room, or keep fewer checkpoints (max_ckpt_to_keep). Nothing was touched"
         )
 
 
 def check_replaced(output_dir: Path, name: str) -> None:
-    """Refuse to replace a directory that holds files which no save wrote; they would be deleted with it.
+    """Refuse to replace a directory that holds files which no save wrote: they would be deleted with it.
 
     Raises:
-        SaveFailed: names the first of them. Nothing was touched.
+        SaveFailed: there are such files; the message names the first one. Nothing was touched.
     """
     checkpoint_dir = output_dir / name
     if not tree.exists(checkpoint_dir):
         return
     try:
-        told = read_manifest(checkpoint_dir)
-        known = {receipt.path for receipt in told.files} | {names.MANIFEST, names.DECISION}
-    except NotFound:
-        if tree.exists(checkpoint_dir / names.DECISION) or tree.exists(checkpoint_dir / names.EXPECTED):
-            return  # ours, and to be replaced because it is damaged
-        known = set()
-    except (Damaged, OSError):
-        return  # likewise
+        manifest = if_there(partial(read_manifest, checkpoint_dir))
+    except (Damaged, OSError) as error:
+        # Where a manifest is, a save wrote the directory; that it is damaged is a reason to replace it.
+        log.warning("saving %r replaces %s, whose manifest cannot be used: %s", name, checkpoint_dir, error)
+        return
+    if manifest is not None:
+        written = {receipt.path for receipt in manifest.files} | {names.MANIFEST, names.DECISION}
+    elif tree.exists(checkpoint_dir / names.DECISION) or tree.exists(checkpoint_dir / names.EXPECTED):
+        return  # a checkpoint that has lost its manifest: damaged, so it may be replaced
+    else:
+        written = set()
     foreign = [
         path
         for path, _ in tree.walk_all(checkpoint_dir)
-        if path not in known and not path.startswith(names.VOTES + "/") and not path.endswith("_states.pt")
+        if path not in written and not path.startswith(names.VOTES + "/") and not path.endswith("_states.pt")
     ]
     if foreign:
         raise SaveFailed(
-            f"{checkpoint_dir} exists and holds {len(foreign)} files that no save of ours wrote, such as {foreign[0]}. Saving "
-            f"{name!r} would delete them: move them away, or save under another name. Nothing was touched"
+            f"{checkpoint_dir} exists and has {len(foreign)} files that roll_ckpt did not write, such as {foreign[0]}. "
+            f"Saving {name!r} would delete them: move them away, or save under another name. Nothing was touched"
         )
 
 
 def _make(attempt: Attempt) -> None:
     for directory in (attempt.directory, attempt.checkpoint_dir, attempt.checkpoint_dir / names.VOTES):
-        writes.make_dir(directory)  # the other world may have made it
+        writes.make_dir(directory)  # another job may have made it already
     expected = Expected(
         name=attempt.name,
         step=attempt.step,
@@ -193,7 +215,7 @@ def _make(attempt: Attempt) -> None:
     path = attempt.checkpoint_dir / names.EXPECTED
     if not writes.link_durable(path, expected, scratch=attempt.directory) and reads.read_bytes(path) != expected:
         raise RanksDisagree(
-            f"{attempt.label}: another world has begun it with another step, other clusters or world sizes, "
+            f"{attempt.label}: another job has begun it with another step, other clusters or world sizes, "
             f"another save_latest, or another roll_ckpt than {SOFTWARE}; compare {path} with "
             f"step {attempt.step}, clusters {dict(attempt.expected)}, save_latest {attempt.save_latest}"
         )
@@ -202,25 +224,26 @@ def _make(attempt: Attempt) -> None:
 
 
 def abort_reason(attempt: Attempt) -> str | None:
-    """Why this attempt was aborted in this epoch; None if no process has recorded that."""
+    """Why this attempt was aborted in this epoch; None if no process has recorded a reason."""
     path = attempt.output_dir / names.EPOCHS / names.aborted_file(attempt.name, attempt.epoch, attempt.attempt)
     try:
         return parse_decision(reads.read_bytes(path), path).reason
     except FileNotFoundError:
+        log.debug("%s: there is no record that this attempt was aborted", path)
         return None
     except Damaged as error:
         return f"the record of the reason is damaged: {error}"
 
 
 def abandoned(attempt: Attempt) -> SaveFailed:
-    """The error of a process whose attempt has vanished under it; EpochLost is raised if that is why."""
+    """The error to raise in a process whose attempt has vanished. Raises EpochLost instead if that is the cause."""
     epochs.check(attempt.output_dir, attempt.epoch)
-    reason = abort_reason(attempt) or "its directory is gone"
+    reason = abort_reason(attempt) or f"{attempt.directory} is gone"
     return SaveFailed(f"{attempt.label} was abandoned: {reason}")
 
 
 def places(attempt: Attempt) -> Iterator[Path]:
-    """Where the unit may be: written, in the hands of a process that replaces a checkpoint, or committed."""
+    """Where the attempt's checkpoint may lie: as it was written, held by a process that replaces one, or committed."""
     entries = tree.list_dir(attempt.directory)
     if attempt.name in entries:
         yield attempt.checkpoint_dir
@@ -229,9 +252,17 @@ def places(attempt: Attempt) -> Iterator[Path]:
 
 
 def carries(checkpoint_dir: Path, attempt: Attempt) -> bool:
-    """Whether the checkpoint in `unit` is the one of this attempt."""
+    """Whether the checkpoint in `checkpoint_dir` was written by this attempt."""
+    manifest = sound_manifest(checkpoint_dir)
+    return manifest is not None and (
+        (manifest.name, manifest.epoch, manifest.attempt) == (attempt.name, attempt.epoch, attempt.attempt)
+    )
+
+
+def sound_manifest(checkpoint_dir: Path) -> Manifest | None:
+    """The manifest of a checkpoint, None if it is missing or damaged. OSError if the disk does not give it."""
     try:
-        found = read_manifest(checkpoint_dir)
-    except (NotFound, Damaged):
-        return False
-    return (found.name, found.epoch, found.attempt) == (attempt.name, attempt.epoch, attempt.attempt)
+        return read_manifest(checkpoint_dir)
+    except (NotFound, Damaged) as error:
+        log.debug("no attempt is known to have written this checkpoint: %s", error)
+        return None

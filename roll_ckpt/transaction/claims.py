@@ -1,11 +1,4 @@
-"""Commit: how the votes of all ranks become a checkpoint under its final name, or nothing.
-
-    claim → begin → (write, fsync) → cast → settle            and, at the next start:  claim → recover
-
-Any process may carry out a decision, and two may do so at once; what each step finds done is done. Links and
-renames decide, never a lock or a time. A checkpoint under its final name is complete; `latest` names no
-other.
-"""
+"""Claiming an output directory: names are checked, an epoch is claimed, and what earlier runs left is recovered."""
 
 from __future__ import annotations
 
@@ -31,26 +24,30 @@ def claim(
     expected_clusters: Mapping[str, int] | None = None,
     take_over: bool = False,
 ) -> Epoch:
-    """Make this world the one (or one of those) that may write in `output_dir`, and recover what lies there.
+    """Claim `output_dir` for this job, so that it may write there, and recover what earlier runs left.
 
-    Rank 0 of each world only. Blocks: up to epoch.SILENCE_S if an earlier run on another host has not said
-    goodbye. With `expected_clusters`, worlds of the same `run_id` join one epoch.
+    Rank 0 of each job calls it. `clusters` maps the clusters of this job to their world sizes. With
+    `expected_clusters`, the clusters of all jobs of the run, jobs with the same `run_id` join one epoch.
+
+    Blocks: up to epochs.SILENCE_S if an earlier run on another host did not release the directory, and while what it
+    left is recovered. The claim is durable on return.
 
     Raises:
-        RunIsLive: another live run owns it; the message names host and process. Nothing was touched.
-        ConfigError: names that cannot be, clusters that are not among the expected, a directory that cannot
-            be written.
+        RunIsLive: another live run owns the directory; the message names host and process. Nothing was touched.
+        ConfigError: a name is refused, a cluster is not among the expected ones, or the directory cannot be written.
+        Damaged: `.epochs/` holds a link or a number that no run writes.
+        OSError, SaveFailed, EpochLost: the recovery failed; the claim is released.
     """
     for cluster in {*clusters, *(expected_clusters or {})}:
         names.check_name("cluster", cluster)
     if not clusters:
-        raise ConfigError("a world without clusters cannot claim an output directory")
+        raise ConfigError(f"output_dir {output_dir}: a job without clusters cannot claim it; name at least one cluster")
     if expected_clusters is not None:
         for cluster, world_size in clusters.items():
             if expected_clusters.get(cluster) != world_size:
                 raise ConfigError(
                     f"cluster {cluster!r} with {world_size} ranks is not among expected_clusters "
-                    f"{dict(expected_clusters)}; give every world the same expected_clusters"
+                    f"{dict(expected_clusters)}; give every job the same expected_clusters"
                 )
     output_dir = Path(output_dir)
     try:
@@ -61,9 +58,12 @@ def claim(
         ) from error
     failpoints.failpoint("epoch.claimed", number=claimed.number)
     try:
-        for found in recover(output_dir, epoch=claimed):
-            log.warning("%s of attempt %s.%s: %s (%s)", output_dir / found.name, found.epoch, found.attempt,
-                        found.action, presentable(found.reason))  # fmt: skip
+        for recovered in recover(output_dir, epoch=claimed):
+            log.warning(
+                "%s: recovery has %s attempt %s.%s, which an earlier run left: %s",
+                *(output_dir / recovered.name, recovered.action, recovered.epoch, recovered.attempt),
+                presentable(recovered.reason),
+            )
     except BaseException:
         claimed.release()
         raise

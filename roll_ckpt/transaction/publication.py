@@ -1,22 +1,20 @@
-"""Commit: how the votes of all ranks become a checkpoint under its final name, or nothing.
+"""Carrying out a decision: the checkpoint gets its final name and `latest`, or the attempt is thrown away.
 
-    claim → begin → (write, fsync) → cast → settle            and, at the next start:  claim → recover
-
-Any process may carry out a decision, and two may do so at once; what each step finds done is done. Links and
-renames decide, never a lock or a time. A checkpoint under its final name is complete; `latest` names no
-other.
+Two processes may carry out the same decision at once; each step accepts that it was done before. Links and renames
+decide, never a lock or a clock.
 """
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import time
-from contextlib import suppress
 from pathlib import Path
 
 from roll_ckpt import names
 from roll_ckpt.disk import failpoints, reads, tree, writes
+from roll_ckpt.disk.missing import not_found_ok
 from roll_ckpt.errors import SaveFailed
 from roll_ckpt.formats.records import Decision
 from roll_ckpt.transaction import epochs
@@ -24,15 +22,21 @@ from roll_ckpt.transaction.attempts import Attempt, carries
 from roll_ckpt.transaction.listing import committed, read_latest, write_latest
 from roll_ckpt.transaction.trash import empty_trash, trash
 
+log = logging.getLogger("roll_ckpt")
+
 _PAUSE_S = 0.002
-_PATIENCE_S = 1.0  # how long a process that replaces a checkpoint is left alone by another that would do the same
+_PATIENCE_S = 1.0  # how long a process that replaces a checkpoint is given before another one takes that over
 _TAKEN = (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 OLD = ".old"
 _REASONS_KEPT = 100
 
 
 def carry_out(attempt: Attempt, decision: Decision, epoch: int, *, save_latest: bool) -> str:
-    """Commit or abandon, as decided; return a note for the user, if there is one. Idempotent."""
+    """Commit or abandon the attempt, as decided; return a note for the user, "" if there is none.
+
+    Blocks; durable on return. Idempotent, and any process may call it. EpochLost if `epoch` does not own the directory
+    any more; OSError if the disk refuses, or if another process carries the decision out (ENOENT).
+    """
     if not decision.commit:
         _abandon(attempt, epoch)
         return ""
@@ -41,16 +45,16 @@ def carry_out(attempt: Attempt, decision: Decision, epoch: int, *, save_latest: 
 
 
 def _publish(attempt: Attempt, epoch: int) -> None:
-    """Give the unit its final name; durable on return."""
+    """Give the checkpoint its final name; durable on return."""
     epochs.check(attempt.output_dir, epoch)
     try:
-        writes.fsync_dir(attempt.checkpoint_dir)  # whoever made the decision may not have come to that
+        writes.fsync_dir(attempt.checkpoint_dir)  # the process that decided may not have done it
         writes.rename(attempt.checkpoint_dir, attempt.final)
     except OSError as error:
         if error.errno not in _TAKEN:
             raise
-        # A retransmitted rename, another committer, or an older checkpoint of this name: only what lies
-        # there can tell.
+        # NFS sent the rename twice, another process was faster, or an older checkpoint has this name: only the
+        # checkpoint under the final name can tell.
         if not carries(attempt.final, attempt):
             _replace(attempt, epoch)
     writes.fsync_dir(attempt.output_dir)
@@ -58,10 +62,11 @@ def _publish(attempt: Attempt, epoch: int) -> None:
 
 
 def _replace(attempt: Attempt, epoch: int) -> None:
-    """Put the unit in the place of another checkpoint of that name.
+    """Put the attempt's checkpoint in the place of another one that has its name.
 
-    A second exchange would bring the old one back. So whoever replaces first renames the unit into a private
-    directory; who takes over after a crash renames that directory, and the former owner's paths vanish.
+    A second exchange would bring the old checkpoint back. So a process that replaces first renames the new one into a
+    private directory. A process that takes over after a crash renames that directory, so that the paths of its former
+    owner vanish.
     """
     began = time.monotonic()
     while not carries(attempt.final, attempt):
@@ -78,12 +83,15 @@ def _replace(attempt: Attempt, epoch: int) -> None:
 
 
 def _take(attempt: Attempt, *, patient: bool) -> Path | None:
-    """The private directory that now holds the unit; None while another process has it. ENOENT if nobody."""
+    """The private directory of this process, which now holds the checkpoint; None while another process has it.
+
+    FileNotFoundError if no process has it. While `patient`, another process is left alone.
+    """
     own = attempt.directory / names.unique(names.SUPERSEDED)
     entries = tree.list_dir(attempt.directory)
     if attempt.name in entries:
         writes.make_dir(own)
-        with suppress(FileNotFoundError):
+        with not_found_ok():  # another process may have been faster
             writes.rename(attempt.checkpoint_dir, own / attempt.name)
             return own
     for entry in entries:
@@ -98,7 +106,7 @@ def _take(attempt: Attempt, *, patient: bool) -> Path | None:
 def _swap(attempt: Attempt, own: Path, epoch: int) -> None:
     new = own / attempt.name
     if not carries(new, attempt):
-        raise SaveFailed(f"{attempt.label}: {new} should hold it, and does not; see `verify` of {own}")
+        raise SaveFailed(f"{attempt.label}: {new} should be its checkpoint and is not; run `verify` on {new}")
     if not tree.exists(attempt.final):
         writes.rename(new, attempt.final)
         return
@@ -106,13 +114,13 @@ def _swap(attempt: Attempt, own: Path, epoch: int) -> None:
 
 
 def _step_aside(attempt: Attempt, own: Path) -> None:
-    """Without an exchange: move the old checkpoint away. `latest` does not name it while it is absent."""
+    """Move the old checkpoint away, where two names cannot be exchanged. `latest` does not name it while it is gone."""
     writes.make_dir(own / OLD)
-    # Where both checkpoints will be is durable before one of them is missed: a crash must not lose the place.
+    # The directories of both checkpoints are durable before one of them moves: a crash must not lose either.
     for directory in (own, attempt.directory):
         writes.fsync_dir(directory)
     if read_latest(attempt.output_dir) == attempt.name:
-        others = [found.name for found in committed(attempt.output_dir) if found.name != attempt.name]
+        others = [manifest.name for manifest in committed(attempt.output_dir) if manifest.name != attempt.name]
         if others:
             write_latest(attempt.output_dir, others[-1], scratch=attempt.directory)
         else:
@@ -124,57 +132,72 @@ def _step_aside(attempt: Attempt, own: Path) -> None:
 
 
 def _finish(attempt: Attempt, epoch: int, *, save_latest: bool) -> str:
-    """After the rename: `latest`, helper files beside the unit, and the attempt's directory goes."""
+    """After the rename: write `latest`, move helper files beside the checkpoint, remove the attempt's directory."""
     note = ""
-    where = {"name": attempt.name, "epoch": attempt.epoch, "attempt": attempt.attempt}
+    facts = {"name": attempt.name, "epoch": attempt.epoch, "attempt": attempt.attempt}
     try:
         if save_latest:
             epochs.check(attempt.output_dir, epoch)
-            # Prepared in the attempt's directory: a late process, after another one has finished all this,
-            # finds it gone, and cannot turn `latest` back.
+            # Prepared in the attempt's directory: a process that comes after another one has finished finds that
+            # directory gone, so it cannot turn `latest` back.
             write_latest(attempt.output_dir, attempt.name, scratch=attempt.directory)
-            failpoints.failpoint("latest.written", **where)
+            failpoints.failpoint("latest.written", **facts)
         note = _place_beside(attempt)
     except FileNotFoundError:
         if tree.is_dir(attempt.directory):
             raise
     throw_away(attempt, epoch)
-    failpoints.failpoint("attempt.removed", **where)
+    failpoints.failpoint("attempt.removed", **facts)
     return note
 
 
 def _place_beside(attempt: Attempt) -> str:
-    """Move what stock code left in its save directory (helper scripts) beside the checkpoint; durable."""
-    left: list[str] = []
+    """Move files that stock code left in its save directory (helper scripts) beside the checkpoint; durable.
+
+    Returns a note about what stays behind and is deleted, "" if nothing does.
+    """
+    dropped: list[str] = []
     moved = False
     for entry in tree.list_dir(attempt.directory):
         path = attempt.directory / entry
-        if entry.startswith(".") or entry == names.LATEST:  # stock code's own `latest` has done its duty
+        if entry.startswith(".") or entry == names.LATEST:  # stock code's own `latest`
             continue
         if not tree.is_file(path) or tree.is_dir(attempt.output_dir / entry):
-            left.append(entry)
+            dropped.append(entry)
             continue
-        with suppress(FileNotFoundError):  # another committer was faster
+        with not_found_ok():  # another process may have been faster
             writes.rename(path, attempt.output_dir / entry)
             moved = True
     if moved:
         writes.fsync_dir(attempt.output_dir)
-    return f"{', '.join(left)} in the save directory was not kept, only files are" if left else ""
+    return f"not kept from the save directory, because only files are: {', '.join(dropped)}" if dropped else ""
 
 
 def _abandon(attempt: Attempt, epoch: int) -> None:
-    """Throw the attempt away; those who wait for it find the reason in `.epochs/`."""
-    if attempt.epoch == epoch:
-        record = names.aborted_file(attempt.name, attempt.epoch, attempt.attempt)
-        with suppress(OSError):  # a reason is a courtesy: a full disk gets its room back without it
-            writes.link(attempt.checkpoint_dir / names.DECISION, attempt.output_dir / names.EPOCHS / record)
-            _forget_reasons(attempt.output_dir / names.EPOCHS)
+    """Throw the attempt away; ranks that wait for it find the reason in `.epochs/`."""
+    unrecorded = _record_reason(attempt) if attempt.epoch == epoch else None
     throw_away(attempt, epoch)
+    if unrecorded is not None:
+        log.warning("%s was abandoned, and the reason could not be recorded for its other ranks: %s",
+                    attempt.label, unrecorded)  # fmt: skip
     failpoints.failpoint("attempt.removed", name=attempt.name, epoch=attempt.epoch, attempt=attempt.attempt)
 
 
+def _record_reason(attempt: Attempt) -> OSError | None:
+    """Link the decision into `.epochs/`. The error if the disk refuses: a full one gets room back without a reason."""
+    record = names.aborted_file(attempt.name, attempt.epoch, attempt.attempt)
+    try:
+        writes.link(attempt.checkpoint_dir / names.DECISION, attempt.output_dir / names.EPOCHS / record)
+        _forget_reasons(attempt.output_dir / names.EPOCHS)
+    except FileNotFoundError as error:
+        log.debug("%s: gone, so another process abandons this attempt, too", error.filename)
+    except OSError as error:
+        return error
+    return None
+
+
 def _forget_reasons(folder: Path) -> None:
-    """Remove all but the newest aborts' reasons. Who has not looked by then learns that it was abandoned, not why."""
+    """Remove all but the newest reasons. A rank that asks later learns only that the save was abandoned."""
     reasons = [entry for entry in tree.list_dir(folder) if names.parse_aborted_file(entry) is not None]
     if len(reasons) > _REASONS_KEPT:
         oldest_first = sorted(reasons, key=lambda entry: reads.mtime_ns(folder / entry))
@@ -183,11 +206,13 @@ def _forget_reasons(folder: Path) -> None:
 
 
 def throw_away(attempt: Attempt, epoch: int) -> None:
+    """Remove the attempt's directory; durable on return. Fine if it is gone; EpochLost if that is the epoch's end."""
     try:
         place = trash(attempt.output_dir, attempt.directory, epoch)
-    except FileNotFoundError:
+    except FileNotFoundError as error:
         epochs.check(attempt.output_dir, epoch)
+        log.debug("%s: gone, so another process has thrown the attempt away", error.filename)
         return
     writes.fsync_dir(attempt.output_dir)
     writes.remove_tree(place)
-    empty_trash(attempt.output_dir, epoch)  # what could not be deleted before
+    empty_trash(attempt.output_dir, epoch)  # what earlier calls could not delete

@@ -1,12 +1,13 @@
-"""A lease on a committed checkpoint: what somebody reads is not pruned under them.
+"""Reader locks: a checkpoint that is being read is not pruned.
 
-A reader holds a shared POSIX lock on votes/expected.json, the pruner an exclusive one while it renames the
-checkpoint away. It spares a reader an error and nothing more: bytes are checked by their digests anyway, and
-where a file system has no locks readers of other processes are not seen.
+A reader holds a shared POSIX lock on votes/expected.json; the pruner takes an exclusive one while it renames the
+checkpoint away. The locks spare a reader an error and nothing more: its bytes are checked against their digests anyway.
+Where a file system has no locks, the readers of other processes are not seen.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -19,9 +20,11 @@ from roll_ckpt.disk import locks, tree
 from roll_ckpt.disk.locks import Lock
 from roll_ckpt.errors import Damaged, NotFound
 
+log = logging.getLogger("roll_ckpt")
+
 
 class Readers:
-    """How often each checkpoint is being read in this process."""
+    """How many readers each checkpoint has in this process."""
 
     def __init__(self) -> None:
         self.guard = threading.Lock()
@@ -30,16 +33,19 @@ class Readers:
 
 @contextmanager
 def reading(checkpoint_dir: Path) -> Iterator[None]:
-    """Keep `unit` from being pruned inside the block. While it lasts, nobody in this process may open
-    votes/expected.json but through disk.py: closing it would drop the lock.
+    """Hold a reader lock: no process prunes the checkpoint inside the block. Any rank and thread may use it.
 
-    NotFound if it is not there or is being removed. A checkpoint whose record cannot be locked is not kept.
+    Does not wait for other processes. Inside the block, this process must open votes/expected.json only through
+    disk/: closing any other descriptor of the file drops the POSIX lock.
+
+    NotFound if the checkpoint does not exist or is being removed. Where votes/expected.json cannot be locked, the
+    checkpoint is protected from this process only.
     """
     key = checkpoint_dir.resolve()
     lock = _lock(checkpoint_dir, exclusive=False)
     if lock is False:
         raise NotFound(
-            f"{checkpoint_dir}: it is being removed or replaced just now; look for the newest checkpoint again"
+            f"{checkpoint_dir}: another process is removing or replacing it; look for the newest checkpoint again"
         )
     readers = process.part(Readers)
     with readers.guard:
@@ -47,7 +53,7 @@ def reading(checkpoint_dir: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        readers = process.part(Readers)  # another one in a child that was forked inside the block
+        readers = process.part(Readers)  # a child forked inside the block has a registry of its own
         with readers.guard:
             readers.counts[key] -= 1
             if readers.counts[key] <= 0:
@@ -58,9 +64,8 @@ def reading(checkpoint_dir: Path) -> Iterator[None]:
 
 @contextmanager
 def removing(checkpoint_dir: Path) -> Iterator[bool]:
-    """Whether `unit` may be renamed away inside the block: False while anybody reads it."""
-    read_here = _is_read_here(checkpoint_dir)
-    lock = False if read_here else _lock(checkpoint_dir, exclusive=True)
+    """Whether the checkpoint may be renamed away inside the block: False while a process reads it. Does not wait."""
+    lock = False if _has_reader_here(checkpoint_dir) else _lock(checkpoint_dir, exclusive=True)
     try:
         yield lock is not False
     finally:
@@ -69,24 +74,31 @@ def removing(checkpoint_dir: Path) -> Iterator[bool]:
 
 
 def is_being_read(checkpoint_dir: Path) -> bool:
-    """Whether this process, or another one of this host, is inside `reading(unit)`."""
-    if _is_read_here(checkpoint_dir):
+    """Whether this process, or another one of this host, is inside `reading(checkpoint_dir)`.
+
+    False where the disk does not tell; `removing` asks again before a checkpoint goes.
+    """
+    if _has_reader_here(checkpoint_dir):
         return True
     try:
         return locks.is_locked(checkpoint_dir / names.EXPECTED)
-    except OSError:
+    except OSError as error:
+        log.debug("%s: whether another process reads it is not known: %s", checkpoint_dir, error)
         return False
 
 
-def _is_read_here(checkpoint_dir: Path) -> bool:
+def _has_reader_here(checkpoint_dir: Path) -> bool:
     readers = process.part(Readers)
     with readers.guard:
         return readers.counts[checkpoint_dir.resolve()] > 0
 
 
 def _lock(checkpoint_dir: Path, *, exclusive: bool) -> Lock | Literal[False] | None:
-    """A lock, False if somebody else's forbids it, None if there can be none: the file system has no locks, or the
-    record is damaged, which whoever reads the checkpoint is told when its bytes are checked."""
+    """The lock; False if another process's lock forbids it; None if votes/expected.json cannot be locked.
+
+    It cannot where the file system has no locks, or where it is missing or damaged; a reader learns of damage when the
+    bytes are checked. NotFound if a reader asks and there is no checkpoint.
+    """
     path = checkpoint_dir / names.EXPECTED
     try:
         lock = locks.try_lock(path, exclusive=exclusive)
@@ -94,7 +106,8 @@ def _lock(checkpoint_dir: Path, *, exclusive: bool) -> Lock | Literal[False] | N
         if exclusive or tree.exists(checkpoint_dir / names.MANIFEST):
             return None
         raise NotFound(f"{checkpoint_dir}: no checkpoint of roll_ckpt is there") from None
-    except (Damaged, OSError):
+    except (Damaged, OSError) as error:
+        log.debug("%s: it cannot be locked: %s", checkpoint_dir, error)
         return None
     if lock is None:
         return False

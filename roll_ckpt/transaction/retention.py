@@ -1,4 +1,4 @@
-"""Which committed checkpoints go, decided by a pure function over records of them; then renamed away, then deleted."""
+"""Retention: a pure function over records decides which committed checkpoints go; they are renamed away and deleted."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ log = logging.getLogger("roll_ckpt")
 
 @dataclass(frozen=True)
 class Record:
-    """What a rule knows of one committed checkpoint.
+    """What a retention rule knows of one committed checkpoint.
 
-    `committed_at_s` is seconds since 1970 by the file system's clock, `nbytes` the bytes of all its files. A
-    `protected` one must stay: it is owed to a destination, named by `latest`, or the run resumed from it.
+    `committed_at_s` is in seconds since 1970 by the file system's clock; `nbytes` is the size of all its files. A
+    `protected` checkpoint must stay: it is owed to a destination, `latest` names it, or the run resumed from it.
     """
 
     name: str
@@ -31,9 +31,9 @@ class Record:
 
 
 def doomed(records: Sequence[Record], keep: int) -> list[str]:
-    """The names of the checkpoints to remove, the oldest first; `records` come oldest first. Pure.
+    """The names of the checkpoints to remove, the oldest first, as in `records`. A pure function.
 
-    The newest `keep` stay (0 keeps all), so the newest one always does; protected ones stay beside them.
+    The newest `keep` checkpoints stay, and so do the protected ones; 0 keeps all. ValueError if `keep` is negative.
     """
     if keep < 0:
         raise ValueError(f"cannot keep {keep} checkpoints; 0 keeps all")
@@ -44,42 +44,49 @@ def doomed(records: Sequence[Record], keep: int) -> list[str]:
 class Owing(Protocol):
     """A destination, as pruning sees it; see `upload.destination.Destination`."""
 
-    def owed(self) -> Collection[str]: ...
+    def owed(self) -> Collection[str]:
+        """The names of the checkpoints that must stay because they are still to be sent."""
 
-    def forget(self, name: str) -> None: ...
+    def forget(self, name: str) -> None:
+        """Called when a checkpoint has been pruned."""
 
 
 def records_of(output_dir: Path, owing: Iterable[Owing] = (), protected: Collection[str] = ()) -> list[Record]:
-    """A record of each committed checkpoint in `output_dir`, the oldest first.
+    """The records of the committed checkpoints in `output_dir`, the oldest first; a damaged one is skipped.
 
-    One with a damaged manifest is left out. `owing` is asked after the checkpoints were listed, so that nothing is
-    listed of which a destination could not know yet.
+    The destinations in `owing` are asked after the checkpoints were listed: a checkpoint that is committed in between
+    is not listed, so none is taken for not owed before its destination knows of it.
     """
-    committed = listing.committed(output_dir)
-    stay = {*protected, *listing.named_by_latest(output_dir), *(name for one in owing for name in one.owed())}
+    manifests = listing.committed(output_dir)
+    protected_names = {
+        *protected,
+        *listing.named_by_latest(output_dir),
+        *(name for destination in owing for name in destination.owed()),
+    }
     return [
         Record(
             name=manifest.name,
             step=manifest.step,
             committed_at_s=listing.committed_at_s(output_dir / manifest.name),
             nbytes=manifest.nbytes(),
-            protected=manifest.name in stay,
+            protected=manifest.name in protected_names,
         )
-        for manifest in committed
+        for manifest in manifests
     ]
 
 
 def prune(
     output_dir: Path, epoch: Epoch, keep: int, owing: Sequence[Owing] = (), protected: Collection[str] = ()
 ) -> list[str]:
-    """Remove all but the newest `keep` committed checkpoints; return the names that are gone for good.
+    """Remove all but the newest `keep` committed checkpoints; return the names of those removed.
 
-    Blocks while it deletes. What is protected, owed to a destination, being read, or named by `latest` stays. One
-    with a damaged manifest is neither counted nor touched.
+    Rank 0 calls it. Blocks while it deletes; the removal is durable on return. A checkpoint stays if it is in
+    `protected`, owed to a destination, being read, or named by `latest`. A damaged one is neither counted nor touched.
 
     Raises:
-        EpochLost: a newer run owns the directory. OSError: the disk refused; what is left is removed later.
-        Damaged: the record of where the checkpoints are pushed to; nothing was removed.
+        EpochLost: a newer run owns the directory.
+        OSError: the disk refused; what is left is removed at the next save or start.
+        Damaged: a destination's record of what it owes is damaged; nothing was removed.
     """
     removed = []
     for name in doomed(records_of(output_dir, owing, protected), keep):
@@ -91,16 +98,17 @@ def prune(
 
 
 def _remove(output_dir: Path, epoch: Epoch, name: str) -> bool:
-    """Remove one checkpoint; False if somebody reads it, or another job has removed it."""
+    """Remove one checkpoint; False if it is being read, or another job has removed it."""
     with reader_locks.removing(output_dir / name) as allowed:
         if not allowed:
-            log.info("%s is being read; it is pruned later", output_dir / name)
+            log.info("%s is being read; a later save prunes it", output_dir / name)
             return False
         epoch.check()
         try:
             place = trash.trash(output_dir, output_dir / name, epoch.number)
-        except FileNotFoundError:
-            epoch.check()  # or else another job of this run has pruned it
+        except FileNotFoundError as error:
+            epoch.check()
+            log.debug("%s: gone, so another job of this run has pruned it", error.filename)
             return False
         writes.fsync_dir(output_dir)
     failpoints.failpoint("prune.renamed", name=name)

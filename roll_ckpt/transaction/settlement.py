@@ -1,11 +1,4 @@
-"""Commit: how the votes of all ranks become a checkpoint under its final name, or nothing.
-
-    claim → begin → (write, fsync) → cast → settle            and, at the next start:  claim → recover
-
-Any process may carry out a decision, and two may do so at once; what each step finds done is done. Links and
-renames decide, never a lock or a time. A checkpoint under its final name is complete; `latest` names no
-other.
-"""
+"""Settlement: wait until an attempt is decided, and carry the decision out; its outcome."""
 
 from __future__ import annotations
 
@@ -25,14 +18,15 @@ from roll_ckpt.transaction.publication import carry_out
 log = logging.getLogger("roll_ckpt")
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.2
-_STUBBORN_S = 10.0  # how long a disk is asked again that refuses what settling needs
+_STUBBORN_S = 10.0  # how long settling is retried on a disk that refuses it
+_VANISHED = 50  # how often a path may vanish: another process carries the decision out, and is soon done
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an attempt ended. `reason` says why it was abandoned, or what a committed one left to wish for.
+    """How an attempt ended. `reason` says why it was abandoned; for a committed one it is a note to the user, or "".
 
-    Not `durable`: this process saw an fsync of a directory fail, so it is there and may not survive a power failure.
+    If not `durable`, an fsync of a directory has failed: the checkpoint is committed, but a power failure may lose it.
     """
 
     committed: bool
@@ -41,16 +35,16 @@ class Outcome:
 
 
 def settle(attempt: Attempt, *, lead: bool, timeout_s: float, refusal: str = "") -> Outcome:
-    """Wait until the attempt is committed or abandoned. Blocks; a commit is durable on return.
+    """Wait until the attempt is committed or abandoned. Every rank calls it; any thread may. Blocks.
 
-    A lead (rank 0 of each world) collects the votes, decides and carries out; two may do so at once. The
-    others wait, and do the same once `timeout_s` has passed; or at once with a `refusal`, the reason why a rank could
-    not even vote. A disk that refuses is asked again for a while. Any thread may call.
+    A commit is durable on return. A lead (rank 0 of each job) collects the votes, decides, and carries the decision
+    out; two leads may do so at once. Other ranks wait, and do the same after `timeout_s` seconds, or at once if they
+    have a `refusal`: the reason why this rank could not even vote. A disk that refuses is retried for _STUBBORN_S.
 
     Raises:
         EpochLost: a newer run owns the directory, and did not finish this attempt.
-        SaveFailed: the disk refused; the message names the path. The next save, or start, carries out what was
-            decided, or decides.
+        SaveFailed: the disk refused; the message names the path. The next save or start carries out what was decided,
+            or decides.
     """
     attempt.refuse_fork()
     try:
@@ -61,51 +55,77 @@ def settle(attempt: Attempt, *, lead: bool, timeout_s: float, refusal: str = "")
         raise
     except OSError as error:
         raise SaveFailed(
-            f"{attempt.label}: {error.strerror} ({error.filename}); older checkpoints are untouched. The next save, "
-            f"or start, finishes or discards what lies there.{refusal and f' Before that: {refusal}'}"
+            f"{attempt.label}: {error.strerror} ({error.filename}); older checkpoints are untouched. The next save "
+            f"or start finishes or discards this one.{refusal and f' Before that: {refusal}'}"
         ) from error
+
+
+@dataclass
+class _Settling:
+    """What one process knows of an attempt while it settles it."""
+
+    attempt: Attempt
+    ballot: Ballot
+    decision: Decision | None = None
+    doubt: NotDurable | None = None
+    vanished: int = 0
+    refused_at_s: float | None = None
+
+    def step(self, *, acts: bool, over: bool) -> Outcome | None:
+        """Look, and if this process `acts`, decide and carry out what can be; None if the attempt has not ended."""
+        attempt = self.attempt
+        if attempt.directory.name not in tree.list_dir(attempt.output_dir):
+            return _outcome_of_another(attempt, self.decision)
+        self.decision = self.decision or decided(attempt)
+        if acts:
+            self.decision = self.decision or decide(attempt, self.ballot, attempt.epoch, over)
+            if self.decision is not None:
+                return self._carry_out(self.decision)
+        self.refused_at_s = None
+        return None
+
+    def _carry_out(self, decision: Decision) -> Outcome:
+        note = carry_out(self.attempt, decision, self.attempt.epoch, save_latest=self.attempt.save_latest)
+        if decision.commit and self.doubt is not None:
+            return Outcome(True, f"fsync: {self.doubt.strerror} ({self.doubt.filename})", durable=False)
+        return Outcome(decision.commit, decision.reason or note)
+
+    def may_go_on(self, error: OSError) -> bool:
+        """Whether the step that raised `error` shall be retried."""
+        if isinstance(error, FileNotFoundError):
+            # Another process carries the decision out. If none does, a person is deleting files.
+            self.vanished += 1
+            return self.vanished <= _VANISHED
+        if isinstance(error, NotDurable):
+            self.doubt = error  # the steps that are left are taken all the same
+        if self.refused_at_s is None:
+            self.refused_at_s = time.monotonic()
+            log.warning("%s: %s (%s); this is retried for %g s", self.attempt.label, error.strerror, error.filename,
+                        _STUBBORN_S)  # fmt: skip
+            return True
+        return time.monotonic() - self.refused_at_s <= _STUBBORN_S
 
 
 def _settle(attempt: Attempt, lead: bool, timeout_s: float, refusal: str) -> Outcome:
     limit = time.monotonic() + timeout_s
-    ballot = Ballot(refusal=refusal)
-    decision: Decision | None = None
-    pause, vanished, refused = _FIRST_PAUSE_S, 0, 0.0
-    doubt: NotDurable | None = None
+    settling = _Settling(attempt, Ballot(refusal=refusal))
+    pause = _FIRST_PAUSE_S
     while True:
         over = time.monotonic() >= limit
         try:
-            if attempt.directory.name not in tree.list_dir(attempt.output_dir):
-                return _afterwards(attempt, decision)
-            decision = decision or decided(attempt)
-            if lead or over or refusal:
-                decision = decision or decide(attempt, ballot, attempt.epoch, over)
-                if decision is not None:
-                    note = carry_out(attempt, decision, attempt.epoch, save_latest=attempt.save_latest)
-                    if decision.commit and doubt is not None:
-                        return Outcome(True, f"fsync: {doubt.strerror} ({doubt.filename})", durable=False)
-                    return Outcome(decision.commit, decision.reason or note)
-            refused = 0.0
-        except FileNotFoundError:
-            # Another process is carrying it out: look again. If nobody is, somebody deletes by hand.
-            vanished += 1
-            if vanished > 50:
-                raise
+            outcome = settling.step(acts=lead or over or bool(refusal), over=over)
         except OSError as error:
-            if isinstance(error, NotDurable):
-                doubt = error  # what is left to do is done all the same
-            if not refused:
-                refused = time.monotonic()
-                log.warning("%s: %s (%s); it is tried again for %g s", attempt.label, error.strerror, error.filename,
-                            _STUBBORN_S)  # fmt: skip
-            elif time.monotonic() - refused > _STUBBORN_S:
+            if not settling.may_go_on(error):
                 raise
+        else:
+            if outcome is not None:
+                return outcome
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE_S)
 
 
-def _afterwards(attempt: Attempt, decision: Decision | None) -> Outcome:
-    """What was the end of an attempt that somebody else has carried out."""
+def _outcome_of_another(attempt: Attempt, decision: Decision | None) -> Outcome:
+    """The outcome of an attempt that another process has carried out."""
     if carries(attempt.final, attempt):
         return Outcome(True)
     reason = abort_reason(attempt)
@@ -115,5 +135,5 @@ def _afterwards(attempt: Attempt, decision: Decision | None) -> Outcome:
     return Outcome(
         False,
         reason
-        or f"{attempt.directory} vanished, and no reason is recorded: another world gave it up, or somebody removed it",
+        or f"{attempt.directory} vanished, and no reason is recorded: another job gave it up, or someone removed it",
     )

@@ -1,7 +1,8 @@
-"""Is what lies on disk what was committed? Re-reads every byte; changes nothing."""
+"""Verification: re-reads every byte of a checkpoint and reports what is not as it was committed; changes nothing."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -9,8 +10,9 @@ from pathlib import Path
 
 from roll_ckpt import names
 from roll_ckpt.disk import locks, reads, tree
+from roll_ckpt.disk.missing import if_there
 from roll_ckpt.disk.retry import ReadRetries
-from roll_ckpt.errors import Damaged, NotFound
+from roll_ckpt.errors import Damaged
 from roll_ckpt.formats import manifests, records
 from roll_ckpt.formats.manifests import Manifest
 from roll_ckpt.formats.records import Receipt
@@ -18,15 +20,18 @@ from roll_ckpt.formats.sealed_json import sha256
 from roll_ckpt.native import files
 from roll_ckpt.transaction import epochs, listing
 
+log = logging.getLogger("roll_ckpt")
+
 _SMALL_BYTES = 1 << 20  # below it, starting native threads takes longer than reading
 
 
 @dataclass(frozen=True, order=True)
 class Problem:
-    """One thing that is not as it was committed. `path` is relative to what was verified.
+    """One thing that is not as it was committed. `path` is relative to the directory that was verified.
 
-    `kind`: "missing", "extra", "link" (or directory or special file where a file was), "size", "digest" (or any
-    record that contradicts itself or another), "name" (another checkpoint in its place), "unreadable".
+    `kind` is one of "missing", "extra", "link" (a symbolic link, directory or special file in place of a file), "size",
+    "digest" (also a record that contradicts itself or another one), "name" (another checkpoint has taken the place of
+    this one), and "unreadable".
     """
 
     path: str
@@ -35,99 +40,100 @@ class Problem:
 
 
 def verify(checkpoint_dir: Path, *, part: int = 0, parts: int = 1, cache: bool = False) -> list[Problem]:
-    """All problems of one checkpoint, sorted by path; [] if every byte is as it was committed.
+    """All problems of one checkpoint, sorted by path; [] if every byte is as it was committed. Blocks.
 
-    Several processes share the reading: each of `parts` reads its `part` of the large files, and all records. With
-    `cache` the bytes stay in the page cache, for whoever loads them next.
-    What the disk refuses is tried again for two seconds, in all.
-    A process that holds `commit.reading(unit)` may call it.
+    Several processes can share the reading: each of `parts` reads its `part` of the large files, and all records. With
+    `cache` the bytes stay in the page cache for the load that follows. Reads that the disk refuses are retried for two
+    seconds in all; after that they are "unreadable". A process that holds `reader_locks.reading(checkpoint_dir)` may
+    call it.
     """
     path, retries = checkpoint_dir / names.MANIFEST, ReadRetries()
     try:
-        record = retries.run(partial(reads.read_bytes, path))
-        told = manifests.parse(record, path)
-    except (FileNotFoundError, NotADirectoryError):
-        return [Problem(names.MANIFEST, "missing", "there is no manifest, so nothing can be verified")]
+        data = retries.run(partial(if_there, partial(reads.read_bytes, path)))
+        if data is None:
+            return [Problem(names.MANIFEST, "missing", "there is no manifest, so nothing can be verified")]
+        manifest = manifests.parse(data, path)
     except Damaged as error:
         return [Problem(names.MANIFEST, "digest" if tree.is_file(path) else "link", str(error))]
     except OSError as error:
         return [_unreadable(names.MANIFEST, error)]
-    problems = _listing(checkpoint_dir, told, retries)
-    if names.is_another(checkpoint_dir.absolute().name, told.name):
-        problems.append(Problem(names.MANIFEST, "name", f"it is the manifest of {told.name}"))
+    problems = _listing(checkpoint_dir, manifest, retries)
+    if names.differ_in_number_only(checkpoint_dir.absolute().name, manifest.name):
+        problems.append(Problem(names.MANIFEST, "name", f"it is the manifest of {manifest.name}"))
     bad = {problem.path for problem in problems}
-    if not bad & {names.EXPECTED, *told.record_paths()}:
-        problems += _records(checkpoint_dir, told, record, retries)
-    for receipt in _share([r for r in told.files if r.path not in bad], part, parts):
+    if not bad & {names.EXPECTED, *manifest.record_paths()}:
+        problems += _records(checkpoint_dir, manifest, data, retries)
+    for receipt in _share([r for r in manifest.files if r.path not in bad], part, parts):
         problems += _contents(checkpoint_dir, receipt, retries, direct=not cache)
     return sorted(set(problems))
 
 
-def _listing(checkpoint_dir: Path, told: Manifest, retries: ReadRetries) -> list[Problem]:
+def _listing(checkpoint_dir: Path, manifest: Manifest, retries: ReadRetries) -> list[Problem]:
     try:
-        return retries.run(partial(_compare, checkpoint_dir, told))
+        return retries.run(partial(_compare, checkpoint_dir, manifest))
     except OSError as error:
         return [_unreadable(Path(error.filename).relative_to(checkpoint_dir).as_posix(), error)]
 
 
-def _compare(checkpoint_dir: Path, told: Manifest) -> list[Problem]:
-    listed = {receipt.path: receipt.nbytes for receipt in told.files}
-    paths = {*told.paths()}
-    found = dict(tree.walk_all(checkpoint_dir))
+def _compare(checkpoint_dir: Path, manifest: Manifest) -> list[Problem]:
+    """The names and sizes on disk against those in the manifest."""
+    listed = {receipt.path: receipt.nbytes for receipt in manifest.files}
+    paths = {*manifest.paths()}
+    is_regular = dict(tree.walk_all(checkpoint_dir))
     problems = []
-    for path, regular in found.items():
+    for path, regular in is_regular.items():
         if not regular:
             problems.append(Problem(path, "link", "it is a symbolic link or a special file"))
         elif path not in paths:
             problems.append(Problem(path, "extra", "it was not there when the checkpoint was committed"))
         elif path in listed and (size := tree.file_bytes(checkpoint_dir / path)) != listed[path]:
             problems.append(Problem(path, "size", f"it has {size} bytes instead of {listed[path]}"))
-    for path in sorted(paths - {*found}):
+    for path in sorted(paths - {*is_regular}):
         if tree.is_dir(checkpoint_dir / path):
             problems.append(Problem(path, "link", "a directory is in its place"))
         else:
-            problems.append(Problem(path, "missing", "it was committed and is not there"))
+            problems.append(Problem(path, "missing", "it was committed and does not exist"))
     return problems
 
 
-def _records(checkpoint_dir: Path, told: Manifest, record: bytes, retries: ReadRetries) -> list[Problem]:
-    """Votes, expected.json and decision, each against its own digest and against the manifest."""
+def _records(checkpoint_dir: Path, manifest: Manifest, data: bytes, retries: ReadRetries) -> list[Problem]:
+    """Votes, expected.json and decision against their own digests and against the manifest, whose bytes are `data`."""
     problems: list[Problem] = []
-    read = {file: _read(checkpoint_dir, f"{names.VOTES}/{file}", problems, retries) for file in told.votes}
+    read = {file: _read(checkpoint_dir, f"{names.VOTES}/{file}", problems, retries) for file in manifest.votes}
     votes = {file: vote for file, vote in read.items() if vote is not None}
     expected = _read(checkpoint_dir, names.EXPECTED, problems, retries)
     decision = _read(checkpoint_dir, names.DECISION, problems, retries)
-    foreign = [file for file, vote in votes.items() if sha256(vote) != told.votes[file]]
+    foreign = [file for file, vote in votes.items() if sha256(vote) != manifest.votes[file]]
     for file in foreign:
         problems.append(Problem(f"{names.VOTES}/{file}", "digest", "it is not the vote that the manifest rests on"))
     if expected is not None:
         problems += _damage(names.EXPECTED, partial(records.parse_expected, expected, names.EXPECTED))
-    contrary = [] if decision is None else _damage(names.DECISION, partial(_check_decision, decision, told, record))
+    contrary = [] if decision is None else _damage(names.DECISION, partial(_check_decision, decision, manifest, data))
     problems += contrary
-    if contrary and len(foreign) == len(told.votes):
-        problems.append(Problem(names.MANIFEST, "digest", "no vote and no decision there is the one that it rests on"))
+    if contrary and len(foreign) == len(manifest.votes):
+        problems.append(Problem(names.MANIFEST, "digest", "neither a vote nor the decision belongs to this manifest"))
     if not problems and expected is not None:
-        problems += _damage(names.MANIFEST, partial(_check_rebuilt, votes, expected, record))
+        problems += _damage(names.MANIFEST, partial(_check_rebuilt, votes, expected, data))
     return problems
 
 
-def _check_decision(data: bytes, told: Manifest, record: bytes) -> None:
+def _check_decision(data: bytes, manifest: Manifest, manifest_data: bytes) -> None:
     decision = records.parse_decision(data, names.DECISION)
-    same = (decision.name, decision.epoch, decision.attempt) == (told.name, told.epoch, told.attempt)
-    if not decision.commit or not same or decision.manifest != sha256(record):
+    same = (decision.name, decision.epoch, decision.attempt) == (manifest.name, manifest.epoch, manifest.attempt)
+    if not decision.commit or not same or decision.manifest != sha256(manifest_data):
         raise Damaged("it is not the decision to commit this manifest")
 
 
-def _check_rebuilt(votes: dict[str, bytes], expected: bytes, record: bytes) -> None:
-    if manifests.build(votes, expected) != record:
-        raise Damaged("it is not what the votes amount to")
+def _check_rebuilt(votes: dict[str, bytes], expected: bytes, manifest_data: bytes) -> None:
+    if manifests.build(votes, expected) != manifest_data:
+        raise Damaged("it is not the manifest that the votes give")
 
 
 def _contents(checkpoint_dir: Path, receipt: Receipt, retries: ReadRetries, *, direct: bool) -> list[Problem]:
     path = checkpoint_dir / receipt.path
     try:
         if receipt.nbytes <= _SMALL_BYTES or locks.is_held(path):
-            # Under our own lock an open by anybody but disk.py would drop it.
+            # Where this process holds a lock on the file, a descriptor opened outside disk/ would drop it.
             data = retries.run(partial(reads.read_bytes, path))
             nbytes, crcs = len(data), records.digest_bytes(data, receipt.block_bytes)
         else:
@@ -145,21 +151,22 @@ def _contents(checkpoint_dir: Path, receipt: Receipt, retries: ReadRetries, *, d
 
 
 def _share(receipts: Iterable[Receipt], part: int, parts: int) -> list[Receipt]:
-    """This part's receipts: the largest first, each to the part with the fewest bytes so far."""
+    """The receipts of one part. The largest come first, and each goes to the part with the fewest bytes so far."""
     loads = [0] * parts
-    mine = []
+    share = []
     for receipt in sorted(receipts, key=lambda r: (-r.nbytes, r.path)):
         lightest = loads.index(min(loads))
         loads[lightest] += receipt.nbytes + 1
         if lightest == part:
-            mine.append(receipt)
-    return mine
+            share.append(receipt)
+    return share
 
 
 def verify_run(output_dir: Path) -> list[Problem]:
-    """All problems of all committed checkpoints of a run, of `latest`, and of the records in `.epochs/`.
+    """All problems of all committed checkpoints of a run, of `latest`, and of the records in `.epochs/`. Blocks.
 
-    Where neither of these two is, nobody has run: it is a folder of copies, pulled or uploaded.
+    Without `latest` and `.epochs/`, no run has saved there: it is a folder of copies, pulled or uploaded, and only the
+    checkpoints are verified. OSError if the disk refuses to list a directory.
     """
     problems = []
     sound: dict[str, Manifest] = {}
@@ -169,16 +176,17 @@ def verify_run(output_dir: Path) -> list[Problem]:
             continue
         problems += [Problem(f"{entry}/{p.path}", p.kind, p.detail) for p in verify(checkpoint_dir)]
         try:
-            told = manifests.read(checkpoint_dir)
-        except (Damaged, NotFound, OSError):
-            continue  # verify has told
-        if told.name != entry:
-            if not names.is_another(entry, told.name):  # of which verify has told
-                problems.append(Problem(entry, "extra", f"its manifest is the one of {told.name}"))
+            manifest = manifests.read(checkpoint_dir)
+        except (Damaged, OSError) as error:
+            log.debug("%s: verify() has reported this: %s", checkpoint_dir, error)
+            continue
+        if manifest.name != entry:
+            if not names.differ_in_number_only(entry, manifest.name):  # verify() has reported those that do
+                problems.append(Problem(entry, "extra", f"its manifest is that of {manifest.name}"))
         elif not tree.is_real_dir(checkpoint_dir):
-            problems.append(Problem(entry, "link", "a run takes no link for a checkpoint"))
+            problems.append(Problem(entry, "link", "it is a link, and a run does not take a link for a checkpoint"))
         else:
-            sound[entry] = told
+            sound[entry] = manifest
     if tree.exists(output_dir / names.EPOCHS) or tree.exists(output_dir / names.LATEST):
         problems += _latest(output_dir, sound)
         problems += _epochs(output_dir, sound.values())
@@ -186,26 +194,28 @@ def verify_run(output_dir: Path) -> list[Problem]:
 
 
 def _looks_committed(checkpoint_dir: Path) -> bool:
-    ours = (names.MANIFEST, names.DECISION, names.EXPECTED)
+    """Whether a directory has the name or a record of a committed checkpoint, or the disk does not tell."""
+    paths = (names.MANIFEST, names.DECISION, names.EXPECTED)
     try:
         if not tree.is_dir(checkpoint_dir):
             return False
         return names.step_of(checkpoint_dir.name) is not None or any(
-            tree.exists(checkpoint_dir / path) for path in ours
+            tree.exists(checkpoint_dir / path) for path in paths
         )
-    except OSError:
-        return True  # so that verify says what cannot be read
+    except OSError as error:
+        log.debug("%s: verify() reports what cannot be read: %s", checkpoint_dir, error)
+        return True
 
 
 def _latest(output_dir: Path, sound: dict[str, Manifest]) -> list[Problem]:
     try:
-        named = listing.read_latest(output_dir)
+        latest = listing.read_latest(output_dir)
     except Damaged as error:
         return [Problem(names.LATEST, "digest", str(error))]
-    if named is None and any(told.save_latest for told in sound.values()):
+    if latest is None and any(manifest.save_latest for manifest in sound.values()):
         return [Problem(names.LATEST, "missing", "there are checkpoints that it should name")]
-    if named is not None and named not in sound:
-        return [Problem(names.LATEST, "digest", f"it names {named!r}, which is no committed checkpoint")]
+    if latest is not None and latest not in sound:
+        return [Problem(names.LATEST, "digest", f"it names {latest!r}, which is no committed checkpoint")]
     return []
 
 
@@ -215,17 +225,17 @@ def _epochs(output_dir: Path, committed: Iterable[Manifest]) -> list[Problem]:
         path = output_dir / names.EPOCHS / entry
         relative = f"{names.EPOCHS}/{entry}"
         if names.parse_temporary_file(entry) is not None:
-            continue  # of a run that starts just now
+            continue  # of a run that is just starting
         if parsed := names.parse_epoch_file(entry):
             problems += _damage(relative, partial(_check_member, path, parsed[0]))
         elif names.parse_aborted_file(entry):
             problems += _damage(relative, partial(_check_aborted, path))
         else:
             problems.append(Problem(relative, "extra", "roll_ckpt writes no such file"))
-    newest = max((told.epoch for told in committed), default=0)
+    newest = max((manifest.epoch for manifest in committed), default=0)
     if epochs.newest_number(output_dir) < newest:
         relative = f"{names.EPOCHS}/{newest}"
-        problems.append(Problem(relative, "missing", f"a checkpoint of epoch {newest} is there"))
+        problems.append(Problem(relative, "missing", f"there is a checkpoint of epoch {newest}, and no such record"))
     return problems
 
 
