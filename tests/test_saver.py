@@ -141,7 +141,7 @@ def test_a_save_goes_from_begin_to_a_sound_checkpoint(out: Path) -> None:
     manifest = manifests.read(out / "t1")
     assert manifest.clusters == {"model": {"world_size": 1, "framework": "none"}} and manifest.step == 1
     assert {receipt.path for receipt in manifest.files} == {
-        *("model.pt", "digests/model.0.json", "tensors/model.0.json", "votes/expected.json"),
+        *("model.pt", "digests/model.0.json", "tensors/model.0.index", "votes/expected.json"),
     }
 
 
