@@ -163,7 +163,7 @@ def parse_tensor_file(path: str) -> tuple[str, int] | None:
 
 
 def old_tensor_file(cluster: str, rank: int) -> str:
-    """The path, relative to the checkpoint, of one rank's tensor index in checkpoints of format 1, where it was JSON."""
+    """The path of one rank's tensor index in a checkpoint of format 1, where it is JSON, relative to the checkpoint."""
     return f"{TENSORS}/{cluster}.{rank}.json"
 
 

@@ -3,7 +3,7 @@
     python crash_actors.py SCENARIO FOLDER SWITCHES STEPS STRIDE     prints how many orders were tried
     python crash_actors.py SCENARIO FOLDER SWITCHES STEPS MUTANT     prints what was noticed, after how many orders
 
-Two worlds save together, each with a lead that decides; a third run takes over and recovers. They are threads that
+Two jobs save together, each with a lead that decides; a third run takes over and recovers. They are threads that
 run the real functions and stop before every look at the disk and every change of it; who goes on is decided here.
 A switch is one moment at which the one who acts is left standing, to go on when it is called or the others have ended,
 or for good (it has crashed), and another one goes on. STEPS says before which steps: all, or the decisive ones, which
@@ -49,7 +49,7 @@ from roll_ckpt.transaction.settlement import Outcome
 
 runs.CLUSTERS = {"actor": 1, "critic": 1}
 runs.RANKS = [(cluster, 0) for cluster in runs.CLUSTERS]
-WORLDS, NEWCOMER = tuple(runs.CLUSTERS), "newcomer"
+JOBS, NEWCOMER = tuple(runs.CLUSTERS), "newcomer"
 PATIENCE_S, ENOUGH = 1000.0, 5000
 LOOKS = {"list_dir": tree, "read_bytes": reads, "exists": tree}
 INNER = {"fsync", "fsync_dir", "write"}  # change nothing that another process sees
@@ -191,7 +191,7 @@ class Play:
 
 @dataclass(frozen=True)
 class Scenario:
-    """What is there before, the step that is saved, and how the second world votes."""
+    """What is there before, the step that is saved, and how the second job votes."""
 
     before: list[int]
     step: int
@@ -213,21 +213,21 @@ SCENARIOS = {
 
 
 def play(scenario: Scenario, template: Path, folder: Path, switches: tuple[Switch, ...]) -> Play:
-    """Let both worlds save and the newcomer take over, in the order that `switches` make; check the end."""
+    """Let both jobs save and the newcomer take over, in the order that `switches` make; check the end."""
     output_dir = folder / "run"
     shutil.rmtree(output_dir, ignore_errors=True)
     shutil.copytree(template, output_dir)
     runs.unique_names("ac70ac70")
     epochs = {
         cluster: claims.claim(output_dir, run_id=runs.RUN, clusters={cluster: 1}, expected_clusters=runs.CLUSTERS)
-        for cluster in WORLDS
+        for cluster in JOBS
     }
     claimed: list[Epoch] = []
     name = names.checkpoint(scenario.step)
 
-    def world(cluster: str) -> Outcome:
+    def job(cluster: str) -> Outcome:
         attempt = attempts.begin(epochs[cluster], name, step=scenario.step, expected=runs.CLUSTERS)
-        second = cluster == WORLDS[-1]
+        second = cluster == JOBS[-1]
         while second and scenario.late and not stage.clock:
             stage.sleep(0)
         runs.vote(attempt, "new", cluster, 0)
@@ -243,7 +243,7 @@ def play(scenario: Scenario, template: Path, folder: Path, switches: tuple[Switc
 
     left: dict[str, dict[str, str]] = {}
     stage = Play(
-        {cluster: lambda c=cluster: world(c) for cluster in WORLDS} | {NEWCOMER: newcomer},  # type: ignore[misc]
+        {cluster: lambda c=cluster: job(c) for cluster in JOBS} | {NEWCOMER: newcomer},  # type: ignore[misc]
         {switch.step: switch for switch in switches},
     )
     settlement.time = publication.time = recovery.time = SimpleNamespace(
@@ -301,9 +301,9 @@ def judge(stage: Play, output_dir: Path, name: str, left: dict[str, dict[str, st
     for result in stage.results.values():
         assert not isinstance(result, AssertionError), result
     found, again = after(output_dir)
-    told = [stage.results[cluster] for cluster in WORLDS if cluster in stage.results]
+    told = [stage.results[cluster] for cluster in JOBS if cluster in stage.results]
     answers = {result.committed for result in told if isinstance(result, Outcome)}
-    assert len(answers) < 2, f"one world was told yes and the other no: {told}"
+    assert len(answers) < 2, f"one job was told yes and the other no: {told}"
     assert again.items() >= {k: v for k, v in found.items() if k != name or v == "new"}.items(), (found, again)
     for moment, before in left.items():
         assert before == again, f"{moment} there was {before}, now {again}"
@@ -418,11 +418,11 @@ def any_checkpoint() -> None:
 
 
 def old_epoch() -> None:
-    """A world does not notice that its epoch is over."""
+    """A job does not notice that its epoch is over."""
     newest = epochs_module.newest_number
 
     def first_answer(output_dir: Path) -> int:
-        return newest(output_dir) if threading.current_thread().name not in WORLDS else 2
+        return newest(output_dir) if threading.current_thread().name not in JOBS else 2
 
     replace(newest, first_answer)
 

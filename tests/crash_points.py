@@ -362,7 +362,7 @@ def unnoticed(folder: Path) -> list[str]:
             else:
                 left[site] = []
     missed = {_unnumbered(site) for site, names_ in left.items() if names_}
-    return sorted(site for site in missed if re.search(r" (?!disk\.)\w+\.\w+ of ", site))
+    return sorted(site for site in missed if re.search(r" (?!writes\.)\w+\.\w+ of ", site))
 
 
 def noticed(folder: Path, name: str, asked: list[str]) -> list[str]:

@@ -111,7 +111,7 @@ def test_no_fsync_can_go(folder: Path, recorder: str) -> None:
 ACTORS = ["save", "again", "fallback", "late", "twice"]
 MUTANTS = {
     "any checkpoint": ("again", 0, r"committed=True.*'checkpoint-2': 'old'"),
-    "own decision": ("late", 2, "one world was told yes and the other no"),
+    "own decision": ("late", 2, "one job was told yes and the other no"),
     "decision renamed": ("late", 2, r"decided \[True, False\]"),
     "old epoch": ("save", 2, "by the newcomer there was"),
     "shared place": ("again", 2, r"decided \[True\], there is .*'checkpoint-2': 'old'"),

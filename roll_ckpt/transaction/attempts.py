@@ -194,8 +194,9 @@ def check_replaced(output_dir: Path, name: str) -> None:
     ]
     if foreign:
         raise SaveFailed(
-            f"{checkpoint_dir} exists and has {len(foreign)} files that roll_ckpt did not write, such as {foreign[0]}. "
-            f"Saving {name!r} would delete them: move them away, or save under another name. Nothing was touched"
+            f"{checkpoint_dir} exists and holds {len(foreign)} files that roll_ckpt did not write, such as "
+            f"{foreign[0]}. Saving {name!r} would delete them: move them away, or save under another name. "
+            "Nothing was touched"
         )
 
 
