@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import io
 import json
+import math
 import pickle
 import shutil
 import warnings
@@ -36,7 +37,10 @@ from roll_ckpt.errors import RollCkptError
 from roll_ckpt.formats import manifests, sealed_json
 from roll_ckpt.formats import records as records_module
 from roll_ckpt.formats.dcp import index as dcp_index
+from roll_ckpt.formats.image import TensorPiece
 from roll_ckpt.formats.records import Decision, Expected, Receipt, Vote
+from roll_ckpt.formats.tensor_index.meanings import ByName, FileTensors, Region, Run, Runs
+from roll_ckpt.formats.tensor_index.writer import Indexer
 from roll_ckpt.formats.torch_zip import layout
 from roll_ckpt.formats.torch_zip.read import parse as parse_
 from roll_ckpt.load.checkpoint import OpenedCheckpoint
@@ -375,10 +379,40 @@ def read_digests(data: bytes) -> object:
 
 
 def read_tensors(data: bytes) -> object:
-    checkpoint_dir = unit_with({names.tensor_file("actor", 0): data})
+    """An index of format 1."""
+    checkpoint_dir = unit_with({names.old_tensor_file("actor", 0): data})
     live = {"weight": {"shape": [4, 6], "dtype": "float32"}}
     compare_models(checkpoint_dir.parameters("actor", 0), live, HERE)
     return checkpoint_dir
+
+
+INDEXED = "actor/0.pt"
+
+
+def read_tensor_index(data: bytes) -> object:
+    checkpoint_dir = unit_with({INDEXED: CONTENTS, names.tensor_file("actor", 0): data})
+    index = checkpoint_dir.tensor_index("actor", 0)
+    assert index is not None
+    pieces = list(index)
+    for piece in pieces:
+        assert 0 <= piece.offset <= piece.offset + piece.nbytes <= len(CONTENTS)
+        assert 0 <= piece.start < piece.stop <= math.prod(piece.lengths)
+        assert index.find(piece.name, piece.role)
+    return index.parameters, pieces
+
+
+def tensor_indexes() -> Iterator[bytes]:
+    """Of a flat buffer of two parameters, one of them a slice, and of a transposed tensor."""
+    regions = Region("weight", (4, 6)), Region.box("bias", (8,), (4,), (4,))
+    flat = Runs.of([Run(0, regions[0], 6, 18), Run(18, regions[1], 0, 4, replica=True)])
+    pieces = (
+        TensorPiece("state.exp_avg", "float32", (22,), 64, 88),
+        TensorPiece("turned", "bfloat16", (2, 3), 16, 12, (1, 2)),
+        TensorPiece("step", "int64", (), 8, 8),
+    )
+    told = FileTensors(pieces, ByName(states={"state": flat}))
+    yield Indexer().encode([(INDEXED, told)], {"weight": {"dtype": "bfloat16", "shape": [4, 6]}})
+    yield Indexer().encode([(INDEXED, FileTensors(pieces))], {})
 
 
 def read_latest(data: bytes) -> object:
@@ -445,6 +479,7 @@ PARSERS: dict[str, Parser] = {
     "latest": Parser((NAME.encode(),), read_latest),
     "digests": Parser((DIGESTS,), read_digests),
     "tensors": Parser((TENSORS,), read_tensors),
+    "tensor index": Parser(tuple(tensor_indexes()), read_tensor_index),
     "worker state": Parser((WORKER,), lambda data: WorkerState.from_json(data, HERE)),
     "config": Parser((CONFIG,), read_config),
     "torch_zip": Parser((saved(STATE), ours()), lambda data: parse_(bytearray(data), HERE)),

@@ -5,8 +5,8 @@ Imports nothing of roll_ckpt, so that what it rebuilds rests on what stands in `
 
 from __future__ import annotations
 
+import itertools
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +80,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
 def texts(sections: dict[str, Any], kind: str) -> list[str]:
     ends = [0, *sections[f"{kind}_end"].tolist()]
     data = sections[f"{kind}_bytes"].tobytes()
-    return [data[low:high].decode() for low, high in zip(ends, ends[1:], strict=False)]
+    return [data[low:high].decode() for low, high in itertools.pairwise(ends)]
 
 
 def parts(unit: Path, index: Path) -> Iterator[Part]:
@@ -128,22 +128,27 @@ def rebuilt(unit: Path, cluster: str) -> dict[tuple[str, str], Whole]:
     found: dict[tuple[str, str], Whole] = {}
     told = [part for index in sorted(unit.glob(f"tensors/{cluster}.*.index")) for part in parts(unit, index)]
     mine = [part for part in told if part.role != "other"]
-    for part in sorted(mine, key=lambda part: part.replica):
+    for part in (part for part in mine if not part.replica):
         whole = found.setdefault(
             (part.name, part.role),
             Whole(part.dtype, np.zeros(part.shape, f"u{part.itemsize}"), np.zeros(part.shape, np.uint8)),
         )
         assert whole.words.shape == part.shape and whole.dtype == part.dtype, part
-        inside = whole.words[part.box].reshape(-1)
-        if part.replica:
-            assert part.role == "master" or np.array_equal(inside[part.start : part.stop], part.words()), part
-            continue
-        times = whole.times[part.box].reshape(-1)
-        inside[part.start : part.stop] = part.words()
-        times[part.start : part.stop] += 1
-        lengths = [one.stop - one.start for one in part.box]
-        whole.words[part.box], whole.times[part.box] = inside.reshape(lengths), times.reshape(lengths)
+        put(whole.words, part, part.words())
+        put(whole.times, part, taken(whole.times, part) + 1)
     for (name, role), whole in found.items():
         assert (whole.times == 1).all(), f"{name} ({role}): found {sorted({*whole.times.flat})} times"
-        assert math.prod(whole.words.shape) == whole.times.size
+    for part in (part for part in mine if part.replica and (part.name, part.role) in found):
+        assert np.array_equal(taken(found[part.name, part.role].words, part), part.words()), part
     return found
+
+
+def taken(whole: np.ndarray[Any, Any], part: Part) -> np.ndarray[Any, Any]:
+    """The elements of `part` in the whole tensor."""
+    return whole[part.box].reshape(-1)[part.start : part.stop]
+
+
+def put(whole: np.ndarray[Any, Any], part: Part, words: np.ndarray[Any, Any]) -> None:
+    inside = whole[part.box].reshape(-1).copy()
+    inside[part.start : part.stop] = words
+    whole[part.box] = inside.reshape(whole[part.box].shape)

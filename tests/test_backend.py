@@ -21,7 +21,10 @@ def test_a_megatron_model_is_recognised_by_its_framework_alone() -> None:
 
 def test_what_no_framework_recognises_is_refused_by_its_type() -> None:
     config = PipelineConfig(output_dir="unused", save_steps=1, max_steps=1)
-    with pytest.raises(ConfigError, match="cluster actor: trained is dict; give a DeepSpeedEngine"):
+    with pytest.raises(
+        ConfigError,
+        match="trained is dict, which no supported framework recognises; give a DeepSpeed",
+    ):
         Cluster("actor", {}).attach(config)
 
 

@@ -30,7 +30,10 @@ runs.other_ranks(attempt, "new", runs.RANKS[:{votes}])
 
 def python(script: str, *arguments: object) -> subprocess.Popen[str]:
     """A process of its own, without torch, so that it may fork."""
-    head = "import sys, runs; from pathlib import Path; from roll_ckpt.transaction import attempts; out = Path(sys.argv[1])"
+    head = (
+        "import sys, runs; from pathlib import Path; "
+        "from roll_ckpt.transaction import attempts; out = Path(sys.argv[1])"
+    )
     return subprocess.Popen(
         [sys.executable, "-c", f"{head}\n{script}", *map(str, arguments)],
         cwd=HERE,

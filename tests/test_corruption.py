@@ -219,7 +219,7 @@ LONG = [
     ("missing", "votes/expected.json"),
     ("a dangling link", "votes/expected.json"),
     ("one bit of the last byte", "digests/actor.0.json"),
-    ("two blocks swapped", "tensors/critic.0.json"),
+    ("two blocks swapped", "tensors/critic.0.index"),
     ("extended by one byte", "pipeline/worker_state_pipeline.json"),
     ("swapped with another rank's", "pipeline/rng_state_rank_1.pth"),
     ("of another run", "pipeline/stateful_cursor_rank_0.pth"),

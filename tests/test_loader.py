@@ -74,8 +74,8 @@ def test_names_and_shapes_of_the_model_are_kept(checkpoint_dir: Path) -> None:
 
 def test_a_record_that_is_gone_is_damage(checkpoint_dir: Path) -> None:
     opened = OpenedCheckpoint(checkpoint_dir)
-    (checkpoint_dir / "tensors" / "model.0.json").unlink()
-    with pytest.raises(Damaged, match=r"tensors/model\.0\.json: it was committed and is not there"):
+    (checkpoint_dir / "tensors" / "model.0.index").unlink()
+    with pytest.raises(Damaged, match=r"tensors/model\.0\.index: it was committed and is not there"):
         opened.parameters("model", 0)
 
 

@@ -24,6 +24,11 @@ def test_names_are_parsed_back_to_what_they_were_built_from(name: str) -> None:
     assert names.check_name("tag", name) == name
 
 
+def test_an_index_of_format_1_is_found_under_its_name() -> None:
+    assert names.old_tensor_file("actor", 3) == "tensors/actor.3.json"
+    assert names.parse_tensor_file(names.old_tensor_file("actor", 3)) is None
+
+
 def test_a_step_is_parsed_only_from_the_one_spelling() -> None:
     assert names.step_of(names.checkpoint(150)) == 150
     for other in ("checkpoint-", "checkpoint-007", "checkpoint--1", "checkpoint-1 ", "Checkpoint-1", "step1"):

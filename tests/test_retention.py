@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 
@@ -36,6 +37,16 @@ def test_a_record_tells_what_a_rule_may_ask_for(tmp_path: Path) -> None:
     assert (first.step, first.protected, second.step, second.protected) == (1, True, 2, True)  # `latest` names it
     assert began - 1 < first.committed_at_s <= second.committed_at_s < time.time() + 1
     assert first.nbytes == manifests.read(tmp_path / "checkpoint-1").nbytes() > 0
+
+
+def test_a_checkpoint_that_another_save_prunes_meanwhile_has_no_record(tmp_path: Path) -> None:
+    runs.history(tmp_path, [1, 2])
+
+    def owed() -> set[str]:
+        shutil.rmtree(tmp_path / "checkpoint-1")
+        return set()
+
+    assert [record.name for record in retention.records_of(tmp_path, [runs.Owed(owed)])] == ["checkpoint-2"]
 
 
 def test_pruning_leaves_alone_what_is_read_protected_or_named_by_latest(tmp_path: Path) -> None:

@@ -114,6 +114,19 @@ def test_engines_of_other_kinds(two_ranks: World, tmp_path: Path, name: str) -> 
         check(told, roles={"parameter", "master", *STATES}, lacks=TIED if "ZeRO-3" in name else ())
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_experts_that_deepspeed_spreads_by_itself(two_ranks: World, tmp_path: Path, stage: int) -> None:
+    for told in two_ranks.call(f"{CASES}:of_autoep", str(tmp_path), stage):
+        check(told, roles={"parameter", "master", *STATES}, lacks=("gate.gate.weight",) if stage == 3 else ())
+        assert told["roles"]["master"] == 13
+
+
+def test_flat_masters_below_zero_1(two_ranks: World, tmp_path: Path) -> None:
+    for told in two_ranks.call(f"{CASES}:of_fused", str(tmp_path)):
+        check(told, roles={"parameter", "master", *STATES})
+
+
 def test_a_cluster_that_saves_its_weights_alone(two_ranks: World, tmp_path: Path) -> None:
     for told in two_ranks.call(f"{CASES}:of_model_only", str(tmp_path / "run")):
         check(told, roles={"parameter"})
@@ -127,7 +140,7 @@ def test_each_save_of_a_run_tells_of_itself(two_ranks: World, tmp_path: Path) ->
         assert indexes[0] == indexes[1] != indexes[2] == indexes[3]
 
 
-# --- Megatron ----------------------------------------------------------------------------------------------------------
+# --- Megatron -------------------------------------------------------------------------------------
 
 needs_megatron = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 MORE = ("PP2xVPP2",)
@@ -169,7 +182,7 @@ def test_megatron_state_that_nobody_attached(megatron: Worlds, tmp_path: Path) -
         assert told == {"lacks": [], "beyond": [], "differs": [], "roles": ["parameter"]}
 
 
-# --- checkpoints of format 1 -------------------------------------------------------------------------------------------
+# --- checkpoints of format 1 ----------------------------------------------------------------------
 
 FORMAT_1 = ROOT / "tests" / "data" / "format1"
 
@@ -186,6 +199,13 @@ def test_a_checkpoint_of_format_1_is_sound_and_listed(format_1: Path) -> None:
     opened = OpenedCheckpoint(format_1)
     assert opened.parameters("actor", 1)["norm.weight"] == {"dtype": "bfloat16", "shape": [16]}
     assert opened.tensor_index("actor", 0) is None
+
+
+def test_the_manifest_of_an_attempt_of_format_1_is_of_format_1(format_1: Path) -> None:
+    """An attempt that an older roll_ckpt began and left, with all votes cast, is finished as it would have been."""
+    votes = {path.name: path.read_bytes() for path in (format_1 / "votes").iterdir() if path.name != "expected.json"}
+    expected = (format_1 / "votes" / "expected.json").read_bytes()
+    assert manifests.build(votes, expected) == (format_1 / "manifest.json").read_bytes()
 
 
 def test_a_run_resumes_from_a_checkpoint_of_format_1(two_ranks: World, format_1: Path) -> None:

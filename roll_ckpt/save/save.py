@@ -151,8 +151,9 @@ class Save:
             raise self.failure
 
     def copy_stats(self) -> dict[str, float]:
-        """What this rank's files needed: `nbytes`, `eager_bytes` copied before staging returned, `copy_s` until the last
-        was copied (of the file that took longest), each summed over files; meant for benchmarks."""
+        """What this rank's files needed: `nbytes`, `eager_bytes` copied before staging returned, and `copy_s` until the
+        last was copied (of the file that took longest). Each is summed over files; meant for benchmarks.
+        """
         files = [stats for part in self.cluster_saves.values() for stats in part.file_stats()]
         summed = {key: float(sum(stats[key] for stats in files)) for key in ("nbytes", "eager_bytes", "lazy_bytes")}
         return {**summed, "copy_s": max((stats["copy_s"] for stats in files), default=0.0)}

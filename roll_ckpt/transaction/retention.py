@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 from roll_ckpt.disk import failpoints, writes
+from roll_ckpt.disk.missing import if_there
 from roll_ckpt.transaction import listing, reader_locks, trash
 from roll_ckpt.transaction.epochs import Epoch
 
@@ -63,16 +65,15 @@ def records_of(output_dir: Path, owing: Iterable[Owing] = (), protected: Collect
         *listing.named_by_latest(output_dir),
         *(name for destination in owing for name in destination.owed()),
     }
-    return [
-        Record(
-            name=manifest.name,
-            step=manifest.step,
-            committed_at_s=listing.committed_at_s(output_dir / manifest.name),
-            nbytes=manifest.nbytes(),
-            protected=manifest.name in protected_names,
-        )
-        for manifest in manifests
-    ]
+    records = []
+    for manifest in manifests:
+        committed_at_s = if_there(partial(listing.committed_at_s, output_dir / manifest.name))
+        if committed_at_s is None:
+            log.debug("%s: gone since it was listed, so another save or job has pruned it", manifest.name)
+            continue
+        protected_here = manifest.name in protected_names
+        records.append(Record(manifest.name, manifest.step, committed_at_s, manifest.nbytes(), protected_here))
+    return records
 
 
 def prune(

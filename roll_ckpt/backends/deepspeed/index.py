@@ -11,12 +11,13 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.checkpoint.constants import DS_AUTOTP_UC_META
+from deepspeed.checkpoint.constants import AFFINE_MAP, AUTOEP_PARAM_EP_RANK, DS_AUTOEP_UC_META, DS_AUTOTP_UC_META
 from deepspeed.moe.layer import MoE
 from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.utils import groups
@@ -50,7 +51,8 @@ class EngineIndex:
     """What the tensors in the files of one engine are. What follows from the engine's structure is kept."""
 
     def __init__(self) -> None:
-        self._signature: list[Any] | None = None
+        self._modules: list[torch.nn.Module] = []
+        self._structure: list[Any] = []
         self._parameters: dict[str, dict[str, Any]] = {}
         self._meanings: dict[str, Meanings] = {}
         self._told: dict[str, FileTensors] = {}
@@ -58,9 +60,10 @@ class EngineIndex:
     def look(self, engine: Any) -> Mapping[str, Mapping[str, Any]]:
         """Take notice of the engine's model and optimizer before a save. Returns names, dtypes and shapes of its
         parameters, the same object as long as nothing changes."""
-        signature = [id(engine.optimizer), *_signature(engine)]
-        if signature != self._signature:
-            self._signature = signature
+        now = _structure(engine, self._modules)
+        if any(was != found for was, found in zip_longest(self._structure, now)):
+            self._modules = list(engine.module.modules())
+            self._structure = list(_structure(engine, self._modules))
             self._parameters = parameters_of(engine)
             self._meanings = _meanings(engine)
             self._told = {}
@@ -82,14 +85,25 @@ class EngineIndex:
 def parameters_of(engine: Any) -> dict[str, dict[str, Any]]:
     """Name, dtype and global shape of every parameter of the engine's module on this rank."""
     return {
-        name: {"dtype": str(dtype).removeprefix("torch."), "shape": list(shape)}
-        for name, dtype, shape in _signature(engine)
+        name: {"dtype": str(parameter.dtype).removeprefix("torch."), "shape": list(_shape(parameter))}
+        for name, parameter in engine.module.named_parameters()
     }
 
 
-def _signature(engine: Any) -> Iterator[tuple[str, torch.dtype, Shape]]:
-    for name, parameter in engine.module.named_parameters():
-        yield name, parameter.dtype, getattr(parameter, "ds_shape", parameter.shape)
+def _structure(engine: Any, modules: Iterable[torch.nn.Module]) -> Iterator[Any]:
+    """What everything here follows from; torch's own walk over names takes twice as long."""
+    yield id(engine.module), id(engine.optimizer)
+    for module in modules:
+        yield [*map(id, module._modules.values())]
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                yield key, id(parameter), parameter.dtype, _shape(parameter)
+
+
+def _shape(parameter: torch.Tensor) -> Sequence[int]:
+    """Of all of it under ZeRO-3, too."""
+    shape: Sequence[int] = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
 
 
 # --- parameters ------------------------------------------------------------------------------------------------------
@@ -112,7 +126,7 @@ class _Model:
 
     def shape_of(self, parameter: torch.Tensor) -> Shape:
         known = self.shapes.get(id(parameter))
-        return tuple(getattr(parameter, "ds_shape", parameter.shape)) if known is None else known
+        return tuple(_shape(parameter)) if known is None else known
 
     def name_of(self, name: str) -> str:
         """The name in the whole model: experts are counted over all ranks."""
@@ -127,7 +141,9 @@ class _Model:
         shape = self.shape_of(parameter)
         untied = id(parameter) in self.untied
         region = Region(f"{name}@stage{self.engine.module.stage_id}" if untied else self.name_of(name), shape)
-        meta = getattr(parameter, DS_AUTOTP_UC_META, None)
+        experts, meta = (getattr(parameter, kind, None) for kind in (DS_AUTOEP_UC_META, DS_AUTOTP_UC_META))
+        if experts is not None:
+            return tuple(_affine(region, experts[AFFINE_MAP], experts[AUTOEP_PARAM_EP_RANK]))
         if self.tensor_rank is None:
             return ()
         if meta is not None and not meta.get("replicated"):
@@ -187,6 +203,8 @@ def _meanings(engine: Any) -> dict[str, Meanings]:
     for name, parameter in model.named():
         runs = model.runs(name, parameter)
         plain[model.name_of(name)] = PARAMETER, Runs.of(runs)
+        if hasattr(parameter, DS_AUTOEP_UC_META):
+            plain |= _single_experts(runs)
         named[f"module.{name}"] = named[f"frozen_param_fragments.{name}"] = plain[model.name_of(name)]
         if hasattr(parameter, "ds_tensor"):  # ZeRO-3: what is gathered there is in the shares of the ranks, too
             named[f"module.{name}"] = PARAMETER, Runs.of(replace(run, replica=True) for run in runs)
@@ -195,6 +213,16 @@ def _meanings(engine: Any) -> dict[str, Meanings]:
     if isinstance(engine.module, PipelineModule):
         found |= {file: ByName(layer) for file, layer in _layers(engine.module, model)}
     return found
+
+
+def _single_experts(runs: Iterable[Run]) -> Iterator[tuple[str, Told]]:
+    """AutoEP keeps a rank's experts in one tensor, and saves each in a file of its own under its number."""
+    for run in runs:
+        _, *inner = run.region.shape
+        first, *_ = run.region.offsets or (0,)
+        for expert in range(first, first + run.region.extent[0]):
+            box = Region.box(run.region.name, run.region.shape, (expert, *(0 for _ in inner)), (1, *inner))
+            yield f"{box.name}.{expert}", (PARAMETER, Runs.of(whole(box, run.replica)))
 
 
 def _model(engine: Any) -> _Model:
@@ -208,7 +236,7 @@ def _model(engine: Any) -> _Model:
     groups_of, likes_of = (getattr(optimizer, f"round_robin_bit16_{kind}", ()) for kind in ("groups", "meta"))
     pairs = (zip(group, likes, strict=True) for group, likes in zip(groups_of, likes_of, strict=True))
     shapes = {id(parameter): tuple(like.shape) for pair in pairs for parameter, like in pair}
-    expert_rank = groups._get_expert_parallel_rank(groups._get_max_expert_size_name()) if experts else 0
+    expert_rank = groups._get_expert_parallel_rank(groups._get_max_expert_size_name()) if engine.has_moe_layers else 0
     tensor_rank: int | None = 0
     if engine.autotp_size() > 1:
         tensor_rank = groups.get_tensor_model_parallel_rank()

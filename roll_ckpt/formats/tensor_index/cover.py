@@ -27,7 +27,7 @@ def check_cover(pieces: Iterable[Piece], where: object) -> None:
     if not boxes:
         raise Damaged(f"{where}: no piece of it is anywhere")
     first = next(iter(boxes.values()))[0]
-    what = f"{where}: {first.name} ({first.role})"
+    what = f"{where}: {first.name!r} ({first.role})"
     for (_, lengths), inside in boxes.items():
         at = 0
         for piece in sorted(inside, key=lambda piece: piece.start):

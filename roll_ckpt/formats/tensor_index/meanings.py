@@ -120,12 +120,12 @@ class Runs:
         return len(self.regions)
 
     def fit(self, stored: Stored) -> bool:
-        """Whether a stored tensor can be these runs: one whole region in its own shape, or a flat tensor of enough
-        elements, row by row."""
+        """Whether a stored tensor can be these runs: one whole region in its own shape, but for dimensions of 1 before
+        it, or a flat tensor of enough elements, row by row."""
         if not self.regions:
             return False
-        region = self.regions[0]
-        if stored.shape == region.extent:
+        region, leading = self.regions[0], len(self.regions[0].extent) - len(stored.shape)
+        if (1,) * leading + stored.shape == region.extent and (not leading or stored.strides is None):
             return len(self) == 1 and self.count[0] == region.numel and not self.at[0]
         flat = len(stored.shape) == 1 and stored.strides is None
         return flat and self.at[-1] + self.count[-1] <= stored.shape[0]

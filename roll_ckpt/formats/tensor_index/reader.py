@@ -231,7 +231,7 @@ def _check_files(index: TensorIndex, sizes: Mapping[str, int] | None, where: obj
         ends[place] = piece.offset + piece.nbytes
     unknown = [path for path in index.files if sizes is not None and path not in sizes]
     if unknown:
-        raise Damaged(f"{where}: it tells of {unknown[0]}, which is no file of this checkpoint")
+        raise Damaged(f"{where}: it tells of {unknown[0]!r}, which is no file of this checkpoint")
     limits = np.array([LARGEST if sizes is None else sizes[path] for path in index.files], np.float64)
     beyond = ends > limits[columns["piece_file"]]
     if (itemsizes == 0).any() or beyond.any():
