@@ -395,7 +395,7 @@ def test_an_epoch_beyond_all_numbers_ends_in_an_error_and_not_in_a_search(theirs
     if number < 10**18 - 1:
         claims_module.claim(theirs, run_id="r", clusters={"actor": 1}).release()
     else:
-        with pytest.raises(Damaged, match=r"\.epochs: 9+ is no epoch"):
+        with pytest.raises(Damaged, match=r"\.epochs: 9+ is too large for an epoch"):
             claims_module.claim(theirs, run_id="r", clusters={"actor": 1})
 
 
