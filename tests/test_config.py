@@ -213,8 +213,8 @@ def hub(**more: object) -> dict[str, object]:
 def test_the_hub_is_private_unless_it_is_said_otherwise() -> None:
     config = PipelineConfig.parse(hub(), "here").checkpoint_config
     assert config == HubUpload(type="hub", repo_id="team/run", private=True, revision="main", async_upload=True)
-    assert "checkpoint_config: 'run' is no repository" in refused(PipelineConfig, hub(repo_id="run"))
-    assert "no branch" in refused(PipelineConfig, hub(revision="../x"))
+    assert "checkpoint_config: 'run' cannot be a repository on the Hub" in refused(PipelineConfig, hub(repo_id="run"))
+    assert "'../x' cannot be a branch" in refused(PipelineConfig, hub(revision="../x"))
     assert "checkpoint_config.repo_id" in refused(PipelineConfig, {**RUN, "checkpoint_config": {"type": "hub"}})
     message = refused(PipelineConfig, hub(privat=False))
     assert "checkpoint_config.privat: unknown key; did you mean 'private'?" in message
