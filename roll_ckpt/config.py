@@ -228,7 +228,8 @@ class Upload(Section):
 
     type: Literal["file_system"]
     output_dir: Path
-    """The directory that receives `checkpoint-N`; never the run's own output directory, or one inside it."""
+    """The directory that receives `checkpoint-N`; never the run's own output directory, or one inside it. Give each run
+    its own: a checkpoint that another run saved under the same name is replaced."""
     async_upload: bool = True
     """True: upload in the background. False: `do_checkpoint` returns when the upload is done."""
 

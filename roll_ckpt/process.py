@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import enum
 import functools
+import multiprocessing.util
 import os
 import threading
 from collections.abc import Iterator
@@ -89,6 +90,7 @@ def installed(registry: Process) -> Iterator[Process]:
 def _clear_in_child() -> None:
     global _current
     _current = Process()
+    _leave_at_exit.cache_clear()
 
 
 os.register_at_fork(after_in_child=_clear_in_child)
@@ -96,5 +98,11 @@ os.register_at_fork(after_in_child=_clear_in_child)
 
 @functools.cache
 def _leave_at_exit() -> None:
-    """Register the one atexit handler, as late as possible: handlers run last in, first out, so it then runs early."""
-    atexit.register(lambda: _current.leave())
+    """Register the one handler, as late as possible: handlers run last in, first out, so it then runs early.
+
+    A child that multiprocessing forks ends without atexit handlers (Lib/multiprocessing/popen_fork.py), but it runs
+    multiprocessing's own finalizers. Where both run, the second does nothing.
+    """
+    leave = functools.cache(lambda: _current.leave())
+    atexit.register(leave)
+    multiprocessing.util.Finalize(None, leave, exitpriority=0)

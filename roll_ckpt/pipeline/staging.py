@@ -27,9 +27,9 @@ def stage_all(
     began, for the metric `host_collectives`.
 
     Returns:
-        This rank's metrics, and the first exception that a cluster raised, None if all went well. After an exception
-        the other clusters are staged all the same, because other ranks may wait for this one there; all votes of this
-        rank are then a no.
+        This rank's metrics, and the first exception that a cluster or the pipeline's own files raised, None if all went
+        well. After an exception the other clusters are staged all the same, because other ranks may wait for this one
+        there; all votes of this rank are then a no.
     """
     metrics: dict[str, Any] = {}
     problem: Exception | None = None
@@ -44,8 +44,11 @@ def stage_all(
             metrics[f"time/{cluster.name}/do_checkpoint/host_collectives"] = ranks.rendezvous_count - counted
             counted = ranks.rendezvous_count
         if problem is None:
-            stage_own_files(save.cluster_saves[first])
-        else:
+            try:
+                stage_own_files(save.cluster_saves[first])
+            except Exception as error:
+                problem = error
+        if problem is not None:
             for cluster_save in save.cluster_saves.values():
                 cluster_save.fail(problem)
     return metrics, problem

@@ -28,6 +28,8 @@ class ClaimedDirectories:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._epochs: dict[Path, Epoch] = {}
+        self.claiming = threading.Lock()
+        """Held while a directory is looked up and claimed: two threads that save there first make one claim."""
 
     def find(self, output_dir: Path) -> Epoch | None:
         """This process's claim on `output_dir`, None if it has none."""
@@ -76,17 +78,18 @@ def claim(
         ConfigError, OSError: the directory cannot be claimed.
     """
     claimed = process.part(ClaimedDirectories)
-    epoch = claimed.find(output_dir)
-    if epoch is None:
-        epoch = claims.claim(
-            output_dir,
-            run_id=settings.run_id or "default",
-            clusters=clusters,
-            expected_clusters=expected_clusters,
-            take_over=settings.take_over,
-        )
-        claimed.release_unused({save.attempt.output_dir.resolve() for save in pending()})
-    claimed.use(output_dir, epoch)
+    with claimed.claiming:
+        epoch = claimed.find(output_dir)
+        if epoch is None:
+            epoch = claims.claim(
+                output_dir,
+                run_id=settings.run_id or "default",
+                clusters=clusters,
+                expected_clusters=expected_clusters,
+                take_over=settings.take_over,
+            )
+            claimed.release_unused({save.attempt.output_dir.resolve() for save in pending()})
+        claimed.use(output_dir, epoch)
     epoch.check()
     return epoch
 

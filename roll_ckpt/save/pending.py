@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from roll_ckpt import process
@@ -30,7 +31,8 @@ class PendingSaves:
         """Hold `save` until it ends, and let it settle after the save before it in the same output directory."""
         save.on_end = self._remove
         with self._lock:
-            same = [other for other in self._saves if other.attempt.output_dir == save.attempt.output_dir]
+            output_dir = save.attempt.output_dir.resolve()
+            same = [other for other in self._saves if other.attempt.output_dir.resolve() == output_dir]
             save.after = same[-1] if same else None
             self._saves.append(save)
 
@@ -135,6 +137,26 @@ def wait_on_all_ranks(ranks: RankGroup, save: Save, *, uploaded: bool) -> None:
         SaveFailed, EpochLost: on every rank, if the save failed on any.
     """
     ranks.run_on_all_ranks(lambda: save.wait(uploaded=uploaded), LONGEST_S)
+
+
+@contextmanager
+def staging(ranks: RankGroup, save: Save, *, synchronous: bool) -> Iterator[None]:
+    """`Save.staging`, then `wait_on_all_ranks` if `synchronous`: also if staging fails, for other ranks wait there.
+
+    Every rank calls. What staging raised on this rank is raised again; the other ranks get SaveFailed.
+    """
+    try:
+        with save.staging():
+            yield
+    except Exception:
+        if synchronous:
+            try:
+                wait_on_all_ranks(ranks, save, uploaded=False)
+            except RollCkptError as outcome:
+                log.debug("%s: abandoned on all ranks: %s", save.attempt.final, outcome)
+        raise
+    if synchronous:
+        wait_on_all_ranks(ranks, save, uploaded=True)
 
 
 def in_background(action: Callable[[], None], name: str, exit_timeout_s: float) -> None:

@@ -16,7 +16,7 @@ from roll_ckpt.errors import RollCkptError
 from roll_ckpt.save import claims, pending
 from roll_ckpt.save.save import Save
 from roll_ckpt.transaction import retention
-from roll_ckpt.upload.destination import all_owing, make
+from roll_ckpt.upload.destination import Destination, all_owing, make
 from roll_ckpt.upload.hub.destination import not_pushed
 from roll_ckpt.upload.hub.uploader import Ended
 
@@ -86,9 +86,13 @@ class AfterCommit:
 
     def _wait(self, save: Save) -> None:
         output_dir = save.attempt.output_dir
-        self._destination.wait(
-            save.attempt.name, self._settings.exit_timeout_s, lambda: claims.epoch_of(output_dir).check()
-        )
+
+        def check() -> None:
+            epoch = claims.find_claim(output_dir)
+            if epoch is not None:
+                epoch.check()
+
+        self._destination.wait(save.attempt.name, self._settings.exit_timeout_s, check)
 
     def _ended(self, ended: Ended) -> None:
         """Called when an upload in the background has ended: prune, since what was owed until now may go."""
@@ -105,12 +109,22 @@ class AfterCommit:
             self.late.append(record)
 
     def _catch_up(self, output_dir: Path) -> None:
-        for name in self._destination.owed() if self._destination is not None else ():
+        if self._destination is not None:
+            self._upload_owed(self._destination, output_dir)
+        self._try_to_prune(output_dir)
+
+    def _upload_owed(self, destination: Destination, output_dir: Path) -> None:
+        try:
+            owed = destination.owed()
+        except (OSError, RollCkptError) as problem:
+            log.error("%s: what it still owes to the upload cannot be read: %s. The next start tries again.",
+                      output_dir, problem)  # fmt: skip
+            return
+        for name in owed:
             try:
-                self._destination.upload(name, again=True)
+                destination.upload(name, again=True)
             except (OSError, RollCkptError) as problem:
                 log.error("upload of %s: %s. It stays on the local disk; the next start tries again.", name, problem)
-        self._try_to_prune(output_dir)
 
     def _try_to_prune(self, output_dir: Path) -> list[str] | None:
         try:
@@ -124,9 +138,13 @@ class AfterCommit:
         keep = self._settings.max_ckpt_to_keep
         if not keep:
             return []
+        epoch = claims.find_claim(output_dir)
+        if epoch is None:
+            log.info("%s: this process has given its claim back; the next save there prunes", output_dir)
+            return []
         owing = all_owing(output_dir, self._destination)
         protected = {self.resumed_from} if self.resumed_from else set()
-        return retention.prune(output_dir, claims.epoch_of(output_dir), keep, owing, protected)
+        return retention.prune(output_dir, epoch, keep, owing, protected)
 
 
 def sends(clusters: Collection[str], expected: Collection[str] | None) -> bool:

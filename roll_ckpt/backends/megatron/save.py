@@ -131,10 +131,8 @@ def transact(
             save.wait()
         return save
     assert prepared is not None, "no save begins if any rank has a problem"
-    with save.staging():
+    with pending.staging(ranks, save, synchronous=not settings.async_save):
         stage_it(save, save.add_cluster(cluster, facts()), prepared)
-    if not settings.async_save:
-        pending.wait_on_all_ranks(ranks, save, uploaded=True)
     return save
 
 

@@ -69,13 +69,13 @@ class StateSaver:
         request = Request(path.parent, path.name, step, {_CLUSTER: ranks.size})
         save = begin(ranks, request, self.settings, nbytes=nbytes, on_commit=AfterCommit(self.settings))
         if save.begun:
-            with save.staging():
+            with pending.staging(ranks, save, synchronous=not self.settings.async_save):
                 part = save.add_cluster(_CLUSTER, {"framework": "none"})
                 image, unsafe = self._layouts.lay_out(file, state, Path(file).stem, lambda storage: unchanged)
                 trust.warn_unloadable(path / file, unsafe, self._warned)
                 late = unchanged != Lifetime.UNTIL_SAVE_RETURNS and self.settings.staging.overlap
                 part.stage(save.attempt.checkpoint_dir / file, image, overlap=late)
-        if not self.settings.async_save:
+        elif not self.settings.async_save:
             pending.wait_on_all_ranks(ranks, save, uploaded=True)
         return save
 
