@@ -29,8 +29,7 @@ checkpoint in it.
   roll-ckpt ls runs/demo
   roll-ckpt verify runs/demo/checkpoint-9
 
-`roll-ckpt hub-dev` starts a local Hub for development and tests, where the package
-roll_ckpt_hub_dev is installed.
+`roll-ckpt hub-dev` starts a local Hub for development and tests.
 """
 
 

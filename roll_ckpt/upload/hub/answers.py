@@ -109,7 +109,10 @@ def _of_status(problem: BaseException, status: int, where: str) -> HubRefused | 
 def _advice(problem: BaseException, status: int) -> str:
     kinds = {kind.__name__ for kind in type(problem).__mro__}
     if "RevisionNotFoundError" in kinds:
-        return "create that branch first (`hf repos branch create`), or name another revision"
+        return (
+            "there is no such tag or branch; name one that exists, or create the branch (`hf repos branch create`) "
+            "before you push to it"
+        )
     if status == 401:
         return f"the token is missing, wrong, or may not see the repository; {TOKENS_BELONG}"
     if status == 403:
