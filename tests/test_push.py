@@ -146,7 +146,7 @@ def test_a_step_that_was_saved_again_takes_the_tag(
 
 
 def test_a_push_to_another_branch(hub: LocalHub, client: Client, run: Path, repo: str) -> None:
-    assert "create that branch" in refused_branch(hub, client, run, repo)
+    assert "create the branch" in refused_branch(hub, client, run, repo)
     client("api.create_branch(repo, branch='runs/one')", repo=repo)
     push(client, run / "checkpoint-1", repo, revision="runs/one")
     assert len(landed(hub, repo, run / "checkpoint-1", "runs/one")) == 1
