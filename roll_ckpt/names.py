@@ -36,6 +36,11 @@ PATH_CHARACTERS = 4096
 PATH_PARTS = 64
 LARGEST_NUMBER = 10**18 - 1
 
+NAME_PARTS = 4
+"""A checkpoint's name may lie in folders (`epoch1/step5`): so many parts at most."""
+BESIDE = ".roll_ckpt"
+"""The end of the name of the directory beside a host's save_dir that holds our bookkeeping: `.<save_dir>.roll_ckpt`."""
+
 _RESERVED = {
     "tag": {LATEST},
     "cluster": {LATEST, MANIFEST, VOTES, DECISION, DIGESTS, TENSORS, PIPELINE},
@@ -43,6 +48,7 @@ _RESERVED = {
 _NUMBER = r"(0|[1-9][0-9]{0,17})"
 _CHECKPOINT = re.compile(rf"checkpoint-{_NUMBER}")
 _NUMBERED = re.compile(r"(.*?)([0-9]+)", re.DOTALL)
+_DIGITS = re.compile(r"[0-9]+")
 _ATTEMPT_DIR = re.compile(rf"\.(.+)\.{_NUMBER}\.{_NUMBER}\.tmp", re.DOTALL)
 _PULL_DIR = re.compile(r"\.(.+)\.([0-9a-f]{16})\.pull", re.DOTALL)
 _RANK_FILE = re.compile(rf"(.+)\.{_NUMBER}\.json", re.DOTALL)
@@ -50,6 +56,7 @@ _INDEX_FILE = re.compile(rf"(.+)\.{_NUMBER}\.index", re.DOTALL)
 _EPOCH_FILE = re.compile(rf"{_NUMBER}(?:\.(.+))?", re.DOTALL)
 _ABORTED = re.compile(rf"aborted\.{_NUMBER}\.{_NUMBER}\.(.+)", re.DOTALL)
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9]+\.[0-9a-f]{8}\.[0-9]+\.new", re.DOTALL)
+_OWN = (EPOCHS, TRASH, HUB)
 
 _REPO_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 _REPO_ID = re.compile(rf"{_REPO_PART}/{_REPO_PART}")
@@ -59,9 +66,10 @@ _counter = itertools.count(1)
 
 
 def check_name(kind: str, name: str) -> str:
-    """Return `name` if it can be the name of a checkpoint or cluster, which is one path component.
+    """Return `name` if it can be the name of a checkpoint or cluster.
 
-    `kind` is "tag" (the name of a checkpoint) or "cluster". ConfigError, saying why, if the name is refused.
+    `kind` is "tag" (the name of a checkpoint: up to NAME_PARTS path components, joined by slashes) or "cluster" (one
+    component). ConfigError, saying why, if the name is refused.
     """
     if problem := _objection(kind, name):
         raise ConfigError(f"{kind} {name!r} cannot be used as a name: {problem}; choose another {kind}")
@@ -77,15 +85,55 @@ def _objection(kind: str, name: str) -> str:
         return f"it is not valid Unicode ({error.reason})"
     if len(encoded) > NAME_BYTES:
         return f"it has {len(encoded)} bytes, more than {NAME_BYTES}"
-    if name.startswith("."):
-        return "it starts with a dot, like the temporary names of roll_ckpt"
-    if "/" in name or "\\" in name:
-        return "it has a slash or backslash, so it is not one path component"
+    if "\\" in name:
+        return "it has a backslash"
     if not name.isprintable():
         return "it has a control character or another unprintable character"
-    if name in _RESERVED.get(kind, _RESERVED["cluster"]):
+    parts = name.split("/")
+    if parts[0] in _RESERVED.get(kind, _RESERVED["cluster"]):
         return "roll_ckpt uses this name itself"
-    return ""
+    if kind != "tag":
+        if len(parts) > 1:
+            return "it has a slash, so it is not one path component"
+        return "it starts with a dot, like the temporary names of roll_ckpt" if name.startswith(".") else ""
+    if len(parts) > NAME_PARTS:
+        return f"it lies in {len(parts) - 1} folders, more than {NAME_PARTS - 1}"
+    return next(filter(None, map(_objection_to_part, parts)), "")
+
+
+def _objection_to_part(part: str) -> str:
+    if part in ("", ".", ".."):
+        return f"a part of it is {part!r}, which is no name of a file"
+    return f"roll_ckpt uses names like {part!r} itself" if is_own(part) else ""
+
+
+def is_own(entry: str) -> bool:
+    """Whether an entry of an output directory has a name that roll_ckpt gives to its bookkeeping."""
+    return entry.startswith(".") and (
+        entry in _OWN
+        or entry.startswith(SUPERSEDED)
+        or entry.endswith(BESIDE)
+        or any(pattern.fullmatch(entry) for pattern in (_ATTEMPT_DIR, _PULL_DIR, _TEMPORARY))
+    )
+
+
+def beside(entry: str) -> str:
+    """The name of the directory beside an output directory called `entry` that holds the bookkeeping for it."""
+    return f".{entry}{BESIDE}"
+
+
+def parse_beside(entry: str) -> str | None:
+    """The name of the output directory for whose bookkeeping `beside` gave this name, None for any other entry."""
+    return entry[1 : -len(BESIDE)] if entry.startswith(".") and entry.endswith(BESIDE) else None
+
+
+def _flat(name: str) -> str:
+    """A checkpoint's name as one path component: a backslash, which no name has, stands for each slash."""
+    return name.replace("/", "\\")
+
+
+def _unflat(entry: str) -> str:
+    return entry.replace("\\", "/")
 
 
 def checkpoint(step: int) -> str:
@@ -99,6 +147,11 @@ def step_of(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def pattern(name: str) -> str:
+    """What names of one kind have in common: `name` with a `#` for each run of digits."""
+    return _DIGITS.sub("#", name)
+
+
 def differ_in_number_only(entry: str, name: str) -> bool:
     """True if `entry` and `name` differ only in their trailing number (checkpoint-9 vs checkpoint-12)."""
     first, second = _NUMBERED.fullmatch(entry), _NUMBERED.fullmatch(name)
@@ -107,25 +160,27 @@ def differ_in_number_only(entry: str, name: str) -> bool:
 
 def attempt_dir(name: str, epoch: int, attempt: int) -> str:
     """The directory in which one attempt to save `name` writes: `.<name>.<epoch>.<attempt>.tmp`."""
-    return f".{name}.{epoch}.{attempt}.tmp"
+    return f".{_flat(name)}.{epoch}.{attempt}.tmp"
 
 
 def parse_attempt_dir(entry: str) -> tuple[str, int, int] | None:
     """(name, epoch, attempt) of an attempt directory, None for any other entry."""
     match = _ATTEMPT_DIR.fullmatch(entry)
+    name = _unflat(match[1]) if match else ""
     # The name is checked because ".." would lead out of the output directory.
-    return (match[1], int(match[2]), int(match[3])) if match and not _objection("tag", match[1]) else None
+    return (name, int(match[2]), int(match[3])) if match and not _objection("tag", name) else None
 
 
 def pull_dir(name: str, manifest: str) -> str:
     """The directory into which `name` is pulled: `.<name>.<first 16 digits of its manifest's SHA-256>.pull`."""
-    return f".{name}.{manifest[:16]}.pull"
+    return f".{_flat(name)}.{manifest[:16]}.pull"
 
 
 def parse_pull_dir(entry: str) -> tuple[str, str] | None:
     """(name, first 16 digits of the manifest's SHA-256) of a pull's directory, None for any other entry."""
     match = _PULL_DIR.fullmatch(entry)
-    return (match[1], match[2]) if match and not _objection("tag", match[1]) else None
+    name = _unflat(match[1]) if match else ""
+    return (name, match[2]) if match and not _objection("tag", name) else None
 
 
 def vote_file(cluster: str, rank: int) -> str:
@@ -190,13 +245,13 @@ def parse_epoch_file(entry: str) -> tuple[int, str | None] | None:
 
 def aborted_file(name: str, epoch: int, attempt: int) -> str:
     """The name inside .epochs/ of the record that says why an attempt was aborted."""
-    return f"aborted.{epoch}.{attempt}.{name}"
+    return f"aborted.{epoch}.{attempt}.{_flat(name)}"
 
 
 def parse_aborted_file(entry: str) -> tuple[str, int, int] | None:
     """(name, epoch, attempt) of the record of an abort, None for any other entry."""
     match = _ABORTED.fullmatch(entry)
-    return (match[3], int(match[1]), int(match[2])) if match else None
+    return (_unflat(match[3]), int(match[1]), int(match[2])) if match else None
 
 
 def trash_dir(epoch: int) -> str:
@@ -253,14 +308,14 @@ def check_revision(revision: str) -> str:
 
 def hub_record(name: str) -> str:
     """The path of the record of a checkpoint's push, relative to the output directory."""
-    return f"{HUB_RECORDS}/{name}.json"
+    return f"{HUB_RECORDS}/{_flat(name)}.json"
 
 
 def parse_hub_record(entry: str) -> str | None:
     """The name of the checkpoint whose push an entry of .hub/records/ records, None for any other entry."""
-    return entry[:-5] if entry.endswith(".json") and not entry.startswith(".") else None
+    return _unflat(entry[:-5]) if entry.endswith(".json") and _TEMPORARY.fullmatch(entry) is None else None
 
 
 def hub_hashes(name: str) -> str:
     """The path of the digests that a push has computed, relative to the output directory."""
-    return f"{HUB_HASHES}/{name}.json"
+    return f"{HUB_HASHES}/{_flat(name)}.json"

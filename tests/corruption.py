@@ -188,18 +188,20 @@ def _gone(patient: Patient, path: str) -> Named:
 
 def _renamed(patient: Patient, path: str) -> Named:
     (patient.checkpoint_dir / path).rename(patient.checkpoint_dir / f"{path}.bak")
-    # Without a manifest nothing tells what else belongs there.
-    return {path: {"missing"}} if path == names.MANIFEST else {path: {"missing"}, f"{path}.bak": {"extra"}}
+    return {path: {"missing"}}  # the new name is that of a file of others
 
 
 def _other_case(patient: Patient, path: str) -> Named:
     folder, _, name = path.rpartition("/")
     strange = f"{folder}/{name.swapcase()}".lstrip("/")
     (patient.checkpoint_dir / path).rename(patient.checkpoint_dir / strange)
-    return {path: {"missing"}} if path == names.MANIFEST else {path: {"missing"}, strange: {"extra"}}
+    return {path: {"missing"}}
 
 
-def _doubled(patient: Patient, path: str) -> Named:
+def _doubled(patient: Patient, path: str) -> Named | None:
+    """A copy that stock code would load, too: it knows these files by the ends of their names."""
+    if not path.endswith(("_states.pt", ".distcp")):
+        return None
     folder, _, name = path.rpartition("/")
     extra = f"{folder}/copy_of_{name}".lstrip("/")
     os.link(patient.sound / path, patient.checkpoint_dir / extra)
@@ -239,16 +241,6 @@ def _unreadable_directory(patient: Patient, path: str) -> Named | None:
     return {path: {"unreadable"}}
 
 
-def _linked_directory(patient: Patient, path: str) -> Named | None:
-    """The folder of the file is a symbolic link to one that holds the right bytes."""
-    if "/" not in path:
-        return None
-    folder = (patient.checkpoint_dir / path).parent
-    shutil.rmtree(folder)
-    folder.symlink_to((patient.sound / path).parent)
-    return {folder.relative_to(patient.checkpoint_dir).as_posix(): {"link"}}
-
-
 KINDS: dict[str, Callable[[Patient, str], Named | None]] = {
     "one bit flipped": _rewritten(lambda data: _flip(data, len(data) // 3, 2)),
     "one bit of the first byte": _rewritten(lambda data: _flip(data, 0, 0)),
@@ -271,10 +263,8 @@ KINDS: dict[str, Callable[[Patient, str], Named | None]] = {
     "a copy beside it": _doubled,
     "a directory": _instead(lambda place, patient, path: place.mkdir()),
     "a directory that holds it": _instead(_full_directory),
-    "a link to the same bytes": _instead(lambda place, patient, path: place.symlink_to(patient.sound / path)),
     "a dangling link": _instead(lambda place, patient, path: place.symlink_to("nowhere")),
     "a pipe": _instead(lambda place, patient, path: os.mkfifo(place)),
-    "in a linked directory": _linked_directory,
     "unreadable": _unreadable,
     "in an unreadable directory": _unreadable_directory,
 }

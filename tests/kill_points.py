@@ -78,7 +78,7 @@ def job_rank(output_dir: Path) -> None:
         failpoints.observer, failpoints.listener = observer, listener
         runs.vote(
             Attempt(output_dir, "checkpoint-3", 3, attempt.run_id, attempt.epoch, attempt.attempt,
-                           runs.CLUSTERS, True), "new", *runs.RANKS[3])  # fmt: skip
+                           runs.CLUSTERS, True, output_dir), "new", *runs.RANKS[3])  # fmt: skip
 
     died = runs.ended(runs.forked(rank))
     runs.other_ranks(attempt, "new", runs.RANKS[1:3])

@@ -230,13 +230,15 @@ def test_verify_names_what_is_missing_too_long_or_strange(run: Path) -> None:
     (run / "checkpoint-1/actor/rank_0.pt").unlink()
     with (run / "checkpoint-1/actor/rank_1.pt").open("ab") as file:
         file.write(b"x")
-    (run / "checkpoint-2/critic/extra").touch()
+    (run / "checkpoint-2/critic/extra_states.pt").touch()
+    (run / "checkpoint-2/tokenizer.json").touch()
     done = roll_ckpt("verify", run)
     assert done.returncode == printing.DAMAGED
     assert [line.split()[:3] for line in done.stdout.splitlines()] == [
         ["damaged", "checkpoint-1/actor/rank_0.pt", "missing:"],
         ["damaged", "checkpoint-1/actor/rank_1.pt", "size:"],
-        ["damaged", "checkpoint-2/critic/extra", "extra:"],
+        ["damaged", "checkpoint-2/critic/extra_states.pt", "extra:"],
+        ["not", "ours:", str(run / "checkpoint-2/tokenizer.json")],
     ]
 
 

@@ -132,8 +132,11 @@ def test_a_vote_never_changes(epoch: Epoch) -> None:
             lambda checkpoint_dir: (checkpoint_dir / "actor/rank_1.pt").write_bytes(b""),
             "cluster 'actor' rank 1 .* and it has 0",
         ),
-        (lambda checkpoint_dir: (checkpoint_dir / "critic/extra.pt").touch(), "no vote lists .*critic/extra.pt"),
-        (lambda checkpoint_dir: (checkpoint_dir / "critic/link").symlink_to("x"), "no vote lists .*critic/link"),
+        (lambda checkpoint_dir: (checkpoint_dir / "critic/x_states.pt").touch(), "no vote lists .*critic/x_states.pt"),
+        (
+            lambda checkpoint_dir: (checkpoint_dir / "critic/y.distcp").symlink_to("x"),
+            "no vote lists .*/y.distcp",
+        ),
         (lambda checkpoint_dir: (checkpoint_dir / "votes/actor.1.json").write_bytes(b"{}"), "votes/actor.1.json"),
     ],
 )
@@ -258,7 +261,7 @@ def test_begin_refuses_what_cannot_be_before_it_touches_anything(epoch: Epoch) -
     before = sorted(epoch.output_dir.rglob("*"))
     with pytest.raises(NoRoom, match=r"needs 9,000,000,000,000,000,000 bytes and .* has [\d,]+"):
         attempts.begin(epoch, "c", step=1, expected=runs.CLUSTERS, needed_bytes=9 * 10**18)
-    for name in ("latest", "../up", ".x"):
+    for name in ("latest", "../up", ".epochs"):
         with pytest.raises(ConfigError):
             attempts.begin(epoch, name, step=1, expected=runs.CLUSTERS)
     assert sorted(epoch.output_dir.rglob("*")) == before

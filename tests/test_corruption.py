@@ -93,7 +93,7 @@ def reads_bytes_that_changed(checkpoint_dir: Path, path: str) -> bool:
     return True
 
 
-def missed(patient: Patient, named: Named, *, by_bytes: bool = True) -> str:
+def missed(patient: Patient, named: Named) -> str:
     """What is wrong about how this damage is caught, "" if nothing is."""
     found: Named = {}
     for problem in verification.verify(patient.checkpoint_dir):
@@ -104,7 +104,7 @@ def missed(patient: Patient, named: Named, *, by_bytes: bool = True) -> str:
             return f"verify tells {found}, and not that {path} is {' or '.join(kinds)}"
         if path not in said and len(found) <= 10:
             return f"a load says {said!r}, and nothing of {path}"
-        if by_bytes and file_kind(path) in READ and reads_bytes_that_changed(patient.checkpoint_dir, path):
+        if file_kind(path) in READ and reads_bytes_that_changed(patient.checkpoint_dir, path):
             return f"{path} can be read"
     return "" if said else "it is loaded"
 
@@ -148,7 +148,7 @@ def run_matrix(
             continue
         tried[cell[:2]] += 1
         with seconds(60), plain_user():
-            problem = missed(patients[cell[2]], named, by_bytes=cell[0] != "in a linked directory")
+            problem = missed(patients[cell[2]], named)
             problem = problem or (
                 "" if also(patients[cell[2]].checkpoint_dir) else "the command line says something else"
             )
@@ -190,7 +190,7 @@ def test_each_kind_of_damage_and_of_file_is_caught(
 def test_every_kind_of_damage_to_every_file_is_caught(patients: dict[str, Patient]) -> None:
     tried = run_matrix(patients, cells(patients))
     assert {file for _, file in tried} == set(FILE_KINDS)
-    for kind in ("one bit flipped", "cut to nothing", "missing", "renamed", "a pipe", "a link to the same bytes"):
+    for kind in ("one bit flipped", "cut to nothing", "missing", "renamed", "a pipe"):
         assert {file for harm, file in tried if harm == kind} == set(FILE_KINDS)
 
 
@@ -229,9 +229,7 @@ LONG = [
     ("of another step", "reward/checkpoint-2/mp_rank_00_model_states.pt"),
     ("missing", "critic/.metadata"),
     ("cut at a block", "critic/common.pt"),
-    ("a link to the same bytes", "critic/metadata.json"),
     ("a copy beside it", "critic/__0_0.distcp"),
-    ("in a linked directory", "critic/common.pt"),
 ]
 
 

@@ -90,9 +90,9 @@ def test_links_and_special_files_are_no_files(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("f")
     os.mkfifo(tmp_path / "pipe")
     assert dict(tree.walk_all(tmp_path)) == {"f": True, "link": False, "pipe": False}
-    for name in ("link", "pipe"):
-        with pytest.raises(Damaged, match=name):
-            reads.read_bytes(tmp_path / name)
+    assert reads.read_bytes(tmp_path / "link") == b""  # a download may leave links into a cache
+    with pytest.raises(Damaged, match="pipe"):
+        reads.read_bytes(tmp_path / "pipe")
     with pytest.raises(Damaged, match="link"):
         list(tree.walk(tmp_path))
 

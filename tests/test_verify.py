@@ -61,11 +61,11 @@ def test_a_flipped_bit_in_any_file_is_found_and_named(run: Path) -> None:
 def test_harm_to_any_file_is_found_and_named(run: Path, tmp_path: Path, harm: str) -> None:
     for path in files(run):
         sound = path.read_bytes()
-        if not sound and harm in ("truncated", "empty"):
+        if not sound and harm in ("truncated", "empty", "link"):
             continue
-        if harm == "missing" and path.name.startswith("aborted"):
-            continue  # nothing refers to it
-        (tmp_path / "elsewhere").write_bytes(sound)
+        if harm == "missing" and ".epochs" in path.parts:
+            continue  # nothing that is committed depends on it
+        (tmp_path / "elsewhere").write_bytes(sound[:-1])  # a link is no harm, but its bytes are others
         if harm in ("missing", "link"):
             path.unlink()
         if harm == "link":
@@ -79,15 +79,24 @@ def test_harm_to_any_file_is_found_and_named(run: Path, tmp_path: Path, harm: st
     assert verification.verify_run(run) == []
 
 
-@pytest.mark.parametrize("path", ["extra", "actor/extra.pt", "votes/actor.2.json", "pipeline/x", "manifest.json.bak"])
-def test_an_extra_file_is_found_and_named(run: Path, path: str) -> None:
+@pytest.mark.parametrize("path", ["mp_rank_00_model_states.pt", "actor/__0_0.distcp"])
+def test_an_extra_file_that_stock_code_would_load_is_damage(run: Path, path: str) -> None:
+    extra = run / "checkpoint-10" / path
+    extra.touch()
+    assert verification.verify(run / "checkpoint-10") == [
+        Problem(path, "extra", "no save wrote it, and stock code would load it")
+    ]
+    extra.unlink()
+
+
+@pytest.mark.parametrize("path", ["tokenizer.json", "actor/notes.pt", "votes/x", "backup/a_states.pt", ".DS_Store"])
+def test_a_file_of_others_is_no_damage_and_is_listed(run: Path, path: str) -> None:
     extra = run / "checkpoint-10" / path
     made = not extra.parent.exists()
     extra.parent.mkdir(exist_ok=True)
     extra.touch()
-    assert verification.verify(run / "checkpoint-10") == [
-        Problem(path, "extra", "it was not there when the checkpoint was committed")
-    ]
+    assert verification.verify(run / "checkpoint-10") == []
+    assert verification.not_ours(run / "checkpoint-10") == [path]
     extra.unlink()
     if made:
         extra.parent.rmdir()

@@ -173,9 +173,8 @@ class Member:
             for line in lines:
                 number, attempt, step = map(int, line.split())
                 name = names.checkpoint(step)
-                yield Attempt(
-                    self.torture.output_dir, name, step, "torture", number, attempt, CLUSTERS, save_latest=True
-                )
+                output_dir = self.torture.output_dir
+                yield Attempt(output_dir, name, step, "torture", number, attempt, CLUSTERS, True, output_dir)
 
     def _save(self, attempt: Attempt, before: threading.Thread | None) -> None:
         try:

@@ -9,7 +9,10 @@ from pathlib import Path
 
 from roll_ckpt import names
 from roll_ckpt.disk import tree
-from roll_ckpt.errors import NotFound
+from roll_ckpt.errors import Damaged, NotFound
+from roll_ckpt.formats import manifests
+from roll_ckpt.transaction import listing
+from roll_ckpt.transaction.home import find_home
 
 log = logging.getLogger("roll_ckpt")
 
@@ -53,7 +56,8 @@ def locate(given: str) -> Place:
             )
         if _is_checkpoint(checkpoint_dir):
             part = path.relative_to(checkpoint_dir).as_posix()
-            return Place(checkpoint_dir.parent, checkpoint_dir.name, "" if part == "." else part)
+            name = _name_of(checkpoint_dir)
+            return Place(checkpoint_dir.parents[name.count("/")], name, "" if part == "." else part)
     if _holds_checkpoints(path):
         return Place(path)
     raise NotFound(
@@ -72,7 +76,7 @@ def run_directory(given: str, command: str) -> Path:
 
 def is_foreign(path: Path) -> bool:
     """True if the directory is a DeepSpeed checkpoint that was not written by roll_ckpt."""
-    if path.name.startswith(".") or not tree.is_dir(path) or _count_records(path):
+    if names.is_own(path.name) or not tree.is_dir(path) or _count_records(path):
         return False
     try:
         return any(entry.endswith("_states.pt") for entry in tree.list_dir(path))
@@ -89,6 +93,16 @@ def _is_checkpoint(path: Path) -> bool:
     return _count_records(path) > 1
 
 
+def _name_of(checkpoint_dir: Path) -> str:
+    """The name of a checkpoint relative to its output directory: its manifest tells whether it lies in folders."""
+    try:
+        name = manifests.read(checkpoint_dir).name
+    except (Damaged, OSError) as error:
+        log.debug("%s: taken for a checkpoint that lies in no folder: %s", checkpoint_dir, error)
+        return checkpoint_dir.name
+    return name if "/" in name and checkpoint_dir.as_posix().endswith(f"/{name}") else checkpoint_dir.name
+
+
 def _count_records(path: Path) -> int:
     """How many of the records manifest.json, votes/expected.json and decision are there."""
     try:
@@ -99,10 +113,13 @@ def _count_records(path: Path) -> int:
 
 
 def _holds_checkpoints(path: Path) -> bool:
-    return tree.is_dir(path) and any(
-        entry == names.EPOCHS
-        or names.parse_attempt_dir(entry) is not None
-        or _is_checkpoint(path / entry)
-        or is_foreign(path / entry)
-        for entry in tree.list_dir(path)
-    )
+    return (
+        tree.is_dir(path)
+        and any(
+            entry == names.EPOCHS
+            or names.parse_attempt_dir(entry) is not None
+            or _is_checkpoint(path / entry)
+            or is_foreign(path / entry)
+            for entry in {*tree.list_dir(path), *listing.names_in(path)}
+        )
+    ) or (tree.is_dir(path) and find_home(path) != path)

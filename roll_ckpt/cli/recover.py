@@ -14,6 +14,7 @@ from roll_ckpt.cli.printing import FINE, print_json, print_line, print_table
 from roll_ckpt.cli.survey import survey
 from roll_ckpt.disk import tree
 from roll_ckpt.errors import RunIsLive
+from roll_ckpt.transaction.home import find_home
 
 _ABOUT = """\
 Finish each attempt that a killed run had decided to commit, or that has all its
@@ -61,8 +62,8 @@ def recover(args: argparse.Namespace) -> int:
 
 
 def _garbage(output_dir: Path) -> list[str]:
-    """What earlier runs have thrown away and not yet deleted, relative to the output directory."""
-    trash = output_dir / names.TRASH
+    """What earlier runs have thrown away and not yet deleted, relative to the directory of the bookkeeping."""
+    trash = find_home(output_dir) / names.TRASH
     return [
         f"{names.TRASH}/{epoch}/{entry}" for epoch in tree.list_dir(trash) for entry in tree.list_dir(trash / epoch)
     ]

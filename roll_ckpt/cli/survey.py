@@ -16,6 +16,7 @@ from roll_ckpt.formats import manifests, records
 from roll_ckpt.formats.manifests import Manifest
 from roll_ckpt.transaction import epochs, listing
 from roll_ckpt.transaction.epochs import Member
+from roll_ckpt.transaction.home import find_home
 
 _HEARTBEAT_S = 60.0  # a run on another host counts as live while its newest heartbeat is no older
 
@@ -63,14 +64,15 @@ def survey(output_dir: Path) -> Survey:
         latest = None
         damaged.append(str(error))
     entries = tree.list_dir(output_dir)
-    attempts = [parsed for entry in entries if (parsed := names.parse_attempt_dir(entry))]
+    home = find_home(output_dir)
+    attempts = [parsed for entry in tree.list_dir(home) if (parsed := names.parse_attempt_dir(entry))]
     return Survey(
         checkpoints=checkpoints,
         damaged=damaged,
-        pending=[_look_at_attempt(output_dir, *parsed) for parsed in attempts],
+        pending=[_look_at_attempt(home, *parsed) for parsed in attempts],
         foreign=[entry for entry in entries if is_foreign(output_dir / entry)],
         latest=latest,
-        live=_live(output_dir),
+        live=_live(home),
     )
 
 
@@ -89,8 +91,8 @@ def look(place: Place) -> Survey:
     return Survey(checkpoints, damaged, [], [], latest)
 
 
-def _look_at_attempt(output_dir: Path, name: str, epoch: int, attempt: int) -> Pending:
-    checkpoint_dir = output_dir / names.attempt_dir(name, epoch, attempt) / name
+def _look_at_attempt(home: Path, name: str, epoch: int, attempt: int) -> Pending:
+    checkpoint_dir = home / names.attempt_dir(name, epoch, attempt) / name
     pending = partial(Pending, name, epoch, attempt)
     votes = needed = 0
     try:
@@ -116,9 +118,9 @@ def _look_at_attempt(output_dir: Path, name: str, epoch: int, attempt: int) -> P
     return pending(votes, needed, "finish" if votes == needed else "discard", f"{votes} of {needed} votes")
 
 
-def _live(output_dir: Path) -> list[str]:
+def _live(home: Path) -> list[str]:
     """The processes that save there now, as far as can be told without waiting for a heartbeat."""
-    members = epochs.members(output_dir, epochs.newest_number(output_dir))
+    members = epochs.members(home, epochs.newest_number(home))
     return [
         member.who
         for path, member in members.items()

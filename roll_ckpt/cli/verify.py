@@ -21,8 +21,9 @@ log = logging.getLogger("roll_ckpt")
 _ABOUT = """\
 Read every byte of a checkpoint, or of all checkpoints of a run, and compare it with
 the digests that were taken on the way to disk. Names each file that is damaged,
-missing, too long or too short, not a regular file, of another checkpoint, or not
-part of the checkpoint; then the exit code is 3. Changes nothing. The digests catch
+missing, too long or too short, not a file, of another checkpoint, or that stock code
+would take for a part of it; then the exit code is 3. Files of others (a tokenizer,
+notes) are listed as "not ours" and are no damage. Changes nothing. The digests catch
 accidents, not forgery.
 
   roll-ckpt verify runs/demo
@@ -46,6 +47,7 @@ def verify(args: argparse.Namespace) -> int:
         say(f"not verified: {name} was not written by roll_ckpt and has no digests")
     nbytes = sum(manifest.nbytes() for manifest in survey.checkpoints)
     directories = [place.checkpoint_dir] if place.name else [place.directory_of(name) for name in checkpoints]
+    others = {str(directory): verification.not_ours(directory) for directory in directories}
     with _kept_from_pruning(directories), notice(f"reading {human_bytes(nbytes)} ..."):
         problems = (
             verification.verify(place.checkpoint_dir) if place.name else verification.verify_run(place.output_dir)
@@ -58,10 +60,14 @@ def verify(args: argparse.Namespace) -> int:
                 "checkpoints": checkpoints,
                 "bytes": nbytes,
                 "problems": [asdict(problem) for problem in problems],
+                "not_ours": [f"{directory}/{path}" for directory, paths in others.items() for path in paths],
             }
         )
     else:
         print_table([["damaged", problem.path, f"{problem.kind}: {problem.detail}"] for problem in problems])
+        for directory, paths in others.items():
+            for path in paths:
+                print_line(f"not ours: {directory}/{path} (no save wrote it; it has no digest, and is no damage)")
         if not problems:
             print_line(f"sound: {', '.join(checkpoints)} ({human_bytes(nbytes)} read)")
     return DAMAGED if problems else FINE

@@ -25,15 +25,15 @@ from roll_ckpt.errors import Damaged
 log = logging.getLogger("roll_ckpt")
 
 
-def open_regular(path: Path, access: int = os.O_RDONLY) -> int:
-    """A descriptor of a regular file. Damaged if the path is a symbolic link or a special file."""
-    flags = access | os.O_CLOEXEC | os.O_NOFOLLOW
+def open_regular(path: Path, access: int = os.O_RDONLY, *, follow: bool = False) -> int:
+    """A descriptor of a regular file. Damaged if the path is a special file, or, unless `follow`, a symbolic link."""
+    flags = access | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
     try:
         # Without O_NONBLOCK the open of a named pipe would wait forever.
         descriptor = os.open(path, flags | os.O_NONBLOCK)
     except BlockingIOError:
         # Another process holds a lease on the file (fcntl(2), F_SETLEASE); an open that waits makes it give that up.
-        if not is_file(path):
+        if not is_file(path, follow=follow):
             raise
         descriptor = os.open(path, flags)
     except OSError as error:

@@ -1,6 +1,7 @@
 """Reading files. A file that this process has locked is read through the descriptor of its lock (see `locks`).
 
-Symbolic links and special files are refused as Damaged: no file of a checkpoint is one.
+Special files are refused as Damaged. Symbolic links are followed, because a download may leave links into a cache; the
+digests decide whether the bytes are those of the checkpoint.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def _reader(path: Path) -> Iterator[int]:
             held.users += 1
             descriptor = held.descriptor
         else:
-            descriptor = open_regular(path)
+            descriptor = open_regular(path, follow=True)
     try:
         yield descriptor
     finally:

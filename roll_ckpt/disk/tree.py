@@ -47,9 +47,9 @@ def is_link(path: Path) -> bool:
     return stat.S_ISLNK(_mode(os.lstat, path) or 0)
 
 
-def is_file(path: Path) -> bool:
-    """Whether the path is a regular file itself, not a symbolic link."""
-    return stat.S_ISREG(_mode(os.lstat, path) or 0)
+def is_file(path: Path, *, follow: bool = False) -> bool:
+    """Whether the path is a regular file itself, or with `follow` also a symbolic link to one."""
+    return stat.S_ISREG(_mode(os.stat if follow else os.lstat, path) or 0)
 
 
 def _mode(stat_call: Callable[[Path], os.stat_result], path: Path) -> int | None:
@@ -61,9 +61,9 @@ def _mode(stat_call: Callable[[Path], os.stat_result], path: Path) -> int | None
         return None
 
 
-def file_bytes(path: Path) -> int:
-    """The size of a regular file in bytes. Damaged if the path is a symbolic link or anything else."""
-    status = os.lstat(path)
+def file_bytes(path: Path, *, follow: bool = False) -> int:
+    """The size of a regular file in bytes; with `follow`, a link may lead to it. Damaged if it is anything else."""
+    status = os.stat(path) if follow else os.lstat(path)
     if not stat.S_ISREG(status.st_mode):
         raise Damaged(f"{path}: not a regular file")
     return status.st_size

@@ -17,12 +17,15 @@ from roll_ckpt.disk import reads
 from roll_ckpt.errors import Damaged, NotFound
 from roll_ckpt.formats.records import (
     FORMAT,
+    NO_LINEAGE,
     Expected,
+    Lineage,
     Receipt,
     Vote,
     are_world_sizes,
     is_shallow,
     parse_expected,
+    parse_lineage,
     parse_receipts,
     parse_vote,
     receipt_of_bytes,
@@ -30,6 +33,7 @@ from roll_ckpt.formats.records import (
     refuse_file_as_directory,
     take_format,
     take_name,
+    without_lineage,
 )
 from roll_ckpt.formats.sealed_json import Fields, is_count, is_sha256, seal, sha256, unseal
 
@@ -49,16 +53,17 @@ class Manifest:
     save_latest: bool
     software: str
     directories_durable: bool
+    lineage: Lineage = NO_LINEAGE
     format: int = FORMAT
 
     @property
-    def age(self) -> tuple[int, int, int, str]:
-        """A key that sorts checkpoints from the oldest to the newest: by epoch, then step, then attempt.
+    def age(self) -> tuple[int, int, int, int, str]:
+        """A key that sorts checkpoints from the oldest to the newest: by epoch, then in the order of their saves.
 
-        The epoch comes first, so that a run that resumed from an older step counts as newer than the later steps of
-        its predecessor.
+        Steps say nothing: a run may go back to an older one, and a counter may start anew. They order only checkpoints
+        of formats without an order, which are older than all others of their epoch.
         """
-        return (self.epoch, -1 if self.step is None else self.step, self.attempt, self.name)
+        return (self.epoch, self.lineage.order, -1 if self.step is None else self.step, self.attempt, self.name)
 
     def nbytes(self) -> int:
         """The size of all listed files together, in bytes."""
@@ -77,7 +82,7 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """The bytes of manifest.json."""
-        return seal({**asdict(self), "files": receipts_to_json(self.files)})
+        return seal(without_lineage({**asdict(self), "files": receipts_to_json(self.files)}))
 
 
 def build(votes: Mapping[str, bytes], expected: bytes) -> bytes:
@@ -113,6 +118,7 @@ def build(votes: Mapping[str, bytes], expected: bytes) -> bytes:
         save_latest=attempt.save_latest,
         software=attempt.software,
         directories_durable=all(vote.directories_durable for vote in cast),
+        lineage=attempt.lineage,
         format=attempt.format,
     ).to_bytes()
 
@@ -148,6 +154,7 @@ def parse(data: bytes, where: object) -> Manifest:
         save_latest=fields.take("save_latest", bool),
         software=fields.take("software", str),
         directories_durable=fields.take("directories_durable", bool),
+        lineage=parse_lineage(fields, format),
         format=format,
     )
     fields.end()

@@ -20,9 +20,9 @@ from roll_ckpt.formats.sealed_json import Fields, is_count, is_sha256, seal, uns
 
 log = logging.getLogger("roll_ckpt")
 
-FORMAT = 2
-"""The format of new records. Format 1, with the tensor index as JSON, is still read."""
-_FORMATS = (1, 2)
+FORMAT = 3
+"""The format of new records. Still read: format 1, with the tensor index as JSON, and 2, both without a `Lineage`."""
+_FORMATS = (1, 2, 3)
 SOFTWARE = f"roll_ckpt {__version__}"
 BLOCK_BYTES = 4 << 20
 SMALLEST_BLOCK_BYTES = 4096  # a stranger's record that asks for a digest of every byte would fill the memory
@@ -138,6 +138,47 @@ def refuse_file_as_directory(paths: list[str], where: object) -> None:
 
 
 @dataclass(frozen=True)
+class Lineage:
+    """Which checkpoints a checkpoint continues.
+
+    `order` counts the saves that an epoch has begun. A `series` is what one engine or pipeline saves, in all its runs;
+    it gets a new name where one begins to save without having resumed. A `segment` is a part of it without a load in
+    between, and `continues` ("epoch.order") is the checkpoint that was loaded before it, "" if none was.
+    """
+
+    order: int = 0
+    series: str = ""
+    segment: str = ""
+    continues: str = ""
+
+
+NO_LINEAGE = Lineage()
+"""That of checkpoints before format 3."""
+
+
+def parse_lineage(fields: Fields, format: int) -> Lineage:
+    """The lineage in a record. Damaged if it cannot be trusted."""
+    if format < 3:
+        return NO_LINEAGE
+    inner = _fields(fields.take("lineage", dict), fields.where)
+    lineage = Lineage(
+        order=inner.count("order"),
+        **{key: inner.take(key, str, _is_short) for key in ("series", "segment", "continues")},
+    )
+    inner.end()
+    return lineage
+
+
+def _is_short(text: str) -> bool:
+    return len(text) <= 64 and text.isprintable()
+
+
+def without_lineage(record: dict[str, Any]) -> dict[str, Any]:
+    """`record` as its format has it: before format 3 there was no lineage."""
+    return record if record["format"] >= 3 else {key: value for key, value in record.items() if key != "lineage"}
+
+
+@dataclass(frozen=True)
 class Expected:
     """votes/expected.json: the identity of an attempt, and whose votes it needs.
 
@@ -152,11 +193,12 @@ class Expected:
     clusters: dict[str, int]
     save_latest: bool
     software: str
+    lineage: Lineage = NO_LINEAGE
     format: int = FORMAT
 
     def to_bytes(self) -> bytes:
-        """The bytes of the file: the same for every job that takes part."""
-        return seal(asdict(self))
+        """The bytes of the file: but for the lineage, the same for every job that takes part."""
+        return seal(without_lineage(asdict(self)))
 
     def voters(self) -> list[str]:
         """The file names of all votes, in order of cluster and rank."""
@@ -176,6 +218,7 @@ def parse_expected(data: bytes, where: object) -> Expected:
         clusters=fields.take("clusters", dict, are_world_sizes),
         save_latest=fields.take("save_latest", bool),
         software=fields.take("software", str),
+        lineage=parse_lineage(fields, format),
         format=format,
     )
     fields.end()

@@ -131,7 +131,7 @@ class OpenedCheckpoint:
         """
         relative = path.absolute().relative_to(self.directory.absolute()).as_posix()
         receipt = self._files.get(relative)
-        if receipt is None or (tree.exists(path) and not tree.is_file(path)):
+        if receipt is None or (tree.exists(path) and not tree.is_file(path, follow=True)):
             raise Damaged(
                 f"{path}: not listed in {self.directory / names.MANIFEST} as a regular file; it does not belong there"
             )

@@ -24,6 +24,7 @@ from roll_ckpt.ranks.group import RankGroup
 from roll_ckpt.save import arena, pending
 from roll_ckpt.save.begin import Request, SaveEstimate, begin
 from roll_ckpt.save.cluster_save import ClusterSave
+from roll_ckpt.save.course import Course
 from roll_ckpt.save.save import Save
 from roll_ckpt.upload.after_commit import AfterCommit, sends
 
@@ -49,7 +50,8 @@ class BasePipeline:
         self._state_files = StateFiles(config)
         self._group: RankGroup | None = None
         self._saves: list[Save] = []
-        self._after_commit = AfterCommit(config)
+        self._course = Course()
+        self._after_commit = AfterCommit(config, self._course)
         if config.checkpoint_config is not None:
             self._after_commit.send_to(config.checkpoint_config, config.output_dir)
 
@@ -202,6 +204,7 @@ class BasePipeline:
             name=names.checkpoint(step),
             step=step,
             clusters=self._own_clusters,
+            course=self._course,
             expected_clusters=self.config.expected_clusters,
         )
         estimates: dict[str, SaveEstimate] = {}
@@ -266,6 +269,7 @@ class BasePipeline:
         self._restore_rng(random_states, checkpoint_dir / self._pipeline_dir / names.rng_file(ranks.rank))
         if checkpoint_dir.parent.resolve() == self.config.output_dir.resolve():
             self._after_commit.resumed_from = checkpoint_dir.name
+            self._course.resumed(reader.checkpoint.manifest)
         return self.state.step
 
     def _restore_rng(self, state: dict[str, Any], where: Path) -> None:

@@ -14,9 +14,10 @@ from roll_ckpt.config import Settings
 from roll_ckpt.errors import NoRoom, RanksDisagree, SaveFailed
 from roll_ckpt.ranks.group import RankGroup
 from roll_ckpt.save.claims import claim, clear, find_claim
+from roll_ckpt.save.course import Course
 from roll_ckpt.save.pending import PendingSaves, wait_pending
 from roll_ckpt.save.save import Hook, Save
-from roll_ckpt.transaction import attempts
+from roll_ckpt.transaction import attempts, listing
 from roll_ckpt.transaction.attempts import Attempt
 
 
@@ -26,14 +27,18 @@ class Request:
 
     `step` is the training step, None if it has none. `clusters` maps each cluster of this job to its number of ranks;
     `expected_clusters` does so for all jobs that commit this checkpoint together, None if this job is the only one.
+    `course` is that of the engine or pipeline. `host`: the directory belongs to a program around us, so our bookkeeping
+    lies beside it.
     """
 
     output_dir: Path
     name: str
     step: int | None
     clusters: Mapping[str, int]
+    course: Course
     expected_clusters: Mapping[str, int] | None = None
     save_latest: bool = True
+    host: bool = False
 
     def compared(self) -> dict[str, Any]:
         """The values that `begin` compares between ranks, ready for JSON."""
@@ -56,6 +61,7 @@ class Request:
             attempt=verdict.get("attempt", 0),
             expected=dict(self.expected_clusters or self.clusters),
             save_latest=self.save_latest,
+            home=Path(verdict.get("home", self.output_dir)),
         )
 
 
@@ -129,13 +135,17 @@ def _decide(request: Request, settings: Settings, posts: list[dict[str, Any]]) -
             attempts.pass_over(claimed, request.name)
         return _not_begun(problem, request, claimed is not None)
     try:
+        owner = claim(request.output_dir, settings, request.clusters, request.expected_clusters, host=request.host)
+        if not request.course.settled:
+            request.course.settle(listing.committed(request.output_dir), request.clusters, request.name)
         attempt = attempts.begin(
-            claim(request.output_dir, settings, request.clusters, request.expected_clusters),
+            owner,
             request.name,
             step=request.step,
             expected=request.expected_clusters or request.clusters,
             save_latest=request.save_latest,
             needed_bytes=needed_bytes,
+            lineage=request.course.lineage,
         )
     except OSError as problem:
         return _not_begun(problem, request, claimed is not None)
@@ -144,7 +154,13 @@ def _decide(request: Request, settings: Settings, posts: list[dict[str, Any]]) -
         for cluster, plan in posts[0]["plans"].items()
         if plan and all(post["plans"].get(cluster) == plan for post in posts)
     ]
-    return {"epoch": attempt.epoch, "attempt": attempt.attempt, "run_id": attempt.run_id, "reused_plans": reused}
+    return {
+        "epoch": attempt.epoch,
+        "attempt": attempt.attempt,
+        "run_id": attempt.run_id,
+        "home": str(attempt.home),
+        "reused_plans": reused,
+    }
 
 
 def _not_begun(problem: Exception, request: Request, claimed: bool) -> dict[str, Any]:

@@ -7,10 +7,9 @@ import threading
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from roll_ckpt import names, process
+from roll_ckpt import process
 from roll_ckpt.config import Settings
-from roll_ckpt.disk import tree
-from roll_ckpt.errors import ConfigError, RunIsLive, SaveFailed
+from roll_ckpt.errors import SaveFailed
 from roll_ckpt.save.pending import pending
 from roll_ckpt.transaction import claims, recovery
 from roll_ckpt.transaction.epochs import Epoch
@@ -66,8 +65,12 @@ def claim(
     settings: Settings,
     clusters: Mapping[str, int],
     expected_clusters: Mapping[str, int] | None = None,
+    *,
+    host: bool = False,
 ) -> Epoch:
     """This run's claim on `output_dir`, made on the first call. Rank 0 only.
+
+    With `host`, the directory belongs to a program around us, and our bookkeeping lies beside it.
 
     Blocks. The first call also finishes or discards the saves that an older run left unfinished, and may wait about
     20 s to see whether an earlier run on another host still lives.
@@ -87,6 +90,7 @@ def claim(
                 clusters=clusters,
                 expected_clusters=expected_clusters,
                 take_over=settings.take_over,
+                host=host,
             )
             claimed.release_unused({save.attempt.output_dir.resolve() for save in pending()})
         claimed.use(output_dir, epoch)
@@ -106,26 +110,12 @@ def epoch_of(output_dir: Path) -> Epoch:
     return epoch
 
 
-def recover(output_dir: Path, settings: Settings, clusters: Mapping[str, int]) -> None:
-    """Finish or discard the saves that a killed run left unfinished in `output_dir`, if there are any. Rank 0 only.
-
-    Blocks. A directory that a live run owns, or that cannot be written, is left as it is, with a warning in the log: a
-    load from it is still possible.
-    """
-    if not any(names.parse_attempt_dir(entry) for entry in tree.list_dir(output_dir)):
-        return
-    try:
-        claim(output_dir, settings, clusters)
-    except (RunIsLive, ConfigError, OSError) as problem:
-        log.warning("%s: it holds an unfinished save, which is left as it is: %s", output_dir, problem)
-
-
 def clear(epoch: Epoch) -> None:
     """Remove what is left of saves that ended while the disk returned errors. Rank 0 only; blocks.
 
     What cannot be removed yet is logged; the next save tries again.
     """
-    busy = {epoch.output_dir / save.attempt.directory.name for save in pending()}
+    busy = {epoch.home / save.attempt.directory.name for save in pending()}
     try:
         for done in recovery.clear(epoch, busy):
             log.warning("%s: attempt %d.%d had ended with a disk error and is %s now (%s)",

@@ -16,19 +16,18 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from roll_ckpt import names
 from roll_ckpt.disk import failpoints, reads, tree, writes
-from roll_ckpt.disk.missing import if_there
 from roll_ckpt.errors import ConfigError, Damaged, NoRoom, NotFound, RanksDisagree, SaveFailed
 from roll_ckpt.formats.manifests import Manifest
 from roll_ckpt.formats.manifests import read as read_manifest
-from roll_ckpt.formats.records import SOFTWARE, Expected, parse_decision
-from roll_ckpt.transaction import epochs
+from roll_ckpt.formats.records import NO_LINEAGE, SOFTWARE, Expected, Lineage, parse_decision, parse_expected
+from roll_ckpt.transaction import epochs, listing
 from roll_ckpt.transaction.epochs import Epoch
+from roll_ckpt.transaction.home import find_home
 
 log = logging.getLogger("roll_ckpt")
 
@@ -47,12 +46,19 @@ class Attempt:
     attempt: int
     expected: Mapping[str, int]
     save_latest: bool
+    home: Path
+    """Where the bookkeeping of `output_dir` lies; see `transaction.home`."""
     pid: int = field(default_factory=os.getpid, compare=False, repr=False)
 
     @property
     def directory(self) -> Path:
         """The save directory that stock code is given. Files directly in it are moved to the output directory."""
-        return self.output_dir / names.attempt_dir(self.name, self.epoch, self.attempt)
+        return self.home / names.attempt_dir(self.name, self.epoch, self.attempt)
+
+    @property
+    def leaf(self) -> str:
+        """The last part of the name."""
+        return self.final.name
 
     @property
     def checkpoint_dir(self) -> Path:
@@ -86,6 +92,7 @@ def begin(
     expected: Mapping[str, int],
     save_latest: bool = True,
     needed_bytes: int = 0,
+    lineage: Lineage = NO_LINEAGE,
 ) -> Attempt:
     """Make the directory of a new attempt to save `name`. Rank 0 of each job calls it; durable on return.
 
@@ -103,16 +110,16 @@ def begin(
     number = _next_number(claimed, name)
     attempt = Attempt(
         claimed.output_dir, name, step, claimed.run_id, claimed.number, number, dict(expected), save_latest,
-        claimed.pid,
+        claimed.home, claimed.pid,
     )  # fmt: skip
     attempt.refuse_fork()
-    claimed.check()
+    claimed.restore()
     check_room(claimed.output_dir, name, needed_bytes)
     try:
-        _make(attempt)
+        _make(attempt, replace(lineage, order=claimed.begun))
     except FileNotFoundError as error:
         raise abandoned(attempt) from error
-    if abort_reason(attempt) is not None or epochs.newest_number(attempt.output_dir) != attempt.epoch:
+    if abort_reason(attempt) is not None or epochs.newest_number(attempt.home) != attempt.epoch:
         # Another job, or a newer run, gave the attempt up before this process made the directory, perhaps a second
         # time. No other process will look for it now, so it is removed here.
         writes.remove_tree(attempt.directory)
@@ -125,8 +132,6 @@ def _check_expected(name: str, expected: Mapping[str, int]) -> None:
     names.check_name("tag", name)
     for cluster, world_size in expected.items():
         names.check_name("cluster", cluster)
-        if cluster == name:
-            raise ConfigError(f"the checkpoint and a cluster have the same name {name!r}; rename the cluster")
         if world_size < 1:
             raise ConfigError(f"cluster {cluster!r}: its world size is {world_size}, and it must be at least 1")
     if not expected:
@@ -135,6 +140,7 @@ def _check_expected(name: str, expected: Mapping[str, int]) -> None:
 
 def _next_number(claimed: Epoch, name: str) -> int:
     """The number of the next attempt to save `name` in this epoch. Only the newest _NAMES_KEPT names are remembered."""
+    claimed.begun += 1
     number = claimed.attempts.pop(name, 0)
     if not number:
         # The name may have been forgotten. An attempt with the number of a committed one would take that checkpoint
@@ -167,42 +173,34 @@ def check_room(output_dir: Path, name: str, needed_bytes: int) -> None:
 
 
 def check_replaced(output_dir: Path, name: str) -> None:
-    """Refuse to replace a directory that holds files which no save wrote: they would be deleted with it.
+    """Refuse a name in whose place, on the way to which, or below which there is another checkpoint or a file.
+
+    A checkpoint of this name is replaced, and files that others have put into its directory are kept.
 
     Raises:
-        SaveFailed: there are such files; the message names the first one. Nothing was touched.
+        SaveFailed: the message names what is in the way. Nothing was touched.
     """
-    checkpoint_dir = output_dir / name
-    if not tree.exists(checkpoint_dir):
-        return
-    try:
-        manifest = if_there(partial(read_manifest, checkpoint_dir))
-    except (Damaged, OSError) as error:
-        # Where a manifest is, a save wrote the directory; that it is damaged is a reason to replace it.
-        log.warning("saving %r replaces %s, whose manifest cannot be used: %s", name, checkpoint_dir, error)
-        return
-    if manifest is not None:
-        written = {receipt.path for receipt in manifest.files} | {names.MANIFEST, names.DECISION}
-    elif tree.exists(checkpoint_dir / names.DECISION) or tree.exists(checkpoint_dir / names.EXPECTED):
-        return  # a checkpoint that has lost its manifest: damaged, so it may be replaced
-    else:
-        written = set()
-    foreign = [
-        path
-        for path, _ in tree.walk_all(checkpoint_dir)
-        if path not in written and not path.startswith(names.VOTES + "/") and not path.endswith("_states.pt")
-    ]
-    if foreign:
+    final = output_dir / name
+    for folder in [final, *final.parents][: name.count("/") + 1]:
+        if tree.exists(folder) and not tree.is_dir(folder):
+            raise SaveFailed(f"{folder} is a file, so {name!r} cannot be saved there. Choose another name")
+        if folder != final and tree.exists(folder / names.MANIFEST):
+            raise SaveFailed(f"{folder} is a checkpoint, and {name!r} would lie inside of it. Choose another name")
+    if tree.exists(final / names.EPOCHS) or find_home(final) != final:
         raise SaveFailed(
-            f"{checkpoint_dir} exists and holds {len(foreign)} files that roll_ckpt did not write, such as "
-            f"{foreign[0]}. Saving {name!r} would delete them: move them away, or save under another name. "
-            "Nothing was touched"
+            f"{final} is the output directory of a run, so {name!r} cannot be saved there. Choose another name"
+        )
+    if not tree.exists(final / names.MANIFEST) and (inner := listing.nested_in(output_dir, name)):
+        raise SaveFailed(
+            f"{final} is the folder of other checkpoints, such as {inner[0]!r}, so {name!r} cannot be saved there. "
+            "Choose another name. Nothing was touched"
         )
 
 
-def _make(attempt: Attempt) -> None:
-    for directory in (attempt.directory, attempt.checkpoint_dir, attempt.checkpoint_dir / names.VOTES):
-        writes.make_dir(directory)  # another job may have made it already
+def _make(attempt: Attempt, lineage: Lineage) -> None:
+    writes.make_dir(attempt.directory)  # another job may have made it already
+    writes.make_dirs(attempt.checkpoint_dir, durable=attempt.leaf != attempt.name)
+    writes.make_dir(attempt.checkpoint_dir / names.VOTES)
     expected = Expected(
         name=attempt.name,
         step=attempt.step,
@@ -212,21 +210,28 @@ def _make(attempt: Attempt) -> None:
         clusters=dict(attempt.expected),
         save_latest=attempt.save_latest,
         software=SOFTWARE,
-    ).to_bytes()
+        lineage=lineage,
+    )
     path = attempt.checkpoint_dir / names.EXPECTED
-    if not writes.link_durable(path, expected, scratch=attempt.directory) and reads.read_bytes(path) != expected:
+    if not writes.link_durable(path, expected.to_bytes(), scratch=attempt.directory) and not _same(path, expected):
         raise RanksDisagree(
             f"{attempt.label}: another job has begun it with another step, other clusters or world sizes, "
             f"another save_latest, or another roll_ckpt than {SOFTWARE}; compare {path} with "
             f"step {attempt.step}, clusters {dict(attempt.expected)}, save_latest {attempt.save_latest}"
         )
-    for directory in (attempt.checkpoint_dir, attempt.directory, attempt.output_dir):
+    for directory in (attempt.checkpoint_dir, attempt.directory, attempt.home):
         writes.fsync_dir(directory)
+
+
+def _same(path: Path, expected: Expected) -> bool:
+    """Whether another job has begun the attempt with the same values, but for the lineage: that of the first job wins."""
+    other = parse_expected(reads.read_bytes(path), path)
+    return replace(other, lineage=expected.lineage) == expected
 
 
 def abort_reason(attempt: Attempt) -> str | None:
     """Why this attempt was aborted in this epoch; None if no process has recorded a reason."""
-    path = attempt.output_dir / names.EPOCHS / names.aborted_file(attempt.name, attempt.epoch, attempt.attempt)
+    path = attempt.home / names.EPOCHS / names.aborted_file(attempt.name, attempt.epoch, attempt.attempt)
     try:
         return parse_decision(reads.read_bytes(path), path).reason
     except FileNotFoundError:
@@ -238,7 +243,7 @@ def abort_reason(attempt: Attempt) -> str | None:
 
 def abandoned(attempt: Attempt) -> SaveFailed:
     """The error to raise in a process whose attempt has vanished. Raises EpochLost instead if that is the cause."""
-    epochs.check(attempt.output_dir, attempt.epoch)
+    epochs.check(attempt.home, attempt.epoch)
     reason = abort_reason(attempt) or f"{attempt.directory} is gone"
     return SaveFailed(f"{attempt.label} was abandoned: {reason}")
 
@@ -246,9 +251,9 @@ def abandoned(attempt: Attempt) -> SaveFailed:
 def places(attempt: Attempt) -> Iterator[Path]:
     """Where the attempt's checkpoint may lie: as it was written, held by a process that replaces one, or committed."""
     entries = tree.list_dir(attempt.directory)
-    if attempt.name in entries:
+    if attempt.leaf in (entries if attempt.leaf == attempt.name else tree.list_dir(attempt.checkpoint_dir.parent)):
         yield attempt.checkpoint_dir
-    yield from (attempt.directory / e / attempt.name for e in entries if e.startswith(names.SUPERSEDED))
+    yield from (attempt.directory / e / attempt.leaf for e in entries if e.startswith(names.SUPERSEDED))
     yield attempt.final
 
 

@@ -19,7 +19,7 @@ from roll_ckpt.errors import ConfigError, Damaged, SaveFailed
 from roll_ckpt.formats.manifests import build, objection
 from roll_ckpt.formats.records import Decision, Expected, Receipt, Vote, parse_decision, parse_expected, parse_vote
 from roll_ckpt.formats.sealed_json import sha256
-from roll_ckpt.transaction import epochs
+from roll_ckpt.transaction import epochs, foreign
 from roll_ckpt.transaction.attempts import Attempt, abandoned, places
 
 
@@ -51,7 +51,7 @@ def cast(attempt: Attempt, vote: Vote) -> None:
             if not vote.rank:
                 _sync_beside(attempt)
             vote = replace(vote, directories_durable=vote.directories_durable and all(durable))
-        epochs.check(attempt.output_dir, attempt.epoch)
+        epochs.check(attempt.home, attempt.epoch)
         failpoints.failpoint("vote.before", name=attempt.name, cluster=vote.cluster, rank=vote.rank)
         path = attempt.checkpoint_dir / names.VOTES / names.vote_file(vote.cluster, vote.rank)
         data = vote.to_bytes()
@@ -84,7 +84,7 @@ def _directories(checkpoint_dir: Path, receipts: Iterable[Receipt]) -> list[Path
 def _sync_beside(attempt: Attempt) -> None:
     """Make the files durable that stock code left beside the checkpoint: no vote lists them, the commit moves them."""
     for entry in tree.list_dir(attempt.directory):
-        if not entry.startswith(".") and tree.is_file(attempt.directory / entry):
+        if not names.is_own(entry) and tree.is_file(attempt.directory / entry):
             writes.fsync_file(attempt.directory / entry)
     writes.fsync_dir(attempt.directory)
 
@@ -119,12 +119,12 @@ def decide(attempt: Attempt, ballot: Ballot, epoch: int, over: bool) -> Decision
     if absent and not ballot.refusal and not over:
         return None
     reason = ballot.refusal or _absence(absent) or _unsound(attempt.checkpoint_dir, ballot)
-    epochs.check(attempt.output_dir, epoch)
+    epochs.check(attempt.home, epoch)
     digest = ""
     if not reason:
         digest, reason = _make_manifest(attempt, ballot, data)
     decision = Decision(not reason, attempt.name, attempt.epoch, attempt.attempt, digest, reason)
-    epochs.check(attempt.output_dir, epoch)
+    epochs.check(attempt.home, epoch)
     return _link_decision(attempt, decision)
 
 
@@ -215,7 +215,8 @@ def _unsound(checkpoint_dir: Path, ballot: Ballot) -> str:
             return f"{who} lists {checkpoint_dir / path}, which does not exist as a regular file"
         if (size := tree.file_bytes(checkpoint_dir / path)) != nbytes:
             return f"{who} lists {checkpoint_dir / path} with {nbytes} bytes, and it has {size}"
-    if extra := sorted(set(is_regular) - set(listed) - records):
+    extra = [path for path in sorted(set(is_regular) - set(listed) - records) if foreign.read_by_stock(path)]
+    if extra:
         return f"no vote lists {checkpoint_dir / extra[0]}" + (f" and {len(extra) - 1} more" if extra[1:] else "")
     return ""
 

@@ -23,11 +23,13 @@ def claim(
     clusters: Mapping[str, int],
     expected_clusters: Mapping[str, int] | None = None,
     take_over: bool = False,
+    host: bool = False,
 ) -> Epoch:
     """Claim `output_dir` for this job, so that it may write there, and recover what earlier runs left.
 
     Rank 0 of each job calls it. `clusters` maps the clusters of this job to their world sizes. With
-    `expected_clusters`, the clusters of all jobs of the run, jobs with the same `run_id` join one epoch.
+    `expected_clusters`, the clusters of all jobs of the run, jobs with the same `run_id` join one epoch. With `host`,
+    the directory is that of a program around us, and our bookkeeping lies beside it; see `home`.
 
     Blocks: up to epochs.SILENCE_S if an earlier run on another host did not release the directory, and while what it
     left is recovered. The claim is durable on return.
@@ -51,7 +53,7 @@ def claim(
                 )
     output_dir = Path(output_dir)
     try:
-        claimed = epochs.claim_number(output_dir, run_id, clusters, expected_clusters, take_over)
+        claimed = epochs.claim_number(output_dir, run_id, clusters, expected_clusters, take_over, host=host)
     except OSError as error:
         raise ConfigError(
             f"output_dir {output_dir} cannot be written: {error.strerror} ({error.filename}); choose another"

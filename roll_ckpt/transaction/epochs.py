@@ -1,9 +1,10 @@
 """Epochs: which run may write in an output directory.
 
-`.epochs/<n>` is the sealed record of the job that claimed epoch n; jobs of the same run that joined it later have left
-`.epochs/<n>.<cluster>`. The newest number owns the directory. Each record is locked before it gets its name. On one
-host the lock shows whether its run is alive; across hosts its heartbeat does (the record's mtime). Locks and times
-only report a user's mistake (two runs, one directory) early: the safety of what is on disk does not depend on them.
+`.epochs/<n>` in the directory's home (see `home`) is the sealed record of the job that claimed epoch n; jobs of the
+same run that joined it later have left `.epochs/<n>.<cluster>`. The newest number owns the directory. Each record is locked
+before it gets its name. On one host the lock shows whether its run is alive; across hosts its heartbeat does (the
+record's mtime). Locks and times only report a user's mistake (two runs, one directory) early: the safety of what is on
+disk does not depend on them. Somebody may delete the records at any time; the run makes its own again.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from roll_ckpt.disk.missing import if_there, not_found_ok
 from roll_ckpt.errors import Damaged, EpochLost, RunIsLive
 from roll_ckpt.formats import manifests, records
 from roll_ckpt.formats.sealed_json import Fields, seal, unseal
+from roll_ckpt.transaction import listing
+from roll_ckpt.transaction.home import choose_home, directory_of
 
 log = logging.getLogger("roll_ckpt")
 
@@ -82,15 +85,40 @@ class Epoch:
 
     number: int
     output_dir: Path
+    home: Path
     run_id: str
+    clusters: Mapping[str, int]
+    expected: Mapping[str, int] | None
     attempts: dict[str, int] = field(default_factory=dict)
+    begun: int = 0
+    """How many attempts this epoch has begun; gives checkpoints of one epoch their order."""
     pid: int = field(default_factory=os.getpid)
     _records: dict[Path, Lock] = field(default_factory=dict)
     _ended: threading.Event = field(default_factory=threading.Event)
 
     def check(self) -> None:
         """EpochLost, naming the newer run, if this epoch does not own the directory any more."""
-        check(self.output_dir, self.number)
+        check(self.home, self.number)
+
+    def restore(self) -> None:
+        """Make again what somebody has deleted: the directory, its home, and this job's record. Durable on return.
+
+        Called before each save. EpochLost if another run has claimed the directory meanwhile.
+        """
+        self.check()
+        writes.make_dirs(self.output_dir)
+        make_folders(self.home, self.number)
+        for path, lock in list(self._records.items()):
+            if locks.same_file(lock, path):
+                continue
+            if tree.exists(path) or not _enter(self, path.name):
+                raise EpochLost(
+                    f"{self.output_dir}: the record of this run, {path}, was removed, and another run has claimed the "
+                    "directory since; this run may not write there any more. Stop one of the two"
+                )
+            lock.release()
+            log.warning("%s: the record of this run was removed by somebody and is made again: %s",
+                        self.output_dir, path)  # fmt: skip
 
     def release(self) -> None:
         """Give the directory back: another run, on any host, may claim it at once. Idempotent; no-op in a fork.
@@ -107,8 +135,9 @@ class Epoch:
         self._records.clear()
 
     def _keep(self, path: Path, lock: Lock) -> None:
+        beating = bool(self._records)
         self._records[path] = lock
-        if len(self._records) == 1:
+        if not beating:
             threading.Thread(target=self._beat, name="roll_ckpt-heartbeat", daemon=True).start()
 
     def _beat(self) -> None:
@@ -118,7 +147,8 @@ class Epoch:
         while not self._ended.wait(HEARTBEAT_S):
             for path in list(self._records):
                 try:
-                    writes.touch(path)
+                    with not_found_ok():  # the next save makes it again
+                        writes.touch(path)
                 except OSError as error:
                     if path not in failing and not self._ended.is_set():
                         log.warning("%s: the heartbeat of this run fails: %s; it is tried again every %g s. A run on "
@@ -131,33 +161,31 @@ class Epoch:
                     failing.discard(path)
 
 
-def check(output_dir: Path, number: int) -> None:
-    """EpochLost, naming the newer run, if epoch `number` does not own `output_dir` any more."""
-    newest = newest_number(output_dir)
-    if newest == number:
+def check(home: Path, number: int) -> None:
+    """EpochLost, naming the newer run, if a newer epoch than `number` owns the directory with this `home`.
+
+    A record that somebody has deleted loses nothing: the run's next save makes it again.
+    """
+    newest = newest_number(home)
+    if newest <= number:
         return
-    if newest < number:
-        raise EpochLost(
-            f"{output_dir}: the record of this run's epoch {number} is gone; someone has removed "
-            f"{names.EPOCHS}. Start the run again"
-        )
-    holders = [member for member in members(output_dir, newest).values() if isinstance(member, Member)]
+    holders = [member for member in members(home, newest).values() if isinstance(member, Member)]
     who = holders[0].who if holders else "a run whose record cannot be read"
     raise EpochLost(
-        f"{output_dir}: epoch {number} was taken over by epoch {newest}, {who}; this run may not write there "
+        f"{directory_of(home)}: epoch {number} was taken over by epoch {newest}, {who}; this run may not write there "
         "any more. Stop one of the two. If one job of a run restarts, all of its jobs must restart"
     )
 
 
-def newest_number(output_dir: Path) -> int:
-    """The newest epoch's number, 0 if the directory has never been claimed."""
-    parsed = (names.parse_epoch_file(entry) for entry in tree.list_dir(output_dir / names.EPOCHS))
+def newest_number(home: Path) -> int:
+    """The newest epoch's number, 0 if the directory with this home has never been claimed."""
+    parsed = (names.parse_epoch_file(entry) for entry in tree.list_dir(home / names.EPOCHS))
     return max((record[0] for record in parsed if record), default=0)
 
 
-def members(output_dir: Path, number: int) -> dict[Path, Member | Damaged]:
+def members(home: Path, number: int) -> dict[Path, Member | Damaged]:
     """The records of one epoch by path, that of its first job first; a damaged one is there as its error."""
-    folder = output_dir / names.EPOCHS
+    folder = home / names.EPOCHS
     records_by_path: dict[Path, Member | Damaged] = {}
     for entry in tree.list_dir(folder):
         parsed = names.parse_epoch_file(entry)
@@ -178,25 +206,29 @@ def claim_number(
     expected: Mapping[str, int] | None,
     take_over: bool,
     at_least: int = 1,
+    *,
+    host: bool = False,
 ) -> Epoch:
     """Claim the next epoch, or join the one of this run's other jobs. Durable on return.
 
-    The next epoch is at least `at_least` and newer than every checkpoint in the directory, pulled and copied ones
+    With `host`, the directory is that of a program around us, so the bookkeeping lies beside it; see `home`. The next
+    epoch is at least `at_least` and newer than every checkpoint in the directory, pulled and copied ones
     included: otherwise new saves would sort before them. Blocks for up to SILENCE_S while it watches the heartbeat of
     a run on another host. RunIsLive if another run owns the directory.
     """
+    home = choose_home(output_dir, host=host)
     while True:
-        newest = newest_number(output_dir)
-        join = bool(newest) and _may_join(output_dir, newest, run_id, clusters, expected, take_over)
-        following = max(newest + 1, _newest_committed(output_dir) + 1, at_least)
+        newest = newest_number(home)
+        join = bool(newest) and _may_join(home, newest, run_id, clusters, expected, take_over)
+        following = max(newest + 1, _newest_left(output_dir, home) + 1, at_least)
         if following > names.LARGEST_NUMBER:
-            raise Damaged(f"{output_dir / names.EPOCHS}: {newest} is too large for an epoch; remove that file")
-        epoch = Epoch(newest if join else following, output_dir, run_id)
-        _make(output_dir, epoch.number)
+            raise Damaged(f"{home / names.EPOCHS}: {newest} is too large for an epoch; remove that file")
+        epoch = Epoch(newest if join else following, output_dir, home, run_id, dict(clusters), expected)
+        make_folders(home, epoch.number)
         entries = [names.epoch_file(epoch.number, c) for c in sorted(clusters)] if join else [str(epoch.number)]
-        linked = all(_enter(epoch, entry, clusters, expected) for entry in entries)
+        linked = all(_enter(epoch, entry) for entry in entries)
         # A slow claimant may have linked the name of an epoch that has come and gone meanwhile.
-        if linked and newest_number(output_dir) == epoch.number:
+        if linked and newest_number(home) == epoch.number:
             return epoch
         for path, lock in list(epoch._records.items()):
             if locks.same_file(lock, path):
@@ -204,21 +236,18 @@ def claim_number(
         epoch.release()
 
 
-def _newest_committed(output_dir: Path) -> int:
-    """The newest epoch of a checkpoint in `output_dir`, 0 if there is none whose manifest can be read."""
-    newest = 0
-    for entry in tree.list_dir(output_dir):
-        if entry.startswith("."):
-            continue
+def _newest_left(output_dir: Path, home: Path) -> int:
+    """The newest known epoch of a checkpoint in `output_dir`, or of an attempt in `home`; 0 if there is none."""
+    newest = max((parsed[1] for entry in tree.list_dir(home) if (parsed := names.parse_attempt_dir(entry))), default=0)
+    for name in listing.names_in(output_dir):
         try:
-            manifest = if_there(partial(manifests.read, output_dir / entry))
+            manifest = if_there(partial(manifests.read, output_dir / name))
         except Damaged as error:
             log.debug("its epoch is not known: %s", error)  # it is never resumed from, so its age does not matter
             continue
         except OSError as error:
-            if entry != names.LOST_AND_FOUND:
-                log.warning("%s: its epoch cannot be read (%s); new saves may sort before it",
-                            output_dir / entry, error)  # fmt: skip
+            log.warning("%s: its epoch cannot be read (%s); new saves may sort before it",
+                        output_dir / name, error)  # fmt: skip
             continue
         if manifest is not None:
             newest = max(newest, manifest.epoch)
@@ -226,7 +255,7 @@ def _newest_committed(output_dir: Path) -> int:
 
 
 def _may_join(
-    output_dir: Path,
+    home: Path,
     number: int,
     run_id: str,
     clusters: Mapping[str, int],
@@ -235,12 +264,12 @@ def _may_join(
 ) -> bool:
     """True: join epoch `number`. False: claim the next one. RunIsLive: neither."""
     alive, dead = [], 0
-    for path, member in members(output_dir, number).items():
+    for path, member in members(home, number).items():
         if isinstance(member, Damaged):
             if locks.is_locked(path):
                 raise RunIsLive(
-                    f"{output_dir}: a live run owns it, and the record of that run is damaged: {member}. Stop that "
-                    "run, or choose another output_dir. Nothing was touched"
+                    f"{directory_of(home)}: a live run owns it, and the record of that run is damaged: {member}. Stop "
+                    "that run, or choose another output_dir. Nothing was touched"
                 )
             dead += 1
         elif is_alive(path, member):
@@ -257,14 +286,14 @@ def _may_join(
             return False
         if not same_run:
             raise RunIsLive(
-                f"{output_dir}: {member.who} is running and saves there. Stop it, choose another output_dir, "
+                f"{directory_of(home)}: {member.who} is running and saves there. Stop it, choose another output_dir, "
                 "or set take_over if you know that it is dead. Jobs of one run need the same run_id and the same "
                 f"expected_clusters; this job has {run_id!r} and {expected and dict(expected)}, that one has "
                 f"{member.run_id!r} and {member.expected_clusters}. Nothing was touched"
             )
         for cluster in shared:
             raise RunIsLive(
-                f"{output_dir}: cluster {cluster!r} of run_id {run_id!r} is already running as {member.who}. "
+                f"{directory_of(home)}: cluster {cluster!r} of run_id {run_id!r} is already running as {member.who}. "
                 "Stop it, or set take_over if you know that it is dead. Nothing was touched"
             )
     # A run of which one job has died must restart as a whole: this job claims the next epoch.
@@ -286,23 +315,24 @@ def is_alive(path: Path, member: Member) -> bool:
     return False
 
 
-def _make(output_dir: Path, number: int) -> None:
+def make_folders(home: Path, number: int) -> None:
+    """Make the folders of the bookkeeping that epoch `number` needs, unless they are there."""
     # The epoch's trash is made before the epoch has a name: a job that joins it must find where to throw things away.
     for folder in (names.EPOCHS, names.TRASH, names.trash_dir(number)):
-        writes.make_own_dir(output_dir / folder)
+        writes.make_own_dir(home / folder)
 
 
-def _enter(epoch: Epoch, entry: str, clusters: Mapping[str, int], expected: Mapping[str, int] | None) -> bool:
+def _enter(epoch: Epoch, entry: str) -> bool:
     """Put this job's locked record under `.epochs/<entry>`; False if another job was first."""
-    folder = epoch.output_dir / names.EPOCHS
+    folder = epoch.home / names.EPOCHS
     temporary = folder / names.temporary_file(entry)
 
     def contents(locked: bool) -> bytes:
         return Member(
             number=epoch.number,
             run_id=epoch.run_id,
-            clusters=dict(clusters),
-            expected_clusters=None if expected is None else dict(expected),
+            clusters=dict(epoch.clusters),
+            expected_clusters=None if epoch.expected is None else dict(epoch.expected),
             host=socket.gethostname(),
             boot_id=reads.boot_id(),
             pid=os.getpid(),

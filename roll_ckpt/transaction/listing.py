@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -11,30 +11,95 @@ from roll_ckpt import names
 from roll_ckpt.disk import reads, tree, writes
 from roll_ckpt.disk.retry import ReadRetries
 from roll_ckpt.errors import BY_HAND, Damaged, NotFound, Unreadable
+from roll_ckpt.formats import manifests as manifests_format
+from roll_ckpt.formats import records
 from roll_ckpt.formats.manifests import Manifest
 from roll_ckpt.formats.manifests import read as read_manifest
 
 log = logging.getLogger("roll_ckpt")
+
+_MOST_ENTRIES = 2000  # below the top; folders with more hold something else than checkpoints
 
 
 def _warn(problem: Damaged | Unreadable) -> None:
     log.warning("%s; this checkpoint is skipped", problem)
 
 
+def names_in(output_dir: Path) -> list[str]:
+    """The names, relative to `output_dir`, of the directories below it that may be checkpoints of it, sorted.
+
+    That is every directory at the top except our bookkeeping, and those in folders (`epoch1/step5`) whose records have
+    that name. OSError if `output_dir` cannot be listed.
+    """
+    return sorted(name for name, _ in _scan(output_dir) if "/" not in name or _is_called(output_dir / name, name))
+
+
+def nested_in(output_dir: Path, name: str) -> list[str]:
+    """The paths, relative to `output_dir`, of the checkpoints in its folder `name`, whatever they are called."""
+    if not tree.is_real_dir(output_dir / name):
+        return []
+    return sorted(f"{name}/{inner}" for inner, marked in _scan(output_dir / name) if marked)
+
+
+def _scan(output_dir: Path) -> Iterator[tuple[str, bool]]:
+    """The entries at the top of `output_dir`, and the directories in folders below that hold a record of a checkpoint;
+    each with whether it holds one."""
+    folders, left = [""], _MOST_ENTRIES
+    while folders:
+        folder = folders.pop(0)
+        entries = tree.list_dir(output_dir / folder) if not folder else _entries_of(output_dir / folder)
+        left -= len(entries) if folder else 0
+        for entry in entries if left >= 0 else ():
+            name = f"{folder}/{entry}" if folder else entry
+            if names.is_own(entry) or name == names.LOST_AND_FOUND:
+                continue
+            marked = _has_record(output_dir / name)
+            if marked or not folder:
+                yield name, marked
+            if not marked and name.count("/") + 1 < names.NAME_PARTS:
+                folders.append(name)
+
+
+def _has_record(checkpoint_dir: Path) -> bool:
+    """Whether a directory holds a record of a checkpoint, or the disk does not tell."""
+    try:
+        return any(tree.exists(checkpoint_dir / record) for record in (names.MANIFEST, names.DECISION, names.EXPECTED))
+    except OSError as error:
+        log.debug("%s: taken for a checkpoint, because the disk does not tell: %s", checkpoint_dir, error)
+        return True
+
+
+def _is_called(checkpoint_dir: Path, name: str) -> bool:
+    """Whether a record in a directory gives it this name; those of another run's checkpoints do not."""
+    for record, parse in ((names.MANIFEST, manifests_format.parse), (names.EXPECTED, records.parse_expected)):
+        try:
+            return parse(reads.read_bytes(checkpoint_dir / record), record).name == name
+        except (Damaged, OSError) as error:
+            log.debug("%s does not tell the name of the checkpoint: %s", checkpoint_dir / record, error)
+    return False
+
+
+def _entries_of(folder: Path) -> list[str]:
+    """The entries of a folder that may hold checkpoints; [] if it is a file or a link, or cannot be listed."""
+    try:
+        return tree.list_dir(folder) if tree.is_real_dir(folder) else []
+    except OSError as error:
+        log.debug("%s: not searched for checkpoints: %s", folder, error)
+        return []
+
+
 def committed(output_dir: Path, report: Callable[[Damaged | Unreadable], None] = _warn) -> list[Manifest]:
-    """The manifests of the committed checkpoints, the oldest first (by step, epoch, attempt).
+    """The manifests of the committed checkpoints, the oldest first (see `Manifest.age`).
 
     `report` is called with an error for each checkpoint that is skipped: its manifest is missing, cannot be trusted,
     or could not be read. Reads that the disk refuses are retried for two seconds in all. Only manifests are read.
     OSError if `output_dir` cannot be listed.
     """
     manifests, retries = [], ReadRetries()
-    for entry in retries.run(partial(tree.list_dir, output_dir)):
-        checkpoint_dir = output_dir / entry
-        if entry.startswith(".") or entry == names.LOST_AND_FOUND:
-            continue
+    for name in retries.run(partial(names_in, output_dir)):
+        checkpoint_dir = output_dir / name
         try:
-            manifest = retries.run(partial(_committed_in, checkpoint_dir))
+            manifest = retries.run(partial(_committed_in, checkpoint_dir, name))
         except Damaged as error:
             report(error)
             continue
@@ -48,7 +113,7 @@ def committed(output_dir: Path, report: Callable[[Damaged | Unreadable], None] =
     return sorted(manifests, key=lambda manifest: manifest.age)
 
 
-def _committed_in(checkpoint_dir: Path) -> Manifest | None:
+def _committed_in(checkpoint_dir: Path, name: str) -> Manifest | None:
     """The manifest of a directory, None if it is no checkpoint. Damaged if the manifest cannot be trusted."""
     if not tree.is_dir(checkpoint_dir):
         return None
@@ -59,11 +124,11 @@ def _committed_in(checkpoint_dir: Path) -> Manifest | None:
             raise Damaged(f"{checkpoint_dir}: its {names.MANIFEST} is missing, so it cannot be verified") from None
         return None
     real = tree.is_real_dir(checkpoint_dir)
-    if manifest.name == checkpoint_dir.name and not real:
+    if manifest.name == name and not real:
         raise Damaged(
             f"{checkpoint_dir}: a symbolic link; move the checkpoint itself there, or give the path it leads to"
         )
-    if manifest.name != checkpoint_dir.name and real:
+    if manifest.name != name and real:
         raise Damaged(f"{checkpoint_dir}: its {names.MANIFEST} is that of {manifest.name}; is this directory a copy?")
     return manifest if real else None
 

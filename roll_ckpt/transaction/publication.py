@@ -14,11 +14,12 @@ from pathlib import Path
 
 from roll_ckpt import names
 from roll_ckpt.disk import failpoints, reads, tree, writes
-from roll_ckpt.disk.missing import not_found_ok
+from roll_ckpt.disk.missing import missing_ok, not_found_ok
 from roll_ckpt.errors import SaveFailed
 from roll_ckpt.formats.records import Decision
 from roll_ckpt.transaction import epochs
-from roll_ckpt.transaction.attempts import Attempt, carries
+from roll_ckpt.transaction.attempts import Attempt, carries, places, sound_manifest
+from roll_ckpt.transaction.foreign import move_foreign
 from roll_ckpt.transaction.listing import committed, read_latest, write_latest
 from roll_ckpt.transaction.trash import empty_trash, trash
 
@@ -41,14 +42,16 @@ def carry_out(attempt: Attempt, decision: Decision, epoch: int, *, save_latest: 
         _abandon(attempt, epoch)
         return ""
     _publish(attempt, epoch)
+    _keep_foreign(attempt)
     return _finish(attempt, epoch, save_latest=save_latest)
 
 
 def _publish(attempt: Attempt, epoch: int) -> None:
     """Give the checkpoint its final name; durable on return."""
-    epochs.check(attempt.output_dir, epoch)
+    epochs.check(attempt.home, epoch)
     try:
         writes.fsync_dir(attempt.checkpoint_dir)  # the process that decided may not have done it
+        writes.make_dirs(attempt.final.parent)  # hosts remove it while a save is pending
         writes.rename(attempt.checkpoint_dir, attempt.final)
     except OSError as error:
         if error.errno not in _TAKEN:
@@ -57,7 +60,7 @@ def _publish(attempt: Attempt, epoch: int) -> None:
         # checkpoint under the final name can tell.
         if not carries(attempt.final, attempt):
             _replace(attempt, epoch)
-    writes.fsync_dir(attempt.output_dir)
+    writes.fsync_dir(attempt.final.parent)
     failpoints.failpoint("commit.renamed", name=attempt.name, epoch=attempt.epoch, attempt=attempt.attempt)
 
 
@@ -75,7 +78,7 @@ def _replace(attempt: Attempt, epoch: int) -> None:
             time.sleep(_PAUSE_S)
             continue
         try:
-            epochs.check(attempt.output_dir, epoch)
+            epochs.check(attempt.home, epoch)
             _swap(attempt, own, epoch)
         except OSError as error:
             if error.errno not in _TAKEN:
@@ -89,13 +92,13 @@ def _take(attempt: Attempt, *, patient: bool) -> Path | None:
     """
     own = attempt.directory / names.unique(names.SUPERSEDED)
     entries = tree.list_dir(attempt.directory)
-    if attempt.name in entries:
+    if attempt.checkpoint_dir in places(attempt):
         writes.make_dir(own)
         with not_found_ok():  # another process may have been faster
-            writes.rename(attempt.checkpoint_dir, own / attempt.name)
+            writes.rename(attempt.checkpoint_dir, own / attempt.leaf)
             return own
     for entry in entries:
-        if entry.startswith(names.SUPERSEDED) and tree.exists(attempt.directory / entry / attempt.name):
+        if entry.startswith(names.SUPERSEDED) and tree.exists(attempt.directory / entry / attempt.leaf):
             if patient:
                 return None
             writes.rename(attempt.directory / entry, own)
@@ -104,7 +107,7 @@ def _take(attempt: Attempt, *, patient: bool) -> Path | None:
 
 
 def _swap(attempt: Attempt, own: Path, epoch: int) -> None:
-    new = own / attempt.name
+    new = own / attempt.leaf
     if not carries(new, attempt):
         raise SaveFailed(f"{attempt.label}: {new} should be its checkpoint and is not; run `verify` on {new}")
     if not tree.exists(attempt.final):
@@ -126,9 +129,30 @@ def _step_aside(attempt: Attempt, own: Path) -> None:
         else:
             writes.discard_file(attempt.output_dir / names.LATEST)
             writes.fsync_dir(attempt.output_dir)
-    writes.rename(attempt.final, own / OLD / attempt.name)
-    for directory in (own / OLD, attempt.output_dir):
+    writes.rename(attempt.final, own / OLD / attempt.leaf)
+    for directory in (own / OLD, attempt.final.parent):
         writes.fsync_dir(directory)
+
+
+def _keep_foreign(attempt: Attempt) -> None:
+    """Move what others had put into a replaced directory into the checkpoint that took its place; durable on return."""
+    for entry in tree.list_dir(attempt.directory):
+        if not entry.startswith(names.SUPERSEDED):
+            continue
+        for old in (attempt.directory / entry / attempt.leaf, attempt.directory / entry / OLD / attempt.leaf):
+            with missing_ok():
+                if tree.is_real_dir(old) and not carries(old, attempt):
+                    _move_foreign(attempt, old)
+
+
+def _move_foreign(attempt: Attempt, old: Path) -> None:
+    new = sound_manifest(attempt.final)
+    replaced = sound_manifest(old) or new
+    written = replaced.paths() if replaced is not None else ()
+    moved = move_foreign(old, attempt.final, written, f".before-{attempt.epoch}.{attempt.attempt}")
+    if moved:
+        log.info("%s: kept %d files or folders that others had put there, such as %s",
+                 attempt.final, len(moved), moved[0])  # fmt: skip
 
 
 def _finish(attempt: Attempt, epoch: int, *, save_latest: bool) -> str:
@@ -137,7 +161,7 @@ def _finish(attempt: Attempt, epoch: int, *, save_latest: bool) -> str:
     facts = {"name": attempt.name, "epoch": attempt.epoch, "attempt": attempt.attempt}
     try:
         if save_latest:
-            epochs.check(attempt.output_dir, epoch)
+            epochs.check(attempt.home, epoch)
             # Prepared in the attempt's directory: a process that comes after another one has finished finds that
             # directory gone, so it cannot turn `latest` back.
             write_latest(attempt.output_dir, attempt.name, scratch=attempt.directory)
@@ -160,7 +184,7 @@ def _place_beside(attempt: Attempt) -> str:
     moved = False
     for entry in tree.list_dir(attempt.directory):
         path = attempt.directory / entry
-        if entry.startswith(".") or entry == names.LATEST:  # stock code's own `latest`
+        if names.is_own(entry) or entry in (names.LATEST, attempt.name.partition("/")[0]):  # stock code's own `latest`
             continue
         if not tree.is_file(path) or tree.is_dir(attempt.output_dir / entry):
             dropped.append(entry)
@@ -187,8 +211,8 @@ def _record_reason(attempt: Attempt) -> OSError | None:
     """Link the decision into `.epochs/`. The error if the disk refuses: a full one gets room back without a reason."""
     record = names.aborted_file(attempt.name, attempt.epoch, attempt.attempt)
     try:
-        writes.link(attempt.checkpoint_dir / names.DECISION, attempt.output_dir / names.EPOCHS / record)
-        _forget_reasons(attempt.output_dir / names.EPOCHS)
+        writes.link(attempt.checkpoint_dir / names.DECISION, attempt.home / names.EPOCHS / record)
+        _forget_reasons(attempt.home / names.EPOCHS)
     except FileNotFoundError as error:
         log.debug("%s: gone, so another process abandons this attempt, too", error.filename)
     except OSError as error:
@@ -208,11 +232,11 @@ def _forget_reasons(folder: Path) -> None:
 def throw_away(attempt: Attempt, epoch: int) -> None:
     """Remove the attempt's directory; durable on return. Fine if it is gone; EpochLost if that is the epoch's end."""
     try:
-        place = trash(attempt.output_dir, attempt.directory, epoch)
+        place = trash(attempt.home, attempt.directory, epoch)
     except FileNotFoundError as error:
-        epochs.check(attempt.output_dir, epoch)
+        epochs.check(attempt.home, epoch)
         log.debug("%s: gone, so another process has thrown the attempt away", error.filename)
         return
-    writes.fsync_dir(attempt.output_dir)
+    writes.fsync_dir(attempt.home)
     writes.remove_tree(place)
-    empty_trash(attempt.output_dir, epoch)  # what earlier calls could not delete
+    empty_trash(attempt.home, epoch)  # what earlier calls could not delete

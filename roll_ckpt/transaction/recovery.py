@@ -49,16 +49,17 @@ def recover(output_dir: Path, *, epoch: Epoch) -> list[Recovery]:
         OSError: the disk refused. SaveFailed: another process keeps changing an attempt.
         EpochLost: a newer run has claimed the directory.
     """
-    retire_trash(output_dir, epoch.number)
+    retire_trash(epoch.home, epoch.number)
     recoveries = []
-    for entry in tree.list_dir(output_dir):
+    for entry in tree.list_dir(epoch.home):
         parsed = names.parse_attempt_dir(entry)
         if parsed is not None and parsed[1] < epoch.number:
-            recoveries.append(_recover_one(output_dir, *parsed, epoch.number))
-        elif names.parse_temporary_file(entry) == names.LATEST:
+            recoveries.append(_recover_one(epoch, *parsed))
+    for entry in tree.list_dir(output_dir):
+        if names.parse_temporary_file(entry) == names.LATEST:
             writes.discard_file(output_dir / entry)
-    _sweep_epochs(output_dir / names.EPOCHS, epoch.number)
-    empty_trash(output_dir, epoch.number)
+    _sweep_epochs(epoch.home / names.EPOCHS, epoch.number)
+    empty_trash(epoch.home, epoch.number)
     return recoveries
 
 
@@ -69,17 +70,17 @@ def clear(epoch: Epoch, busy: Collection[Path]) -> list[Recovery]:
     OSError or SaveFailed if the disk still refuses; EpochLost if a newer run has claimed the directory.
     """
     recoveries = []
-    for entry in tree.list_dir(epoch.output_dir):
+    for entry in tree.list_dir(epoch.home):
         parsed = names.parse_attempt_dir(entry)
-        if parsed is None or parsed[1] != epoch.number or epoch.output_dir / entry in busy:
+        if parsed is None or parsed[1] != epoch.number or epoch.home / entry in busy:
             continue
         if parsed[2] <= epoch.attempts.get(parsed[0], 0):  # a larger number is that of another job, which is ahead
-            recoveries.append(_recover_one(epoch.output_dir, *parsed, epoch.number))
+            recoveries.append(_recover_one(epoch, *parsed))
     return recoveries
 
 
-def _recover_one(output_dir: Path, name: str, old_epoch: int, number: int, epoch: int) -> Recovery:
-    bare = Attempt(output_dir, name, None, "", old_epoch, number, {}, False)
+def _recover_one(owner: Epoch, name: str, old_epoch: int, number: int) -> Recovery:
+    epoch, bare = owner.number, Attempt(owner.output_dir, name, None, "", old_epoch, number, {}, False, owner.home)
     if link := _link_in(bare):
         # A link may lead out of the output directory, where nothing may be written or renamed.
         throw_away(bare, epoch)
@@ -123,7 +124,8 @@ def _link_in(attempt: Attempt) -> Path | None:
     """A path that should be a directory but is a link or a file, or None."""
     if tree.exists(attempt.directory) and not tree.is_real_dir(attempt.directory):
         return attempt.directory
-    holders = [e for e in tree.list_dir(attempt.directory) if e == attempt.name or e.startswith(names.SUPERSEDED)]
+    first = attempt.name.partition("/")[0]
+    holders = [e for e in tree.list_dir(attempt.directory) if e == first or e.startswith(names.SUPERSEDED)]
     return next((attempt.directory / e for e in holders if tree.is_link(attempt.directory / e)), None)
 
 
@@ -149,10 +151,10 @@ def _is_newer_than_latest(output_dir: Path, manifest: Manifest) -> bool:
 def _discard(attempt: Attempt, epoch: int, reason: str) -> Recovery:
     """Throw away an attempt that cannot be finished; a checkpoint that was moved aside for it comes back."""
     for entry in tree.list_dir(attempt.directory):
-        old = attempt.directory / entry / OLD / attempt.name
+        old = attempt.directory / entry / OLD / attempt.leaf
         if entry.startswith(names.SUPERSEDED) and tree.exists(old) and not tree.exists(attempt.final):
             writes.rename(old, attempt.final)
-            writes.fsync_dir(attempt.output_dir)
+            writes.fsync_dir(attempt.final.parent)
     throw_away(attempt, epoch)
     return Recovery(attempt.name, attempt.epoch, attempt.attempt, "discarded", reason)
 

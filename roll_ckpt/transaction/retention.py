@@ -9,8 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+from roll_ckpt import names
 from roll_ckpt.disk import failpoints, writes
 from roll_ckpt.disk.missing import if_there
+from roll_ckpt.formats.records import NO_LINEAGE, Lineage
 from roll_ckpt.transaction import listing, reader_locks, trash
 from roll_ckpt.transaction.epochs import Epoch
 
@@ -22,7 +24,8 @@ class Record:
     """What a retention rule knows of one committed checkpoint.
 
     `committed_at_s` is in seconds since 1970 by the file system's clock; `nbytes` is the size of all its files. A
-    `protected` checkpoint must stay: it is owed to a destination, `latest` names it, or the run resumed from it.
+    `protected` checkpoint must stay: it is owed to a destination, `latest` names it, or the run resumed from it. `age`
+    is "epoch.order", by which another one's `lineage` may say that it continues this one.
     """
 
     name: str
@@ -30,17 +33,43 @@ class Record:
     committed_at_s: float
     nbytes: int
     protected: bool = False
+    age: str = ""
+    lineage: Lineage = NO_LINEAGE
 
 
-def doomed(records: Sequence[Record], keep: int) -> list[str]:
-    """The names of the checkpoints to remove, the oldest first, as in `records`. A pure function.
+def doomed(records: Sequence[Record], keep: int, series: str | None = None) -> list[str]:
+    """The names of the checkpoints to remove, those to remove first coming first. A pure function.
 
-    The newest `keep` checkpoints stay, and so do the protected ones; 0 keeps all. ValueError if `keep` is negative.
+    `records` come oldest first. Of each series, and in it of each kind of name (`best`, `step10` and `step20`), `keep`
+    checkpoints stay: the newest of those that its newest one continues. Checkpoints of branches that were given up,
+    because a run went back to an older one, go before all others. Protected ones stay; 0 keeps all. With `series`,
+    only that series is pruned. ValueError if `keep` is negative.
     """
     if keep < 0:
         raise ValueError(f"cannot keep {keep} checkpoints; 0 keeps all")
-    old = records[:-keep] if keep else []
-    return [record.name for record in old if not record.protected]
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for record in records if keep else ():
+        if series is None or record.lineage.series == series:
+            groups.setdefault((record.lineage.series, names.pattern(record.name)), []).append(record)
+    continued = {of: _continued([r for r in records if r.lineage.series == of]) for of, _ in groups}
+    names_to_remove = []
+    for (of, _), group in groups.items():
+        ordered = sorted(group, key=lambda record: record.name in continued[of])  # stable: the oldest first in each
+        names_to_remove += [record.name for record in ordered[:-keep] if not record.protected]
+    return names_to_remove
+
+
+def _continued(series: Sequence[Record]) -> set[str]:
+    """The names of the newest checkpoint of a series, and of those that it continues; the records come oldest first."""
+    continued: set[str] = set()
+    place = {record.age: index for index, record in enumerate(series)}
+    last = len(series) - 1
+    while last >= 0:
+        tip = series[last]
+        continued |= {record.name for record in series[: last + 1] if record.lineage.segment == tip.lineage.segment}
+        before = place.get(tip.lineage.continues, -1)
+        last = before if before < last else -1
+    return continued
 
 
 class Owing(Protocol):
@@ -72,14 +101,22 @@ def records_of(output_dir: Path, owing: Iterable[Owing] = (), protected: Collect
             log.debug("%s: gone since it was listed, so another save or job has pruned it", manifest.name)
             continue
         protected_here = manifest.name in protected_names
-        records.append(Record(manifest.name, manifest.step, committed_at_s, manifest.nbytes(), protected_here))
+        age = f"{manifest.epoch}.{manifest.lineage.order}"
+        facts = (committed_at_s, manifest.nbytes(), protected_here, age, manifest.lineage)
+        records.append(Record(manifest.name, manifest.step, *facts))
     return records
 
 
 def prune(
-    output_dir: Path, epoch: Epoch, keep: int, owing: Sequence[Owing] = (), protected: Collection[str] = ()
+    output_dir: Path,
+    epoch: Epoch,
+    keep: int,
+    owing: Sequence[Owing] = (),
+    protected: Collection[str] = (),
+    *,
+    series: str | None = None,
 ) -> list[str]:
-    """Remove all but the newest `keep` committed checkpoints; return the names of those removed.
+    """Remove what `doomed` names, of all series or of one; return the names of those removed.
 
     Rank 0 calls it. Blocks while it deletes; the removal is durable on return. A checkpoint stays if it is in
     `protected`, owed to a destination, being read, or named by `latest`. A damaged one is neither counted nor touched.
@@ -90,7 +127,7 @@ def prune(
         Damaged: a destination's record of what it owes is damaged; nothing was removed.
     """
     removed = []
-    for name in doomed(records_of(output_dir, owing, protected), keep):
+    for name in doomed(records_of(output_dir, owing, protected), keep, series):
         if _remove(output_dir, epoch, name):
             removed.append(name)
             for destination in owing:
@@ -106,12 +143,12 @@ def _remove(output_dir: Path, epoch: Epoch, name: str) -> bool:
             return False
         epoch.check()
         try:
-            place = trash.trash(output_dir, output_dir / name, epoch.number)
+            place = trash.trash(epoch.home, output_dir / name, epoch.number)
         except FileNotFoundError as error:
             epoch.check()
             log.debug("%s: gone, so another job of this run has pruned it", error.filename)
             return False
-        writes.fsync_dir(output_dir)
+        writes.fsync_dir((output_dir / name).parent)
     failpoints.failpoint("prune.renamed", name=name)
     writes.remove_tree(place)
     failpoints.failpoint("prune.deleted", name=name)

@@ -74,7 +74,7 @@ class _Settling:
     def step(self, *, acts: bool, over: bool) -> Outcome | None:
         """Look, and if this process `acts`, decide and carry out what can be; None if the attempt has not ended."""
         attempt = self.attempt
-        if attempt.directory.name not in tree.list_dir(attempt.output_dir):
+        if attempt.directory.name not in tree.list_dir(attempt.home):
             return _outcome_of_another(attempt, self.decision)
         self.decision = self.decision or decided(attempt)
         if acts:
@@ -131,7 +131,7 @@ def _outcome_of_another(attempt: Attempt, decision: Decision | None) -> Outcome:
     reason = abort_reason(attempt)
     if reason is None and decision is not None:
         return Outcome(decision.commit, decision.reason)
-    epochs.check(attempt.output_dir, attempt.epoch)
+    epochs.check(attempt.home, attempt.epoch)
     return Outcome(
         False,
         reason

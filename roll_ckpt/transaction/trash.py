@@ -11,31 +11,49 @@ from pathlib import Path
 from roll_ckpt import names
 from roll_ckpt.disk import tree, writes
 from roll_ckpt.disk.missing import not_found_ok
+from roll_ckpt.errors import EpochLost
+from roll_ckpt.transaction import epochs
 
 
-def trash(output_dir: Path, path: Path, epoch: int) -> Path:
+def trash(home: Path, path: Path, epoch: int) -> Path:
     """Rename `path` into the trash of `epoch` and return its new path. Not durable; deletes nothing yet.
 
-    FileNotFoundError if `path` is gone, or if the trash of `epoch` is: then a newer run owns the directory.
+    Raises:
+        FileNotFoundError: `path` is gone. EpochLost: a newer run has retired the trash of `epoch`.
     """
-    target = output_dir / names.trash_dir(epoch) / names.unique(path.name.lstrip("."))
-    writes.rename(path, target)
+    folder = home / names.trash_dir(epoch)
+    target = folder / names.unique(path.name.lstrip("."))
+    try:
+        writes.rename(path, target)
+    except FileNotFoundError:
+        if tree.is_dir(folder) or not tree.exists(path):
+            raise
+        # Somebody has deleted it, or a newer run has retired it. The order makes a late process harmless: a run that
+        # claims the directory after this look moves the folder away, so that the rename finds it gone.
+        epochs.make_folders(home, epoch)
+        try:
+            epochs.check(home, epoch)
+        except EpochLost:
+            with not_found_ok():
+                writes.remove_dir(folder)
+            raise
+        writes.rename(path, target)
     return target
 
 
-def empty_trash(output_dir: Path, epoch: int) -> None:
+def empty_trash(home: Path, epoch: int) -> None:
     """Delete everything that this epoch has thrown away. Blocks while it deletes; OSError if the disk refuses."""
-    folder = output_dir / names.trash_dir(epoch)
+    folder = home / names.trash_dir(epoch)
     for entry in tree.list_dir(folder):
         writes.remove_tree(folder / entry)
 
 
-def retire_trash(output_dir: Path, epoch: int) -> None:
+def retire_trash(home: Path, epoch: int) -> None:
     """Move the trash directories of older epochs away, so that their late processes cannot remove anything."""
-    folder = output_dir / names.TRASH
+    folder = home / names.TRASH
     for entry in tree.list_dir(folder):
         if not entry.isdecimal():
             writes.remove_tree(folder / entry)
         elif int(entry) < epoch:
             with not_found_ok():
-                trash(output_dir, folder / entry, epoch)
+                trash(home, folder / entry, epoch)

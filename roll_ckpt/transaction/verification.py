@@ -18,7 +18,8 @@ from roll_ckpt.formats.manifests import Manifest
 from roll_ckpt.formats.records import Receipt
 from roll_ckpt.formats.sealed_json import sha256
 from roll_ckpt.native import files
-from roll_ckpt.transaction import epochs, listing
+from roll_ckpt.transaction import epochs, foreign, listing
+from roll_ckpt.transaction.home import find_home
 
 log = logging.getLogger("roll_ckpt")
 
@@ -29,7 +30,8 @@ _SMALL_BYTES = 1 << 20  # below it, starting native threads takes longer than re
 class Problem:
     """One thing that is not as it was committed. `path` is relative to the directory that was verified.
 
-    `kind` is one of "missing", "extra", "link" (a symbolic link, directory or special file in place of a file), "size",
+    `kind` is one of "missing", "extra" (a file that stock code would load as a part of the checkpoint, and that no save
+    wrote), "link" (a directory, special file or link to one in place of a file), "size",
     "digest" (also a record that contradicts itself or another one), "name" (another checkpoint has taken the place of
     this one), and "unreadable".
     """
@@ -37,6 +39,16 @@ class Problem:
     path: str
     kind: str
     detail: str
+
+
+def not_ours(checkpoint_dir: Path) -> list[str]:
+    """The files of others in a checkpoint, relative to it, sorted; [] if the disk or the manifest does not tell."""
+    try:
+        found = foreign.foreign_files(checkpoint_dir, manifests.read(checkpoint_dir).paths())
+        return [path for path in found if not foreign.read_by_stock(path)]
+    except (Damaged, OSError) as error:
+        log.debug("%s: whose files these are is not known: %s", checkpoint_dir, error)
+        return []
 
 
 def verify(checkpoint_dir: Path, *, part: int = 0, parts: int = 1, cache: bool = False) -> list[Problem]:
@@ -58,7 +70,7 @@ def verify(checkpoint_dir: Path, *, part: int = 0, parts: int = 1, cache: bool =
     except OSError as error:
         return [_unreadable(names.MANIFEST, error)]
     problems = _listing(checkpoint_dir, manifest, retries)
-    if names.differ_in_number_only(checkpoint_dir.absolute().name, manifest.name):
+    if names.differ_in_number_only(checkpoint_dir.absolute().name, manifest.name.rpartition("/")[2]):
         problems.append(Problem(names.MANIFEST, "name", f"it is the manifest of {manifest.name}"))
     bad = {problem.path for problem in problems}
     if not bad & {names.EXPECTED, *manifest.record_paths()}:
@@ -79,20 +91,21 @@ def _compare(checkpoint_dir: Path, manifest: Manifest) -> list[Problem]:
     """The names and sizes on disk against those in the manifest."""
     listed = {receipt.path: receipt.nbytes for receipt in manifest.files}
     paths = {*manifest.paths()}
-    is_regular = dict(tree.walk_all(checkpoint_dir))
+    folders = {path.rpartition("/")[0] for path in paths}
     problems = []
-    for path, regular in is_regular.items():
-        if not regular:
-            problems.append(Problem(path, "link", "it is a symbolic link or a special file"))
-        elif path not in paths:
-            problems.append(Problem(path, "extra", "it was not there when the checkpoint was committed"))
-        elif path in listed and (size := tree.file_bytes(checkpoint_dir / path)) != listed[path]:
+    for path, _ in tree.walk_all(checkpoint_dir):
+        if path not in paths and path.rpartition("/")[0] in folders and foreign.read_by_stock(path):
+            problems.append(Problem(path, "extra", "no save wrote it, and stock code would load it"))
+    for path in sorted(paths):
+        if not tree.is_file(checkpoint_dir / path, follow=True):
+            if tree.is_dir(checkpoint_dir / path):
+                problems.append(Problem(path, "link", "a directory is in its place"))
+            elif tree.exists(checkpoint_dir / path):
+                problems.append(Problem(path, "link", "a special file or a link that leads to no file is in its place"))
+            else:
+                problems.append(Problem(path, "missing", "it was committed and does not exist"))
+        elif path in listed and (size := tree.file_bytes(checkpoint_dir / path, follow=True)) != listed[path]:
             problems.append(Problem(path, "size", f"it has {size} bytes instead of {listed[path]}"))
-    for path in sorted(paths - {*is_regular}):
-        if tree.is_dir(checkpoint_dir / path):
-            problems.append(Problem(path, "link", "a directory is in its place"))
-        else:
-            problems.append(Problem(path, "missing", "it was committed and does not exist"))
     return problems
 
 
@@ -170,9 +183,9 @@ def verify_run(output_dir: Path) -> list[Problem]:
     """
     problems = []
     sound: dict[str, Manifest] = {}
-    for entry in tree.list_dir(output_dir):
+    for entry in listing.names_in(output_dir):
         checkpoint_dir = output_dir / entry
-        if entry.startswith(".") or entry == names.LOST_AND_FOUND or not _looks_committed(checkpoint_dir):
+        if not _looks_committed(checkpoint_dir):
             continue
         problems += [Problem(f"{entry}/{p.path}", p.kind, p.detail) for p in verify(checkpoint_dir)]
         try:
@@ -187,9 +200,10 @@ def verify_run(output_dir: Path) -> list[Problem]:
             problems.append(Problem(entry, "link", "it is a link, and a run does not take a link for a checkpoint"))
         else:
             sound[entry] = manifest
-    if tree.exists(output_dir / names.EPOCHS) or tree.exists(output_dir / names.LATEST):
+    home = find_home(output_dir)
+    if tree.exists(home / names.EPOCHS) or tree.exists(output_dir / names.LATEST):
         problems += _latest(output_dir, sound)
-        problems += _epochs(output_dir, sound.values())
+        problems += _epochs(home)
     return sorted(problems)
 
 
@@ -219,10 +233,10 @@ def _latest(output_dir: Path, sound: dict[str, Manifest]) -> list[Problem]:
     return []
 
 
-def _epochs(output_dir: Path, committed: Iterable[Manifest]) -> list[Problem]:
+def _epochs(home: Path) -> list[Problem]:
     problems = []
-    for entry in tree.list_dir(output_dir / names.EPOCHS):
-        path = output_dir / names.EPOCHS / entry
+    for entry in tree.list_dir(home / names.EPOCHS):
+        path = home / names.EPOCHS / entry
         relative = f"{names.EPOCHS}/{entry}"
         if names.parse_temporary_file(entry) is not None:
             continue  # of a run that is just starting
@@ -232,10 +246,6 @@ def _epochs(output_dir: Path, committed: Iterable[Manifest]) -> list[Problem]:
             problems += _damage(relative, partial(_check_aborted, path))
         else:
             problems.append(Problem(relative, "extra", "roll_ckpt writes no such file"))
-    newest = max((manifest.epoch for manifest in committed), default=0)
-    if epochs.newest_number(output_dir) < newest:
-        relative = f"{names.EPOCHS}/{newest}"
-        problems.append(Problem(relative, "missing", f"there is a checkpoint of epoch {newest}, and no such record"))
     return problems
 
 

@@ -14,6 +14,7 @@ from roll_ckpt import names
 from roll_ckpt.config import HubUpload, Settings, Upload
 from roll_ckpt.errors import RollCkptError
 from roll_ckpt.save import claims, pending
+from roll_ckpt.save.course import Course
 from roll_ckpt.save.save import Save
 from roll_ckpt.transaction import retention
 from roll_ckpt.upload.destination import Destination, all_owing, make
@@ -26,8 +27,9 @@ log = logging.getLogger("roll_ckpt")
 class AfterCommit:
     """Called with each committed save, on that save's thread; see `Save.on_commit`. Does nothing but on rank 0."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, course: Course) -> None:
         self._settings = settings
+        self._course = course
         self._one_at_a_time = threading.Lock()
         self._destination: Any = None
         self.report: dict[str, dict[str, Any]] = {}
@@ -144,7 +146,7 @@ class AfterCommit:
             return []
         owing = all_owing(output_dir, self._destination)
         protected = {self.resumed_from} if self.resumed_from else set()
-        return retention.prune(output_dir, epoch, keep, owing, protected)
+        return retention.prune(output_dir, epoch, keep, owing, protected, series=self._course.series)
 
 
 def sends(clusters: Collection[str], expected: Collection[str] | None) -> bool:

@@ -34,6 +34,7 @@ from roll_ckpt.native.image import Lifetime
 from roll_ckpt.ranks.group import RankGroup
 from roll_ckpt.save import cluster_save, one_file, pending
 from roll_ckpt.save.cluster_save import ClusterSave
+from roll_ckpt.save.course import Course
 from roll_ckpt.save.save import Save
 
 log = logging.getLogger("roll_ckpt")
@@ -56,6 +57,7 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
         self.settings = settings
         self.cluster = cluster
         self.ranks = RankGroup.current()
+        self.course = Course()
         self._engine = weakref.ref(engine)
         self._cluster_save: ClusterSave | None = None
         self._overlappable: frozenset[int] = frozenset()

@@ -21,7 +21,7 @@ from roll_ckpt.load.compare import compare_models
 from roll_ckpt.load.newest import newest_sound
 from roll_ckpt.load.reader import Reader
 from roll_ckpt.load.together import check_bytes, open_together
-from roll_ckpt.save import claims, pending
+from roll_ckpt.save import pending
 from roll_ckpt.transaction import listing
 
 log = logging.getLogger("roll_ckpt")
@@ -54,7 +54,7 @@ def load_checkpoint(
         return stock(engine, load_dir, tag, *args, **kwargs)
 
     def open_verified(stack: ExitStack, directory: Path) -> Reader:
-        call = inspect.signature(stock).bind(engine, load_dir, directory.name, *args, **kwargs)
+        call = inspect.signature(stock).bind(engine, load_dir, str(directory.relative_to(load_dir)), *args, **kwargs)
         call.apply_defaults()
         reader = stack.enter_context(open_together(ranks, directory, checkpoint_engine.settings, ALLOWED_GLOBALS))
         if reader.checkpoint is not None:
@@ -72,14 +72,21 @@ def load_checkpoint(
             return stock(engine, load_dir, tag, *args, **kwargs)
         name, reader = opened
         with checkpoint_engine.reading(reader):
-            return stock(engine, load_dir, name, *args, **kwargs)
+            loaded = stock(engine, load_dir, name, *args, **kwargs)
+        if reader.checkpoint is not None and _resumes(stock, engine, load_dir, name, *args, **kwargs):
+            checkpoint_engine.course.resumed(reader.checkpoint.manifest)
+        return loaded
+
+
+def _resumes(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
+    """Whether a call of `stock` with these arguments restores the optimizer, so that training goes on from there."""
+    call = inspect.signature(stock).bind(*args, **kwargs)
+    call.apply_defaults()
+    return bool(call.arguments["load_optimizer_states"] and not call.arguments["load_module_only"])
 
 
 def _agree_on_tags(checkpoint_engine: RollCheckpointEngine, load_dir: Path, tag: str | None) -> list[str]:
-    """The tags to try, in this order, the same on every rank; those without a directory are left out.
-
-    Rank 0 first finishes or discards what a killed run has left in `load_dir`.
-    """
+    """The tags to try, in this order, the same on every rank; those without a directory are left out."""
     ranks, settings = checkpoint_engine.ranks, checkpoint_engine.settings
 
     def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -89,9 +96,8 @@ def _agree_on_tags(checkpoint_engine: RollCheckpointEngine, load_dir: Path, tag:
                 f"{load_dir}: ranks ask to load different tags: {sorted(map(str, posted))}; nothing was loaded. Call "
                 "load_checkpoint with the same tag on every rank"
             )
-        claims.recover(load_dir, settings, {checkpoint_engine.cluster: ranks.size})
         with as_unreadable(load_dir):
-            tags = tags_to_load(load_dir) if tag is None else [tag]
+            tags = tags_to_load(load_dir, checkpoint_engine.cluster) if tag is None else [tag]
             retries = ReadRetries()
             return {"tags": [name for name in tags if retries.run(partial(tree.is_dir, load_dir / name))]}
 
@@ -107,8 +113,9 @@ def _check_together(
     `call` holds the arguments of DeepSpeed's `load_checkpoint` by name.
     """
     engine, ranks = checkpoint_engine.engine, checkpoint_engine.ranks
-    clusters, load_dir = opened.manifest.clusters, directory.parent
-    cluster = load_dir.resolve().name if load_dir.resolve().name in clusters else next(iter(clusters))
+    clusters, load_dir = opened.manifest.clusters, Path(call["load_dir"])
+    choices = (load_dir.resolve().name, checkpoint_engine.cluster, next(iter(clusters)))
+    cluster = next(name for name in choices if name in clusters)
 
     def check() -> None:
         resuming = call["load_optimizer_states"] and not call["load_module_only"]
@@ -136,10 +143,11 @@ def check_world_size(facts: Mapping[str, Any], world_size: int, where: str) -> N
         )
 
 
-def tags_to_load(load_dir: Path) -> list[str]:
+def tags_to_load(load_dir: Path, cluster: str) -> list[str]:
     """The tags in a `save_dir` of `engine.save_checkpoint`, in the order in which a load without a tag tries them.
 
     The tag that `latest` names comes first, because users edit that file; then our committed ones, the newest first.
+    Where several engines save into one directory under names of their own, those of `cluster` are tried, if it has any.
 
     Raises:
         Damaged: the directory has checkpoints of ours, and the manifest of none can be trusted.
@@ -153,13 +161,19 @@ def tags_to_load(load_dir: Path) -> list[str]:
         named = ""
     chosen = [named] if named and _is_tag(named) and tree.is_dir(load_dir / named) else []
     try:
-        tags = [manifest.name for manifest in listing.newest_first(load_dir) if manifest.name not in chosen]
+        manifests = listing.newest_first(load_dir)
+        own = [manifest for manifest in manifests if cluster in manifest.clusters]
+        if own and chosen and chosen[0] in {manifest.name for manifest in manifests if manifest not in own}:
+            log.warning("%s names %s, which another cluster than %s has saved; loading %s instead",
+                        latest, named, cluster, own[0].name)  # fmt: skip
+            chosen = []
+        tags = [manifest.name for manifest in own or manifests if manifest.name not in chosen]
     except (Damaged, Unreadable) as problem:
         if not chosen:
             raise
         log.warning("%s; only %s, which latest names, is tried", problem, named)
         tags = []
-    if tags and named and not chosen:
+    if tags and named and not chosen and not tree.is_dir(load_dir / named):
         log.warning("%s names %s, which does not exist; loading %s instead", latest, named, tags[0])
     return chosen + tags
 

@@ -45,7 +45,13 @@ def save_checkpoint(
     engine, settings, ranks = checkpoint_engine.engine, checkpoint_engine.settings, checkpoint_engine.ranks
     name = str(tag) if tag is not None else f"global_step{engine.global_steps}"
     request = Request(
-        Path(save_dir), name, engine.global_steps, {checkpoint_engine.cluster: ranks.size}, None, save_latest
+        Path(save_dir),
+        name,
+        engine.global_steps,
+        {checkpoint_engine.cluster: ranks.size},
+        checkpoint_engine.course,
+        save_latest=save_latest,
+        host=True,
     )
     nbytes, problem = 0, None
     try:
@@ -53,7 +59,14 @@ def save_checkpoint(
         nbytes = estimate_bytes(engine)
     except Exception as error:
         problem = str(error)  # `begin` raises it on every rank
-    save = begin(ranks, request, settings, nbytes=nbytes, problem=problem, on_commit=AfterCommit(settings))
+    save = begin(
+        ranks,
+        request,
+        settings,
+        nbytes=nbytes,
+        problem=problem,
+        on_commit=AfterCommit(settings, checkpoint_engine.course),
+    )
     if not save.begun:
         checkpoint_engine.saves.append(save)  # `fail_training` raises it at the next fence
         if not settings.async_save:

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,17 @@ from roll_ckpt.backends.megatron.load import check_complete
 from roll_ckpt.backends.megatron.save import Prepared, prepare, stage, transact
 from roll_ckpt.backends.megatron.strategy import SaveStrategy
 from roll_ckpt.config import Settings
+from roll_ckpt.disk.missing import if_there
 from roll_ckpt.errors import UnsupportedError
+from roll_ckpt.formats import manifests
 from roll_ckpt.load.checkpoint import as_unreadable
 from roll_ckpt.load.newest import newest_sound
 from roll_ckpt.load.reader import Reader
 from roll_ckpt.load.together import check_bytes, open_together
 from roll_ckpt.ranks.group import RankGroup
-from roll_ckpt.save import arena, claims, pending
+from roll_ckpt.save import arena, pending
 from roll_ckpt.save.cluster_save import ClusterSave
+from roll_ckpt.save.course import Course
 from roll_ckpt.save.save import Save
 from roll_ckpt.transaction import listing
 
@@ -61,6 +65,7 @@ class MegatronHandle(Binding):
     ) -> None:
         super().__init__(model, optimizer, scheduler, settings, cluster, sharding_type, save_only_model)
         self._verified: Path | None = None
+        self.course = Course()
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         strategy = SaveStrategy(settings)
         strategy.source = lambda: Source.of(self.model, self.optimizer)
@@ -101,6 +106,7 @@ class MegatronHandle(Binding):
             cluster=self.cluster,
             facts=lambda: describe(metadata),
             save_latest=True,
+            course=self.course,
         )
         if not save.begun:
             self._fence.add(save)  # `fail_training` raises it at the next fence
@@ -146,7 +152,7 @@ class MegatronHandle(Binding):
     def find(self, output_dir: str | os.PathLike[str]) -> Path | None:
         """The newest sound checkpoint in `output_dir`, the same on every rank; None if there is no checkpoint.
 
-        Every rank calls; blocks. It first finishes or discards what a killed run has left there. It verifies every
+        Every rank calls; blocks. It verifies every
         byte, so that `load` of the result need not; damaged checkpoints are logged by name and passed over.
 
         Raises, on every rank:
@@ -158,7 +164,6 @@ class MegatronHandle(Binding):
         pending.wait_pending()
 
         def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
-            claims.recover(path, self.settings, {self.cluster: ranks.size})
             with as_unreadable(path):
                 return {"names": [manifest.name for manifest in listing.newest_first(path)]}
 
@@ -187,6 +192,7 @@ class MegatronHandle(Binding):
         pending.wait_pending()
         RankGroup.current().run_on_all_ranks(lambda: check_complete(path), self.settings.commit_timeout_s)
         step: int = self.restore(path, verified=path == self._verified)["iteration"]
+        self.course.resumed(if_there(partial(manifests.read, path)))
         return step
 
     def restore(self, path: Path, *, verified: bool) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from megatron.core.dist_checkpointing.utils import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from roll_ckpt import names
+from roll_ckpt import names, process
 from roll_ckpt.backends.megatron.facts import COMMON, DCP_METADATA, MARKER, MARKER_BYTES, check_sharding_type, describe
 from roll_ckpt.backends.megatron.index import StateIndex
 from roll_ckpt.backends.megatron.plan import Plan, PlannedFile, main_bytes, metadata_bytes, plan_file, structure_of
@@ -33,6 +33,7 @@ from roll_ckpt.ranks.group import RankGroup
 from roll_ckpt.save import pending
 from roll_ckpt.save.begin import Request, begin
 from roll_ckpt.save.cluster_save import ClusterSave
+from roll_ckpt.save.course import Course, Courses
 from roll_ckpt.save.save import Save
 from roll_ckpt.upload.after_commit import AfterCommit
 
@@ -88,6 +89,7 @@ def save(
         cluster=cluster,
         facts=lambda: describe(content_metadata),
         save_latest=save_latest,
+        course=process.part(Courses).at(Path(directory).absolute().parent, cluster),
     )
 
 
@@ -101,13 +103,14 @@ def transact(
     cluster: str,
     facts: Callable[[], dict[str, Any]],
     save_latest: bool,
+    course: Course,
 ) -> Save:
     """Prepare, begin, stage, commit: one save of one cluster. Every rank calls; see `save` for when it returns.
 
     If `prepare_it` raises on one rank, the save is not begun, and SaveFailed is raised on all.
     """
     ranks = RankGroup.current()
-    request = Request(path.parent, path.name, step, {cluster: ranks.size}, None, save_latest)
+    request = Request(path.parent, path.name, step, {cluster: ranks.size}, course, save_latest=save_latest, host=True)
     prepared: Prepared | None = None
     problem = None
     try:
@@ -124,7 +127,7 @@ def transact(
         nbytes=prepared.nbytes if prepared else 0,
         problem=problem,
         plans={cluster: prepared.plan if prepared else None},
-        on_commit=AfterCommit(settings),
+        on_commit=AfterCommit(settings, course),
     )
     if not save.begun:
         if not settings.async_save:

@@ -17,6 +17,7 @@ from roll_ckpt.native.image import Lifetime
 from roll_ckpt.ranks.group import RankGroup
 from roll_ckpt.save import arena, pending
 from roll_ckpt.save.begin import Request, begin
+from roll_ckpt.save.course import Course
 from roll_ckpt.save.save import Save
 from roll_ckpt.upload.after_commit import AfterCommit
 
@@ -34,6 +35,7 @@ class StateSaver:
         self.settings = settings or Settings()
         self._layouts = Layouts(trust.allowed(self.settings))
         self._warned: set[str] = set()
+        self._course = Course()
 
     def warm(self, nbytes: int, device: int = -1) -> None:
         """Make the staging arena for states of `nbytes` bytes, in the background; pin it for a CUDA `device`."""
@@ -66,8 +68,8 @@ class StateSaver:
         names.check_name("tag", path.name)
         file = _file(ranks.rank)
         nbytes = sum(value.nbytes for value in state.values() if hasattr(value, "nbytes"))
-        request = Request(path.parent, path.name, step, {_CLUSTER: ranks.size})
-        save = begin(ranks, request, self.settings, nbytes=nbytes, on_commit=AfterCommit(self.settings))
+        request = Request(path.parent, path.name, step, {_CLUSTER: ranks.size}, self._course, host=True)
+        save = begin(ranks, request, self.settings, nbytes=nbytes, on_commit=AfterCommit(self.settings, self._course))
         if save.begun:
             with pending.staging(ranks, save, synchronous=not self.settings.async_save):
                 part = save.add_cluster(_CLUSTER, {"framework": "none"})
@@ -95,6 +97,7 @@ class StateSaver:
                 check_bytes(ranks, path)
                 reader.cached = True
             state: dict[str, Any] = reader.load(path / _file(ranks.rank), map_location)
+            self._course.resumed(reader.checkpoint.manifest)
         return state
 
 

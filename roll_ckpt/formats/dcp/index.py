@@ -191,9 +191,9 @@ def _check_places(directory: Path, index: Metadata) -> None:
         except (AttributeError, TypeError, ValueError) as problem:
             raise Damaged(f"{where}: its place is refused: {problem}") from problem
         if file not in sizes:
-            if not tree.is_file(directory / file):
+            if not tree.is_file(directory / file, follow=True):
                 raise Damaged(f"{where}: its file {file} does not exist or is no regular file")
-            sizes[file] = tree.file_bytes(directory / file)
+            sizes[file] = tree.file_bytes(directory / file, follow=True)
         if not 0 <= offset <= offset + length <= sizes[file]:
             raise Damaged(f"{where}: lies beyond the end of {file}, which was cut off")
 
