@@ -224,7 +224,7 @@ def _make(attempt: Attempt, lineage: Lineage) -> None:
 
 
 def _same(path: Path, expected: Expected) -> bool:
-    """Whether another job has begun the attempt with the same values, but for the lineage: that of the first job wins."""
+    """Whether another job has begun the attempt with the same values, but for the lineage: the first job's is kept."""
     other = parse_expected(reads.read_bytes(path), path)
     return replace(other, lineage=expected.lineage) == expected
 

@@ -1,10 +1,10 @@
 """Epochs: which run may write in an output directory.
 
 `.epochs/<n>` in the directory's home (see `home`) is the sealed record of the job that claimed epoch n; jobs of the
-same run that joined it later have left `.epochs/<n>.<cluster>`. The newest number owns the directory. Each record is locked
-before it gets its name. On one host the lock shows whether its run is alive; across hosts its heartbeat does (the
-record's mtime). Locks and times only report a user's mistake (two runs, one directory) early: the safety of what is on
-disk does not depend on them. Somebody may delete the records at any time; the run makes its own again.
+same run that joined it later have left `.epochs/<n>.<cluster>`. The newest number owns the directory. Each record is
+locked before it gets its name. On one host the lock shows whether its run is alive; across hosts its heartbeat does
+(the record's mtime). Locks and times only report a user's mistake (two runs, one directory) early: the safety of what
+is on disk does not depend on them. Somebody may delete the records at any time; the run makes its own again.
 """
 
 from __future__ import annotations
