@@ -12,6 +12,7 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 ARGS ?=
+HOST := .venv/openrlhf/.installed
 LOG := .venv/setup.log
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu)
 OUTER_PATH := $(PATH)
@@ -35,10 +36,10 @@ run-worlds: ready ## actor and critic as two torchrun jobs whose steps commit to
 train: ready ## the plain job in runs/train; started again, it resumes
 	@torchrun --standalone --nproc-per-node 2 -m examples.rlvr.train --config configs/rlvr.yaml $(ARGS)
 
-test: ready ## all tests that need no GPU, in less than 10 minutes on 2 cores
+test: ready $(HOST) ## all tests that need no GPU, in less than 10 minutes on 2 cores
 	@python -m pytest $(ARGS)
 
-test-long: ready ## what `make test` leaves out: the same in more depth, and the matrix
+test-long: ready $(HOST) ## what `make test` leaves out: the same in more depth, and the matrix
 	@python -m pytest -m "long or matrix" $(ARGS)
 
 matrix: ready ## every Megatron layout against every other on 2 and 4 ranks, about ten minutes
@@ -143,6 +144,11 @@ PIP := python -m pip install --no-input --disable-pip-version-check -c constrain
 .venv/.bench: .venv/.installed
 	$(call step,the peers that are measured,$(PIP) --no-build-isolation -e '.[bench]')
 	@touch $@
+
+# A host that is tested, never needed. The package alone, which is pure Python and tagged for one version; what it asks
+# for needs GPUs. Where it cannot be had, its test is skipped.
+$(HOST): .venv/.installed
+	$(call step,OpenRLHF$(comma) for its test,{ $(PIP) --target $(@D) --upgrade --no-deps --only-binary :all: --python-version 3.11 --abi cp311 --platform manylinux1_x86_64 openrlhf && touch $@; } || echo 'No OpenRLHF: tests/test_openrlhf.py is skipped')
 
 # DeepSpeed would compile this at the first start of every fresh machine, for half a minute, in all ranks at once.
 .venv/.comm_op: .venv/.torch | .venv/.installed

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,15 @@ import torch.distributed as dist
 from tiny import engine, train
 
 import roll_ckpt
+from roll_ckpt.disk import failpoints
 
 SAVES, KEEP = 5, 2
 OURS: dict[str, Any] = {"commit_timeout_s": 20}  # a save that waits for another rank shall say so soon
 
 
 def delete(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    """Whatever it is. No error where a save in the background writes there: the caller has not waited for it."""
+    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def oldest_folders(out: Path) -> None:
@@ -91,40 +95,67 @@ class Saved:
     """Whether an engine that loaded it has the losses of the engine that saved it, ours and stock."""
 
 
-def run(out: str, script: str, ours: dict[str, Any] | None) -> Saved:
+@contextlib.contextmanager
+def held(really: bool) -> Iterator[Callable[[], None]]:
+    """Saves stop before they vote, until the function is called; the last one goes on by itself at the end."""
+    gate = threading.Event()
+
+    def listener(reached: str, where: dict[str, object]) -> None:
+        if reached == "vote.before":
+            gate.wait(60)
+
+    def open_gate() -> None:
+        gate.set()
+        roll_ckpt.wait_pending()
+        gate.clear()
+
+    failpoints.listener = listener if really else None
+    try:
+        yield open_gate if really else lambda: None
+    finally:
+        gate.set()
+        failpoints.listener = None
+
+
+def run(out: str, script: str, ours: dict[str, Any] | None, *, hold: bool = False) -> Saved:
     """Save `SAVES` times, with the script at work on rank 0 before each save but the first."""
     here = Path(out)
     trained = engine(2, "bf16", ours)
     errors = []
-    for number in range(SAVES):
-        train(trained, 1, number)
-        if number and not dist.get_rank():
+    with held(hold) as let_go:
+        for number in range(SAVES):
+            train(trained, 1, number)
+            if number:
+                errors += tidied_up(here, script) if not dist.get_rank() else []
+                dist.barrier()
+                let_go()
             try:
-                SCRIPTS[script](here)
-            except OSError as error:
-                errors.append(f"the script: {error}")
-        dist.barrier()
-        try:
-            trained.save_checkpoint(out, tag=f"step{number}", client_state={"number": number})
-        except Exception as error:
-            errors.append(f"save {number}: {type(error).__name__}: {error}")
-    try:
-        roll_ckpt.wait_pending()
-    except Exception as error:
-        errors.append(f"the end: {type(error).__name__}: {error}")
+                assert trained.save_checkpoint(out, tag=f"step{number}", client_state={"number": number}), "not begun"
+            except Exception as error:
+                errors.append(f"save {number}: {type(error).__name__}: {error}")
+    roll_ckpt.wait_pending()
     dist.barrier()
-    left = sorted(path.name for path in here.iterdir())
-    path, state = "", {}
     losses = [train(trained, 2, 50)]
+    found: tuple[str, dict[str, Any]] = ("", {})
     for settings in (ours, None):
         again = engine(2, "bf16", settings, seed=1)
         path, state = again.load_checkpoint(out)
+        found = (Path(path or "").parent.name, state or {})
         losses.append(train(again, 2, 50))
-    found = f"{Path(path or '').parent.name} {(state or {}).get('number')}"
-    return Saved(errors, left, (here / "latest").read_text(), found, losses[0] == losses[1] == losses[2])
+    left = sorted(path.name for path in here.iterdir())
+    loaded = f"{found[0]} {found[1].get('number')}"
+    return Saved(errors, left, (here / "latest").read_text(), loaded, losses[0] == losses[1] == losses[2])
 
 
-def beside_stock(out: str, script: str, asynchronous: bool) -> tuple[Saved, Saved]:
-    """The same with us and with stock DeepSpeed."""
-    ours = run(f"{out}/ours/run", script, {**OURS, "async_save": asynchronous})
+def tidied_up(out: Path, script: str) -> list[str]:
+    try:
+        SCRIPTS[script](out)
+    except OSError as error:
+        return [f"the script: {error}"]
+    return []
+
+
+def beside_stock(out: str, script: str, mode: str) -> tuple[Saved, Saved]:
+    """The same with us and with stock DeepSpeed. "held": each save is pending while the script is at work."""
+    ours = run(f"{out}/ours/run", script, {**OURS, "async_save": mode != "sync"}, hold=mode == "held")
     return ours, run(f"{out}/stock/run", script, None)

@@ -1,6 +1,6 @@
 """OpenRLHF, which rotates its checkpoints itself and writes a file into each: its own code, with real engines.
 
-`make` installs the package without what needs a GPU, for the tests alone, beside the other packages of .venv.
+`make test` puts the package alone, without what needs a GPU, into a folder of its own in .venv, for this test only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ AT_ONCE_S = 5.0
 
 pytestmark = pytest.mark.skipif(
     not INSTALLED.is_dir() and not importlib.util.find_spec("openrlhf"),
-    reason="OpenRLHF is not installed; `make .venv/.hosts` does it",
+    reason="OpenRLHF is not installed; `make .venv/openrlhf/.installed` does it",
 )
 
 
