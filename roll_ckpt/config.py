@@ -185,7 +185,8 @@ class Settings(Section):
     max_ckpt_to_keep: int = Field(
         default=0, ge=0, validation_alias=AliasChoices("max_ckpt_to_keep", "save_total_limit")
     )
-    """How many committed checkpoints stay on the local disk; 0 keeps all."""
+    """How many committed checkpoints of a series stay on the local disk; 0 keeps all. A series is what an engine or a
+    pipeline saves under names that differ in numbers only. Branches that a run has abandoned by going back go first."""
     staging: Staging = Staging()
     """How bytes leave the training tensors."""
     io: IO = IO()

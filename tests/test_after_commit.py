@@ -12,7 +12,9 @@ import runs
 from roll_ckpt import process
 from roll_ckpt.config import Settings, Upload
 from roll_ckpt.save import claims
+from roll_ckpt.save.course import Course
 from roll_ckpt.save.pending import PendingSaves
+from roll_ckpt.transaction import listing
 from roll_ckpt.upload.after_commit import AfterCommit
 
 SETTINGS = Settings.parse({"max_ckpt_to_keep": 1}, "the test")
@@ -22,6 +24,13 @@ SETTINGS = Settings.parse({"max_ckpt_to_keep": 1}, "the test")
 def own_process() -> Iterator[None]:
     with process.installed(process.Process()):
         yield
+
+
+def course_of(output_dir: Path) -> Course:
+    """That of a run that has resumed from the newest checkpoint."""
+    course = Course()
+    course.resumed(listing.newest_first(output_dir)[0])
+    return course
 
 
 def caught_up(after: AfterCommit, output_dir: Path) -> None:
@@ -37,7 +46,7 @@ def test_a_run_that_starts_again_uploads_and_prunes_what_is_owed(tmp_path: Path)
     run, there = tmp_path / "run", tmp_path / "there"
     runs.history(run, [1, 2])
     claims.claim(run, SETTINGS, {"actor": 1})
-    after = AfterCommit(SETTINGS)
+    after = AfterCommit(SETTINGS, course_of(run))
     after.send_to(Upload(type="file_system", output_dir=there), run)
     caught_up(after, run)
     assert set(runs.salts(run)) == {"checkpoint-2"}
@@ -50,7 +59,7 @@ def test_a_destination_that_cannot_be_read_is_said_and_nothing_is_pruned(
     run = tmp_path / "run"
     runs.history(run, [1, 2])
     claims.claim(run, SETTINGS, {"actor": 1})
-    after = AfterCommit(SETTINGS)
+    after = AfterCommit(SETTINGS, course_of(run))
     after.send_to(Upload(type="file_system", output_dir=tmp_path / "there"), run)
     with mock.patch.object(after._destination, "owed", side_effect=OSError(5, "Input/output error")):
         caught_up(after, run)
@@ -60,5 +69,5 @@ def test_a_destination_that_cannot_be_read_is_said_and_nothing_is_pruned(
 
 def test_nothing_is_pruned_in_a_directory_whose_claim_was_given_back(tmp_path: Path) -> None:
     runs.history(tmp_path, [1, 2])
-    caught_up(AfterCommit(SETTINGS), tmp_path)
+    caught_up(AfterCommit(SETTINGS, course_of(tmp_path)), tmp_path)
     assert set(runs.salts(tmp_path)) == {"checkpoint-1", "checkpoint-2"}

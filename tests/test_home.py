@@ -224,3 +224,36 @@ def test_the_directory_of_another_run_is_not_replaced(out: Path, epoch: Epoch) -
     with pytest.raises(SaveFailed, match="the output directory of a run"):
         attempts.check_replaced(out, "inner")
     assert runs.salts(out) == {}, "its checkpoints are not ours"
+
+
+def test_a_run_that_ends_leaves_nothing_beside(out: Path, epoch: Epoch) -> None:
+    assert runs.save(epoch, 1, "x", alone=True).committed
+    lost = attempts.begin(epoch, "checkpoint-2", step=2, expected=runs.CLUSTERS)
+    assert not settlement.settle(lost, lead=True, timeout_s=0).committed
+    epoch.release()
+    assert entries(out.parent) == ["run"]
+    again = runs.claim(out, host=True)
+    assert again.number == 2
+    attempts.begin(again, "checkpoint-3", step=3, expected=runs.CLUSTERS)
+    again.release()  # at an exit that did not wait for the save
+    assert entries(out.parent) == [".run.roll_ckpt", "run"]
+    last = runs.claim(out, host=True)
+    last.release()
+    assert entries(out.parent) == ["run"] and list(runs.salts(out)) == ["checkpoint-1"]
+
+
+def test_what_a_killed_run_left_beside_a_directory_that_is_gone_is_removed(tmp_path: Path) -> None:
+    """A trainer that makes a directory for each checkpoint, and rotates them."""
+
+    def work() -> None:
+        for step in (1, 2):
+            attempts.begin(runs.claim(tmp_path / f"c-{step}", host=True), "tag", step=1, expected=runs.CLUSTERS)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert runs.ended(runs.forked(work)) == -signal.SIGKILL
+    shutil.rmtree(tmp_path / "c-1")
+    alive = runs.claim(tmp_path / "c-3", host=True)
+    shutil.rmtree(tmp_path / "c-3")
+    runs.claim(tmp_path / "c-4", host=True)
+    assert entries(tmp_path) == [".c-2.roll_ckpt", ".c-3.roll_ckpt", ".c-4.roll_ckpt", "c-2", "c-4"]
+    assert runs.save(alive, 1, "x", alone=True).committed

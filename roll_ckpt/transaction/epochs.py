@@ -132,7 +132,23 @@ class Epoch:
             if locks.same_file(lock, path):
                 writes.touch(path, at_ns=_RELEASED_NS)
             lock.release()
+        if self.home != self.output_dir:
+            self._tidy()
         self._records.clear()
+
+    def _tidy(self) -> None:
+        """Remove the home of a host's directory if no other job or run needs it. What is there stays: rmdir refuses."""
+        epochs_dir, own = self.home / names.EPOCHS, {path.name for path in self._records}
+        mine = {e for e in tree.list_dir(epochs_dir) if (a := names.parse_aborted_file(e)) and a[1] == self.number}
+        if {*tree.list_dir(epochs_dir)} - mine != own:
+            return
+        for entry in mine | own:
+            writes.discard_file(epochs_dir / entry)
+        for folder in (self.home / names.trash_dir(self.number), self.home / names.TRASH, epochs_dir, self.home):
+            try:
+                writes.remove_dir(folder)
+            except OSError as error:
+                log.debug("%s stays: %s", folder, error)
 
     def _keep(self, path: Path, lock: Lock) -> None:
         beating = bool(self._records)
@@ -217,6 +233,8 @@ def claim_number(
     a run on another host. RunIsLive if another run owns the directory.
     """
     home = choose_home(output_dir, host=host)
+    if host:
+        _sweep_beside(home)
     while True:
         newest = newest_number(home)
         join = bool(newest) and _may_join(home, newest, run_id, clusters, expected, take_over)
@@ -226,7 +244,11 @@ def claim_number(
         epoch = Epoch(newest if join else following, output_dir, home, run_id, dict(clusters), expected)
         make_folders(home, epoch.number)
         entries = [names.epoch_file(epoch.number, c) for c in sorted(clusters)] if join else [str(epoch.number)]
-        linked = all(_enter(epoch, entry) for entry in entries)
+        try:
+            linked = all(_enter(epoch, entry) for entry in entries)
+        except FileNotFoundError as error:
+            log.debug("%s: a run that released the directory has just removed it; it is made again", error.filename)
+            continue
         # A slow claimant may have linked the name of an epoch that has come and gone meanwhile.
         if linked and newest_number(home) == epoch.number:
             return epoch
@@ -234,6 +256,25 @@ def claim_number(
             if locks.same_file(lock, path):
                 writes.discard_file(path)
         epoch.release()
+
+
+def _sweep_beside(home: Path) -> None:
+    """Remove what killed runs have left beside directories that do not exist any more, such as rotated checkpoints."""
+    for entry in tree.list_dir(home.parent):
+        name, other = names.parse_beside(entry), home.parent / entry
+        if name is not None and other != home and not tree.exists(home.parent / name) and _is_dead(other):
+            log.info("%s is gone, and so is the run that saved there; removing what that run has left in %s",
+                     home.parent / name, other)  # fmt: skip
+            writes.remove_tree(other)
+
+
+def _is_dead(home: Path) -> bool:
+    """Whether the newest run with this home has certainly ended; looks at what this host can tell without waiting."""
+    records_by_path = members(home, newest_number(home))
+    return bool(records_by_path) and all(
+        isinstance(member, Member) and member.locked and member.boot_id == reads.boot_id() and not locks.is_locked(path)
+        for path, member in records_by_path.items()
+    )
 
 
 def _newest_left(output_dir: Path, home: Path) -> int:
