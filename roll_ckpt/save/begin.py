@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,9 @@ class Request:
     name: str
     step: int | None
     clusters: Mapping[str, int]
-    course: Course
     expected_clusters: Mapping[str, int] | None = None
     save_latest: bool = True
+    course: Course = field(default_factory=Course)
     host: bool = False
 
     def compared(self) -> dict[str, Any]:

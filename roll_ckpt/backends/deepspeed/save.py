@@ -49,7 +49,7 @@ def save_checkpoint(
         name,
         engine.global_steps,
         {checkpoint_engine.cluster: ranks.size},
-        checkpoint_engine.course,
+        course=checkpoint_engine.course,
         save_latest=save_latest,
         host=True,
     )

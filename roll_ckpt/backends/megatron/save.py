@@ -110,7 +110,9 @@ def transact(
     If `prepare_it` raises on one rank, the save is not begun, and SaveFailed is raised on all.
     """
     ranks = RankGroup.current()
-    request = Request(path.parent, path.name, step, {cluster: ranks.size}, course, save_latest=save_latest, host=True)
+    request = Request(
+        path.parent, path.name, step, {cluster: ranks.size}, course=course, save_latest=save_latest, host=True
+    )
     prepared: Prepared | None = None
     problem = None
     try:

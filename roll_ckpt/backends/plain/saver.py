@@ -68,7 +68,7 @@ class StateSaver:
         names.check_name("tag", path.name)
         file = _file(ranks.rank)
         nbytes = sum(value.nbytes for value in state.values() if hasattr(value, "nbytes"))
-        request = Request(path.parent, path.name, step, {_CLUSTER: ranks.size}, self._course, host=True)
+        request = Request(path.parent, path.name, step, {_CLUSTER: ranks.size}, course=self._course, host=True)
         save = begin(ranks, request, self.settings, nbytes=nbytes, on_commit=AfterCommit(self.settings, self._course))
         if save.begun:
             with pending.staging(ranks, save, synchronous=not self.settings.async_save):
