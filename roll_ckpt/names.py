@@ -26,6 +26,7 @@ HUB_DESTINATION = ".hub/destination.json"
 HUB_LOCK = ".hub/uploader.lock"
 HUB_RECORDS = ".hub/records"
 HUB_HASHES = ".hub/hashes"
+HELD = "held"
 PULL_LOCK = "lock"
 PULLED = "-pulled"
 LOST_AND_FOUND = "lost+found"
@@ -50,6 +51,7 @@ _INDEX_FILE = re.compile(rf"(.+)\.{_NUMBER}\.index", re.DOTALL)
 _EPOCH_FILE = re.compile(rf"{_NUMBER}(?:\.(.+))?", re.DOTALL)
 _ABORTED = re.compile(rf"aborted\.{_NUMBER}\.{_NUMBER}\.(.+)", re.DOTALL)
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9]+\.[0-9a-f]{8}\.[0-9]+\.new", re.DOTALL)
+_FIRST = re.compile(r"\.(.+)\.first", re.DOTALL)
 
 _REPO_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 _REPO_ID = re.compile(rf"{_REPO_PART}/{_REPO_PART}")
@@ -218,6 +220,17 @@ def temporary_file(name: str) -> str:
 def parse_temporary_file(entry: str) -> str | None:
     """The final name for which a temporary file was made, None for any other entry."""
     match = _TEMPORARY.fullmatch(entry)
+    return match[1] if match else None
+
+
+def first_dir(name: str) -> str:
+    """The hidden directory that holds the file which is to be called `name`, where nothing but directories decides."""
+    return f".{name}.first"
+
+
+def parse_first_dir(entry: str) -> str | None:
+    """The name of the file for which such a directory was made, None for any other entry."""
+    match = _FIRST.fullmatch(entry)
     return match[1] if match else None
 
 

@@ -224,8 +224,8 @@ def _epochs(output_dir: Path, committed: Iterable[Manifest]) -> list[Problem]:
     for entry in tree.list_dir(output_dir / names.EPOCHS):
         path = output_dir / names.EPOCHS / entry
         relative = f"{names.EPOCHS}/{entry}"
-        if names.parse_temporary_file(entry) is not None:
-            continue  # of a run that is just starting
+        if names.parse_temporary_file(entry) is not None or names.parse_epoch_file(names.parse_first_dir(entry) or ""):
+            continue  # of a run that is just starting, or by which it was the first
         if parsed := names.parse_epoch_file(entry):
             problems += _damage(relative, partial(_check_member, path, parsed[0]))
         elif names.parse_aborted_file(entry):
