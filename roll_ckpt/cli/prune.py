@@ -8,7 +8,7 @@ from pathlib import Path
 
 from roll_ckpt.cli.claiming import claimed, recovered_rows
 from roll_ckpt.cli.parsing import Commands, add_change_options, add_parser, add_path
-from roll_ckpt.cli.paths import run_directory
+from roll_ckpt.cli.paths import argument, run_directory
 from roll_ckpt.cli.printing import FINE, human_bytes, print_json, print_line
 from roll_ckpt.cli.survey import survey
 from roll_ckpt.transaction import reader_locks, retention
@@ -32,16 +32,14 @@ def add_command(commands: Commands) -> None:
     parser = add_parser(commands, "prune", prune, "remove all but the newest", _ABOUT)
     add_path(parser)
     parser.add_argument("--keep", type=_positive, required=True, metavar="N", help="how many checkpoints stay")
-    parser.add_argument(
-        "--upload-dir", type=Path, metavar="DIR", help="also keep what has no complete copy in this directory"
-    )
+    parser.add_argument("--upload-dir", metavar="DIR", help="also keep what has no complete copy in this directory")
     add_change_options(parser)
 
 
 def prune(args: argparse.Namespace) -> int:
     """Remove all but the newest checkpoints of a run that is not running."""
     output_dir = run_directory(args.path, args.command)
-    owing = _owing(output_dir, args.upload_dir)
+    owing = _owing(output_dir, None if args.upload_dir is None else argument(args.upload_dir))
     sizes = {record.name: record.nbytes for record in retention.records_of(output_dir)}
     recovered: list[Recovery] = []
     if args.dry_run:
