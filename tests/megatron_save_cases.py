@@ -581,3 +581,12 @@ def wander(home: str) -> None:
     finally:
         os.chdir(before)
         os.environ["HOME"] = home_before
+
+
+def save_under(directory: str, umask: int) -> None:
+    """Save once under a umask."""
+    before = os.umask(umask)
+    try:
+        attach(trained()).save(directory, 1)
+    finally:
+        os.umask(before)
