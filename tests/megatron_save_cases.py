@@ -587,6 +587,6 @@ def save_under(directory: str, umask: int) -> None:
     """Save once under a umask."""
     before = os.umask(umask)
     try:
-        attach(trained()).save(directory, 1)
+        attach(trained()).save(directory, 1).wait()
     finally:
         os.umask(before)

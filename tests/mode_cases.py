@@ -31,14 +31,14 @@ def under(umask: int) -> Iterator[None]:
 def save_all_ways(out: str, umask: int) -> None:
     """A pipeline with uploads and pruning, a script with an abandoned save, a 16-bit model, and a StateSaver."""
     with under(umask):
-        trained = engine(2, "bf16", OURS)
+        trained = engine(2, "bf16", None)
         upload = {"type": "file_system", "output_dir": f"{out}/copies"}
         made = pipeline(f"{out}/run", Cluster("actor", trained), checkpoint_config=upload, max_ckpt_to_keep=1)
         made.resume()
         for step in (1, 2):
             made.do_checkpoint(step)
         settle()
-        script = engine(2, "bf16", OURS)
+        script = engine(2, "bf16", {**OURS, "async_save": False})
         script.save_checkpoint(f"{out}/script", tag="one")
         script.save_16bit_model(f"{out}/weights")
         try:

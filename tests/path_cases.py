@@ -76,6 +76,7 @@ def run_a_script(home: str) -> list[str | None]:
             go()
             roll_ckpt.fence()
             settle()
-            told.append(made.load_checkpoint(save_dir, tag=tag)[0])
+            if tag != "three":
+                told.append(made.load_checkpoint(save_dir, tag=tag)[0])
         os.chdir(home)
         return told
