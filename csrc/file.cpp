@@ -24,7 +24,7 @@ FileError::FileError(int code, const std::string& what, std::string path)
 
 File File::open_with(const std::string& path, int flags, bool direct) {
     for (;;) {
-        int fd = ::open(path.c_str(), flags | O_CLOEXEC | (direct ? O_DIRECT : 0), 0644);
+        int fd = ::open(path.c_str(), flags | O_CLOEXEC | (direct ? O_DIRECT : 0), 0666);
         if (fd >= 0) return File(path, fd, direct);
         int code = errno;
         if (code == EINTR) continue;

@@ -16,12 +16,14 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
+    AfterValidator,
     AliasChoices,
     BaseModel,
     BeforeValidator,
     ByteSize,
     ConfigDict,
     Field,
+    PrivateAttr,
     ValidationError,
     model_validator,
 )
@@ -29,6 +31,9 @@ from pydantic import (
 from roll_ckpt import errors, names
 
 Parsed = TypeVar("Parsed", bound="Section")
+
+Directory = Annotated[Path, AfterValidator(names.absolute)]
+"""Absolute from the start, so that a later change of the working directory changes nothing."""
 
 HubUri = Annotated[str, Field(pattern="^hf://")]  # not a Path, which would turn the two slashes into one
 
@@ -228,7 +233,7 @@ class Upload(Section):
     """Committed checkpoints are copied to a directory."""
 
     type: Literal["file_system"]
-    output_dir: Path
+    output_dir: Directory
     """The directory that receives `checkpoint-N`; never the run's own output directory, or one inside it. Give each run
     its own: a checkpoint that another run saved under the same name is replaced."""
     async_upload: bool = True
@@ -261,19 +266,29 @@ class HubUpload(Section):
 class PipelineConfig(Settings):
     """The settings of a `BasePipeline`."""
 
-    output_dir: Path
-    """The directory of the run, which gets `checkpoint-N`. Keep logs and uploads out of it."""
+    output_dir: Directory
+    """The directory of the run, which gets `checkpoint-N`. Keep logs and uploads out of it. In every path here,
+    `~`, `~user`, `$NAME` and `${NAME}` are expanded; a relative one starts at the present working directory."""
     save_steps: int = Field(ge=1)
     """Save at every step that is a positive multiple of this, and at the last step."""
     max_steps: int = Field(ge=1)
     """How many steps the run has. Steps count from 0, so the last one is `max_steps - 1`."""
     resume_from_checkpoint: bool | HubUri | Path = True
-    """True: resume from the newest sound checkpoint. False: from none. A path: from that checkpoint.
+    """True: resume from the newest sound checkpoint. False: from none. A path: from that checkpoint; a relative one may
+    also be a name in `output_dir`.
     `hf://namespace/name[@revision]`: from that one on the Hub, which rank 0 pulls to `<output_dir>-pulled`."""
     expected_clusters: dict[str, int] | None = None
     """The number of ranks of every cluster of the run, where several torchrun jobs commit together; needs `run_id`."""
     checkpoint_config: Annotated[Upload | HubUpload, Field(discriminator="type")] | None = None
     """Where committed checkpoints are sent; its `type` decides which keys it has. Unset: nowhere."""
+
+    _in_output_dir: Path | None = PrivateAttr(None)
+
+    @property
+    def resume_paths(self) -> list[Path]:
+        """Where the checkpoint may lie if `resume_from_checkpoint` is a path: there, or in `output_dir`."""
+        given = self.resume_from_checkpoint
+        return [path for path in (given, self._in_output_dir) if isinstance(path, Path)]
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str], **overrides: Any) -> PipelineConfig:
@@ -283,7 +298,7 @@ class PipelineConfig(Settings):
             ConfigError: the file cannot be read, is not YAML, or holds a wrong key or value. All are named.
         """
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+            values = yaml.safe_load(names.absolute(path).read_text(encoding="utf-8")) or {}
         except OSError as problem:
             raise errors.ConfigError(f"cannot read the configuration {path}: {problem.strerror}") from problem
         except (yaml.YAMLError, ValueError, RecursionError) as problem:  # a ValueError: an impossible date, say
@@ -296,6 +311,10 @@ class PipelineConfig(Settings):
     def _sound(self) -> PipelineConfig:
         if self.expected_clusters is not None and not self.run_id:
             raise ValueError("expected_clusters needs run_id, the same in the configuration of every job")
+        if isinstance(self.resume_from_checkpoint, Path):
+            path = Path(names.expand(self.resume_from_checkpoint))
+            self._in_output_dir = self.output_dir / path
+            self.__dict__["resume_from_checkpoint"] = path.absolute()
         upload = self.checkpoint_config
         if isinstance(upload, Upload):
             output_dir, destination = self.output_dir.resolve(), upload.output_dir.resolve()

@@ -1,11 +1,13 @@
-"""Every name on disk: built here, parsed here, nowhere else. Does not touch the disk."""
+"""Every name on disk: built here, parsed here, nowhere else; and what a path means. Does not touch the disk."""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 import re
 import secrets
+from pathlib import Path
 
 from .errors import ConfigError
 
@@ -21,11 +23,13 @@ LATEST = "latest"
 EPOCHS = ".epochs"
 TRASH = ".trash"
 SUPERSEDED = ".superseded"
+COPIES = ".copies.json"
 HUB = ".hub"
 HUB_DESTINATION = ".hub/destination.json"
 HUB_LOCK = ".hub/uploader.lock"
 HUB_RECORDS = ".hub/records"
 HUB_HASHES = ".hub/hashes"
+HELD = "held"
 PULL_LOCK = "lock"
 PULLED = "-pulled"
 LOST_AND_FOUND = "lost+found"
@@ -57,12 +61,49 @@ _EPOCH_FILE = re.compile(rf"{_NUMBER}(?:\.(.+))?", re.DOTALL)
 _ABORTED = re.compile(rf"aborted\.{_NUMBER}\.{_NUMBER}\.(.+)", re.DOTALL)
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9]+\.[0-9a-f]{8}\.[0-9]+\.new", re.DOTALL)
 _OWN = (EPOCHS, TRASH, HUB)
+_FIRST = re.compile(r"\.(.+)\.first", re.DOTALL)
 
 _REPO_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 _REPO_ID = re.compile(rf"{_REPO_PART}/{_REPO_PART}")
 _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]{0,254}")
+_HUB_TAG = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9._-]{{0,{NAME_BYTES - 1}}}")
+_NOT_IN_TAGS = re.compile(r"[^A-Za-z0-9._-]|\.(?=\.)")
+_COMMIT_ID = re.compile(r"[0-9a-f]{40}")
+_NOT_TAGS = ("HEAD", "main")
+_HUB_FOLDERS = (".git", "git~1", ".cache")
+
+_VARIABLE = re.compile(r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\})")
 
 _counter = itertools.count(1)
+
+
+def absolute(given: str | os.PathLike[str]) -> Path:
+    """The directory or file that a setting or an argument means, whatever the working directory is later.
+
+    ConfigError as for `expand`.
+    """
+    return Path(expand(given)).absolute()
+
+
+def expand(given: str | os.PathLike[str], *, strict: bool = True) -> str:
+    """`given` with the values of `$NAME` and `${NAME}`, and the home directories of `~` and `~user`.
+
+    A variable that is not set, and a user who does not exist, are a ConfigError that names them; unless `strict`, they
+    stay as they are.
+    """
+    text = os.fspath(given)
+
+    def value(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
+        if strict and name not in os.environ:
+            raise ConfigError(f"{text}: the environment variable {name} is not set; set it, or write the path out")
+        return os.environ.get(name, match[0])
+
+    expanded = os.path.expanduser(_VARIABLE.sub(value, text))
+    if strict and expanded.startswith("~"):
+        user = expanded.partition("/")[0]
+        raise ConfigError(f"{text}: {user} is the home of no user; for a directory of that name write ./{user}")
+    return expanded
 
 
 def check_name(kind: str, name: str) -> str:
@@ -276,6 +317,17 @@ def parse_temporary_file(entry: str) -> str | None:
     return match[1] if match else None
 
 
+def first_dir(name: str) -> str:
+    """The hidden directory that holds the file which is to be called `name`, where nothing but directories decides."""
+    return f".{name}.first"
+
+
+def parse_first_dir(entry: str) -> str | None:
+    """The name of the file for which such a directory was made, None for any other entry."""
+    match = _FIRST.fullmatch(entry)
+    return match[1] if match else None
+
+
 def check_relative(path: str) -> str:
     """Return `path` if it is a plain POSIX path below a checkpoint. ValueError, saying why, if it is not."""
     if not path or path.startswith("/"):
@@ -294,16 +346,44 @@ def check_relative(path: str) -> str:
 
 def check_repo_id(repo_id: str) -> str:
     """Return `repo_id` if it can name a repository on the Hub. ConfigError if it cannot."""
-    if not _REPO_ID.fullmatch(repo_id) or "--" in repo_id or ".." in repo_id:
+    if not _REPO_ID.fullmatch(repo_id) or "--" in repo_id or ".." in repo_id or repo_id.endswith((".git", ".ipynb")):
         raise ConfigError(f"{repo_id!r} cannot be a repository on the Hub; write namespace/name")
     return repo_id
 
 
 def check_revision(revision: str) -> str:
     """Return `revision` if it can name a branch, tag or commit on the Hub. ConfigError if it cannot."""
-    if not _REVISION.fullmatch(revision) or ".." in revision or "//" in revision or revision.endswith(("/", ".lock")):
+    if not is_revision(revision):
         raise ConfigError(f"{revision!r} cannot be a branch, tag or commit on the Hub; choose another")
     return revision
+
+
+def is_revision(text: str) -> bool:
+    """Whether a branch, tag or commit on the Hub can have this name, by the rules of git."""
+    parts = text.split("/")
+    return bool(
+        _REVISION.fullmatch(text)
+        and ".." not in text
+        and not any(not part or part.startswith(".") or part.endswith((".", ".lock")) for part in parts)
+    )
+
+
+def hub_tag(name: str) -> str:
+    """The tag of the checkpoint `name` on the Hub: the name itself, if it can be a tag there.
+
+    Else what can be in a tag stays, all other characters become "-", and a part of the name's SHA-256 follows, so that
+    two names never share a tag.
+    """
+    if _HUB_TAG.fullmatch(name) and is_revision(name) and name not in _NOT_TAGS and not _COMMIT_ID.fullmatch(name):
+        return name
+    kept = _NOT_IN_TAGS.sub("-", name).lstrip(".-")[: NAME_BYTES // 2]
+    digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:12]
+    return f"{kept or 'checkpoint'}-{digest}"
+
+
+def hub_refuses(path: str) -> bool:
+    """Whether the Hub takes no file of this path, relative to the checkpoint: git has folders of its own there."""
+    return any(part.lower() in _HUB_FOLDERS for part in path.split("/"))
 
 
 def hub_record(name: str) -> str:

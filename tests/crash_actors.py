@@ -250,7 +250,7 @@ def play(scenario: Scenario, template: Path, folder: Path, switches: tuple[Switc
         sleep=stage.sleep, monotonic=lambda: stage.clock
     )  # type: ignore[assignment]
     known = {name: getattr(module, name) for name, module in LOOKS.items()}
-    known |= {name: getattr(writes, name) for name in ("link", "rename")}
+    known |= {name: getattr(writes, name) for name in ("link", "rename_new", "rename")}
 
     def watched(name: str) -> Callable[[Path], object]:
         def look(path: Path) -> object:
@@ -262,7 +262,7 @@ def play(scenario: Scenario, template: Path, folder: Path, switches: tuple[Switc
     def moved(name: str) -> Callable[[Path, Path], object]:
         def move(source: Path, target: Path) -> object:
             done = known[name](source, target)
-            if target.name == names.DECISION and done is not False:
+            if target.name == names.DECISION and names.step_of(target.parent.name) and done is not False:
                 stage.decisions.append(records.parse_decision(target.read_bytes(), target).commit)
             return done
 
@@ -274,7 +274,8 @@ def play(scenario: Scenario, template: Path, folder: Path, switches: tuple[Switc
 
     for one, module in LOOKS.items():
         setattr(module, one, watched(one))
-    writes.link, writes.rename = moved("link"), moved("rename")  # type: ignore[assignment]
+    for name in ("link", "rename_new", "rename"):
+        setattr(writes, name, moved(name))
     failpoints.observer = observe
     try:
         stage.run()

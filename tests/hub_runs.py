@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,19 +24,30 @@ TOKEN = "hf_writesAndIsKeptSecret0123456789abcdef"
 PERSONS = (".gitattributes", "README.md", "NOTES.md", "actor/mine.txt")
 
 
-def history(output_dir: Path, steps: list[int], salt: str = "old", extra: Mapping[str, bytes] | None = None) -> None:
-    """A run that has saved these steps, each with one large file and one named after the step, and has ended."""
+def history(
+    output_dir: Path,
+    steps: list[int],
+    salt: str = "old",
+    extra: Mapping[str, bytes] | None = None,
+    called: Sequence[str] = (),
+) -> None:
+    """A run that has saved these steps, each with one large file and one named after the step, and has ended.
+
+    `called` has the names of the checkpoints; else they are called after their steps.
+    """
+    titles = dict(zip(steps, called, strict=False))
 
     def work() -> None:
         epoch = runs.claim(output_dir)
         for step in steps:
-            attempt = attempts.begin(epoch, names.checkpoint(step), step=step, expected=runs.CLUSTERS)
+            attempt = attempts.begin(epoch, titles.get(step, names.checkpoint(step)), step=step, expected=runs.CLUSTERS)
             for cluster, rank in runs.RANKS:
                 vote = runs.write(attempt, salt, cluster, rank)
                 if (cluster, rank) == runs.RANKS[0]:
                     more = {"actor/large.bin": LARGE, **(extra or {})}
                     more |= {f"actor/{word}_{step}.txt": salt.encode() for word in ("only", "also")}
                     for path, data in more.items():
+                        writes.make_dirs((attempt.checkpoint_dir / path).parent)
                         writes.write_durable(attempt.checkpoint_dir / path, data)
                     receipts = [records.receipt_of_bytes(path, data) for path, data in more.items()]
                     vote = replace(vote, receipts=(*vote.receipts, *receipts))

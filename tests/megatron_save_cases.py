@@ -559,3 +559,34 @@ def gather_late(directory: str) -> dict[str, Any]:
     attach(other).load(Path(directory) / "True_1")
     told["resumed"] = other.train()
     return told
+
+
+# --- a working directory that changes -------------------------------------------------------------------------
+
+
+def wander(home: str) -> None:
+    """Save, find and load by paths that mean something else in the working directory that comes next."""
+    before, home_before = os.getcwd(), os.environ.get("HOME", "")
+    os.environ["HOME"] = home
+    try:
+        os.chdir(home)
+        os.makedirs("elsewhere", exist_ok=True)
+        handle = attach(trained(), async_save=True)
+        saves = [handle.save("runs/one", 1), handle.save("~/runs/two", 2)]
+        os.chdir("elsewhere")
+        for save in saves:
+            save.wait(60)
+        found = handle.find("$HOME/runs")
+        assert found == Path(home) / "runs/two" and handle.load(found) == 2, found
+    finally:
+        os.chdir(before)
+        os.environ["HOME"] = home_before
+
+
+def save_under(directory: str, umask: int) -> None:
+    """Save once under a umask."""
+    before = os.umask(umask)
+    try:
+        attach(trained()).save(directory, 1).wait()
+    finally:
+        os.umask(before)

@@ -287,6 +287,21 @@ def test_prune_keeps_what_latest_names_and_what_has_no_complete_copy(
         assert answer(capsys, "prune", run, "--keep", 1, *more)["removed"] == []
 
 
+def test_prune_knows_where_the_run_uploads_to(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    destination = file_system.FileSystemDestination(run, tmp_path / "copies")
+    destination.upload("checkpoint-2")
+    assert verification.verify_run(run) == [] and file_system.recorded(run) == tmp_path / "copies"
+    for more in (["--dry-run"], []):
+        assert answer(capsys, "prune", run, "--keep", 1, *more)["removed"] == []
+    assert main.main(["prune", str(run), "--keep", "1"]) == printing.FINE
+    said = capsys.readouterr().out
+    assert (
+        f"checkpoint-1 has no complete copy in {tmp_path / 'copies'}" in said and f"remove {run / names.COPIES}" in said
+    )
+    destination.upload("checkpoint-1")
+    assert answer(capsys, "prune", run, "--keep", 1)["removed"] == ["checkpoint-1"]
+
+
 def test_prune_keeps_what_it_has_just_recovered_and_has_no_complete_copy(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,7 +24,7 @@ def refused(section: type[Section], values: Any) -> str:
 
 def test_the_defaults_are_those_that_are_written_down() -> None:
     config = PipelineConfig.parse(RUN, "here")
-    assert config.output_dir == Path("run") and config.async_save is None
+    assert config.output_dir == Path("run").absolute() and config.async_save is None
     assert config.commit_timeout_s == config.exit_timeout_s == 600
     assert not config.fail_training and not config.take_over and config.run_id is None
     assert config.max_ckpt_to_keep == 0 and config.resume_from_checkpoint is True
@@ -182,7 +182,7 @@ def test_expected_clusters_need_a_run_id() -> None:
 def test_an_upload_into_the_runs_own_directory_is_refused(there: str) -> None:
     upload = {"type": "file_system", "output_dir": there}
     message = refused(PipelineConfig, {**RUN, "checkpoint_config": upload})
-    assert f"checkpoint_config.output_dir {Path(there)}" in message and "output_dir run" in message
+    assert f"checkpoint_config.output_dir {Path(there).absolute()}" in message
 
 
 def test_an_upload_through_a_link_into_the_runs_own_directory_is_refused(tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_an_upload_through_a_link_into_the_runs_own_directory_is_refused(tmp_pat
 def test_an_upload_beside_the_run_is_taken(there: str) -> None:
     config = PipelineConfig.parse({**RUN, "checkpoint_config": {"type": "file_system", "output_dir": there}}, "here")
     assert config.checkpoint_config is not None and config.checkpoint_config.async_upload
-    assert config.checkpoint_config.output_dir == Path(there)
+    assert config.checkpoint_config.output_dir == Path(there).absolute()
 
 
 def test_the_type_of_an_upload_is_known() -> None:
@@ -231,7 +231,7 @@ def test_a_token_is_refused_and_not_repeated(key: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "meant"), [(True, True), (False, False), ("run/checkpoint-3", Path("run/checkpoint-3"))]
+    ("value", "meant"), [(True, True), (False, False), ("run/checkpoint-3", Path("run/checkpoint-3").absolute())]
 )
 def test_a_run_resumes_from_the_newest_from_a_path_or_from_nothing(value: Any, meant: Any) -> None:
     config = PipelineConfig.parse({**RUN, "resume_from_checkpoint": value}, "here").resume_from_checkpoint

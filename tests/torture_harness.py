@@ -261,7 +261,7 @@ def check_start(output_dir: Path, number: int, found: Found, *, alone: bool) -> 
         assert known.get(name, (0, 0, 0)) >= age, f"{name} was there with {age}, now {known.get(name)}"
     for entry in tree.list_dir(output_dir):
         attempt = names.parse_attempt_dir(entry)
-        ours = entry in (names.EPOCHS, names.TRASH, names.LATEST, names.HUB) or entry in known
+        ours = entry in (names.EPOCHS, names.TRASH, names.LATEST, names.HUB, names.COPIES) or entry in known
         assert ours or (attempt and attempt[1] == number), f"{entry} is left over"
     assert tree.list_dir(output_dir / names.TRASH) == [str(number)], tree.list_dir(output_dir / names.TRASH)
     for entry in tree.list_dir(output_dir / names.EPOCHS):

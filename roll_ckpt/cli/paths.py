@@ -35,12 +35,21 @@ class Place:
         return self.checkpoint_dir if self.name is not None else self.output_dir / name
 
 
+def argument(given: str) -> Path:
+    """The absolute path that an argument means. Shells expand `~` and `$NAME`, but not in `--upload-dir=~/x`.
+
+    ConfigError for a variable that is not set, and for the home of no user.
+    """
+    path = Path(os.path.abspath(given))
+    return path if tree.exists(path) else Path(os.path.abspath(names.expand(given)))
+
+
 def locate(given: str) -> Place:
     """The place that a path leads to; a path inside a checkpoint leads to that checkpoint.
 
     NotFound, saying why, if it leads to no checkpoint and no directory of checkpoints.
     """
-    path = Path(os.path.abspath(given))
+    path = argument(given)
     if not tree.exists(path):
         raise NotFound(f"{given} does not exist")
     for checkpoint_dir in (path, *path.parents):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from roll_ckpt.cli.parsing import Commands, add_parser
+from roll_ckpt.cli.paths import argument
 from roll_ckpt.cli.printing import FINE, human_bytes, print_json, print_line
 from roll_ckpt.formats import manifests
 from roll_ckpt.upload.hub import pull as hub_pull
@@ -30,7 +30,7 @@ def add_command(commands: Commands) -> None:
     """Add `pull` to the command line."""
     parser = add_parser(commands, "pull", pull, "pull from the Hub", _ABOUT)
     parser.add_argument("uri", metavar="URI", help="hf://namespace/name, or hf://namespace/name@revision")
-    parser.add_argument("directory", type=Path, metavar="DIR", help="gets the checkpoint; made if missing")
+    parser.add_argument("directory", metavar="DIR", help="gets the checkpoint; made if missing")
 
 
 def pull(args: argparse.Namespace) -> int:
@@ -44,7 +44,7 @@ def pull(args: argparse.Namespace) -> int:
             moved = True
             bar({"name": remote.uri, "doing": "pulled", "done": done, "total": total})
 
-        checkpoint_dir = hub_pull.pull(remote, args.directory, progress)
+        checkpoint_dir = hub_pull.pull(remote, argument(args.directory), progress)
     manifest = manifests.read(checkpoint_dir)
     if args.json:
         facts = {"name": manifest.name, "step": manifest.step, "bytes": manifest.nbytes(), "was_there": not moved}

@@ -6,11 +6,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from roll_ckpt import names
 from roll_ckpt.cli.parsing import Commands, add_parser
 from roll_ckpt.cli.paths import Place, locate
 from roll_ckpt.cli.printing import FINE, print_json, print_line, say
 from roll_ckpt.cli.queue import show_queue, spell_repository
 from roll_ckpt.errors import ConfigError, HubUnavailable
+from roll_ckpt.formats import manifests
 from roll_ckpt.upload.hub import push as hub_push
 from roll_ckpt.upload.hub import push_queue, worker
 from roll_ckpt.upload.hub.address import Remote
@@ -83,12 +85,20 @@ def _push_one(place: Place, repository: Repository, recorded: Repository | None,
                 private=repository.private,
                 progress=lambda doing, done, total: bar({"name": name, "doing": doing, "done": done, "total": total}),
             )
-    uri = Remote(repository.repo_id, name).uri
+    saved_as = manifests.read(place.checkpoint_dir).name
+    uri = Remote(repository.repo_id, names.hub_tag(saved_as)).uri
     if args.json:
         print_json({"path": str(place.checkpoint_dir), "name": name, "uri": uri, "commit": commit})
     else:
-        print_line(f"{place.checkpoint_dir}: pushed as {uri}, commit {commit[:12]}")
+        print_line(f"{place.checkpoint_dir}: pushed as {uri}, commit {commit[:12]}{_about_tag(saved_as)}")
     return FINE
+
+
+def _about_tag(name: str) -> str:
+    """What to say if a checkpoint has another tag than its name, "" if not."""
+    if (tag := names.hub_tag(name)) == name:
+        return ""
+    return f"; no tag of the Hub can be {name!r}, so it is {tag} there, and a pull finds it by either"
 
 
 def _push_all_owed(output_dir: Path, args: argparse.Namespace) -> int:
@@ -111,6 +121,6 @@ def _printer(bar: ProgressBar, args: argparse.Namespace) -> worker.OnEvent:
         if event["event"] in ("waiting", "failed"):
             say(event["detail"])
         elif event["event"] == "done" and not args.json:
-            print_line(f"pushed {event['name']}, commit {event['commit'][:12]}")
+            print_line(f"pushed {event['name']}, commit {event['commit'][:12]}{_about_tag(event['name'])}")
 
     return print_event

@@ -21,9 +21,12 @@ from roll_ckpt.errors import Damaged
 
 log = logging.getLogger("roll_ckpt")
 
-_RENAME_EXCHANGE = 2
+_RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2
 _AT_FDCWD = -100
-_NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+_NO_FLAGS = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # this file system has no such kind of rename
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)
+"""What link(2) says where the file system has no hard links: exFAT, SMB, most of FUSE."""
+_NAME_TAKEN = (errno.EEXIST, errno.ENOTEMPTY)
 _REMOVALS = 20  # how often remove_tree empties directories again that others fill meanwhile
 
 
@@ -74,7 +77,7 @@ def link_durable(path: Path, data: bytes, *, scratch: Path | None = None) -> boo
     """
     temporary = _prepare(path, data, scratch)
     try:
-        first = link(temporary, path)
+        first = give_name(temporary, path, scratch or path.parent)
     finally:
         discard_file(temporary)
     fsync_dir(path.parent)
@@ -168,6 +171,77 @@ def _are_one_file(a: Path, b: Path) -> bool:
     return False
 
 
+def give_name(source: Path, target: Path, scratch: Path) -> bool:
+    """Give the durable file `source` the name `target` unless another file has it; True if this call did.
+
+    Of several callers at once, in any process, one wins. `source` may keep its own name, or lose it. Tried in turn, on
+    file systems that have less and less: link(2); a rename that replaces nothing; directories below `scratch`, which
+    all callers for `target` must share, and which must live as long as `target` does.
+    """
+    try:
+        return link(source, target)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+    try:
+        return rename_new(source, target)
+    except OSError as error:
+        if error.errno not in _NO_FLAGS:
+            raise
+    return _give_name_by_directory(source, target, scratch)
+
+
+def rename_new(source: Path, target: Path) -> bool:
+    """Rename `source` to `target`, replacing nothing. False if `target` exists and is another file.
+
+    OSError with EINVAL, ENOSYS or ENOTSUP where the file system cannot.
+    """
+    announce("rename_new", source, target)
+    prepared = os.lstat(source)
+    try:
+        _renameat2(source, target, _RENAME_NOREPLACE)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOENT):
+            raise
+        if _has_become(target, prepared):
+            return True  # it was sent twice, and the first one succeeded
+        if error.errno == errno.ENOENT:
+            raise
+        log.debug("not renamed: %s", error)
+        return False
+    return True
+
+
+def _give_name_by_directory(source: Path, target: Path, scratch: Path) -> bool:
+    """give_name where there is only rename(2): it never replaces a directory that is not empty.
+
+    So the first directory that gets the name `first_dir` has won, with the file in it. Whoever comes then, the winner
+    or a later caller, moves that file to `target`; a second file keeps the directory from becoming empty.
+    """
+    place = scratch / names.first_dir(target.name)
+    own = scratch / names.temporary_file(target.name)
+    make_dir(own)
+    os.close(create(own / names.HELD))
+    rename(source, own / target.name)
+    fsync_dir(own)
+    prepared = os.lstat(own)
+    try:
+        rename(own, place)
+        first = True
+    except OSError as error:
+        first = error.errno == errno.ENOENT and _has_become(place, prepared)
+        if not first and error.errno not in _NAME_TAKEN:
+            rename(own / target.name, source)
+            remove_tree(own)
+            raise
+    if not first:
+        remove_tree(own)
+    fsync_dir(scratch)  # that there is a winner must not be lost after its file has got the name
+    with not_found_ok():
+        rename(place / target.name, target)
+    return first
+
+
 def rename(source: Path, target: Path) -> None:
     """rename(2), raising its own errors. Not durable until fsync_dir of both parents."""
     announce("rename", source, target)
@@ -177,12 +251,16 @@ def rename(source: Path, target: Path) -> None:
 def exchange(a: Path, b: Path) -> None:
     """Swap two names atomically. OSError with EINVAL, ENOSYS or ENOTSUP where the file system cannot."""
     announce("exchange", a, b)
+    _renameat2(a, b, _RENAME_EXCHANGE)
+
+
+def _renameat2(source: Path, target: Path, flags: int) -> None:
     function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if function is None:
-        raise OSError(errno.ENOSYS, "this C library has no renameat2", str(a))
-    if function(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), ctypes.c_uint(_RENAME_EXCHANGE)):
+        raise OSError(errno.ENOSYS, "this C library has no renameat2", str(source))
+    if function(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), ctypes.c_uint(flags)):
         code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), str(a), None, str(b))
+        raise OSError(code, os.strerror(code), str(source), None, str(target))
 
 
 def swap(new: Path, target: Path, step_aside: Callable[[], None]) -> None:
@@ -193,7 +271,7 @@ def swap(new: Path, target: Path, step_aside: Callable[[], None]) -> None:
     try:
         exchange(new, target)
     except OSError as error:
-        if error.errno not in _NO_EXCHANGE:
+        if error.errno not in _NO_FLAGS:
             raise
         step_aside()
         rename(new, target)

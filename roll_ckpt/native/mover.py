@@ -151,7 +151,7 @@ class Mover:
         process.part(Movers).running.add(self)
 
     def save(self, path: StrOrBytesPath, image: NativeImage, *, overlap: bool = True, check: str = "off") -> Transfer:
-        """Begin to write `image` to `path` (created or truncated, mode 0644 & umask).
+        """Begin to write `image` to `path` (created or truncated, mode 0666 & ~umask).
 
         Returns when all eager extents are copied: the caller may then change their memory. If the whole file fits into
         the free slots of the arena, the transfer is `overlapped`: lazy extents must stay alive and unchanged until

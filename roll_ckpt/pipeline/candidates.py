@@ -105,9 +105,7 @@ def open_chosen(ranks: RankGroup, config: PipelineConfig, listed: Candidates) ->
             yield None if newest is None else (config.output_dir / newest[0], newest[1])
         return
     with ExitStack() as stack:
-        path = (
-            pulled(ranks, config, Remote.parse(source)) if isinstance(source, str) else at_path(ranks, config, source)
-        )
+        path = pulled(ranks, config, Remote.parse(source)) if isinstance(source, str) else at_path(ranks, config)
         yield path, open_verified(stack, path)
 
 
@@ -143,8 +141,8 @@ def pulled(ranks: RankGroup, config: PipelineConfig, remote: Remote) -> Path:
     return Path(ranks.decide_on_rank0({}, decide, LONGEST_S)["path"])
 
 
-def at_path(ranks: RankGroup, config: PipelineConfig, path: Path) -> Path:
-    """The absolute path of the checkpoint that rank 0 finds at `path`, or at `path` in the output directory.
+def at_path(ranks: RankGroup, config: PipelineConfig) -> Path:
+    """The path of the checkpoint that rank 0 finds where `resume_from_checkpoint` says, or in the output directory.
 
     Every rank calls; blocks for one rendezvous.
 
@@ -153,8 +151,8 @@ def at_path(ranks: RankGroup, config: PipelineConfig, path: Path) -> Path:
     """
 
     def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
-        with as_unreadable(path):
-            return {"path": os.path.abspath(_checked_path(path, config.output_dir))}
+        with as_unreadable(config.resume_paths[0]):
+            return {"path": os.path.abspath(_checked_path(config.resume_paths, config.output_dir))}
 
     return Path(ranks.decide_on_rank0({}, decide, config.commit_timeout_s)["path"])
 
@@ -166,11 +164,11 @@ def _refuse_to_pass(unread: Mapping[str, str], step: int) -> None:
         raise Unreadable(f"{'; '.join(reasons)}. {errors.BY_HAND}")
 
 
-def _checked_path(path: Path, output_dir: Path) -> Path:
-    for candidate in (path, output_dir / path):
-        if tree.exists(candidate / names.MANIFEST):
-            return candidate
+def _checked_path(paths: list[Path], output_dir: Path) -> Path:
+    for path in paths:
+        if tree.exists(path / names.MANIFEST):
+            return path
     raise NotFound(
-        f"resume_from_checkpoint: {path} holds no complete checkpoint (no {names.MANIFEST} in it); give a committed "
-        f"checkpoint-N directory; `roll-ckpt ls {output_dir}` lists them"
+        f"resume_from_checkpoint: {paths[0]} holds no complete checkpoint (no {names.MANIFEST} in it); give a "
+        f"committed checkpoint-N directory; `roll-ckpt ls {output_dir}` lists them"
     )

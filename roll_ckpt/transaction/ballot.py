@@ -1,7 +1,7 @@
 """The vote on one attempt: each rank casts one; together they become a manifest and one decision.
 
 A vote lists the files that a rank has made durable, or the error that kept it from doing so. The decision is made by
-link(2), so the first one wins, whichever process makes it.
+giving its file a name that is free, so the first one wins, whichever process makes it.
 """
 
 from __future__ import annotations
@@ -154,9 +154,9 @@ def _link_decision(attempt: Attempt, decision: Decision) -> Decision | None:
             return in_force
         if decision.commit or error.errno not in _NO_ROOM:
             raise
-        # The disk is full, and only the end of this attempt gives it room again. A link needs none: linking the list
-        # of expected votes in place of a decision means abort, see parse_decision.
-        writes.link(attempt.checkpoint_dir / names.EXPECTED, path)
+        # The disk is full, and only the end of this attempt gives it room again. Another name needs none: the list of
+        # expected votes in place of a decision means abort, see parse_decision.
+        writes.give_name(attempt.checkpoint_dir / names.EXPECTED, path, attempt.directory)
     failpoints.failpoint("decision.linked", name=attempt.name, epoch=attempt.epoch, attempt=attempt.attempt)
     return decided(attempt)
 

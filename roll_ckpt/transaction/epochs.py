@@ -382,11 +382,14 @@ def _enter(epoch: Epoch, entry: str) -> bool:
 
     lock = locks.lock_new(temporary, contents)
     first = False
-    with not_found_ok():  # the recovery of a newer run may have removed the temporary file
-        first = writes.link(temporary, folder / entry)
-    writes.discard_file(temporary)
+    try:
+        with not_found_ok():  # the recovery of a newer run may have removed the temporary file
+            first = writes.give_name(temporary, folder / entry, folder)
+    finally:
+        if not first:
+            lock.release()
+        writes.discard_file(temporary)
     if not first:
-        lock.release()
         return False
     epoch._keep(folder / entry, lock)
     writes.fsync_dir(folder)

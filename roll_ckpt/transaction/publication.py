@@ -209,9 +209,15 @@ def _abandon(attempt: Attempt, epoch: int) -> None:
 
 def _record_reason(attempt: Attempt) -> OSError | None:
     """Link the decision into `.epochs/`. The error if the disk refuses: a full one gets room back without a reason."""
-    record = names.aborted_file(attempt.name, attempt.epoch, attempt.attempt)
+    decision = attempt.checkpoint_dir / names.DECISION
+    record = attempt.home / names.EPOCHS / names.aborted_file(attempt.name, attempt.epoch, attempt.attempt)
     try:
-        writes.link(attempt.checkpoint_dir / names.DECISION, attempt.home / names.EPOCHS / record)
+        try:
+            writes.link(decision, record)
+        except OSError as error:
+            if error.errno not in writes.NO_LINKS:
+                raise
+            writes.write_durable(record, reads.read_bytes(decision), scratch=attempt.directory)
         _forget_reasons(attempt.home / names.EPOCHS)
     except FileNotFoundError as error:
         log.debug("%s: gone, so another process abandons this attempt, too", error.filename)

@@ -162,7 +162,7 @@ def _discard(attempt: Attempt, epoch: int, reason: str) -> Recovery:
 def _sweep_epochs(folder: Path, epoch: int) -> None:
     """Remove the records of older epochs, the reasons of their aborts, and temporary files of killed claimants."""
     for entry in tree.list_dir(folder):
-        member, aborted = names.parse_epoch_file(entry), names.parse_aborted_file(entry)
+        member, aborted = names.parse_epoch_file(names.parse_first_dir(entry) or entry), names.parse_aborted_file(entry)
         number = member[0] if member else aborted[1] if aborted else None
         if names.parse_temporary_file(entry) is not None or (number is not None and number < epoch):
-            writes.discard_file(folder / entry)
+            writes.remove_tree(folder / entry)

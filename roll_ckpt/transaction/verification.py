@@ -238,8 +238,8 @@ def _epochs(home: Path) -> list[Problem]:
     for entry in tree.list_dir(home / names.EPOCHS):
         path = home / names.EPOCHS / entry
         relative = f"{names.EPOCHS}/{entry}"
-        if names.parse_temporary_file(entry) is not None:
-            continue  # of a run that is just starting
+        if names.parse_temporary_file(entry) is not None or names.parse_epoch_file(names.parse_first_dir(entry) or ""):
+            continue  # of a run that is just starting, or by which it was the first
         if parsed := names.parse_epoch_file(entry):
             problems += _damage(relative, partial(_check_member, path, parsed[0]))
         elif names.parse_aborted_file(entry):

@@ -9,15 +9,17 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 from roll_ckpt import names
 from roll_ckpt.disk import failpoints, reads, tree, writes
+from roll_ckpt.disk.missing import if_there
 from roll_ckpt.errors import ConfigError, Damaged, SaveFailed
 from roll_ckpt.formats import manifests, records
 from roll_ckpt.formats.manifests import Manifest
-from roll_ckpt.formats.sealed_json import sha256
+from roll_ckpt.formats.sealed_json import Fields, seal, sha256, unseal
 from roll_ckpt.native import extension
 from roll_ckpt.transaction import listing, reader_locks
 
@@ -58,6 +60,7 @@ class FileSystemDestination:
 
     def upload(self, name: str, *, again: bool = False) -> None:
         with self._one_at_a_time:
+            _record(self._copies.output_dir, self._copies.upload_dir)
             upload(self._copies.output_dir / name, self._copies.upload_dir)
 
     def wait(self, name: str, patience_s: float, check: Callable[[], None]) -> None:
@@ -73,6 +76,31 @@ class FileSystemDestination:
 
     def forget(self, name: str) -> None:
         self._copies.forget(name)
+
+
+def recorded(output_dir: Path) -> Path | None:
+    """Where the run in `output_dir` uploads to, by the record that its last upload left; None if there is none.
+
+    Damaged, naming the record, if it cannot be trusted.
+    """
+    path = output_dir / names.COPIES
+    data = if_there(partial(reads.read_bytes, path))
+    if data is None:
+        return None
+    fields = Fields(unseal(data, path), path)
+    upload_dir = fields.take("upload_dir", str, os.path.isabs)
+    fields.end()
+    return Path(upload_dir)
+
+
+def _record(output_dir: Path, upload_dir: Path) -> None:
+    """Let `roll-ckpt prune` know of the destination; durable, but no reason not to upload if the disk refuses."""
+    path, data = output_dir / names.COPIES, seal({"upload_dir": str(upload_dir.absolute())})
+    try:
+        if if_there(partial(reads.read_bytes, path)) != data:
+            writes.write_durable(path, data)
+    except OSError as error:
+        log.warning("%s cannot be written, so `roll-ckpt prune` does not know of %s: %s", path, upload_dir, error)
 
 
 def owed(output_dir: Path, upload_dir: Path) -> list[str]:

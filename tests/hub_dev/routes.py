@@ -447,6 +447,8 @@ def _edit(store: Store, key: str, value: dict[str, Any]) -> Edit:
         path = names.check_relative(_text(value, "path").rstrip("/" if key == "deletedFolder" else ""))
     except ValueError as error:
         raise Refusal(400, f"Invalid path {value['path']!r}: {error}") from error
+    if ".git" in path.lower().split("/"):
+        raise Refusal(400, f"Invalid path {path!r}: git keeps its own files there")
     if key == "file":
         return Edit(path, store.put_regular(_from_base64(_text(value, "content"))))
     if key == "lfsFile":

@@ -37,6 +37,9 @@ MAIN = "main"
 _LOCK = "hub-dev.lock"
 _REPO_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,95}/[A-Za-z0-9_][A-Za-z0-9._-]{0,95}")
 _COMMIT_ID = re.compile(r"[0-9a-f]{7,40}")
+_NO_REF = re.compile(
+    r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|//|@\{|^@$|(^|/)[.]|\.lock(/|$)|[./]$|^[/-]"
+)  # git-check-ref-format(1)
 _GIT_ATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
 
 
@@ -227,7 +230,9 @@ class Store:
         self._change_refs(repo_id, lambda repo: replace(repo, branches=_without(repo.branches, branch)))
 
     def add_tag(self, repo_id: str, tag: str, revision: str) -> None:
-        """Refusal: 409 if it exists, 404 if `revision` does not."""
+        """Refusal: 400 if git knows no such tag, 409 if it exists, 404 if `revision` does not."""
+        if _NO_REF.search(tag):
+            raise Refusal(400, f"Invalid reference name: {tag}")
 
         def add(repo: Repo) -> Repo:
             if tag in repo.tags:

@@ -6,6 +6,7 @@ Written against DeepSpeed 0.19 (`runtime/engine.py`, `runtime/checkpoint_engine/
 from __future__ import annotations
 
 import logging
+import os
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
+from roll_ckpt import names
 from roll_ckpt.backends.deepspeed.facts import describe
 from roll_ckpt.backends.deepspeed.index import EngineIndex
 from roll_ckpt.backends.deepspeed.tensors import offloaded_storages, overlappable_storages
@@ -135,6 +137,19 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
         self.fence()
 
     # Our wrappers of the engine's methods call these.
+
+    def expanded(self, given: str) -> str:
+        """`given`, a directory in a script, with `~` and variables expanded, which DeepSpeed does not do; logs it once.
+
+        What cannot be expanded stays as it is.
+        """
+        path = names.expand(given, strict=False)
+        if path == os.fspath(given):
+            return given
+        if given not in self._warned:
+            self._warned.add(given)
+            log.info("cluster %s: %r is taken as %s", self.cluster, given, path)
+        return path
 
     def fence(self, changes: cluster_save.Changes = lambda storage: True) -> None:
         """Block until no save of this engine reads its tensors any more. This rank alone.

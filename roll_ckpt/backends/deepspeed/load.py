@@ -47,27 +47,30 @@ def load_checkpoint(
         ModelMismatch: the checkpoint holds another model.
         UnsupportedError: another number of ranks saved the optimizer.
     """
+    load_dir = checkpoint_engine.expanded(load_dir)
     checkpoint_engine.fence()
     pending.wait_pending()
     engine, ranks = checkpoint_engine.engine, checkpoint_engine.ranks
     if engine.load_universal_checkpoint():
         return stock(engine, load_dir, tag, *args, **kwargs)
 
-    def open_verified(stack: ExitStack, directory: Path) -> Reader:
-        call = inspect.signature(stock).bind(engine, load_dir, str(directory.relative_to(load_dir)), *args, **kwargs)
+    def open_verified(stack: ExitStack, checkpoint_dir: Path) -> Reader:
+        name = str(checkpoint_dir.relative_to(load_dir))
+        call = inspect.signature(stock).bind(engine, load_dir, name, *args, **kwargs)
         call.apply_defaults()
-        reader = stack.enter_context(open_together(ranks, directory, checkpoint_engine.settings, ALLOWED_GLOBALS))
+        reader = stack.enter_context(open_together(ranks, checkpoint_dir, checkpoint_engine.settings, ALLOWED_GLOBALS))
         if reader.checkpoint is not None:
-            _check_together(checkpoint_engine, reader.checkpoint, directory, call.arguments)
+            _check_together(checkpoint_engine, reader.checkpoint, checkpoint_dir, call.arguments)
             reader.cached = True
         return reader
 
-    tags = _agree_on_tags(checkpoint_engine, Path(load_dir), None if tag is None else str(tag))
+    directory = Path(load_dir).absolute()
+    tags = _agree_on_tags(checkpoint_engine, directory, None if tag is None else str(tag))
     with ExitStack() as stack:
         if tag is not None and tags:
-            opened: tuple[str, Reader] | None = tags[0], open_verified(stack, Path(load_dir) / tags[0])
+            opened: tuple[str, Reader] | None = tags[0], open_verified(stack, directory / tags[0])
         else:
-            opened = stack.enter_context(newest_sound(Path(load_dir), tags, open_verified))
+            opened = stack.enter_context(newest_sound(directory, tags, open_verified))
         if opened is None:
             return stock(engine, load_dir, tag, *args, **kwargs)
         name, reader = opened

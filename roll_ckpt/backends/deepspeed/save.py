@@ -41,6 +41,7 @@ def save_checkpoint(
     """
     if not save_dir:
         raise ValueError(f"save_dir must be a non-empty string, got {save_dir!r}")
+    save_dir = checkpoint_engine.expanded(save_dir)
     checkpoint_engine.fence(no_changes)
     engine, settings, ranks = checkpoint_engine.engine, checkpoint_engine.settings, checkpoint_engine.ranks
     name = str(tag) if tag is not None else f"global_step{engine.global_steps}"
@@ -102,7 +103,7 @@ def run_stock(
 
 
 def save_16bit_model(
-    checkpoint_engine: RollCheckpointEngine, stock: Callable[..., Any], *args: Any, **kwargs: Any
+    checkpoint_engine: RollCheckpointEngine, stock: Callable[..., Any], save_dir: str, *args: Any, **kwargs: Any
 ) -> Any:
     """`engine.save_16bit_model`: every rank calls; blocks, and the file is durable on return.
 
@@ -112,7 +113,7 @@ def save_16bit_model(
     """
     refuse_parts(checkpoint_engine.engine)
     checkpoint_engine.lone_problem = None
-    result = stock(checkpoint_engine.engine, *args, **kwargs)
+    result = stock(checkpoint_engine.engine, checkpoint_engine.expanded(save_dir), *args, **kwargs)
 
     def report() -> None:
         if checkpoint_engine.lone_problem is not None:

@@ -100,7 +100,7 @@ class MegatronHandle(Binding):
             lambda save, cluster_save, prepared: self.stage(
                 save, cluster_save, save.attempt.checkpoint_dir, prepared.state, prepared
             ),
-            Path(directory).absolute(),
+            names.absolute(directory),
             step=step,
             settings=self.settings,
             cluster=self.cluster,
@@ -160,7 +160,7 @@ class MegatronHandle(Binding):
             Unreadable: the disk does not tell whether a checkpoint is sound; no older one is taken in its place.
             RanksDisagree: the ranks see different checkpoints.
         """
-        path, ranks = Path(output_dir).absolute(), RankGroup.current()
+        path, ranks = names.absolute(output_dir), RankGroup.current()
         pending.wait_pending()
 
         def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -172,8 +172,8 @@ class MegatronHandle(Binding):
             check_bytes(ranks, checkpoint_dir)
             return reader
 
-        names = ranks.decide_on_rank0({}, decide, self.settings.commit_timeout_s)["names"]
-        with newest_sound(path, names, open_verified) as opened:
+        found = ranks.decide_on_rank0({}, decide, self.settings.commit_timeout_s)["names"]
+        with newest_sound(path, found, open_verified) as opened:
             self._verified = None if opened is None else path / opened[0]
         return self._verified
 
@@ -187,7 +187,7 @@ class MegatronHandle(Binding):
             UnsupportedError: the optimizer's sharding type cannot be loaded in this layout, or `save_only_model` is
                 set. Nothing was read.
         """
-        path = Path(directory).absolute()
+        path = names.absolute(directory)
         self.fence()
         pending.wait_pending()
         RankGroup.current().run_on_all_ranks(lambda: check_complete(path), self.settings.commit_timeout_s)

@@ -15,6 +15,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from roll_ckpt import names
 from roll_ckpt.backends.megatron.checked_files import checked
 from roll_ckpt.backends.megatron.facts import COMMON, DCP_METADATA, MARKER, MARKER_BYTES
 from roll_ckpt.config import Settings
@@ -59,7 +60,7 @@ def load(
         UnsupportedError: Megatron wrote it with another backend than torch_dist.
     """
     settings = settings or Settings()
-    path, ranks = Path(directory).absolute(), RankGroup.current()
+    path, ranks = names.absolute(directory), RankGroup.current()
     pending.wait_pending()
     ranks.run_on_all_ranks(lambda: check_complete(path), settings.commit_timeout_s)
     with open_together(ranks, path, settings) as reader:

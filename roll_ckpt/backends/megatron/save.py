@@ -83,7 +83,7 @@ def save(
     return transact(
         lambda: prepare(sharded_state_dict, strategy, content_metadata),
         stage_it,
-        Path(directory).absolute(),
+        names.absolute(directory),
         step=step,
         settings=settings or Settings(),
         cluster=cluster,

@@ -64,7 +64,7 @@ class StateSaver:
         Raises:
             SaveFailed: it was abandoned, on every rank; older checkpoints are sound. As `begin`.
         """
-        path, ranks = Path(directory).absolute(), RankGroup.current()
+        path, ranks = names.absolute(directory), RankGroup.current()
         names.check_name("tag", path.name)
         file = _file(ranks.rank)
         nbytes = sum(value.nbytes for value in state.values() if hasattr(value, "nbytes"))
@@ -87,7 +87,7 @@ class StateSaver:
         Raises:
             NotFound: there is no committed checkpoint, or none of this rank. Damaged, Unreadable: on every rank.
         """
-        path, ranks = Path(directory).absolute(), RankGroup.current()
+        path, ranks = names.absolute(directory), RankGroup.current()
         pending.wait_pending()
         with ExitStack() as stack:
             reader = stack.enter_context(open_together(ranks, path, self.settings))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from roll_ckpt import names
-from roll_ckpt.errors import ConfigError
+from roll_ckpt.errors import ConfigError, holds_secret
 
 _SCHEME = "hf://"
 TOKENS_BELONG = "set HF_TOKEN in the environment of the job, or run `hf auth login` once on its machine"
@@ -30,10 +30,15 @@ class Remote:
 
     @classmethod
     def parse(cls, uri: str) -> Remote:
-        """The remote that `hf://namespace/name[@revision]` names; ConfigError for anything else."""
+        """The remote that `hf://namespace/name[@revision]` names; ConfigError for anything else.
+
+        The revision may also be the name of a checkpoint that cannot be a tag: then its tag is meant.
+        """
         if not uri.startswith(_SCHEME):
             raise ConfigError(f"{uri!r} is no address on the Hub; write {_SCHEME}namespace/name or …@revision")
         repo_id, at, revision = uri.removeprefix(_SCHEME).partition("@")
         if ":" in repo_id:
             raise ConfigError(f"{uri!r}: an address on the Hub holds no user and no token; {TOKENS_BELONG}")
+        if revision.isprintable() and revision and not names.is_revision(revision) and not holds_secret(revision):
+            revision = names.hub_tag(revision)
         return cls(repo_id, revision) if at else cls(repo_id)

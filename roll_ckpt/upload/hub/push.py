@@ -1,4 +1,4 @@
-"""Pushes a committed checkpoint to the Hub: one commit with all its files, then the tag `checkpoint-N`.
+"""Pushes a committed checkpoint to the Hub: one commit with all its files, then the tag `names.hub_tag(name)`.
 
     look up → check every byte → send the large files → look up again → one commit on that head → tag
 
@@ -85,28 +85,37 @@ def push(
 
     Raises:
         HubRefused: the Hub refuses; or the repository is public and `private` is asked for; or a file holds a
-            token; or the revision is not a branch. HubUnavailable: try again later.
+            token, or a path that the Hub never takes; or the revision is no branch. HubUnavailable: try again later.
         Damaged: a file is not as it was committed; nothing was committed on the Hub. NotFound: no checkpoint.
     """
     progress = progress or (lambda *_: None)
     with reader_locks.reading(checkpoint_dir):
         record = reads.read_bytes(checkpoint_dir / names.MANIFEST)
         manifest = manifests.parse(record, checkpoint_dir / names.MANIFEST)
-        digest = sha256(record)
+        digest, tag_name = sha256(record), names.hub_tag(manifest.name)
+        _refuse_paths(checkpoint_dir, manifest)
         _open(remote, private)
         side = Remote(remote.repo_id, f"roll_ckpt-{sha256(f'{digest} {remote.revision}'.encode())[:16]}")
-        commit = _find(remote, side, manifest.name, digest)
+        commit = _find(remote, side, tag_name, digest)
         if commit is None:
             checked = _check(checkpoint_dir, manifest, record, hashes, progress)
             if on_side_branch:
                 branch(side, start=remote.revision)
             commit = _commit_once(checkpoint_dir, side if on_side_branch else remote, checked, progress)
         failpoints.failpoint("push.committed", name=manifest.name)
-        _tag(remote, manifest.name, commit)
+        _tag(remote, tag_name, commit)
         failpoints.failpoint("push.tagged", name=manifest.name)
         if side.revision in refs(remote)[0]:
             drop_branch(side)
         return commit
+
+
+def _refuse_paths(checkpoint_dir: Path, manifest: Manifest) -> None:
+    if refused := [path for path in manifest.paths() if names.hub_refuses(path)]:
+        raise HubRefused(
+            f"{checkpoint_dir / refused[0]}: the Hub takes no file of this name, which git uses itself; nothing of "
+            f"{manifest.name} was sent. Keep it out of what is saved, and save again"
+        )
 
 
 def _open(remote: Remote, private: bool) -> None:
@@ -239,8 +248,8 @@ A checkpoint of roll_ckpt: {clusters}; step {manifest.step}, {manifest.nbytes()}
 
     roll-ckpt pull {remote.uri} .
 
-brings the newest one, every byte checked; `hf://{remote.repo_id}@{manifest.name}` names this one, and each tag
-`checkpoint-N` an older or newer one. Or resume from it: `resume_from_checkpoint: {remote.uri}`.
+brings the newest one, every byte checked; `hf://{remote.repo_id}@{names.hub_tag(manifest.name)}` names this one,
+and each tag `checkpoint-N` an older or newer one. Or resume from it: `resume_from_checkpoint: {remote.uri}`.
 """
 
 

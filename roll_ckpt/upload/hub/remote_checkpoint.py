@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from roll_ckpt import names
-from roll_ckpt.errors import Damaged, HubUnavailable, NotFound
+from roll_ckpt.errors import Damaged, HubRefused, HubUnavailable, NotFound
 from roll_ckpt.formats import manifests
 from roll_ckpt.formats.manifests import Manifest
 from roll_ckpt.upload.hub.address import Remote
@@ -56,7 +56,7 @@ def find_checkpoint(remote: Remote) -> RemoteCheckpoint:
 
 
 def _find(remote: Remote) -> RemoteCheckpoint:
-    commit = head(remote)
+    remote, commit = _resolve(remote)
     record = read_file(remote, names.MANIFEST, commit)
     if record is None:
         raise NotFound(
@@ -75,6 +75,21 @@ def _find(remote: Remote) -> RemoteCheckpoint:
     ]
     refuse_damage(checkpoint, missing + other)
     return checkpoint
+
+
+def _resolve(remote: Remote) -> tuple[Remote, str]:
+    """The revision and its commit. A name that is no revision may be that of a checkpoint with another tag."""
+    try:
+        return remote, head(remote)
+    except HubRefused as error:
+        tag = names.hub_tag(remote.revision)
+        if error.status != 404 or tag == remote.revision:
+            raise
+        try:
+            tagged = replace(remote, revision=tag)
+            return tagged, head(tagged)
+        except HubRefused:
+            raise error from None
 
 
 def refuse_damage(checkpoint: RemoteCheckpoint, problems: list[str]) -> None:
