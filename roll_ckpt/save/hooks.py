@@ -16,6 +16,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from roll_ckpt.save import pending
 from roll_ckpt.save.source_versions import storage_of
 
+not_stepped: set[str] = set()
+"""Endings of keys in an optimizer's state under which a framework keeps what no step changes."""
+
 
 @functools.cache
 def install() -> None:
@@ -45,7 +48,9 @@ def _tensors_of(optimizer: Any) -> Iterator[Any]:
     for group in optimizer.param_groups:
         yield from group["params"]
     for state in optimizer.state.values():
-        yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor) and not str(key).endswith(tuple(not_stepped)):
+                yield value
 
 
 def _fence(tensors_of: Callable[[], Iterable[Any]]) -> None:
