@@ -15,7 +15,7 @@ from unittest import mock
 import megatron_cpu
 import torch
 import torch.distributed as dist
-from late_copies import copied, late_copies
+from late_copies import copied, hooks_off, late_copies
 from megatron_cpu import Tiny, build, gathered
 
 megatron_cpu.install()
@@ -170,7 +170,7 @@ def step_without_the_fence(directory: str) -> list[str]:
     for name, fence in (("torn", lambda fence: None), ("next", wait)):
         with late_copies(Settings()):
             save = ours.save(Path(directory) / name, tiny.steps)
-            with mock.patch.object(Fence, "wait", fence):
+            with mock.patch.object(Fence, "wait", fence), hooks_off(name == "torn"):
                 tiny.optimizer.step()
         told.append(str(save.failure))
     return told
