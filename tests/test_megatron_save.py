@@ -41,6 +41,13 @@ def test_a_step_that_does_not_wait_fails_the_save_by_name(megatron: Worlds, tmp_
     assert not (tmp_path / "run" / "torn").exists() and verification.verify(tmp_path / "run" / "next") == []
 
 
+def test_a_change_by_other_means_is_never_saved_torn(megatron: Worlds, tmp_path: Path) -> None:
+    for told in call(megatron, "change_by_other_means", str(tmp_path / "run")):
+        assert told.pop("base step") == ("None", [])
+        assert len(told) == 4
+        assert all("SourceChanged" in failure for failure, _ in told.values()), told
+
+
 def test_a_load_waits_for_the_copies_of_a_save(megatron: Worlds, tmp_path: Path) -> None:
     for told in call(megatron, "load_while_copying", str(tmp_path / "run")):
         assert told == {"step": 2, "old": [], "new": []}
