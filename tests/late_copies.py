@@ -35,11 +35,11 @@ def hooks_off(off: bool = True) -> Iterator[None]:
         yield
 
 
-def copy_a_block(save: Save) -> None:
-    """Copy one block of each file of `save`, within `late_copies`."""
+def copy_a_block(save: Save, timeout_s: float = 0) -> None:
+    """Within `late_copies`, copy one block of each file of `save`; with a timeout, what can be copied until then."""
     for part in save.cluster_saves.values():
         for staged in part._staged:
-            staged.transfer.wait_copied(0)
+            staged.transfer.wait_copied(timeout_s)
 
 
 def copied(save: Save) -> bool:

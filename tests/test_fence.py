@@ -19,6 +19,7 @@ from roll_ckpt import process
 from roll_ckpt.config import Settings
 from roll_ckpt.formats.records import Vote
 from roll_ckpt.save import hooks, pending, source_versions
+from roll_ckpt.save.cluster_save import ClusterSave
 from roll_ckpt.save.save import Save
 from roll_ckpt.state import Lifetime, StateSaver
 from roll_ckpt.transaction import ballot
@@ -200,6 +201,43 @@ def test_a_change_after_the_copy_is_none_of_the_saves_business(tmp_path: Path) -
         foreach(trained)
         may_vote.set()
         alone.wait(60)
+
+
+def test_a_step_between_a_copy_and_its_confirmation_fails_nothing(tmp_path: Path) -> None:
+    ours, trained, may_confirm = saver(), Trained(), threading.Event()
+    confirm = ClusterSave.confirm_copies
+
+    def late(part: ClusterSave) -> None:
+        may_confirm.wait(20)
+        confirm(part)
+
+    with mock.patch.object(ClusterSave, "confirm_copies", late), late_copies(ours.settings):
+        save = ours.save(trained.state(), tmp_path / "saved", unchanged=Lifetime.UNTIL_FENCE)
+        copy_a_block(save, 20)
+        assert copied(save)
+        trained.step()
+        may_confirm.set()
+        save.wait(60)
+
+
+def test_a_save_behind_a_slow_one_confirms_its_copies_at_once(tmp_path: Path) -> None:
+    ours, trained, may_vote = saver(), Trained(), threading.Event()
+    cast = ballot.cast
+
+    def late(attempt: Attempt, vote: Vote) -> None:
+        may_vote.wait(20)
+        cast(attempt, vote)
+
+    with mock.patch.object(ballot, "cast", late), late_copies(ours.settings):
+        first = ours.save(trained.state(), tmp_path / "first", unchanged=Lifetime.UNTIL_FENCE)
+        second = ours.save(trained.state(), tmp_path / "second", unchanged=Lifetime.UNTIL_FENCE)
+        assert versions_of(second)
+        copy_a_block(first, 20)
+        copy_a_block(second, 20)
+        assert wait_until(lambda: not versions_of(second)) and not first.settled
+        foreach(trained)
+        may_vote.set()
+        second.wait(60)
 
 
 def versions_of(save: Save) -> list[Any]:

@@ -165,10 +165,11 @@ class ClusterSave:
         self.timing.fence_s += time.monotonic() - began
 
     def reads(self, storages: set[int] | None) -> bool:
-        """Whether a source is still to be copied that lies in one of `storages` (`_cdata`); None: anywhere."""
+        """Whether a source in one of `storages` (`_cdata`; None: anywhere) must stay as it is: it is still to be
+        copied, or its version counter to be compared."""
         for staged in list(self._staged):
             image = staged.image
-            if image is None or staged.transfer.released:
+            if image is None or (staged.transfer.released and not staged.versions):
                 continue
             if storages is None or not storages.isdisjoint(late_storages(image)):
                 return True
@@ -191,15 +192,28 @@ class ClusterSave:
         The lock keeps the training thread, which is about to change them, waiting while another thread compares.
         """
         with self._comparing:
-            versions, image = staged.versions.pop(lifetime, None), staged.image
+            versions, image = staged.versions.get(lifetime), staged.image
             changed = versions.changed() if versions is not None else []
             if changed and image is not None:
                 self.fail(_source_changed(staged.path, *names_in(image, changed)))
+            staged.versions.pop(lifetime, None)  # only now: `reads` looks at it without the lock
 
     def _release(self, staged: _Staged) -> None:
         for lifetime in list(staged.versions):
             self._compare(staged, lifetime)
         staged.image = None
+
+    def confirm_copies(self) -> None:
+        """Block until the sources are copied, without helping, and compare their counters at once: what changes them
+        later does no harm. Raises nothing. The save's thread calls, once staging has ended.
+        """
+        self.live = []
+        try:
+            for staged in self._staged if self.error is None else ():
+                self._wait(staged, lambda staged: staged.transfer.wait_copied(_LOOK_S, helping=False))
+                self._compare(staged, Lifetime.UNTIL_FENCE)
+        except Exception as problem:
+            self.fail(problem)
 
     def finish(self) -> Vote:
         """Block until the files are durable or have failed, and return this rank's vote. The save's thread calls."""
@@ -245,9 +259,6 @@ class ClusterSave:
     def _receipts(self) -> list[Receipt]:
         checkpoint_dir = self.attempt.checkpoint_dir
         digests: dict[str, Any] = {}
-        for staged in self._staged:  # at once, not when it is written: what changes after the copy does no harm
-            self._wait(staged, lambda staged: staged.transfer.wait_copied(_LOOK_S, helping=False))
-            self._compare(staged, Lifetime.UNTIL_FENCE)
         for staged in self._staged:
             digests[_relative(staged.path, checkpoint_dir)] = self._wait(staged, _written)
             self._release(staged)

@@ -169,6 +169,8 @@ class Save:
     def _run(self) -> None:
         self._staged.wait()
         try:
+            for cluster_save in self.cluster_saves.values():
+                cluster_save.confirm_copies()
             if self.after is not None:
                 self.after.wait_settled()
             self._settle(self._vote())
