@@ -290,6 +290,7 @@ PYBIND11_MODULE(_native, m) {
         }
     });
 
+    m.def("use_twin_of_cuda", &cuda::use_twin, py::arg("copy_s"));
     m.def("cuda_status", [] {
         py::gil_scoped_release released;
         return cuda::table().status();
@@ -368,11 +369,11 @@ PYBIND11_MODULE(_native, m) {
         .def_property_readonly("stats", &stats)
         .def(
             "wait_copied",
-            [](const PyTransfer& t, std::optional<double> timeout) {
+            [](const PyTransfer& t, std::optional<double> timeout, bool help) {
                 auto transfer = t.transfer.get();
-                return wait_for(timeout, [&](auto until) { return transfer->wait_copied(until); });
+                return wait_for(timeout, [&](auto until) { return transfer->wait_copied(until, help); });
             },
-            py::arg("timeout") = py::none())
+            py::arg("timeout") = py::none(), py::arg("help") = true)
         .def(
             "wait_released",
             [](const PyTransfer& t, std::optional<double> timeout) {

@@ -177,13 +177,13 @@ void Copier::run() {
     ended_.notify_all();
 }
 
-void Copier::submit_device(int device, std::function<void(void*, const std::string&)> task) {
+void Copier::submit_device(int device, bool urgent, std::function<void(void*, const std::string&)> task) {
     std::lock_guard lock(mutex_);
     auto& pool = devices_[device];
     // A block crosses the bus in about the time that its thread needs to wake up and finish it. Several
     // threads, each with its stream, keep the copy engine busy meanwhile.
     if (!pool) pool = std::make_unique<ThreadPool>(4, "roll-device", 0);
-    pool->submit([device, task = std::move(task)] {
+    auto run = [device, task = std::move(task)] {
         thread_local ThreadStream own;
         std::string error;
         try {
@@ -195,7 +195,8 @@ void Copier::submit_device(int device, std::function<void(void*, const std::stri
             error = failure.what();
         }
         task(own.stream, error);
-    });
+    };
+    pool->submit(std::move(run), urgent);
 }
 
 }  // namespace roll

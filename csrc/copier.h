@@ -51,9 +51,10 @@ class Copier {
     void submit(const std::shared_ptr<CopyJob>& job, const std::vector<Chunk>& chunks);
     // Copies one chunk of `job` on the calling thread; false if the queue holds none.
     bool help(const CopyJob* job, bool urgent_only);
-    // Runs task(stream, error) on a thread of that device. `stream` is null if it could not be created; then
-    // `error` says why.
-    void submit_device(int device, std::function<void(void* stream, const std::string& error)> task);
+    // Runs task(stream, error) on a thread of that device; urgent tasks, which save() waits for, come before
+    // the late copies of earlier files. `stream` is null if it could not be created; then `error` says why.
+    void submit_device(int device, bool urgent,
+                       std::function<void(void* stream, const std::string& error)> task);
     bool finish(Clock::time_point deadline);  // as ThreadPool::finish
 
   private:

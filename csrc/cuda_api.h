@@ -1,5 +1,5 @@
 // All of CUDA behind one table of functions. A build without CUDA has a table of the same shape whose
-// functions say so.
+// functions say so. The twin needs no device.
 #pragma once
 
 #include <cstddef>
@@ -44,5 +44,10 @@ struct Table {
 };
 
 const Table& table();
+
+// For tests where there is no device: makes table() a twin for which the memory of every device is that of
+// the host. A copy is made when finish() waits for it, which takes `copy_s` seconds. Call it before anything
+// else.
+void use_twin(double copy_s);
 
 }  // namespace roll::cuda

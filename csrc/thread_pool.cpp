@@ -53,10 +53,10 @@ ThreadPool::ThreadPool(int threads, std::string name, int nice) : name_(std::mov
 
 ThreadPool::~ThreadPool() { finish(Clock::time_point::max()); }
 
-void ThreadPool::submit(std::function<void()> task) {
+void ThreadPool::submit(std::function<void()> task, bool urgent) {
     {
         std::lock_guard lock(mutex_);
-        tasks_.push_back(std::move(task));
+        (urgent ? urgent_ : tasks_).push_back(std::move(task));
     }
     wake_.notify_one();
 }
@@ -79,10 +79,11 @@ void ThreadPool::run() {
     lower_this_thread(nice_);
     std::unique_lock lock(mutex_);
     for (;;) {
-        wake_.wait(lock, [this] { return closing_ || !tasks_.empty(); });
-        if (tasks_.empty()) break;
-        auto task = std::move(tasks_.front());
-        tasks_.pop_front();
+        wake_.wait(lock, [this] { return closing_ || !urgent_.empty() || !tasks_.empty(); });
+        auto& tasks = urgent_.empty() ? tasks_ : urgent_;
+        if (tasks.empty()) break;
+        auto task = std::move(tasks.front());
+        tasks.pop_front();
         lock.unlock();
         task();
         task = nullptr;  // destroys what the task captured, outside the lock

@@ -42,13 +42,13 @@ class SignalsBlocked {
 void name_this_thread(const char* name);
 void lower_this_thread(int nice);  // best effort; affects this thread alone
 
-// Runs tasks in the order of their submission. A task must not throw.
+// Runs tasks in the order of their submission, urgent ones before all others. A task must not throw.
 class ThreadPool {
   public:
     ThreadPool(int threads, std::string name, int nice);
     ~ThreadPool();  // runs all submitted tasks, then joins
 
-    void submit(std::function<void()> task);
+    void submit(std::function<void()> task, bool urgent = false);
     // Ends the threads once the queue is empty. False if they have not ended by the deadline: then the pool
     // must never be destroyed, because its threads still use it.
     bool finish(Clock::time_point deadline);
@@ -58,7 +58,7 @@ class ThreadPool {
 
     std::mutex mutex_;
     std::condition_variable wake_, ended_;
-    std::deque<std::function<void()>> tasks_;
+    std::deque<std::function<void()>> urgent_, tasks_;
     std::vector<std::thread> threads_;
     std::string name_;
     int nice_;

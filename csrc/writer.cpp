@@ -9,6 +9,7 @@ namespace {
 
 constexpr int kBackgroundNice = 10;
 constexpr uint64_t kDeferredBlocks = 8;           // of one file on their way at once
+constexpr size_t kGroup = 64;                     // blocks whose samples are fetched from a device at once
 constexpr auto kGrace = std::chrono::seconds(5);  // for one write in flight, after a transfer was stopped
 
 double seconds_since(Clock::time_point begin) {
@@ -73,7 +74,8 @@ void Transfer::start(bool overlap, Check check) {
             required_slots_ += blocks_[block].route != kZeroCopy;
     }
     // Digest the sources before any copy, while the caller is still in save().
-    if (overlapped_ || has_unstaged_) source_check_ = SourceCheck(*image_, block_bytes_, check);
+    // What is on a device is copied before save() returns, unless all of the file fitted.
+    if (overlapped_ || has_unstaged_) source_check_ = SourceCheck(*image_, block_bytes_, check, overlapped_);
     begin_blocks(slots);
 }
 
@@ -100,6 +102,7 @@ Transfer::Route Transfer::route_of(uint64_t block) const {
 // needed.
 void Transfer::begin_blocks(const std::vector<uint8_t*>& slots) {
     Work work;
+    std::vector<Group> groups;
     {
         std::lock_guard lock(mutex_);
         spare_slots_.insert(spare_slots_.end(), slots.begin(), slots.end());
@@ -118,14 +121,19 @@ void Transfer::begin_blocks(const std::vector<uint8_t*>& slots) {
         const uint64_t keep = stopped_ ? 0 : std::min(slotless_, room);
         for (; spare_slots_.size() > keep; spare_slots_.pop_back())
             mover_.arena_->return_slot(spare_slots_.back());
+        groups = groups_to_sample(work.device_copies);
+        urgent_left_ += groups.size();
         note_progress();
         finish_if_all_ended();
     }
     auto self = shared_from_this();
-    for (const DeviceCopy& copy : work.device_copies) {
-        mover_.copier_.submit_device(copy.device, [self, copy](void* stream, const std::string& error) {
-            self->copy_from_device(copy, stream, error);
-        });
+    submit_device_copies(std::move(work.device_copies));
+    for (Group& group : groups) {
+        const int device = group.front().device;
+        mover_.copier_.submit_device(
+            device, true, [self, group = std::move(group)](void* stream, const std::string& error) {
+                self->sample_device(group, stream, error);
+            });
     }
     mover_.copier_.submit(self, work.chunks);
     for (uint64_t block : work.zero_copy) {
@@ -192,32 +200,90 @@ void Transfer::copy(const Chunk& chunk) noexcept {
     copy_ended(chunk.block, chunk.urgent);
 }
 
+// Takes the late copies that have something to sample out of `copies`, in groups of one device each.
+std::vector<Transfer::Group> Transfer::groups_to_sample(std::vector<DeviceCopy>& copies) const {
+    std::vector<Group> groups;
+    std::erase_if(copies, [&](const DeviceCopy& copy) {
+        if (copy.urgent ||
+            source_check_.regions(start_of(copy.block), end_of(copy.block), copy.device, nullptr).empty()) {
+            return false;
+        }
+        if (groups.empty() || groups.back().size() == kGroup || groups.back().front().device != copy.device)
+            groups.emplace_back();
+        groups.back().push_back(copy);
+        return true;
+    });
+    return groups;
+}
+
+void Transfer::submit_device_copies(std::vector<DeviceCopy> copies) {
+    auto self = shared_from_this();
+    for (const DeviceCopy& copy : copies) {
+        mover_.copier_.submit_device(copy.device, copy.urgent,
+                                     [self, copy](void* stream, const std::string& error) {
+                                         self->copy_from_device(copy, stream, error);
+                                     });
+    }
+}
+
+// The samples of a block are fetched to where its copy will lie, digested there, and overwritten by the copy.
+void Transfer::sample_device(const Group& group, void* stream, const std::string& error) noexcept {
+    const int device = group.front().device;
+    std::string failure = error;
+    if (!stopped_ && stream) {
+        failure = fetch(group, stream, [this](const DeviceCopy& copy) {
+            return source_check_.regions(start_of(copy.block), end_of(copy.block), copy.device,
+                                         blocks_[copy.block].slot);
+        });
+        for (const DeviceCopy& copy : group) {
+            source_check_.digest(start_of(copy.block), end_of(copy.block), device, blocks_[copy.block].slot);
+        }
+    }
+    if (!failure.empty()) fail_device(device, failure);
+    submit_device_copies(group);
+    std::lock_guard lock(mutex_);
+    --urgent_left_;
+    note_progress();
+}
+
 void Transfer::copy_from_device(const DeviceCopy& copy, void* stream, const std::string& error) noexcept {
     std::string failure = error;
     if (!stopped_ && stream) {
-        const cuda::Table& cuda = cuda::table();
-        uint8_t* slot = blocks_[copy.block].slot;
-        const bool pinned = mover_.arena_->pin(copy.device, slot);
-        try {
-            auto regions = device_regions(*image_, start_of(copy.block), end_of(copy.block), copy.pass,
-                                          copy.device, slot);
-            cuda.follow(stream, events_.at(copy.device));
-            cuda.copy(stream, regions.data(), regions.size(), pinned);
-        } catch (const std::exception& thrown) {
-            failure = thrown.what();
-        }
-        // All queued copies must have ended before the slot or the source may be used for anything else.
-        try {
-            cuda.finish(stream);
-        } catch (const std::exception& thrown) {
-            if (failure.empty()) failure = thrown.what();
-        }
+        failure = fetch({copy}, stream, [this](const DeviceCopy& one) {
+            return device_regions(*image_, start_of(one.block), end_of(one.block), one.pass, one.device,
+                                  blocks_[one.block].slot);
+        });
     }
-    if (!failure.empty()) {
-        fail(std::make_exception_ptr(FileError(
-            EIO, "copying from CUDA device " + std::to_string(copy.device) + ": " + failure, path_)));
-    }
+    if (!failure.empty()) fail_device(copy.device, failure);
     copy_ended(copy.block, copy.urgent);
+}
+
+template <class Regions>
+std::string Transfer::fetch(const Group& group, void* stream, Regions regions) noexcept {
+    const cuda::Table& cuda = cuda::table();
+    std::string failure;
+    try {
+        cuda.follow(stream, events_.at(group.front().device));
+        for (const DeviceCopy& copy : group) {
+            const bool pinned = mover_.arena_->pin(copy.device, blocks_[copy.block].slot);
+            const std::vector<cuda::Region> wanted = regions(copy);
+            cuda.copy(stream, wanted.data(), wanted.size(), pinned);
+        }
+    } catch (const std::exception& thrown) {
+        failure = thrown.what();
+    }
+    // All queued copies must have ended before the slot or the source may be used for anything else.
+    try {
+        cuda.finish(stream);
+    } catch (const std::exception& thrown) {
+        if (failure.empty()) failure = thrown.what();
+    }
+    return failure;
+}
+
+void Transfer::fail_device(int device, const std::string& failure) {
+    fail(std::make_exception_ptr(
+        FileError(EIO, "copying from CUDA device " + std::to_string(device) + ": " + failure, path_)));
 }
 
 void Transfer::copy_ended(uint64_t block, bool urgent) {
@@ -439,8 +505,8 @@ bool Transfer::advance(Clock::time_point deadline) {
     }
 }
 
-bool Transfer::wait_copied(Clock::time_point deadline) {
-    while (!copied() &&
+bool Transfer::wait_copied(Clock::time_point deadline, bool help) {
+    while (help && !copied() &&
            mover_.copier_.help(this, false)) {  // once all is copied, borrowed bytes are left to the threads
         if (Clock::now() >= deadline) return copied();
     }

@@ -40,8 +40,9 @@ struct TransferStats {
 class Transfer : public CopyJob, public std::enable_shared_from_this<Transfer> {
   public:
     // Each of these works or waits until `deadline` and says whether its condition holds.
-    bool advance(Clock::time_point deadline);        // save() may return
-    bool wait_copied(Clock::time_point deadline);    // no source will be read any more, except borrowed ones
+    bool advance(Clock::time_point deadline);  // save() may return
+    // No source will be read any more, except borrowed ones. With `help` the caller copies too.
+    bool wait_copied(Clock::time_point deadline, bool help = true);
     bool wait_released(Clock::time_point deadline);  // no source will be read any more
     bool wait_written(Clock::time_point deadline);  // the file is durable; rethrows a failure of the transfer
     // Stops early. On return no source byte is read any more; slots are returned as running writes end.
@@ -85,6 +86,8 @@ class Transfer : public CopyJob, public std::enable_shared_from_this<Transfer> {
         std::vector<DeviceCopy> device_copies;
         std::vector<uint64_t> zero_copy;
     };
+    // Late copies from one device whose samples are fetched before, all at once.
+    using Group = std::vector<DeviceCopy>;
 
     void start(bool overlap, Check check);
     Route route_of(uint64_t block) const;
@@ -92,7 +95,14 @@ class Transfer : public CopyJob, public std::enable_shared_from_this<Transfer> {
     void begin_block(uint64_t block, Work& work);
     void list_copies(uint64_t block, Pass pass, bool urgent, std::vector<Chunk>& chunks,
                      std::vector<DeviceCopy>& device_copies) const;
+    std::vector<Group> groups_to_sample(std::vector<DeviceCopy>& copies) const;
+    void submit_device_copies(std::vector<DeviceCopy> copies);
+    void sample_device(const Group& group, void* stream, const std::string& error) noexcept;
     void copy_from_device(const DeviceCopy& copy, void* stream, const std::string& error) noexcept;
+    // Fetches `regions(copy)` of each copy, and waits for them; "" or what failed.
+    template <class Regions>
+    std::string fetch(const Group& group, void* stream, Regions regions) noexcept;
+    void fail_device(int device, const std::string& failure);
     void copy_ended(uint64_t block, bool urgent);
     void scan(uint64_t block) noexcept;
     void check_unchanged(uint64_t block) const;  // throws SourceChanged

@@ -141,8 +141,9 @@ class Staging(Section):
     copied before the save returns."""
     check: Check = "sample"
     """How to detect that a tensor was changed between the save and its copy, which fails the save. `off`: not at all.
-    `sample`: by 512 bytes of each tensor in each block, at other places in every save; where a block holds many small
-    tensors, of a random part of them. `full`: by every byte, for tests and debugging."""
+    `sample`: by its version counter, and by 512 bytes of each tensor in each block, at other places in every save;
+    where a block holds many small tensors, of a random part of them. `full`: by the counter and every byte, for tests
+    and debugging."""
 
 
 class IO(Section):

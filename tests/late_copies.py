@@ -9,7 +9,7 @@ from unittest import mock
 from roll_ckpt import process
 from roll_ckpt.config import Settings
 from roll_ckpt.native.mover import Mover
-from roll_ckpt.save import arena, pending
+from roll_ckpt.save import arena, hooks, pending
 from roll_ckpt.save.save import Save
 
 
@@ -26,6 +26,20 @@ def late_copies(settings: Settings) -> Iterator[None]:
             pending.fence()
             pending.wait_pending()
             late.shutdown(10)
+
+
+@contextmanager
+def hooks_off(off: bool = True) -> Iterator[None]:
+    """What changes tensors inside, by torch's own functions, does not wait for copies."""
+    with mock.patch.object(hooks, "_fence", (lambda tensors_of: None) if off else hooks._fence):
+        yield
+
+
+def copy_a_block(save: Save, timeout_s: float = 0) -> None:
+    """Within `late_copies`, copy one block of each file of `save`; with a timeout, what can be copied until then."""
+    for part in save.cluster_saves.values():
+        for staged in part._staged:
+            staged.transfer.wait_copied(timeout_s)
 
 
 def copied(save: Save) -> bool:

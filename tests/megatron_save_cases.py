@@ -15,7 +15,7 @@ from unittest import mock
 import megatron_cpu
 import torch
 import torch.distributed as dist
-from late_copies import copied, late_copies
+from late_copies import copied, hooks_off, late_copies
 from megatron_cpu import Tiny, build, gathered
 
 megatron_cpu.install()
@@ -170,9 +170,36 @@ def step_without_the_fence(directory: str) -> list[str]:
     for name, fence in (("torn", lambda fence: None), ("next", wait)):
         with late_copies(Settings()):
             save = ours.save(Path(directory) / name, tiny.steps)
-            with mock.patch.object(Fence, "wait", fence):
+            with mock.patch.object(Fence, "wait", fence), hooks_off(name == "torn"):
                 tiny.optimizer.step()
         told.append(str(save.failure))
+    return told
+
+
+OTHER_CHANGES: dict[str, Callable[[Tiny], object]] = {
+    "ema": lambda tiny: [p.data.copy_(p.data / 2) for p in tiny.model[0].parameters()],
+    "foreach": lambda tiny: torch._foreach_add_(list(tiny.model[0].parameters()), 1.0),
+    "main": lambda tiny: [p.mul_(2) for p in _distributed(tiny).optimizer.param_groups[0]["params"]],
+    "flat buffer": lambda tiny: [buffer.param_data[:1].add_(1) for buffer in tiny.model[0].buffers],
+    "base step": lambda tiny: _distributed(tiny).optimizer.step(),
+}
+"""Changes that no method of Megatron makes."""
+
+
+def change_by_other_means(directory: str) -> dict[str, tuple[str, list[str]]]:
+    """Change the model in each way as soon as a save has returned: how the save failed, and what differs in it."""
+    told = {}
+    for what, change in OTHER_CHANGES.items():
+        path = Path(directory) / what
+        tiny = trained()
+        wanted = gathered(tiny)
+        for parameter in _distributed(tiny).optimizer.param_groups[0]["params"]:
+            parameter.grad = torch.ones_like(parameter)
+        with late_copies(Settings()):
+            save = attach(tiny, staging={"check": "sample"}).save(path, tiny.steps)
+            with torch.no_grad():
+                change(tiny)
+        told[what] = str(save.failure), [] if save.failure else differences(gathered(stock_loaded(path)), wanted)
     return told
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hand_made import HandMadeImage
 
+from roll_ckpt.errors import SourceChanged
 from roll_ckpt.formats.torch_zip import layout
 from roll_ckpt.formats.torch_zip.read import parse
 from roll_ckpt.native import extension
@@ -167,6 +168,35 @@ def test_a_copy_that_overlaps_is_done_when_the_fence_says_so(mover: Mover, tmp_p
     transfer.wait_written(60)
     del image
     assert bool((torch.load(tmp_path / "s.pt", "cpu")["w"] == 1).all())
+
+
+@pytest.mark.parametrize("check", ["sample", "full"])
+def test_a_change_before_the_copy_is_noticed(tmp_path: Path, check: str) -> None:
+    mover = Mover(Arena(64 << 20, BLOCK), copy_threads=2, io_threads=2)
+    tensor = torch.ones(4 << 20, device="cuda")
+    image = layout.lay_out({"weight": tensor}, "f", lambda storage: True)
+    noticed = 0
+    for turn in range(20):
+        transfer = mover.save(tmp_path / f"{turn}", cluster_save.native_image(image), overlap=True, check=check)
+        late = not transfer.copied
+        tensor.data.add_(1)  # counts no version
+        torch.cuda.synchronize()
+        try:
+            transfer.wait_written(60)
+            saved = torch.load(tmp_path / f"{turn}")["weight"]
+            assert saved.min() == saved.max(), "torn"
+        except SourceChanged:
+            noticed += late
+    mover.shutdown(10)
+    assert noticed > 0
+
+
+def test_a_save_whose_sources_stay_passes_its_check(mover: Mover, tmp_path: Path) -> None:
+    tensors = {str(i): torch.rand(1000 + i, device="cuda") for i in range(300)}
+    image = layout.lay_out(tensors, "f", lambda storage: True)
+    for check in ("sample", "full"):
+        transfer = mover.save(tmp_path / check, cluster_save.native_image(image), overlap=True, check=check)
+        transfer.wait_written(60)
 
 
 def test_what_changes_after_an_eager_save_does_not_reach_the_file(mover: Mover, tmp_path: Path) -> None:

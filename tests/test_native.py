@@ -687,6 +687,96 @@ def test_a_buffer_can_be_written_and_outlives_its_name(tmp_path: Path) -> None:
     assert files.read_file(tmp_path / "f", 3, BLOCK).address % mmap.PAGESIZE == 0
 
 
+# ---- devices, by the twin of CUDA whose devices are the host
+
+
+TWIN = """
+    import os, random, sys
+    from hand_made import HandMadeImage
+    from roll_ckpt.errors import SourceChanged
+    from roll_ckpt.native import extension
+    from roll_ckpt.native.extension import Arena, _native, address_of
+    from roll_ckpt.native.mover import Mover
+    _native.use_twin_of_cuda(0.01)
+    BLOCK = 1 << 16
+    mover = Mover(Arena(400 * BLOCK, BLOCK), copy_threads=1)
+
+    def save(name, data, each, check="sample", lazy=True):
+        image = HandMadeImage(len(data))
+        for offset in range(0, len(data), each):
+            image.add(offset, address_of(data)[0] + offset, each, lazy=lazy, device=0)
+        return mover.save(os.path.join(sys.argv[1], name), image, check=check)
+
+    def outcome(transfer):
+        try:
+            transfer.wait_written(20)
+            return "written"
+        except SourceChanged as changed:
+            return f"changed {changed.end - changed.start}"
+"""
+
+
+def test_a_change_of_device_memory_before_its_copy_is_noticed(tmp_path: Path) -> None:
+    out = in_a_process(
+        TWIN
+        + """
+    for each, check, change in (
+        (BLOCK, "sample", True), (64, "sample", True), (3 * BLOCK, "full", True), (BLOCK, "off", True),
+        (64, "sample", False),
+    ):
+        data = bytearray(os.urandom(96 * BLOCK))
+        before = bytes(data)
+        transfer = save("f", data, each, check)
+        late = not transfer.copied
+        if change:
+            data[:] = bytes(len(data))
+        print(late, outcome(transfer), open(transfer.path, "rb").read() == before)
+    mover.shutdown(10)
+    """,
+        str(tmp_path),
+    )
+    assert out.splitlines() == [
+        "True changed 512 False",
+        "True changed 64 False",
+        f"True changed {BLOCK} False",
+        "True written False",
+        "True written True",
+    ]
+
+
+def test_the_last_bytes_of_a_device_block_are_always_sampled(tmp_path: Path) -> None:
+    out = in_a_process(
+        TWIN
+        + """
+    data = bytearray(64 * BLOCK)
+    transfer = save("f", data, 64)
+    data[-1] = 1
+    print(outcome(transfer))
+    mover.shutdown(10)
+    """,
+        str(tmp_path),
+    )
+    assert out == "changed 64"
+
+
+def test_what_a_save_waits_for_overtakes_the_late_copies_of_an_earlier_file(tmp_path: Path) -> None:
+    out = in_a_process(
+        TWIN
+        + """
+    large, small = bytearray(os.urandom(200 * BLOCK)), bytearray(os.urandom(BLOCK))
+    earlier = save("large", large, BLOCK)
+    later = save("small", small, BLOCK, lazy=False)
+    print(earlier.copied, later.copied)
+    for transfer, data in ((earlier, large), (later, small)):
+        transfer.wait_written(30)
+        print(open(transfer.path, "rb").read() == data)
+    mover.shutdown(10)
+    """,
+        str(tmp_path),
+    )
+    assert out.split() == ["False", "True", "True", "True"]
+
+
 def test_cuda_says_whether_it_can_be_used() -> None:
     status = extension.cuda_status()
     if not extension.cuda_compiled:

@@ -177,6 +177,9 @@ class FileImage:
     pieces: tuple[TensorPiece, ...] = ()
     tensors: FileTensors | None = None
     """What the pieces are of the model, where a backend knows; the same object at every save of one structure."""
+    watched: dict[Lifetime | bool, list[Any]] = field(default_factory=dict)
+    """The tensors in sources that are copied after the save has returned, by how long they are to stay unchanged. Their
+    version counters tell of a change."""
 
     @classmethod
     def of_bytes(cls, data: bytes) -> FileImage:

@@ -81,12 +81,12 @@ class Transfer:
         """
         return self._transfer.stats
 
-    def wait_copied(self, timeout: float | None = None) -> bool:
-        """Wait until no source byte will be read any more, except borrowed ones; the calling thread helps to copy.
+    def wait_copied(self, timeout: float | None = None, *, helping: bool = True) -> bool:
+        """Wait until no source byte will be read any more, except borrowed ones; `helping`, this thread copies too.
 
         True then, even if the transfer failed (wait_written raises the reason); False after `timeout` seconds.
         """
-        done = self._transfer.wait_copied(timeout)
+        done = self._transfer.wait_copied(timeout, helping)
         self._release_sources()
         return done
 
@@ -165,8 +165,8 @@ class Mover:
 
         `check` tells how much of the lazy extents is digested before save returns and again after the copy: with
         "sample" 512 bytes of each extent in each block (of a random selection where they are many and small), with
-        "full" every byte, with "off" nothing. If the digests differ, wait_written raises SourceChanged. Memory of a
-        device is never checked.
+        "full" every byte, with "off" nothing. If the digests differ, wait_written raises SourceChanged. From a device
+        these bytes are fetched before save returns.
 
         Raises:
             ValueError: extents, records or patches of the image overlap, are out of order or reach past the end of the

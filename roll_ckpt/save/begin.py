@@ -13,6 +13,7 @@ from roll_ckpt import process
 from roll_ckpt.config import Settings
 from roll_ckpt.errors import NoRoom, RanksDisagree, SaveFailed
 from roll_ckpt.ranks.group import RankGroup
+from roll_ckpt.save import hooks
 from roll_ckpt.save.claims import claim, clear, find_claim
 from roll_ckpt.save.course import Course
 from roll_ckpt.save.pending import PendingSaves, wait_pending
@@ -114,6 +115,7 @@ def begin(
         request.attempt(verdict), settings, ranks.rank, tuple(request.clusters), reused_plans, on_commit=on_commit
     )
     if save.begun:
+        hooks.install()
         process.part(PendingSaves).add(save)
     else:
         save.fail_to_begin((NoRoom if verdict["lacks_room"] else SaveFailed)(verdict["failure"]))

@@ -7,9 +7,10 @@ files are durable, and makes the vote.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,25 +29,31 @@ from roll_ckpt.native.extension import Digest
 from roll_ckpt.native.image import Lifetime, NativeImage
 from roll_ckpt.native.mover import Mover, Transfer
 from roll_ckpt.save import arena
+from roll_ckpt.save.source_versions import SourceVersions, late_storages, names_in, storage_of
 from roll_ckpt.transaction import attempts
 from roll_ckpt.transaction.attempts import Attempt
 
 log = logging.getLogger("roll_ckpt")
 
 _LOOK_S = 1.0  # how often a save that waits for a slow disk checks that the other ranks have not abandoned it
+_NAMED = 8  # the most tensors that an error names
 Changes = Callable[[Any], bool]
 """Called with the owner of borrowed memory: True if the caller is about to change that memory."""
 
 
 @dataclass
 class _Staged:
-    """One staged file: `image` describes its bytes and is dropped once no source is read any more."""
+    """One staged file: `image` describes its bytes and is dropped once no source is read any more.
+
+    `versions` are dropped, too, as soon as the sources of their lifetime are copied and the counters compared.
+    """
 
     path: Path
     image: FileImage | None
     transfer: Transfer
     pieces: tuple[TensorPiece, ...]
     tensors: FileTensors
+    versions: dict[Lifetime | bool, SourceVersions] = field(default_factory=dict)
 
 
 @dataclass
@@ -91,6 +98,10 @@ class ClusterSave:
         self.error: str | None = None
         self._staged: list[_Staged] = []
         self._adopted: list[Path] = []
+        self.live: list[Any] = []
+        """Tensors of the model that share memory, but no version counter, with tensors that are staged: they are
+        watched as well."""
+        self._comparing = threading.Lock()
         self._started = time.monotonic()
 
     def stage(self, path: Path, image: FileImage, *, overlap: bool) -> None:
@@ -106,7 +117,10 @@ class ClusterSave:
         """
         began = time.monotonic()
         settings = self.settings
+        versions = self._versions(image) if overlap and settings.staging.check != "off" else {}
         staged = stage_file(arena.mover(settings), path, image, overlap, settings.staging.check)
+        if not staged.transfer.released:
+            staged.versions = versions
         self.timing.stage_s += time.monotonic() - began
         self.nbytes += image.nbytes
         self._staged.append(staged)
@@ -143,11 +157,63 @@ class ClusterSave:
             if image is None:
                 continue
             staged.transfer.wait_copied()
+            self._compare(staged, Lifetime.UNTIL_FENCE)
             if not staged.transfer.released and any(changes(owner) for owner in _borrowed(image)):
                 staged.transfer.wait_released()
             if staged.transfer.released:
-                staged.image = None
+                self._release(staged)
         self.timing.fence_s += time.monotonic() - began
+
+    def reads(self, storages: set[int] | None) -> bool:
+        """Whether a source in one of `storages` (`_cdata`; None: anywhere) must stay as it is: it is still to be
+        copied, or its version counter to be compared."""
+        for staged in list(self._staged):
+            image = staged.image
+            if image is None or (staged.transfer.released and not staged.versions):
+                continue
+            if storages is None or not storages.isdisjoint(late_storages(image)):
+                return True
+        return False
+
+    def _versions(self, image: FileImage) -> dict[Lifetime | bool, SourceVersions]:
+        watched = dict(image.watched)
+        if self.live:
+            late = late_storages(image)
+            live = [tensor for tensor in self.live if storage_of(tensor) in late]
+            watched[Lifetime.UNTIL_FENCE] = [*watched.get(Lifetime.UNTIL_FENCE, []), *live]
+        return {
+            lifetime: SourceVersions(tensors, staying=lifetime == Lifetime.UNTIL_WRITTEN)
+            for lifetime, tensors in watched.items()
+        }
+
+    def _compare(self, staged: _Staged, lifetime: Lifetime | bool) -> None:
+        """Vote no if a source of `lifetime` was changed; call it as soon as they have been copied.
+
+        The lock keeps the training thread, which is about to change them, waiting while another thread compares.
+        """
+        with self._comparing:
+            versions, image = staged.versions.get(lifetime), staged.image
+            changed = versions.changed() if versions is not None else []
+            if changed and image is not None:
+                self.fail(_source_changed(staged.path, *names_in(image, changed)))
+            staged.versions.pop(lifetime, None)  # only now: `reads` looks at it without the lock
+
+    def _release(self, staged: _Staged) -> None:
+        for lifetime in list(staged.versions):
+            self._compare(staged, lifetime)
+        staged.image = None
+
+    def confirm_copies(self) -> None:
+        """Block until the sources are copied, without helping, and compare their counters at once: what changes them
+        later does no harm. Raises nothing. The save's thread calls, once staging has ended.
+        """
+        self.live = []
+        try:
+            for staged in self._staged if self.error is None else ():
+                self._wait(staged, lambda staged: staged.transfer.wait_copied(_LOOK_S, helping=False))
+                self._compare(staged, Lifetime.UNTIL_FENCE)
+        except Exception as problem:
+            self.fail(problem)
 
     def finish(self) -> Vote:
         """Block until the files are durable or have failed, and return this rank's vote. The save's thread calls."""
@@ -177,7 +243,7 @@ class ClusterSave:
         """Stop copying and writing, and free the arena's memory. Blocks until no source is read any more."""
         for staged in self._staged:
             staged.transfer.abandon()
-            staged.image = None
+            staged.image, staged.versions = None, {}
 
     def _free_disk_space(self) -> None:
         """Remove this rank's files, which can no longer be committed, so that a full disk has room for the no vote."""
@@ -194,8 +260,10 @@ class ClusterSave:
         checkpoint_dir = self.attempt.checkpoint_dir
         digests: dict[str, Any] = {}
         for staged in self._staged:
-            digests[_relative(staged.path, checkpoint_dir)] = self._digest_of(staged)
-            staged.image = None
+            digests[_relative(staged.path, checkpoint_dir)] = self._wait(staged, _written)
+            self._release(staged)
+        if self.error is not None:
+            return []
         for path in sorted(set(self._adopted)):
             writes.fsync_file(path)
             digests[_relative(path, checkpoint_dir)] = files.digest_file(str(path), records.BLOCK_BYTES)
@@ -218,15 +286,16 @@ class ClusterSave:
             receipts.append(records.receipt_of_bytes(relative, data))
         return receipts
 
-    def _digest_of(self, staged: _Staged) -> Digest:
-        """Wait for one file, however long its disk takes, unless the other ranks have abandoned this save."""
+    def _wait(self, staged: _Staged, step: Callable[[_Staged], Any]) -> Any:
+        """Repeat `step`, which waits for `_LOOK_S`, until it returns something true, and return that.
+
+        However long the disk takes, unless the other ranks have abandoned this save.
+        """
         warned = False
         while True:
-            try:
-                return _wait_written(staged, _LOOK_S)
-            except TimeoutError as problem:
-                if problem.errno is not None:  # ETIMEDOUT from the disk, not the end of _LOOK_S
-                    raise
+            done = step(staged)
+            if done:
+                return done
             if not tree.is_dir(self.attempt.directory):
                 raise attempts.abandoned(self.attempt)
             if not warned and time.monotonic() - self._started > self.settings.commit_timeout_s:
@@ -252,20 +321,29 @@ def _borrowed(image: FileImage) -> Iterator[Any]:
             yield owner
 
 
-def _wait_written(staged: _Staged, timeout_s: float) -> Digest:
-    """`Transfer.wait_written`, with the tensors named in a SourceChanged."""
+def _written(staged: _Staged) -> Digest | None:
+    """`Transfer.wait_written` for `_LOOK_S`, with the tensors named in a SourceChanged; None: not written yet."""
     try:
-        return staged.transfer.wait_written(timeout_s)
+        return staged.transfer.wait_written(_LOOK_S)
+    except TimeoutError as problem:
+        if problem.errno is not None:  # ETIMEDOUT from the disk, not the end of _LOOK_S
+            raise
+        return None
     except SourceChanged as changed:
         start, end = changed.start, changed.end
-        tensors = [piece.name for piece in staged.pieces if piece.offset < end and start < piece.offset + piece.nbytes]
-        raise SourceChanged(
-            f"{staged.path}: {', '.join(map(repr, tensors)) or 'a tensor'} (bytes {start} to {end} of the file) was "
-            "changed while it was being copied; call roll_ckpt.fence() before changing it, or set "
-            "staging.overlap: false",
-            start,
-            end,
-        ) from None
+        names = [piece.name for piece in staged.pieces if piece.offset < end and start < piece.offset + piece.nbytes]
+        raise _source_changed(staged.path, names, start, end) from None
+
+
+def _source_changed(path: Path, names: list[str], start: int, end: int) -> SourceChanged:
+    named = ", ".join(map(repr, names[:_NAMED])) or "a tensor"
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return SourceChanged(
+        f"{path}: {named}{more} (bytes {start} to {end} of the file) was changed while it was being copied; call "
+        "roll_ckpt.fence() before changing it, or set staging.overlap: false",
+        start,
+        end,
+    )
 
 
 def native_image(image: FileImage) -> NativeImage:

@@ -133,6 +133,10 @@ class Save:
             cluster_save.fence(changes)
         self.stood_still_s += time.monotonic() - began
 
+    def reads(self, storages: set[int] | None) -> bool:
+        """`ClusterSave.reads` of any cluster. Does not block."""
+        return any(cluster_save.reads(storages) for cluster_save in list(self.cluster_saves.values()))
+
     def wait(self, timeout_s: float | None = None, *, uploaded: bool = False) -> None:
         """Block until the checkpoint is committed; with `uploaded`, until its upload and pruning are done as well.
 
@@ -165,6 +169,8 @@ class Save:
     def _run(self) -> None:
         self._staged.wait()
         try:
+            for cluster_save in self.cluster_saves.values():
+                cluster_save.confirm_copies()
             if self.after is not None:
                 self.after.wait_settled()
             self._settle(self._vote())

@@ -25,7 +25,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from roll_ckpt import names
 from roll_ckpt.backends.deepspeed.facts import describe
 from roll_ckpt.backends.deepspeed.index import EngineIndex
-from roll_ckpt.backends.deepspeed.tensors import offloaded_storages, overlappable_storages
+from roll_ckpt.backends.deepspeed.tensors import live_tensors, offloaded_storages, overlappable_storages
 from roll_ckpt.config import Settings
 from roll_ckpt.disk import writes
 from roll_ckpt.formats.tensor_index.writer import Indexer
@@ -174,6 +174,7 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
                 if self.settings.staging.overlap:
                     self._overlappable = overlappable_storages(self.engine)
                     self._borrowed = self._overlappable & offloaded_storages(self.engine)
+                    cluster_save.live = live_tensors(self.engine)
                 if self._borrowed:
                     get_accelerator().synchronize()  # offload_states(non_blocking=True) may still be copying there
             self._cluster_save = cluster_save

@@ -11,7 +11,10 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.hybrid_engine import DeepSpeedHybridEngine
 from deepspeed.runtime.zero.config import ZeroStageEnum
 
+from roll_ckpt.save import hooks
+
 _OFFLOAD_BUFFER = "_offload_buffer"
+hooks.not_stepped.add(_OFFLOAD_BUFFER)
 
 
 def base_optimizer(engine: DeepSpeedEngine) -> Any:
@@ -79,6 +82,18 @@ def offloaded_storages(engine: DeepSpeedEngine) -> frozenset[int]:
     if os.environ.get("DS_PIN_MEMORY_BACKEND", "").strip().lower() == "native":
         return frozenset()  # DeepSpeed frees such memory when it drops the tensor, even while we hold the storage
     return storages_of(tensor for tensor in stepped_tensors(engine) if tensor.device.type == "cpu" and tensor.dim() > 0)
+
+
+def live_tensors(engine: DeepSpeedEngine) -> list[torch.Tensor]:
+    """The tensors through which code may change what a save copies late. Each has a version counter of its own.
+
+    Parameters and fp32 partitions are views of flat buffers made through `.data`, so that a change of the buffer does
+    not count as one of the view.
+    """
+    flat = ("bit16_groups_flat", "bf16_groups_flat", "fp16_groups_flat", "fp32_partitioned_groups_flat")
+    tensors = [tensor for name in flat for tensor in getattr(engine.optimizer, name, ())]
+    tensors += [parameter for group in base_optimizer(engine).param_groups for parameter in group["params"]]
+    return [*tensors, *engine.module.parameters()]
 
 
 def stepped_tensors(engine: DeepSpeedEngine) -> Iterator[torch.Tensor]:

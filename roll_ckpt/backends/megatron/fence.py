@@ -18,8 +18,8 @@ from roll_ckpt.save.save import Save
 class Fence:
     """The saves that still read the tensors of one optimizer.
 
-    The optimizer's step, and whatever else changes the tensors, first waits for their copies. There is one fence for
-    each optimizer, however often it is attached.
+    The optimizer's step, and what else changes the tensors, first waits for their copies; for loads into the model,
+    `save.hooks` waits. There is one fence for each optimizer, however often it is attached.
     """
 
     def __init__(self) -> None:
@@ -40,8 +40,6 @@ class Fence:
             fence._before(chunk, "broadcast_params")
             for buffer in _buffers(chunk):
                 fence._before(buffer, "offload_to_cpu")
-            for module in chunk.modules():  # a hook: a wrapper on a copy of the model would load into the original
-                module.register_load_state_dict_pre_hook(lambda *args: fence.wait())
         return fence
 
     def add(self, save: Save) -> None:
@@ -103,6 +101,19 @@ def overlappable_storages(model: Sequence[Any], optimizer: Any) -> frozenset[int
     }
     plain = (torch.Tensor, torch.nn.Parameter)
     return frozenset(tensor.untyped_storage()._cdata for tensor in tensors if type(tensor) in plain) - gathered_late
+
+
+def live_tensors(model: Sequence[Any], optimizer: Any) -> list[Any]:
+    """The tensors through which code may change what a save copies late. Each has a version counter of its own.
+
+    Parameters are views of flat buffers made through `.data`, so that a change of the buffer does not count as one of
+    the view.
+    """
+    tensors = [parameter for chunk in model for parameter in chunk.parameters()]
+    tensors += [buffer.param_data for chunk in model for buffer in _buffers(chunk) if buffer.param_data is not None]
+    for part in distributed_parts(optimizer):
+        tensors += [parameter for group in part.optimizer.param_groups for parameter in group["params"]]
+    return tensors
 
 
 def distributed_parts(optimizer: Any) -> list[Any]:

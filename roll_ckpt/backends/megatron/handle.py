@@ -24,7 +24,7 @@ from roll_ckpt.backends.megatron.facts import (
     content_metadata_of,
     describe,
 )
-from roll_ckpt.backends.megatron.fence import Fence, overlappable_storages
+from roll_ckpt.backends.megatron.fence import Fence, live_tensors, overlappable_storages
 from roll_ckpt.backends.megatron.index import Source
 from roll_ckpt.backends.megatron.load import check_complete
 from roll_ckpt.backends.megatron.save import Prepared, prepare, stage, transact
@@ -131,6 +131,8 @@ class MegatronHandle(Binding):
         self._fence.add(save)
         overlap = self.settings.staging.overlap
         overlappable = overlappable_storages(self.model, self.optimizer) if overlap else frozenset()
+        if overlappable:
+            cluster_save.live = live_tensors(self.model, self.optimizer)
         stage(
             cluster_save,
             directory,

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from roll_ckpt.formats.image import CrcPatches, Extents, FileImage, Memory, TensorPiece
 from roll_ckpt.formats.torch_zip import layout, sources
+from roll_ckpt.native.image import Lifetime
 
 ARCHIVE = "archive"
 """The folder in an archive that torch.save writes to a stream."""
@@ -64,8 +66,11 @@ def join(parts: Iterable[tuple[Span, FileImage]]) -> FileImage:
     """The file that holds `parts`, each at its span; spans must ascend, and may be longer than their part."""
     extents, crc_patches = Extents(), CrcPatches()
     pieces: list[TensorPiece] = []
+    watched: dict[Lifetime | bool, list[Any]] = {}
     end = 0
     for span, image in parts:
+        for lifetime, tensors in image.watched.items():
+            watched.setdefault(lifetime, []).extend(tensors)
         extents.extend(image.extents, by=span.offset)
         crc_patches.extend(image.crc_patches, by=span.offset)
         pieces += (
@@ -74,7 +79,7 @@ def join(parts: Iterable[tuple[Span, FileImage]]) -> FileImage:
             else image.pieces
         )
         end = span.end
-    return FileImage(end, extents, crc_patches, tuple(pieces))
+    return FileImage(end, extents, crc_patches, tuple(pieces), watched=watched)
 
 
 def _item(name: str, value: torch.Tensor | bytes, lifetime_of: sources.LifetimeOf) -> FileImage:
@@ -103,6 +108,7 @@ class FileTemplate:
         """
         extents = self.image.extents.copy()
         holes = iter(self._holes)
+        watched: dict[Lifetime | bool, list[Any]] = {}
         for tensor in tensors:
             nbytes = tensor.nbytes
             if not nbytes:
@@ -112,7 +118,9 @@ class FileTemplate:
                 raise ValueError(f"a tensor has {nbytes} bytes, its place in the file {hole_bytes}")
             source, lifetime = sources.source_of(tensor.contiguous(), nbytes, lifetime_of)
             extents.put(row, source, lifetime)
-        return replace(self.image, extents=extents)
+            if lifetime:
+                watched.setdefault(lifetime, []).append(tensor)
+        return replace(self.image, extents=extents, watched=watched)
 
 
 def template(items: Iterable[tuple[str, torch.Tensor]]) -> tuple[FileTemplate, tuple[Span, ...]]:

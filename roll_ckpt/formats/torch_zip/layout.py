@@ -47,6 +47,7 @@ from roll_ckpt.formats.torch_zip.sources import (
     span_of,
     tensor_names,
 )
+from roll_ckpt.native.image import Lifetime
 
 log = logging.getLogger("roll_ckpt")
 
@@ -137,27 +138,50 @@ class _FileLayout:
                 return None, None
             extents = self.image.extents.copy()
             extents.put(0, _replaced(extents.owners[0], self.pickle_at, pickled.ljust(self.pickle_bytes, b"\0")))
-            layout = replace(self, skeleton=replace(skeleton, marked=()), image=replace(self.image, extents=extents))
+            layout = replace(self, skeleton=_without_objects(skeleton), image=replace(self.image, extents=extents))
         if any(storage.nbytes() < needed for storage, needed in zip(storages, self.storage_bytes, strict=True)):
             return None, None
-        return layout, layout.fill(storages, lifetime_of)
+        return layout, layout.fill(skeleton, storages, lifetime_of)
 
-    def fill(self, storages: list[torch.UntypedStorage], lifetime_of: LifetimeOf) -> FileImage:
-        """The image of the file whose tensors lie in `storages`."""
+    def fill(self, skeleton: Skeleton, storages: list[torch.UntypedStorage], lifetime_of: LifetimeOf) -> FileImage:
+        """The image of the file whose tensors are those of `skeleton`, and lie in `storages`."""
         extents = self.image.extents.copy()
         rows, owners, width = extents.rows, extents.owners, Extents.WIDTH
         bases = [storage.data_ptr() for storage in storages]
         lifetimes = [lifetime_of(storage) for storage in storages]
+        watched = self._watched(skeleton, lifetimes, lifetime_of)
         if any(row[DEVICE] != CPU for row in self.signature if len(row) > 1):
             for place, number, start, stop in self.holes:
                 extents.put(place, memory_of(storages[number], start, stop), lifetimes[number])
-            return replace(self.image, extents=extents)
+            return replace(self.image, extents=extents, watched=watched)
         for place, number, start, _ in self.holes:
             at = place * width
             rows[at + 1] = bases[number] + start
             rows[at + 3] = lifetimes[number]
             owners[place] = storages[number]
-        return replace(self.image, extents=extents)
+        return replace(self.image, extents=extents, watched=watched)
+
+    def _watched(
+        self, skeleton: Skeleton, lifetimes: list[Lifetime | bool], lifetime_of: LifetimeOf
+    ) -> dict[Lifetime | bool, list[Any]]:
+        """`FileImage.watched` for the objects of `skeleton`, whose storages have `lifetimes`."""
+        watched: dict[Lifetime | bool, list[Any]] = {
+            lifetime: [
+                obj
+                for obj, row in zip(skeleton.marked, self.signature, strict=True)
+                if len(row) > 1 and lifetimes[row[0]] == lifetime and isinstance(obj, torch.Tensor)
+            ]
+            for lifetime in set(lifetimes)
+            if lifetime
+        }
+        for tensor in skeleton.wrapped if watched else ():
+            if is_indexed(tensor) and (lifetime := lifetime_of(tensor.untyped_storage())):
+                watched.setdefault(lifetime, []).append(tensor)
+        return watched
+
+
+def _without_objects(skeleton: Skeleton) -> Skeleton:
+    return replace(skeleton, marked=(), wrapped=())
 
 
 def _replaced(data: bytes, at: int, new: bytes) -> bytes:
@@ -192,7 +216,7 @@ def _lay_out_anew(
     image = FileImage(nbytes, file.extents, file.crc_patches, tuple(_index(state, storages, pieces)))
     layout = _FileLayout(
         archive,
-        replace(skeleton, marked=()),
+        _without_objects(skeleton),
         signature,
         fragments,
         image,
@@ -202,7 +226,7 @@ def _lay_out_anew(
         [max((piece.stop for piece in of_storage), default=0) for of_storage in pieces],
         tensor_names(state),
     )
-    return layout, layout.fill(storages, lifetime_of)
+    return layout, layout.fill(skeleton, storages, lifetime_of)
 
 
 def _fragments(

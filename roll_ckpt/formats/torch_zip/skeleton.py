@@ -45,6 +45,8 @@ def is_plain(obj: object) -> bool:
 class Skeleton:
     """A pickle (protocol 2) with marks, the objects that its marks stand for in order, and the kinds of all others.
 
+    `wrapped` are the tensors that pickle themselves around such an object, as a Parameter does around its `data`.
+
     The first `reserved` entries of the memo are left to the fragments. Loading two states with equal `kinds` needs the
     same names, except for objects that pickle themselves as a name.
     """
@@ -53,6 +55,7 @@ class Skeleton:
     marked: tuple[Marked, ...]
     kinds: frozenset[Any]
     reserved: int
+    wrapped: tuple[torch.Tensor, ...] = ()
 
 
 def skeleton_of(state: object, reserved: int = MEMO_RESERVED) -> Skeleton:
@@ -63,7 +66,7 @@ def skeleton_of(state: object, reserved: int = MEMO_RESERVED) -> Skeleton:
     buffer.seek(0)
     buffer.truncate()
     walker.dump(state)
-    return Skeleton(buffer.getvalue(), tuple(walker.marked), frozenset(walker.kinds), reserved)
+    return Skeleton(buffer.getvalue(), tuple(walker.marked), frozenset(walker.kinds), reserved, tuple(walker.wrapped))
 
 
 def splice(data: bytes, fragments: Sequence[bytes]) -> bytes:
@@ -78,19 +81,21 @@ class _Walker(pickle.Pickler):
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, protocol=2)
         self.marked: list[Marked] = []
+        self.wrapped: list[torch.Tensor] = []
         self.kinds: set[Any] = set()
 
     def persistent_id(self, obj: object) -> Any:
         kind = type(obj)
         if kind in _PLAIN:
             return None
-        if kind is _Tensor:
-            if is_plain(obj):
-                self.marked.append(obj)  # type: ignore[arg-type]
-                return _MARK
-        elif isinstance(obj, torch.UntypedStorage | torch.storage.TypedStorage):
+        if kind is _Tensor and is_plain(obj):
+            self.marked.append(obj)  # type: ignore[arg-type]
+            return _MARK
+        if isinstance(obj, torch.UntypedStorage | torch.storage.TypedStorage):
             self.marked.append(obj)
             return _MARK
+        if isinstance(obj, _Tensor):
+            self.wrapped.append(obj)
         is_name = isinstance(obj, type | types.FunctionType | types.BuiltinFunctionType | torch.dtype)
         self.kinds.add(obj if is_name else kind)
         return None
