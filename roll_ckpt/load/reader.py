@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -86,11 +87,12 @@ def _load_legacy(path: Path, map_location: Any, allow: list[Any]) -> Any:
         with safe_pickle.safe_loads(allow):
             return torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as problem:
-        if "Unsupported global" not in str(problem):
+        refused = re.search(r"GLOBAL (\S+) was not an allowed global", str(problem))
+        if refused is None:
             raise Damaged(f"{path}: refused to load: {problem}") from problem
         raise UnsupportedError(
-            f"{path}: in the format before torch 1.6, and a safe load refuses it: {problem}. If you trust the file, "
-            "add the name it needs to load.allow"
+            f"{path}: it holds {refused[1]}, which a safe load of a file in the format before torch 1.6 refuses; if "
+            f"you trust the file, set load.allow: [{refused[1]}], or save it anew with torch.save"
         ) from problem
     except OSError:
         raise

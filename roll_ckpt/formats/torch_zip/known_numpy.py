@@ -37,7 +37,7 @@ def names() -> Iterator[tuple[str, Any]]:
     for package in ("numpy._core", "numpy.core"):
         yield f"{package}.multiarray._reconstruct", multiarray._reconstruct
         yield f"{package}.multiarray.scalar", multiarray.scalar
-        yield f"{package}._from_bytes", _from_bytes
+        yield f"{package}.numeric._frombuffer", _from_bytes
     yield "numpy.ndarray", np.ndarray
     yield "numpy.dtype", np.dtype
     for kind in {np.bool_, *np.sctypeDict.values()}:
