@@ -13,6 +13,7 @@ import pytest
 import saved_values
 import torch
 from saved_values import Plain, WithState, plain_values, same, values_for_allow
+from worlds import World
 
 from roll_ckpt.config import Settings
 from roll_ckpt.errors import Damaged, UnsupportedError
@@ -123,3 +124,26 @@ def test_a_stock_file_is_read_by_the_same_rules_also_behind_a_link(tmp_path: Pat
     (tmp_path / "old.pt").write_bytes(b"garbage" * 99)
     with pytest.raises(Damaged, match=r"old\.pt"):
         reader.load(tmp_path / "old.pt", "cpu")
+
+
+CASES = "saved_values_cases"
+
+
+def test_client_states_load_as_stock_loads_them_and_nothing_older_is_taken_for_one_that_is_refused(
+    two_ranks: World, tmp_path: Path
+) -> None:
+    for told in two_ranks.call(f"{CASES}:client_states", str(tmp_path / "run")):
+        refused = told.pop("newest")
+        assert "'pair'" in refused and "load.allow: [saved_values.Pair]" in refused
+        assert told == dict.fromkeys(told, True) and len(told) == 5
+    warned = [line for line in two_ranks.log().splitlines() if str(tmp_path) in line and "safe load refuses" in line]
+    assert warned and all("'pair'" in line and "load.allow: [saved_values.Pair]" in line for line in warned)
+
+
+def test_a_component_that_one_rank_cannot_load_is_refused_on_all_before_anything_changes(
+    two_ranks: World, tmp_path: Path
+) -> None:
+    for told in two_ranks.call(f"{CASES}:components", str(tmp_path / "run")):
+        assert told["plain"] is True and told["untouched"] is True
+        assert "rank_1" in told["pair"] or "mine" in told["pair"]
+        assert "load.allow: [saved_values.Pair]" in told["pair"]

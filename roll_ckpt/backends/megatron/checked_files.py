@@ -22,7 +22,6 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from roll_ckpt.backends.megatron.facts import COMMON
 from roll_ckpt.errors import Damaged
 from roll_ckpt.formats.dcp import index as dcp_index
-from roll_ckpt.formats.torch_zip.read import parse
 from roll_ckpt.load.checkpoint import Blocks, OpenedCheckpoint
 
 _BUFFER_BYTES = 1 << 16  # larger reads bypass the buffer
@@ -74,6 +73,21 @@ def _open(checkpoint: OpenedCheckpoint, path: str | os.PathLike[str]) -> io.Buff
     return io.BufferedReader(_CheckedFile(checkpoint.blocks(Path(path))), _BUFFER_BYTES)
 
 
+def reading(checkpoint: OpenedCheckpoint | None) -> dcp_index.Read:
+    """How to read bytes of the files of `checkpoint`: each block is verified, Damaged if it differs. None: unverified."""
+    if checkpoint is None:
+        return dcp_index.read_unchecked
+    streams: dict[Path, io.BufferedReader] = {}
+
+    def read(path: Path, offset: int, nbytes: int) -> bytes:
+        if path not in streams:
+            streams[path] = _open(checkpoint, path)
+        streams[path].seek(offset)
+        return streams[path].read(nbytes)
+
+    return read
+
+
 class _CheckedFiles(FileSystem):
     """The file system that DCP's reader opens files through."""
 
@@ -100,11 +114,7 @@ class CommonState(TorchCommonLoadStrategy):  # type: ignore[misc]
         self._allow = allow
 
     def load_common(self, checkpoint_dir: str | os.PathLike[str]) -> Any:
-        path = Path(checkpoint_dir) / COMMON
-        if self._checkpoint is None:
-            return dcp_index.read_file(path, self._allow)
-        with _open(self._checkpoint, path) as stream:
-            return parse(bytearray(stream.read()), str(path), allow=self._allow)
+        return dcp_index.read_file(Path(checkpoint_dir) / COMMON, self._allow, reading(self._checkpoint))
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from roll_ckpt.backends.megatron.checked_files import CommonState, checked
+from roll_ckpt.backends.megatron.checked_files import CommonState, checked, reading
 from roll_ckpt.backends.megatron.facts import COMMON, DCP_METADATA, MARKER, MARKER_BYTES
 from roll_ckpt.config import Settings
 from roll_ckpt.disk import reads, tree
@@ -115,11 +115,11 @@ def check_content(sharded_state_dict: dict[str, Any], path: Path, settings: Sett
         Damaged: a pickle cannot be parsed. UnsupportedError: a safe load refuses it.
         ModelMismatch: tensors have other names or shapes.
     """
-    allowed = trust.allowed(settings)
-    index = dcp_index.read(path, [kind for kind in allowed if isinstance(kind, type)])
-    dcp_index.read_file(path / COMMON, allowed)
+    allowed, read = trust.allowed(settings), reading(OpenedCheckpoint.around(path))
+    index = dcp_index.read(path, [kind for kind in allowed if isinstance(kind, type)], read)
+    dcp_index.read_file(path / COMMON, allowed, read)
     _compare(sharded_state_dict, path, index)
-    dcp_index.check_objects(path, index, allowed, part=ranks.rank, parts=ranks.size)
+    dcp_index.check_objects(path, index, allowed, read, part=ranks.rank, parts=ranks.size)
 
 
 def _compare(sharded_state_dict: dict[str, Any], path: Path, index: Metadata) -> None:

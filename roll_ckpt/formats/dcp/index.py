@@ -12,7 +12,7 @@ import dataclasses
 import enum
 import io
 import pickle
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -59,7 +59,16 @@ _PLAIN = {
 }
 
 
-def read(directory: Path, allow: Iterable[type] = ()) -> Metadata:
+Read = Callable[[Path, int, int], bytes]
+"""Reads so many bytes of a file from an offset on, or to its end if they are -1."""
+
+
+def read_unchecked(path: Path, offset: int = 0, nbytes: int = -1) -> bytes:
+    """The `Read` for files that have no digests."""
+    return reads.read_range(path, offset, nbytes) if nbytes >= 0 else reads.read_bytes(path, reads.OBJECT_BYTES)
+
+
+def read(directory: Path, allow: Iterable[type] = (), read: Read = read_unchecked) -> Metadata:
     """The index of `directory`. Beside torch's own records it may hold objects of the classes in `allow`.
 
     Raises:
@@ -71,12 +80,14 @@ def read(directory: Path, allow: Iterable[type] = ()) -> Metadata:
     if not tree.exists(path):
         raise NotFound(f"{directory}: no complete checkpoint: it has no {INDEX}")
     try:
-        index = _Unpickler(reads.read_bytes(path, reads.OBJECT_BYTES), allow).load()
+        index = _Unpickler(read(path, 0, -1), allow).load()
     except Unsupported as problem:
         raise UnsupportedError(
             f"{path}: it names {problem.what}, which no index needs; if you trust the file, set load.allow: "
             f"[{problem.what}]"
         ) from problem
+    except Damaged:
+        raise
     except pickle.UnpicklingError as problem:
         raise Damaged(f"{path}: refused: {problem}") from problem
     except Exception as problem:  # unpickling damaged bytes can raise anything
@@ -222,7 +233,13 @@ def _check_places(directory: Path, index: Metadata) -> None:
 
 
 def check_objects(
-    directory: Path, index: Metadata, allow: Iterable[Any] = (), *, part: int = 0, parts: int = 1
+    directory: Path,
+    index: Metadata,
+    allow: Iterable[Any] = (),
+    read: Read = read_unchecked,
+    *,
+    part: int = 0,
+    parts: int = 1,
 ) -> None:
     """Parse each `parts`-th pickled object of `directory`, from number `part` on, as `torch_zip.read.parse` does.
 
@@ -238,15 +255,15 @@ def check_objects(
         place = index.storage_data.get(MetadataIndex(key))
         if place is None:
             raise Damaged(f"{directory / INDEX}: {key}: it has no place in any file")
-        data = reads.read_range(directory / place.relative_path, place.offset, place.length)
+        data = read(directory / place.relative_path, place.offset, place.length)
         parse(bytearray(data), f"{directory / place.relative_path}: the object {key}", allow=allow)
 
 
-def read_file(path: Path, allow: Iterable[Any] = ()) -> Any:
+def read_file(path: Path, allow: Iterable[Any] = (), read: Read = read_unchecked) -> Any:
     """The state in the torch file `path`, parsed as `check_objects` parses objects.
 
     Raises:
         Damaged: it is no file of torch. UnsupportedError: it holds what is not allowed. No code of it has run.
         OSError: the file cannot be read.
     """
-    return parse(bytearray(reads.read_bytes(path, reads.OBJECT_BYTES)), str(path), allow=allow)
+    return parse(bytearray(read(path, 0, -1)), str(path), allow=allow)
