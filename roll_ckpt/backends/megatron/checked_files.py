@@ -74,7 +74,7 @@ def _open(checkpoint: OpenedCheckpoint, path: str | os.PathLike[str]) -> io.Buff
 
 
 def reading(checkpoint: OpenedCheckpoint | None) -> dcp_index.Read:
-    """How to read bytes of the files of `checkpoint`: each block is verified, Damaged if it differs. None: unverified."""
+    """How to read the files of `checkpoint`: each block is verified, Damaged if it differs; unverified for None."""
     if checkpoint is None:
         return dcp_index.read_unchecked
     streams: dict[Path, io.BufferedReader] = {}
