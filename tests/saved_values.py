@@ -51,7 +51,6 @@ class Slots:
 
 def plain_values() -> dict[str, Any]:
     """What loads without any setting; `same` compares it with what was loaded."""
-    np.random.seed(3)
     history: Any = collections.defaultdict(list, a=[1], b=[np.float32(2)])
     recent: Any = collections.deque([1, (2, "x")], maxlen=5)
     zone = datetime.timezone(datetime.timedelta(hours=2), "here")
@@ -63,9 +62,9 @@ def plain_values() -> dict[str, Any]:
         "more arrays": [np.array(["ab", "c"]), np.array([b"x"]), np.zeros(1, "M8[3D]")],
         "objects": np.array([{"a": 1}, [1, 2], None, "x"], dtype=object),
         "dtypes": [np.dtype("f4"), np.dtype(">i8"), np.dtype("U7"), np.float32, np.ndarray],
-        "numpy rng": np.random.get_state(),
+        "numpy rng": np.random.RandomState(3).get_state(),
         "generator": np.random.default_rng(5).bit_generator.state,
-        "python rng": random.getstate(),
+        "python rng": random.Random(3).getstate(),
         "deque": recent,
         "endless": collections.deque("abc"),
         "defaultdict": history,
