@@ -167,7 +167,8 @@ class Load(Section):
     """What loading trusts."""
 
     allow: tuple[str, ...] = ()
-    """Qualified names (`package.module.Name`) that a checkpoint's pickles may refer to, beside the built-in list."""
+    """Qualified names (`package.module.Name`) that a checkpoint's pickles may refer to, beside the built-in list. A
+    load calls what is named here, so name only what you trust with any argument."""
 
 
 class Settings(Section):

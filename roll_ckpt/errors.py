@@ -2,7 +2,7 @@
 
     RollCkptError
     ├── ConfigError (ValueError)          a key, value or combination of settings or arguments that is not valid
-    ├── UnsupportedError (NotImplementedError)   a feature that roll_ckpt refuses by name
+    ├── UnsupportedError (NotImplementedError)   a feature, or a saved object, that roll_ckpt refuses by name
     ├── RanksDisagree (ValueError)        the ranks of one job ask for different things, or one did not come
     ├── RunIsLive (RuntimeError)          another live run owns the output directory
     ├── EpochLost (RuntimeError)          a newer run has taken over the output directory
@@ -66,9 +66,11 @@ class ConfigError(RollCkptError, ValueError):
 
 
 class UnsupportedError(RollCkptError, NotImplementedError):
-    """The model or the checkpoint uses a feature that roll_ckpt does not support; the message gives the reason.
+    """The model or the checkpoint uses a feature that roll_ckpt does not support, or the checkpoint holds objects that
+    only `load.allow` may allow; the message gives the reason, or the setting.
 
-    Raised before anything is written or loaded: the disk and the model are unchanged.
+    Raised before anything is written. Also before anything is loaded, except for an object in a file that DeepSpeed
+    reads by itself: what it had loaded by then stays loaded. No older checkpoint is taken in its place.
     """
 
 
@@ -133,8 +135,8 @@ class NotFound(RollCkptError, FileNotFoundError):
 
 
 class Damaged(RollCkptError, ValueError):
-    """Bytes on disk are not the bytes that were written; or a record does not parse; or a pickle needs a name that is
-    not allowed. The message names the file.
+    """Bytes on disk are not the bytes that were written, or a record or a pickle does not parse. The message names the
+    file. A sound pickle that holds what is not allowed is no damage: that is an UnsupportedError.
 
     A load changes nothing on disk: the damaged checkpoint stays for inspection with `roll-ckpt verify`.
     """

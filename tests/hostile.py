@@ -339,7 +339,7 @@ def read_index(data: bytes) -> object:
 def read_object(data: bytes) -> object:
     path = folder("object") / "common.pt"
     path.write_bytes(data)
-    dcp_index.check_file(path)
+    dcp_index.read_file(path)
     return path
 
 

@@ -10,14 +10,17 @@ import struct
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import forged_values
 import hostile
 import pytest
 import torch
+from forged_values import PROTO, number
 from hostile import HERE, PARSERS, archive, edited, outcome, records_in, saved
 from hub_client import Client, Refused
 from hypothesis import HealthCheck, given, settings
@@ -30,6 +33,7 @@ from roll_ckpt.disk import tree, writes
 from roll_ckpt.errors import ConfigError, Damaged
 from roll_ckpt.formats import manifests, records, sealed_json
 from roll_ckpt.formats.records import Decision, Vote
+from roll_ckpt.formats.torch_zip import safe_pickle
 from roll_ckpt.formats.torch_zip.read import parse
 from roll_ckpt.transaction import claims as claims_module
 from roll_ckpt.upload.hub import push_queue
@@ -142,7 +146,6 @@ def test_a_record_that_cannot_be_meant_is_refused(what: str) -> None:
 
 # --- pickles and archives -----------------------------------------------------------------------------------
 
-PROTO = b"\x80\x02"
 ROOTS = b"".join(b"q" + bytes([n]) + b"h" + bytes([n]) + b"\x86" for n in range(60))
 
 
@@ -153,11 +156,6 @@ def storage(numel: bytes, kind: bytes = b"ctorch\nFloatStorage\n", key: bytes = 
 def tensor(offset: bytes, size: bytes, stride: bytes, numel: bytes = b"K\x18") -> bytes:
     made = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage(numel) + offset + size + stride
     return PROTO + made + b"\x89ccollections\nOrderedDict\n)RtR."
-
-
-def number(value: int) -> bytes:
-    data = pickle.encode_long(value)
-    return b"\x8a" + bytes([len(data)]) + data
 
 
 PICKLES: dict[str, bytes] = {
@@ -204,6 +202,20 @@ def test_a_hostile_pickle_is_refused_by_name(what: str) -> None:
         outcome(PARSERS["object"], archive({**records_in(saved([1])), "data.pkl": PICKLES[what]}))
     )
     assert ".metadata" in str(outcome(PARSERS["index"], PICKLES[what]))
+
+
+@pytest.mark.parametrize("what", forged_values.VALUES)
+def test_a_forged_value_is_refused_by_name(what: str) -> None:
+    data = PROTO + forged_values.VALUES[what] + b"."
+    assert HERE in str(outcome(PARSERS["data.pkl"], data))
+    assert "common.pt" in str(outcome(PARSERS["object"], archive({**records_in(saved([1])), "data.pkl": data})))
+    with suppress(Exception):  # what a save or a message tells of it; it need not be right, but it must end
+        safe_pickle.unloadable(data, {})
+
+
+@pytest.mark.parametrize("what", forged_values.SOUND)
+def test_a_sound_value_is_taken_so_that_the_refusals_above_mean_something(what: str) -> None:
+    assert outcome(PARSERS["data.pkl"], PROTO + forged_values.SOUND[what] + b".") is None
 
 
 def test_nested_lists_are_no_bombs() -> None:

@@ -1,9 +1,11 @@
-"""Reader: loads torch files, of a checkpoint of ours with every block checked, of any other with stock `torch.load`."""
+"""Reader: loads torch files; those of a checkpoint of ours with every block checked. None of their code runs."""
 
 from __future__ import annotations
 
 import logging
+import os
 import pickle
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,7 +15,8 @@ import torch
 
 from roll_ckpt import names
 from roll_ckpt.config import Settings
-from roll_ckpt.errors import Damaged
+from roll_ckpt.disk import reads, tree
+from roll_ckpt.errors import Damaged, UnsupportedError
 from roll_ckpt.formats.torch_zip import safe_pickle
 from roll_ckpt.formats.torch_zip.read import parse
 from roll_ckpt.load.checkpoint import OpenedCheckpoint
@@ -22,6 +25,8 @@ from roll_ckpt.native.extension import Buffer
 from roll_ckpt.transaction import reader_locks
 
 log = logging.getLogger("roll_ckpt")
+
+_ZIP = b"PK\3\4"  # how a file of torch.save begins
 
 
 class Reader:
@@ -52,7 +57,8 @@ class Reader:
 
         Raises:
             FileNotFoundError: there is no such file.
-            Damaged: it is not as it was written, is no torch file, or its pickle needs a name that is not allowed.
+            Damaged: it is not as it was written, or is no torch file.
+            UnsupportedError: it holds objects that are not allowed; the message names them.
             OSError: the disk returns an error.
         """
         if self.checkpoint is None:
@@ -66,12 +72,27 @@ class Reader:
 
 
 def _load_stock(path: Path, map_location: Any, allow: list[Any]) -> Any:
+    """The state in a torch file that no checkpoint of ours lists; it may be a link. Errors as `Reader.load`."""
+    target = Path(os.path.realpath(path))
+    if reads.read_range(target, 0, len(_ZIP)) != _ZIP:
+        return _load_legacy(path, map_location, allow)
+    buffer = torch.empty(tree.file_bytes(target), dtype=torch.uint8).numpy()  # not filled with zeros first
+    nbytes = reads.read_into(target, 0, memoryview(buffer.data))
+    return parse(buffer[:nbytes], str(path), map_location, allow)
+
+
+def _load_legacy(path: Path, map_location: Any, allow: list[Any]) -> Any:
+    """The state in a file in the format before torch 1.6, which torch itself reads."""
     try:
         with safe_pickle.safe_loads(allow):
             return torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as problem:
-        raise Damaged(
-            f"{path}: refused to load: {problem}. If you trust the file, add the name it needs to load.allow"
+        refused = re.search(r"GLOBAL (\S+) was not an allowed global", str(problem))
+        if refused is None:
+            raise Damaged(f"{path}: refused to load: {problem}") from problem
+        raise UnsupportedError(
+            f"{path}: it holds {refused[1]}, which a safe load of a file in the format before torch 1.6 refuses; if "
+            f"you trust the file, set load.allow: [{refused[1]}], or save it anew with torch.save"
         ) from problem
     except OSError:
         raise

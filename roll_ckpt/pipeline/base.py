@@ -12,6 +12,7 @@ import torch
 from roll_ckpt import names
 from roll_ckpt.config import PipelineConfig
 from roll_ckpt.errors import ConfigError
+from roll_ckpt.load.checkpoint import as_unreadable
 from roll_ckpt.load.reader import Reader
 from roll_ckpt.pipeline import candidates
 from roll_ckpt.pipeline.cluster import Cluster
@@ -20,7 +21,7 @@ from roll_ckpt.pipeline.staging import stage_all
 from roll_ckpt.pipeline.state_files import StateFiles
 from roll_ckpt.pipeline.worker_state import Stateful, WorkerState
 from roll_ckpt.ranks import rng
-from roll_ckpt.ranks.group import RankGroup
+from roll_ckpt.ranks.group import LONGEST_S, RankGroup
 from roll_ckpt.save import arena, pending
 from roll_ckpt.save.begin import Request, SaveEstimate, begin
 from roll_ckpt.save.cluster_save import ClusterSave
@@ -245,7 +246,7 @@ class BasePipeline:
             Damaged: the checkpoint that was named is damaged, or all are; damaged files are named.
             Unreadable: the disk does not tell whether a checkpoint is sound; no older one is taken in its place.
             RanksDisagree: the ranks do not see the same checkpoint.
-            UnsupportedError: it was saved on another number of ranks.
+            UnsupportedError: it was saved on another number of ranks, or holds objects that a safe load refuses.
             ModelMismatch: it holds another model, or one of another framework.
         """
         listed = candidates.claim_and_list(self._ranks, self.config, self._own_clusters)
@@ -263,9 +264,17 @@ class BasePipeline:
             ranks.run_on_all_ranks(partial(cluster.check, checkpoint_dir), timeout_s)
         check_state = partial(self._state_files.check, checkpoint_dir, self._pipeline_dir, ranks, list(self._clusters))
         ranks.run_on_all_ranks(check_state, timeout_s)
+        states: list[Any] = []
+
+        def read_states() -> None:
+            with as_unreadable(checkpoint_dir):
+                states.extend(self._state_files.read(reader, checkpoint_dir, self._pipeline_dir, ranks.rank))
+
+        ranks.run_on_all_ranks(read_states, LONGEST_S)
         for cluster in self._clusters.values():
             cluster.load(checkpoint_dir, reader.checkpoint.manifest.name)
-        self.state, random_states = self._state_files.load(reader, checkpoint_dir, self._pipeline_dir, ranks.rank)
+        self.state, random_states, components = states
+        self._state_files.load(components)
         self._restore_rng(random_states, checkpoint_dir / self._pipeline_dir / names.rng_file(ranks.rank))
         if checkpoint_dir.parent.resolve() == self.config.output_dir.resolve():
             self._after_commit.resumed_from = checkpoint_dir.name

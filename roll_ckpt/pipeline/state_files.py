@@ -91,14 +91,20 @@ class StateFiles:
                     "component was registered"
                 )
 
-    def load(self, reader: Reader, checkpoint_dir: Path, folder: str, rank: int) -> tuple[WorkerState, dict[str, Any]]:
-        """Load the components; return the pipeline's state, and this rank's random states, which are not set yet.
+    def read(
+        self, reader: Reader, checkpoint_dir: Path, folder: str, rank: int
+    ) -> tuple[WorkerState, dict[str, Any], dict[str, Any]]:
+        """Read the pipeline's state, this rank's random states, and the states of its components by name; set nothing.
 
         This rank alone; blocks. Errors as `Reader.load`.
         """
         directory = checkpoint_dir / folder
-        for name, component in self._components.items():
-            component.load_state_dict(reader.load(directory / names.stateful_file(name, rank), "cpu"))
+        states = {name: reader.load(directory / names.stateful_file(name, rank), "cpu") for name in self._components}
         path = directory / names.WORKER_STATE
         state = WorkerState.from_json(reader.read_bytes(path), path)
-        return state, reader.load(directory / names.rng_file(rank), "cpu")
+        return state, reader.load(directory / names.rng_file(rank), "cpu"), states
+
+    def load(self, states: dict[str, Any]) -> None:
+        """Load the components from their states."""
+        for name, component in self._components.items():
+            component.load_state_dict(states.pop(name))

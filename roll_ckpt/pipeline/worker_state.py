@@ -18,7 +18,8 @@ class Stateful(Protocol):
     """Anything with a state of its own: a data loader, a curriculum, a replay buffer.
 
     Every rank has its own object and its own state. What `state_dict` returns is copied before the save returns; it
-    must be loadable by `torch.load(weights_only=True)`: plain values, tensors, and names in `load.allow`.
+    must be loadable without running code: values of Python, NumPy and torch, enumerations and plain dataclasses that
+    are imported before `resume()`, and names in `load.allow`.
     """
 
     def state_dict(self) -> dict[str, Any]: ...

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core.dist_checkpointing.strategies import torch as stock
 from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import CachedMetadataFileSystemReader
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
@@ -22,6 +21,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 
 from roll_ckpt.backends.megatron.facts import COMMON
 from roll_ckpt.errors import Damaged
+from roll_ckpt.formats.dcp import index as dcp_index
 from roll_ckpt.load.checkpoint import Blocks, OpenedCheckpoint
 
 _BUFFER_BYTES = 1 << 16  # larger reads bypass the buffer
@@ -73,6 +73,21 @@ def _open(checkpoint: OpenedCheckpoint, path: str | os.PathLike[str]) -> io.Buff
     return io.BufferedReader(_CheckedFile(checkpoint.blocks(Path(path))), _BUFFER_BYTES)
 
 
+def reading(checkpoint: OpenedCheckpoint | None) -> dcp_index.Read:
+    """How to read the files of `checkpoint`: each block is verified, Damaged if it differs; unverified for None."""
+    if checkpoint is None:
+        return dcp_index.read_unchecked
+    streams: dict[Path, io.BufferedReader] = {}
+
+    def read(path: Path, offset: int, nbytes: int) -> bytes:
+        if path not in streams:
+            streams[path] = _open(checkpoint, path)
+        streams[path].seek(offset)
+        return streams[path].read(nbytes)
+
+    return read
+
+
 class _CheckedFiles(FileSystem):
     """The file system that DCP's reader opens files through."""
 
@@ -87,24 +102,26 @@ class _CheckedFiles(FileSystem):
             yield stream
 
 
-class _CheckedCommon(TorchCommonLoadStrategy):  # type: ignore[misc]
-    """Megatron's strategy for the common state, which otherwise opens the file by itself."""
+class CommonState(TorchCommonLoadStrategy):  # type: ignore[misc]
+    """Megatron's strategy for the common state, which otherwise opens the file by itself, and takes fewer objects.
 
-    def __init__(self, checkpoint: OpenedCheckpoint) -> None:
+    `checkpoint` is None for a directory that stock Megatron wrote. Pickles may refer to the objects in `allow`.
+    """
+
+    def __init__(self, checkpoint: OpenedCheckpoint | None, allow: Iterable[Any]) -> None:
         super().__init__()
         self._checkpoint = checkpoint
+        self._allow = allow
 
     def load_common(self, checkpoint_dir: str | os.PathLike[str]) -> Any:
-        with _open(self._checkpoint, Path(checkpoint_dir) / COMMON) as stream:
-            return torch.load(stream, map_location="cpu", weights_only=True)
+        return dcp_index.read_file(Path(checkpoint_dir) / COMMON, self._allow, reading(self._checkpoint))
 
 
 @contextmanager
-def checked(checkpoint: OpenedCheckpoint) -> Iterator[TorchCommonLoadStrategy]:
+def checked(checkpoint: OpenedCheckpoint) -> Iterator[None]:
     """Inside the block, Megatron's load strategies read the files of `checkpoint` through us. This process alone.
 
-    Yields the strategy for the common state, to be passed to `dist_checkpointing.load`: no patch reaches how
-    Megatron's own opens that file.
+    No patch reaches how Megatron opens the common state: pass `CommonState` to `dist_checkpointing.load`.
 
     Raises:
         Damaged: the bytes have changed since they were verified; what was loaded by then stays loaded.
@@ -118,7 +135,7 @@ def checked(checkpoint: OpenedCheckpoint) -> Iterator[TorchCommonLoadStrategy]:
     stock_reader = stock._get_filesystem_reader
     stock._get_filesystem_reader = reader
     try:
-        yield _CheckedCommon(checkpoint)
+        yield
     except CheckpointException as problem:  # DCP raises it on every rank; it is no subclass of Exception
         for cause, _ in problem.failures.values():
             if isinstance(cause, Damaged):

@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from roll_ckpt import names
-from roll_ckpt.backends.megatron.checked_files import checked
+from roll_ckpt.backends.megatron.checked_files import CommonState, checked, reading
 from roll_ckpt.backends.megatron.facts import COMMON, DCP_METADATA, MARKER, MARKER_BYTES
 from roll_ckpt.config import Settings
 from roll_ckpt.disk import reads, tree
@@ -54,10 +53,11 @@ def load(
 
     Raises, on every rank and before a tensor is read:
         NotFound: there is no complete checkpoint in `directory`.
-        Damaged: bytes differ from what was saved, or a safe load refuses a pickled object.
+        Damaged: bytes differ from what was saved.
         Unreadable: the disk does not tell whether the checkpoint is sound.
         ModelMismatch: tensors have other names or shapes.
-        UnsupportedError: Megatron wrote it with another backend than torch_dist.
+        UnsupportedError: Megatron wrote it with another backend than torch_dist, or it holds objects that a safe load
+            refuses.
     """
     settings = settings or Settings()
     path, ranks = names.absolute(directory), RankGroup.current()
@@ -69,8 +69,8 @@ def load(
         if reader.checkpoint is None:
             ranks.run_on_all_ranks(lambda: stock_content_metadata(path, settings), settings.commit_timeout_s)
         ranks.run_on_all_ranks(lambda: check_content(sharded_state_dict, path, settings, ranks), LONGEST_S)
-        with torch.serialization.safe_globals(trust.allowed(settings)), ExitStack() as stack:
-            common = None if reader.checkpoint is None else stack.enter_context(checked(reader.checkpoint))
+        common = CommonState(reader.checkpoint, trust.allowed(settings))
+        with nullcontext() if reader.checkpoint is None else checked(reader.checkpoint):
             loaded: dict[str, Any] = dist_checkpointing.load(sharded_state_dict, str(path), strategy, common)
         return loaded
 
@@ -93,8 +93,8 @@ def stock_content_metadata(path: Path, settings: Settings) -> dict[str, Any]:
     """The content metadata of a checkpoint that stock Megatron wrote. No collective.
 
     Raises:
-        UnsupportedError: another backend than torch_dist wrote it.
-        Damaged: the marker or the common state cannot be parsed, or a safe load refuses it.
+        UnsupportedError: another backend than torch_dist wrote it, or a safe load refuses the common state.
+        Damaged: the marker or the common state cannot be parsed.
     """
     marker = sealed_json.parse_json(reads.read_bytes(path / MARKER), path / MARKER)
     if marker != json.loads(MARKER_BYTES):
@@ -102,10 +102,8 @@ def stock_content_metadata(path: Path, settings: Settings) -> dict[str, Any]:
             f"{path / MARKER}: the backend {marker} wrote this checkpoint; roll_ckpt loads only what torch_dist, "
             "version 1, wrote. Load it with Megatron, and save it again as torch_dist"
         )
-    allowed = trust.allowed(settings)
-    dcp_index.check_file(path / COMMON, allowed)
-    with torch.serialization.safe_globals(allowed):
-        return dist_checkpointing.load_content_metadata(str(path)) or {}
+    common = dcp_index.read_file(path / COMMON, trust.allowed(settings))
+    return dist_checkpointing.load_content_metadata(preloaded_state_dict=common) or {}
 
 
 def check_content(sharded_state_dict: dict[str, Any], path: Path, settings: Settings, ranks: RankGroup) -> None:
@@ -115,14 +113,14 @@ def check_content(sharded_state_dict: dict[str, Any], path: Path, settings: Sett
     checks its share.
 
     Raises:
-        Damaged: a safe load refuses a pickle, or it cannot be parsed.
+        Damaged: a pickle cannot be parsed. UnsupportedError: a safe load refuses it.
         ModelMismatch: tensors have other names or shapes.
     """
-    allowed = trust.allowed(settings)
-    index = dcp_index.read(path, [kind for kind in allowed if isinstance(kind, type)])
-    dcp_index.check_file(path / COMMON, allowed)
+    allowed, read = trust.allowed(settings), reading(OpenedCheckpoint.around(path))
+    index = dcp_index.read(path, [kind for kind in allowed if isinstance(kind, type)], read)
+    dcp_index.read_file(path / COMMON, allowed, read)
     _compare(sharded_state_dict, path, index)
-    dcp_index.check_objects(path, index, allowed, part=ranks.rank, parts=ranks.size)
+    dcp_index.check_objects(path, index, allowed, read, part=ranks.rank, parts=ranks.size)
 
 
 def _compare(sharded_state_dict: dict[str, Any], path: Path, index: Metadata) -> None:

@@ -12,7 +12,7 @@ import dataclasses
 import enum
 import io
 import pickle
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,12 +30,23 @@ from torch.distributed.checkpoint.metadata import (
 
 from roll_ckpt import names
 from roll_ckpt.disk import reads, tree
-from roll_ckpt.errors import Damaged, NotFound
-from roll_ckpt.formats.torch_zip import safe_pickle
-from roll_ckpt.formats.torch_zip.hash_guard import HASHING, HashGuard
+from roll_ckpt.errors import Damaged, NotFound, UnsupportedError
+from roll_ckpt.formats.torch_zip.hash_guard import HashGuard
+from roll_ckpt.formats.torch_zip.making import Unsupported
 from roll_ckpt.formats.torch_zip.read import parse
 
 INDEX = ".metadata"
+
+
+def _enum_member(kind: object, name: object) -> enum.Enum:
+    """`getattr` for members of enumerations only: Python 3.11.0 to 3.11.3 pickle them as such a call."""
+    if not (
+        isinstance(kind, type) and issubclass(kind, enum.Enum) and isinstance(name, str) and name in kind.__members__
+    ):
+        raise pickle.UnpicklingError("it looks up an attribute that is no member of an enumeration")
+    return kind[name]
+
+
 _MODULES = {module.__name__: module for module in (metadata, planner, filesystem)}
 _PLAIN = {
     ("torch", "Size"): torch.Size,
@@ -44,23 +55,39 @@ _PLAIN = {
     ("pathlib._local", "PosixPath"): Path,  # Python 3.13
     ("collections", "OrderedDict"): dict,
     ("builtins", "set"): set,
-    ("builtins", "getattr"): safe_pickle.enum_member,
+    ("builtins", "getattr"): _enum_member,
 }
 
 
-def read(directory: Path, allow: Iterable[type] = ()) -> Metadata:
+Read = Callable[[Path, int, int], bytes]
+"""Reads so many bytes of a file from an offset on, or to its end if they are -1."""
+
+
+def read_unchecked(path: Path, offset: int = 0, nbytes: int = -1) -> bytes:
+    """The `Read` for files that have no digests."""
+    return reads.read_range(path, offset, nbytes) if nbytes >= 0 else reads.read_bytes(path, reads.OBJECT_BYTES)
+
+
+def read(directory: Path, allow: Iterable[type] = (), read: Read = read_unchecked) -> Metadata:
     """The index of `directory`. Beside torch's own records it may hold objects of the classes in `allow`.
 
     Raises:
         NotFound: the directory has no index.
-        Damaged: the index is truncated, refers to files outside of `directory` or to bytes beyond their ends, or names
-            classes that no index needs. None of its code has run.
+        Damaged: the index is truncated, or refers to files outside of `directory` or to bytes beyond their ends.
+        UnsupportedError: it names classes that no index needs. None of its code has run.
     """
     path = directory / INDEX
     if not tree.exists(path):
         raise NotFound(f"{directory}: no complete checkpoint: it has no {INDEX}")
     try:
-        index = _Unpickler(reads.read_bytes(path, reads.OBJECT_BYTES), allow).load()
+        index = _Unpickler(read(path, 0, -1), allow).load()
+    except Unsupported as problem:
+        raise UnsupportedError(
+            f"{path}: it names {problem.what}, which no index needs; if you trust the file, set load.allow: "
+            f"[{problem.what}]"
+        ) from problem
+    except Damaged:
+        raise
     except pickle.UnpicklingError as problem:
         raise Damaged(f"{path}: refused: {problem}") from problem
     except Exception as problem:  # unpickling damaged bytes can raise anything
@@ -82,9 +109,18 @@ def read(directory: Path, allow: Iterable[type] = ()) -> Metadata:
 _STOCK: dict[int, Any] = pickle._Unpickler.dispatch
 _NOT_IN_AN_INDEX = (
     *(pickle.PERSID, pickle.BINPERSID, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.INST, pickle.OBJ),
-    *(pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER),
+    *(pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER, pickle.DICT),
 )
 """Opcodes that no index needs; some allocate memory by nothing but a number in the file."""
+
+_HASHED = {
+    pickle.REDUCE: slice(-1, None),
+    pickle.SETITEM: slice(-2, -1),
+    pickle.SETITEMS: slice(None, None, 2),
+    pickle.ADDITEMS: slice(None),
+    pickle.FROZENSET: slice(None),
+}
+"""Which values on the stack an opcode hashes, or hands to a call that may."""
 
 
 def _load_hashing(opcode: bytes, unpickler: _Unpickler) -> None:
@@ -115,9 +151,7 @@ class _Unpickler(pickle._Unpickler):
         kind = getattr(_MODULES.get(module), name, None)
         if isinstance(kind, type) and (dataclasses.is_dataclass(kind) or issubclass(kind, enum.Enum)):
             return kind
-        raise pickle.UnpicklingError(
-            f"it names {module}.{name}, which no index needs; if you trust the file, add that name to load.allow"
-        )
+        raise Unsupported(f"{module}.{name}", is_name=True)
 
     def load_build(self) -> None:
         """Set attributes of a record. Setting those of a class, a function or a member of an enumeration is refused,
@@ -136,13 +170,13 @@ class _Unpickler(pickle._Unpickler):
 
     def check_hashed(self, opcode: bytes) -> None:
         """Check the values that an opcode is about to hash; see HashGuard.check."""
-        self._hash_guard.check(opcode, self.stack)
+        self._hash_guard.check(self.stack[_HASHED[opcode]])
 
     dispatch: ClassVar[dict[int, Any]] = {
         **{code: load for code, load in _STOCK.items() if bytes([code]) not in (*_NOT_IN_AN_INDEX, pickle.PUT)},
         pickle.BUILD[0]: load_build,
         pickle.LONG_BINPUT[0]: load_put,
-        **{opcode[0]: partial(_load_hashing, opcode) for opcode in HASHING if opcode not in _NOT_IN_AN_INDEX},
+        **{opcode[0]: partial(_load_hashing, opcode) for opcode in _HASHED},
     }
 
 
@@ -199,14 +233,21 @@ def _check_places(directory: Path, index: Metadata) -> None:
 
 
 def check_objects(
-    directory: Path, index: Metadata, allow: Iterable[Any] = (), *, part: int = 0, parts: int = 1
+    directory: Path,
+    index: Metadata,
+    allow: Iterable[Any] = (),
+    read: Read = read_unchecked,
+    *,
+    part: int = 0,
+    parts: int = 1,
 ) -> None:
-    """Parse each `parts`-th pickled object of `directory`, from number `part` on, under torch's `weights_only` rules.
+    """Parse each `parts`-th pickled object of `directory`, from number `part` on, as `torch_zip.read.parse` does.
 
-    Allowed are the names on torch's list and those in `allow`. With `parts` ranks, each checks its own `part`.
+    With `parts` ranks, each checks its own `part`. What is taken, stock code loads without running anything else.
 
     Raises:
-        Damaged: an object needs other names, or has no place in any file; the message names it. No code of it has run.
+        Damaged: an object cannot be parsed, or has no place in any file; the message names it.
+        UnsupportedError: an object holds what is not allowed; the message names both. No code of it has run.
     """
     keys = sorted(key for key, kind in index.state_dict_metadata.items() if isinstance(kind, BytesStorageMetadata))
     allow = list(allow)
@@ -214,15 +255,15 @@ def check_objects(
         place = index.storage_data.get(MetadataIndex(key))
         if place is None:
             raise Damaged(f"{directory / INDEX}: {key}: it has no place in any file")
-        data = reads.read_range(directory / place.relative_path, place.offset, place.length)
+        data = read(directory / place.relative_path, place.offset, place.length)
         parse(bytearray(data), f"{directory / place.relative_path}: the object {key}", allow=allow)
 
 
-def check_file(path: Path, allow: Iterable[Any] = ()) -> None:
-    """Parse the torch file `path` as `check_objects` parses objects, whatever environment variables tell torch.
+def read_file(path: Path, allow: Iterable[Any] = (), read: Read = read_unchecked) -> Any:
+    """The state in the torch file `path`, parsed as `check_objects` parses objects.
 
     Raises:
-        Damaged: the file needs other names, or is no file of torch. No code of it has run.
+        Damaged: it is no file of torch. UnsupportedError: it holds what is not allowed. No code of it has run.
         OSError: the file cannot be read.
     """
-    parse(bytearray(reads.read_bytes(path, reads.OBJECT_BYTES)), str(path), allow=allow)
+    return parse(bytearray(read(path, 0, -1)), str(path), allow=allow)

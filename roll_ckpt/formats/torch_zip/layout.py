@@ -21,7 +21,7 @@ import torch
 
 from roll_ckpt.formats.image import Extents, FileImage, Memory, TensorPiece
 from roll_ckpt.formats.torch_zip.archive import Archive
-from roll_ckpt.formats.torch_zip.safe_pickle import unsafe_parts
+from roll_ckpt.formats.torch_zip.safe_pickle import Unloadable, unsafe_parts
 from roll_ckpt.formats.torch_zip.skeleton import (
     MEMO_RESERVED,
     Fragments,
@@ -81,7 +81,7 @@ class Layouts:
 
     def lay_out(
         self, name: str, state: object, archive: str, lifetime_of: LifetimeOf
-    ) -> tuple[FileImage, dict[str, list[str]]]:
+    ) -> tuple[FileImage, dict[str, Unloadable]]:
         """The file called `name`, as the function `lay_out` describes it, and the `unsafe_parts` of its state.
 
         The unsafe parts are looked for only if the state holds other kinds of objects than at the last save of `name`;
@@ -98,7 +98,7 @@ class Layouts:
         if layout is None or image is None:
             layout, image = _lay_out_anew(state, skeleton, archive, lifetime_of, room=len(skeleton.data) // 16 + 1024)
         self._layouts[name] = layout
-        unsafe: dict[str, list[str]] = {}
+        unsafe: dict[str, Unloadable] = {}
         if self._kinds.get(name) != skeleton.kinds:
             self._kinds[name] = skeleton.kinds
             unsafe = unsafe_parts(state, self._allow)

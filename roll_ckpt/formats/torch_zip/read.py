@@ -7,49 +7,72 @@ from __future__ import annotations
 
 import struct
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import _weights_only_unpickler as safe_pickle
 
-from roll_ckpt.errors import Damaged
+from roll_ckpt.errors import Damaged, RollCkptError, UnsupportedError
 from roll_ckpt.formats.torch_zip.archive import ZIP64_LIMIT
-from roll_ckpt.formats.torch_zip.hash_guard import GuardedPickle
-from roll_ckpt.formats.torch_zip.safe_pickle import safe_loads
+from roll_ckpt.formats.torch_zip.making import Unsupported
+from roll_ckpt.formats.torch_zip.safe_pickle import Unloadable, setting, unloadable
+from roll_ckpt.formats.torch_zip.unpickler import Unpickler, named
 
 
 def parse(buffer: Any, path: str, map_location: Any = "cpu", allow: Iterable[Any] = ()) -> Any:
     """Rebuild the state from the bytes of a file; tensors on the CPU are views of `buffer`.
 
     `buffer` is writable memory (buffer protocol) that holds the whole file; `path` names that file in messages.
-    `map_location` is that of torch.load. No code of the file runs: `data.pkl` goes through torch's `weights_only`
-    unpickler, which also accepts the objects in `allow`.
+    `map_location` is that of torch.load. No code of the file runs, except that of the objects in `allow`, which are
+    trusted; `unpickler` says what is taken besides.
 
     Raises:
-        Damaged: neither torch nor this layout writes such an archive or pickle, or the pickle refers to a name that is
-            not allowed; the message names the file, and the name.
+        Damaged: neither torch nor this layout writes such an archive or pickle; the message names the file.
+        UnsupportedError: the pickle holds objects that are not allowed; the message names file, entry, objects, and the
+            setting that allows them.
     """
     view = memoryview(buffer).cast("B")
     records = read_directory(view, path)
     if "byteorder" in records and bytes(_slice(view, records["byteorder"])) != sys.byteorder.encode():
         raise Damaged(f"{path}: written on a machine of the other byte order; load it there and save it anew")
+    if "data.pkl" not in records:
+        raise Damaged(f"{path}: refused to load: it has no data.pkl")
     storages = _Storages(buffer, path, records, torch.serialization._get_restore_location(map_location))
+    data, allowed = bytes(_slice(view, records["data.pkl"])), named(allow)
     try:
-        with safe_loads(allow):
-            data_pkl = GuardedPickle(_slice(view, records["data.pkl"]))
-            data_pkl.unpickler = unpickler = safe_pickle.Unpickler(data_pkl, encoding="utf-8")
-            setattr(unpickler, "persistent_load", storages.load)  # noqa: B010 (torch sets it the same way)
-            state = unpickler.load()
+        with torch.sparse.check_sparse_tensor_invariants():
+            state = Unpickler(data, storages.load, allowed, len(view)).load()
             torch._utils._validate_loaded_sparse_tensors()
             return state
     except Damaged:
         raise
-    except Exception as problem:  # torch's unpickler can raise anything on bytes that no pickler wrote
-        raise Damaged(
-            f"{path}: refused to load: {problem}. If you trust the file, add the name it needs to load.allow"
-        ) from problem
+    except Unsupported as problem:
+        raise _refusal(path, problem, data, allowed) from problem
+    except Exception as problem:  # bytes that no pickler wrote can raise anything
+        raise Damaged(f"{path}: refused to load: {type(problem).__name__}: {problem}") from problem
+    finally:
+        torch._utils._sparse_tensors_to_validate.clear()
+
+
+def _refusal(path: str, problem: Unsupported, data: bytes, allowed: Mapping[str, Any]) -> RollCkptError:
+    """The error for a pickle of which a load has refused `problem`: Damaged if it could not be loaded anyway."""
+    try:
+        found = unloadable(data, allowed)
+    except Exception as damage:  # bytes that no pickler wrote can raise anything
+        return Damaged(f"{path}: refused to load: it refers to {problem.what}, and {type(damage).__name__}: {damage}")
+    if not found:
+        found = {"": Unloadable([problem.what], []) if problem.is_name else Unloadable([], [problem.what])}
+    entries = "; ".join(f"{f'its entry {key!r}' if key else 'it'} holds {told}" for key, told in found.items())
+    advice = ""
+    if allow := setting(found.values()):
+        advice += f"; a load runs no code of a file. If you trust this one, set {allow}"
+    if any(told.reasons for told in found.values()):
+        advice += (
+            "; no setting allows all of that. If you trust the file, load it with torch.load(weights_only=False), and "
+            "save plain values and tensors in place of that"
+        )
+    return UnsupportedError(f"{path}: {entries}, which a safe load refuses{advice}")
 
 
 @dataclass
@@ -63,13 +86,20 @@ class _Storages:
     """Moves a storage that was saved on a device to where `map_location` says."""
     _by_key: dict[str, Any] = field(default_factory=dict)
 
-    def load(self, persistent_id: tuple[Any, ...]) -> Any:
-        """What torch's unpickler calls for each persistent id."""
+    def load(self, persistent_id: Any) -> Any:
+        """The storage that a persistent id stands for."""
+        if type(persistent_id) is not tuple or len(persistent_id) != 5 or persistent_id[0] != "storage":
+            raise Damaged(f"{self.path}: it refers to something else than a storage")
         _, kind, key, location, numel = persistent_id
-        if not isinstance(key, str):
-            raise Damaged(f"{self.path}: a storage has no name")
+        if type(key) is not str or type(location) is not str or type(numel) is not int:
+            raise Damaged(f"{self.path}: a storage has no name, place or size")
         if key not in self._by_key:
-            dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
+            if kind is torch.UntypedStorage:
+                dtype = torch.uint8
+            elif isinstance(kind, torch.serialization.StorageType):
+                dtype = kind.dtype
+            else:
+                raise Damaged(f"{self.path}: storage {key} is of no kind of storage")
             start, nbytes = self.records[f"data/{key}"]
             needed = numel * dtype.itemsize
             if nbytes != needed:
