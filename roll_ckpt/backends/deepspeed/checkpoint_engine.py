@@ -63,6 +63,8 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
         self._reader: Reader | None = None
         self.saves: list[Save] = []
         """Saves that may still read this engine's tensors, or whose failure has not been raised yet."""
+        self.has_staged = False
+        """Whether a save of this engine was staged on all ranks: the first one says on every rank if it was not."""
         self.lone_problem: str | None = None
         """Why a file that belongs to no save could not be written; `save_16bit_model` raises it."""
         self._warned: set[str] = set()

@@ -101,6 +101,7 @@ class MegatronHandle(Binding):
             cluster=self.cluster,
             facts=lambda: describe(metadata),
             save_latest=True,
+            strategy=self.strategy,
         )
         if not save.begun:
             self._fence.add(save)  # `fail_training` raises it at the next fence
