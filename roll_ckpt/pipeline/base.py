@@ -17,13 +17,12 @@ from roll_ckpt.pipeline import candidates
 from roll_ckpt.pipeline.cluster import Cluster
 from roll_ckpt.pipeline.metrics import add_ended
 from roll_ckpt.pipeline.staging import stage_all
-from roll_ckpt.pipeline.state_files import Components, StateFiles
+from roll_ckpt.pipeline.state_files import Components, StateFiles, bytes_of
 from roll_ckpt.pipeline.worker_state import Stateful, WorkerState
 from roll_ckpt.ranks import rng
 from roll_ckpt.ranks.group import RankGroup
 from roll_ckpt.save import arena, pending
 from roll_ckpt.save.begin import Request, SaveEstimate, begin
-from roll_ckpt.save.cluster_save import ClusterSave
 from roll_ckpt.save.save import Save
 from roll_ckpt.upload.after_commit import AfterCommit, sends
 
@@ -160,14 +159,12 @@ class BasePipeline:
         """
         last = global_step == self.config.max_steps - 1 if is_last_step is None else is_last_step
         self.state.step = global_step
-        if self.state.log_history:
-            self.state.log_history[-1]["system/step"] = global_step
+        self.state.log({"system/step": global_step})
         metrics: dict[str, Any] = {}
         add_ended(metrics, self._saves, self._after_commit, fail_training=self.config.fail_training)
         if (global_step > 0 and global_step % self.config.save_steps == 0) or last:
             metrics |= self._save(global_step, last)
-        if self.state.log_history:
-            self.state.log_history[-1].update(metrics)
+        self.state.log(metrics)
         return metrics
 
     def _save(self, step: int, last: bool) -> dict[str, Any]:
@@ -184,9 +181,15 @@ class BasePipeline:
                 save.wait()
             add_ended(metrics, self._saves, self._after_commit, fail_training=self.config.fail_training)
             return metrics
-        stage_own = partial(self._stage_own_files, components)
+        own = self._pipeline_dir, self._ranks.rank, self.state, components
         metrics, problem = stage_all(
-            save, self._clusters, stage_own, self._ranks, step=step, last=last, counted=counted
+            save,
+            self._clusters,
+            lambda cluster_save: self._state_files.stage(cluster_save, *own),
+            self._ranks,
+            step=step,
+            last=last,
+            counted=counted,
         )
         self._saves.append(save)
         collectives = f"time/{next(iter(self._clusters))}/do_checkpoint/host_collectives"
@@ -203,11 +206,8 @@ class BasePipeline:
         metrics["time/do_checkpoint/total"] = time.monotonic() - began
         return metrics
 
-    def _stage_own_files(self, components: Components, cluster_save: ClusterSave) -> None:
-        self._state_files.stage(cluster_save, self._pipeline_dir, self._ranks.rank, self.state, components)
-
     def _begin(self, step: int, uploaded: bool) -> tuple[Save, Components]:
-        """Agree on a save, and lay out the components before it: what cannot be saved must not begin one."""
+        """Agree on a save; the components are laid out before it, since what cannot be saved must not begin one."""
         request = Request(
             output_dir=self.config.output_dir,
             name=names.checkpoint(step),
@@ -227,7 +227,7 @@ class BasePipeline:
             self._ranks,
             request,
             self.config,
-            nbytes=sum(estimate.nbytes for estimate in (*estimates.values(), *components.values())),
+            nbytes=sum(estimate.nbytes for estimate in estimates.values()) + bytes_of(components),
             plans={name: estimate.plan for name, estimate in estimates.items()},
             problem=problem,
             on_commit=partial(self._after_commit, awaited=uploaded),

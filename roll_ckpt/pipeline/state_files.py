@@ -27,13 +27,14 @@ class LaidOut(NamedTuple):
     image: FileImage
     unsafe: dict[str, list[str]]
 
-    @property
-    def nbytes(self) -> int:
-        return self.image.nbytes
-
 
 Components = dict[str, LaidOut]
 """The states of the registered components, by the names of their files."""
+
+
+def bytes_of(components: Components) -> int:
+    """How many bytes their files have."""
+    return sum(component.image.nbytes for component in components.values())
 
 
 class StateFiles:
@@ -63,10 +64,8 @@ class StateFiles:
             SaveFailed: an entry of a state cannot be saved; the message names the component and the key.
             Exception: what `state_dict` of a component raises.
         """
-        return {
-            names.stateful_file(name, rank): self._lay_out(names.stateful_file(name, rank), component.state_dict(), name)
-            for name, component in self._components.items()
-        }
+        files = {names.stateful_file(name, rank): name for name in self._components}
+        return {file: self._lay_out(file, self._components[name].state_dict(), name) for file, name in files.items()}
 
     def _lay_out(self, file: str, state: object, root: str) -> LaidOut:
         def lifetime_of(storage: Any) -> Lifetime:

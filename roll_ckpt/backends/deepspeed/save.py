@@ -20,6 +20,7 @@ from roll_ckpt.upload.after_commit import AfterCommit
 
 _PATIENCE_S = 30.0
 
+
 def save_checkpoint(
     checkpoint_engine: RollCheckpointEngine,
     stock: Callable[..., Any],

@@ -108,9 +108,7 @@ class Layouts:
             unsafe = unsafe_parts(state, self._allow)
         return image, unsafe
 
-    def _laid_out(
-        self, name: str, state: object, archive: str, lifetime_of: LifetimeOf
-    ) -> tuple[Skeleton, FileImage]:
+    def _laid_out(self, name: str, state: object, archive: str, lifetime_of: LifetimeOf) -> tuple[Skeleton, FileImage]:
         layout = self._layouts.get(name)
         skeleton = skeleton_of(state, layout.skeleton.reserved if layout else MEMO_RESERVED)
         image = None
