@@ -16,13 +16,13 @@ from roll_ckpt.load.reader import Reader
 from roll_ckpt.pipeline import candidates
 from roll_ckpt.pipeline.cluster import Cluster
 from roll_ckpt.pipeline.metrics import add_ended
-from roll_ckpt.pipeline.staging import stage_all
+from roll_ckpt.pipeline.staging import prepare_all, stage_all
 from roll_ckpt.pipeline.state_files import Components, StateFiles, bytes_of
 from roll_ckpt.pipeline.worker_state import Stateful, WorkerState
 from roll_ckpt.ranks import rng
 from roll_ckpt.ranks.group import RankGroup
 from roll_ckpt.save import arena, pending
-from roll_ckpt.save.begin import Request, SaveEstimate, begin
+from roll_ckpt.save.begin import Request, begin
 from roll_ckpt.save.save import Save
 from roll_ckpt.upload.after_commit import AfterCommit, sends
 
@@ -181,16 +181,8 @@ class BasePipeline:
                 save.wait()
             add_ended(metrics, self._saves, self._after_commit, fail_training=self.config.fail_training)
             return metrics
-        own = self._pipeline_dir, self._ranks.rank, self.state, components
-        metrics, problem = stage_all(
-            save,
-            self._clusters,
-            lambda cluster_save: self._state_files.stage(cluster_save, *own),
-            self._ranks,
-            step=step,
-            last=last,
-            counted=counted,
-        )
+        own = partial(self._state_files.stage, self._pipeline_dir, self._ranks.rank, self.state, components)
+        metrics, problem = stage_all(save, self._clusters, own, self._ranks, step=step, last=last, counted=counted)
         self._saves.append(save)
         collectives = f"time/{next(iter(self._clusters))}/do_checkpoint/host_collectives"
         if uploaded or not self._async_save:
@@ -215,14 +207,7 @@ class BasePipeline:
             clusters=self._own_clusters,
             expected_clusters=self.config.expected_clusters,
         )
-        estimates: dict[str, SaveEstimate] = {}
-        components: Components = {}
-        problem = None
-        try:
-            estimates = {name: cluster.prepare(step) for name, cluster in self._clusters.items()}
-            components = self._state_files.lay_out(self._ranks.rank)
-        except Exception as error:  # `begin` raises it on every rank
-            problem = f"{type(error).__name__}: {error}"
+        estimates, components, problem = prepare_all(self._clusters, self._state_files, step, self._ranks.rank)
         save = begin(
             self._ranks,
             request,

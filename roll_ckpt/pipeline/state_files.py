@@ -74,7 +74,7 @@ class StateFiles:
         return LaidOut(*self._layouts.lay_out(file, state, Path(file).stem, lifetime_of, root))
 
     def stage(
-        self, cluster_save: ClusterSave, folder: str, rank: int, state: WorkerState, components: Components
+        self, folder: str, rank: int, state: WorkerState, components: Components, cluster_save: ClusterSave
     ) -> None:
         """Stage this rank's files in `folder` of the checkpoint, as a part of `cluster_save`.
 
