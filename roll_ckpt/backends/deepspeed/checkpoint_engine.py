@@ -98,7 +98,8 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
         with self.no_raise():
             # A file outside of a save may have another name each time, so its layout is not kept.
             layouts = Layouts(self._allowed) if self._cluster_save is None else self._layouts
-            image, unsafe = layouts.lay_out(Path(path).name, state_dict, Path(path).stem, self._lifetime_of)
+            file = Path(path)
+            image, unsafe = layouts.lay_out(file.name, state_dict, file.stem, self._lifetime_of, f"{file.name} ")
             trust.warn_unloadable(Path(path), unsafe, self._warned)
             if self._cluster_save is None:
                 one_file.write_file(Path(path), image, self.settings)
