@@ -72,9 +72,11 @@ def test_each_kind_is_estimated_by_the_bytes_that_it_takes() -> None:
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_an_engine_saves_every_kind_of_buffer_and_client_state(two_ranks: World, tmp_path: Path, stage: int) -> None:
-    for found in two_ranks.call(f"{CASES}:save_all_kinds", str(tmp_path / "run"), stage):
+    told = two_ranks.call(f"{CASES}:save_all_kinds", str(tmp_path / "run"), stage)
+    for found in told:
         assert found["differing"] == [] and found["problems"] == []
-        assert found["files"] == (4 if stage == 3 else 2) and found["index"] > 10
+        assert found["files"] == (4 if stage == 3 else 2)
+    assert sum(found["index"] for found in told) > len(unusual.BUFFERS) / 2
 
 
 def test_a_pipeline_saves_every_kind_in_components_and_client_state(two_ranks: World, tmp_path: Path) -> None:

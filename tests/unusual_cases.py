@@ -48,7 +48,10 @@ def save_all_kinds(out: str, stage: int) -> dict[str, Any]:
     assert made.save_checkpoint(out, tag="safe", client_state=safe)
     assert made.save_checkpoint(out, tag="rest", client_state=rest)
     dist.barrier()
-    buffers = {name: value for name, value in made.module.state_dict().items() if not hasattr(value, "ds_id")}
+    names = {name for name, _ in made.module.named_buffers()}
+    if stage < 3:  # under ZeRO-3 the parameters are elsewhere
+        names |= {name for name, _ in made.module.named_parameters()}
+    buffers = {name: value for name, value in made.module.state_dict().items() if name in names}
     stored = sorted(path.relative_to(out) for path in Path(out).glob("*/*model_states.pt"))
     differing = []
     for path in stored:

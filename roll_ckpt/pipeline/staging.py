@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from roll_ckpt.errors import RollCkptError
 from roll_ckpt.pipeline.cluster import Cluster
 from roll_ckpt.pipeline.state_files import Components, StateFiles
 from roll_ckpt.ranks.group import RankGroup
@@ -23,6 +24,8 @@ def prepare_all(
     try:
         estimates = {name: cluster.prepare(step) for name, cluster in clusters.items()}
         return estimates, state_files.lay_out(rank), None
+    except RollCkptError as error:
+        return {}, {}, str(error)
     except Exception as error:
         return {}, {}, f"{type(error).__name__}: {error}"
 

@@ -36,6 +36,8 @@ from roll_ckpt.save.cluster_save import ClusterSave
 from roll_ckpt.save.save import Save
 from roll_ckpt.upload.after_commit import AfterCommit
 
+_COMMON_STATE = "the common state "
+
 
 def save(
     sharded_state_dict: dict[str, Any],
@@ -184,7 +186,7 @@ def prepare(
         common[CONTENT_METADATA] = _clean_metadata_for_serialization(common[CONTENT_METADATA])
     common_file = None
     if RankGroup.current().rank == 0:
-        common_file = layout.lay_out(common, Path(COMMON).stem, root="the common state ")
+        common_file = layout.lay_out(common, Path(COMMON).stem, root=_COMMON_STATE)
     parts = list(nested_values(sharded))
     structure = [structure_of(part) for part in parts]
     objects: list[FileImage] = []
@@ -193,6 +195,8 @@ def prepare(
         objects = plan.pickled(parts)
         fits = all(image.nbytes <= slot.length for image, slot in zip(objects, plan.slots, strict=True))
     if not fits:
+        if common_file is None:  # Megatron compares it between ranks when it plans, and all would wait for this one
+            unsavable.check(common, _COMMON_STATE)
         for part in parts:
             if isinstance(part, ShardedObject) and is_main_replica(part.replica_id):
                 unsavable.check(part.data, part.key)
