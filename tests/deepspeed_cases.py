@@ -198,13 +198,25 @@ def raised(action: Any) -> str:
     return "nothing was raised"
 
 
+@contextlib.contextmanager
+def cannot_be_saved(module: torch.nn.Module, rank: int):  # type: ignore[no-untyped-def]
+    """In the block, the state of `module` holds a function on `rank`: staging meets it, nothing before does."""
+
+    def add(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        state[f"{prefix}hook"] = lambda: 0
+
+    hook = module._register_state_dict_hook(add) if dist.get_rank() == rank else contextlib.nullcontext()
+    with hook:
+        yield
+
+
 def fail_on_one_rank(out: str, asynchronous: bool) -> dict[str, Any]:
-    """Rank 1 cannot pickle its client state: nobody hangs, nobody commits, the next save works."""
+    """Rank 1 cannot pickle the state of its module: nobody hangs, nobody commits, the next save works."""
     made = engine(3, "bf16", settings(async_save=asynchronous))
     train(made, 1, seed=1)
     made.save_checkpoint(out, tag="good")
-    state: dict[str, Any] = {"bad": (lambda: 0)} if dist.get_rank() == 1 else {}
-    told = raised(lambda: made.save_checkpoint(out, tag="bad", client_state=state))
+    with cannot_be_saved(made.module, rank=1):
+        told = raised(lambda: made.save_checkpoint(out, tag="bad"))
     pending = pending_module.pending()
     pending_module.wait_pending()
     failures = [str(save.failure) for save in pending if save.failure is not None]
@@ -218,8 +230,9 @@ def fail_on_one_rank(out: str, asynchronous: bool) -> dict[str, Any]:
 
 def raise_at_the_fence(out: str) -> str:
     made = engine(3, "bf16", settings(fail_training=True))
-    state: dict[str, Any] = {"bad": (lambda: 0)} if dist.get_rank() == 1 else {}
-    made.save_checkpoint(out, tag="bad", client_state=state)
+    made.save_checkpoint(out, tag="good")
+    with cannot_be_saved(made.module, rank=1):
+        made.save_checkpoint(out, tag="bad")
     pending_module.wait_pending()
     return raised(lambda: train(made, 1, seed=1))
 

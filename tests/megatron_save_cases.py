@@ -402,7 +402,7 @@ def turns() -> list[tuple[str, dict[str, Any]]]:
     ]
 
 
-def _strategy(wrapped: bool) -> Any:
+def strategy_for(wrapped: bool) -> Any:
     inner = SaveStrategy(Settings(async_save=True), cached_metadata=True)
     if not wrapped:
         return inner
@@ -420,7 +420,7 @@ def _read_back(directory: Path, turn: int, more: dict[str, Any]) -> bool:
 def change_structure(directory: str, wrapped: bool) -> dict[str, tuple[bool, bool]]:
     """For each turn: whether the plan was replayed, and whether stock reads what was saved."""
     build()  # Megatron's process groups
-    strategy, told = _strategy(wrapped), {}
+    strategy, told = strategy_for(wrapped), {}
     for turn, (what, more) in enumerate(turns()):
         path = Path(directory) / f"turn_{turn}"
         save = save_(state_of(turn, **more), path, step=turn, settings=Settings(async_save=True), strategy=strategy)
@@ -432,12 +432,12 @@ def change_structure(directory: str, wrapped: bool) -> dict[str, tuple[bool, boo
 def stage_without_prepare(directory: str) -> dict[str, tuple[int, bool]]:
     """As a pipeline's cluster does, that begins the save itself: collectives of each turn, and what stock reads."""
     build()
-    strategy, told = _strategy(True), {}
+    strategy, told = strategy_for(True), {}
     for turn, (what, more) in enumerate(turns()[:8]):
         world = RankGroup.current()
         request = Request(Path(directory), f"turn_{turn}", turn, {"a": world.size, "b": world.size})
         save = begin(world, request, Settings(async_save=True), nbytes=0)
-        others = _strategy(False)
+        others = strategy_for(False)
         with save.staging():
             with counted_rendezvous() as counts:
                 stage_(save.add_cluster("a", {}), save.attempt.checkpoint_dir / "a", state_of(turn, **more), strategy)
@@ -454,9 +454,11 @@ def stage_without_prepare(directory: str) -> dict[str, tuple[int, bool]]:
 
 
 def fail_to_lay_out(directory: str) -> dict[str, Any]:
-    """Rank 1 cannot lay out a plan, later it cannot replay one; the saves after that are sound."""
+    """Rank 1 cannot lay out a plan, later it cannot replay one; the saves after that are sound.
+
+    The first of these is the first save of all, so every rank raises."""
     build()
-    strategy, told = _strategy(True), []
+    strategy, told = strategy_for(True), []
     second = dist.get_rank() == 1
 
     def broken(*args: Any, **kwargs: Any) -> Any:
@@ -470,6 +472,9 @@ def fail_to_lay_out(directory: str) -> dict[str, Any]:
 
     for turn, name in enumerate(["template", None, "join", None]):
         with mock.patch.object(dcp, name, broken) if name and second else mock.patch("os.sep", os.sep):
+            if turn == 0:
+                told.append((False, False, error_of(functools.partial(save, turn))))
+                continue
             made = save(turn)
         sound = made.failure is None and _read_back(Path(directory) / f"turn_{turn}", turn, {})
         told.append((sound, "model" in made.reused_plans, str(made.failure or "")))

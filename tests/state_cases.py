@@ -12,7 +12,7 @@ from roll_ckpt.state import StateSaver
 
 
 def one_rank_cannot_stage(out: str) -> list[str]:
-    """The kinds of errors of a save that fails on rank 1, and of the save after it."""
+    """The errors of a save of what rank 1 cannot save, and of the save after it."""
     with process.installed(process.Process()):  # other tests of this world have an arena of another size
         ours = StateSaver()
         raised = []
@@ -22,5 +22,5 @@ def one_rank_cannot_stage(out: str) -> list[str]:
                 ours.save(state, Path(out) / f"step_{step}", step=step)
                 raised.append("")
             except Exception as error:
-                raised.append(type(error).__name__)
+                raised.append(f"{type(error).__name__}: {error}")
     return raised

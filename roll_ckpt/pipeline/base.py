@@ -17,14 +17,13 @@ from roll_ckpt.load.reader import Reader
 from roll_ckpt.pipeline import candidates
 from roll_ckpt.pipeline.cluster import Cluster
 from roll_ckpt.pipeline.metrics import add_ended
-from roll_ckpt.pipeline.staging import stage_all
-from roll_ckpt.pipeline.state_files import StateFiles
+from roll_ckpt.pipeline.staging import prepare_all, stage_all
+from roll_ckpt.pipeline.state_files import Components, StateFiles, bytes_of
 from roll_ckpt.pipeline.worker_state import Stateful, WorkerState
 from roll_ckpt.ranks import rng
 from roll_ckpt.ranks.group import LONGEST_S, RankGroup
 from roll_ckpt.save import arena, pending
-from roll_ckpt.save.begin import Request, SaveEstimate, begin
-from roll_ckpt.save.cluster_save import ClusterSave
+from roll_ckpt.save.begin import Request, begin
 from roll_ckpt.save.course import Course
 from roll_ckpt.save.save import Save
 from roll_ckpt.upload.after_commit import AfterCommit, sends
@@ -51,6 +50,7 @@ class BasePipeline:
         self._state_files = StateFiles(config)
         self._group: RankGroup | None = None
         self._saves: list[Save] = []
+        self._has_staged = False
         self._course = Course()
         self._after_commit = AfterCommit(config, self._course)
         if config.checkpoint_config is not None:
@@ -150,23 +150,24 @@ class BasePipeline:
 
         Raises:
             RanksDisagree, RunIsLive, EpochLost: on every rank, before anything is written.
-            NoRoom, SaveFailed: on every rank, if the first save of the run cannot begin. A later save raises them only
-                if the call waits for its outcome; else they are logged, and reported in `checkpoint/failed`. With
-                `fail_training: true` the next call, or the next optimizer step, raises them on the ranks that know.
+            SaveFailed: on every rank, before anything is written, if a `client_state` or a component of any rank
+                raises or cannot be saved.
+            NoRoom, SaveFailed: on every rank, if the first save of the run cannot begin or cannot be staged. A later
+                save raises them only if the call waits for its outcome; else they are logged, and reported in
+                `checkpoint/failed`. With `fail_training: true` the next call, or the next optimizer step, raises them
+                on the ranks that know.
             Exception: what a framework raises while staging, on that rank. The save is then abandoned on every rank.
 
         Whatever is raised, checkpoints that were committed before are sound.
         """
         last = global_step == self.config.max_steps - 1 if is_last_step is None else is_last_step
         self.state.step = global_step
-        if self.state.log_history:
-            self.state.log_history[-1]["system/step"] = global_step
+        self.state.log({"system/step": global_step})
         metrics: dict[str, Any] = {}
         add_ended(metrics, self._saves, self._after_commit, fail_training=self.config.fail_training)
         if (global_step > 0 and global_step % self.config.save_steps == 0) or last:
             metrics |= self._save(global_step, last)
-        if self.state.log_history:
-            self.state.log_history[-1].update(metrics)
+        self.state.log(metrics)
         return metrics
 
     def _save(self, step: int, last: bool) -> dict[str, Any]:
@@ -174,7 +175,7 @@ class BasePipeline:
         upload = self.config.checkpoint_config
         uploaded = last or (upload is not None and not upload.async_upload)
         counted = self._ranks.rendezvous_count
-        save = self._begin(step, uploaded)
+        save, components = self._begin(step, uploaded)
         metrics: dict[str, Any] = {}
         if not save.begun:
             self._after_commit.awaited.discard(save.attempt.name)
@@ -183,23 +184,25 @@ class BasePipeline:
                 save.wait()
             add_ended(metrics, self._saves, self._after_commit, fail_training=self.config.fail_training)
             return metrics
-        metrics, problem = stage_all(
-            save, self._clusters, self._stage_own_files, self._ranks, step=step, last=last, counted=counted
-        )
+        own = partial(self._state_files.stage, self._pipeline_dir, self._ranks.rank, self.state, components)
+        metrics, problem = stage_all(save, self._clusters, own, self._ranks, step=step, last=last, counted=counted)
         self._saves.append(save)
+        collectives = f"time/{next(iter(self._clusters))}/do_checkpoint/host_collectives"
         if uploaded or not self._async_save:
-            metrics[f"time/{next(iter(self._clusters))}/do_checkpoint/host_collectives"] += 1
+            metrics[collectives] += 1
             pending.wait_on_all_ranks(self._ranks, save, uploaded=uploaded)
             add_ended(metrics, self._saves, self._after_commit, fail_training=self.config.fail_training)
+        elif not self._has_staged:
+            metrics[collectives] += 1
+            pending.confirm_staged(self._ranks, save, problem)
         if problem is not None:
             raise problem
+        self._has_staged = True
         metrics["time/do_checkpoint/total"] = time.monotonic() - began
         return metrics
 
-    def _stage_own_files(self, cluster_save: ClusterSave) -> None:
-        self._state_files.stage(cluster_save, self._pipeline_dir, self._ranks.rank, self.state)
-
-    def _begin(self, step: int, uploaded: bool) -> Save:
+    def _begin(self, step: int, uploaded: bool) -> tuple[Save, Components]:
+        """Agree on a save; the components are laid out before it, since what cannot be saved must not begin one."""
         request = Request(
             output_dir=self.config.output_dir,
             name=names.checkpoint(step),
@@ -208,21 +211,17 @@ class BasePipeline:
             course=self._course,
             expected_clusters=self.config.expected_clusters,
         )
-        estimates: dict[str, SaveEstimate] = {}
-        problem = None
-        try:
-            estimates = {name: cluster.prepare(step) for name, cluster in self._clusters.items()}
-        except Exception as error:  # `begin` raises it on every rank
-            problem = f"{type(error).__name__}: {error}"
-        return begin(
+        estimates, components, problem = prepare_all(self._clusters, self._state_files, step, self._ranks.rank)
+        save = begin(
             self._ranks,
             request,
             self.config,
-            nbytes=sum(estimate.nbytes for estimate in estimates.values()),
+            nbytes=sum(estimate.nbytes for estimate in estimates.values()) + bytes_of(components),
             plans={name: estimate.plan for name, estimate in estimates.items()},
             problem=problem,
             on_commit=partial(self._after_commit, awaited=uploaded),
         )
+        return save, components
 
     # --- resuming
 

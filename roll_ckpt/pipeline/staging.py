@@ -1,14 +1,33 @@
-"""Stages every cluster of a pipeline, and the pipeline's own files, for one save."""
+"""Prepares and stages every cluster of a pipeline, and the pipeline's own files, for one save."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from roll_ckpt.errors import RollCkptError
 from roll_ckpt.pipeline.cluster import Cluster
+from roll_ckpt.pipeline.state_files import Components, StateFiles
 from roll_ckpt.ranks.group import RankGroup
+from roll_ckpt.save.begin import SaveEstimate
 from roll_ckpt.save.cluster_save import ClusterSave
 from roll_ckpt.save.save import Save
+
+
+def prepare_all(
+    clusters: Mapping[str, Cluster], state_files: StateFiles, step: int, rank: int
+) -> tuple[dict[str, SaveEstimate], Components, str | None]:
+    """What the clusters are about to save and the components, laid out; or why this rank cannot save, as a text.
+
+    This rank alone. Raises no Exception, because `save.begin.begin` has to tell the other ranks.
+    """
+    try:
+        estimates = {name: cluster.prepare(step) for name, cluster in clusters.items()}
+        return estimates, state_files.lay_out(rank), None
+    except RollCkptError as error:
+        return {}, {}, str(error)
+    except Exception as error:
+        return {}, {}, f"{type(error).__name__}: {error}"
 
 
 def stage_all(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from roll_ckpt import names
 from roll_ckpt.config import PipelineConfig
@@ -12,6 +12,7 @@ from roll_ckpt.errors import ConfigError, NotFound, UnsupportedError
 from roll_ckpt.formats import manifests
 from roll_ckpt.formats.image import FileImage
 from roll_ckpt.formats.torch_zip.layout import Layouts
+from roll_ckpt.formats.torch_zip.safe_pickle import Unloadable
 from roll_ckpt.load import trust
 from roll_ckpt.load.reader import Reader
 from roll_ckpt.native.image import Lifetime
@@ -19,6 +20,22 @@ from roll_ckpt.pipeline.worker_state import Stateful, WorkerState
 from roll_ckpt.ranks import rng
 from roll_ckpt.ranks.group import RankGroup
 from roll_ckpt.save.cluster_save import ClusterSave
+
+
+class LaidOut(NamedTuple):
+    """One file as `Layouts.lay_out` describes it."""
+
+    image: FileImage
+    unsafe: dict[str, Unloadable]
+
+
+Components = dict[str, LaidOut]
+"""The states of the registered components, by the names of their files."""
+
+
+def bytes_of(components: Components) -> int:
+    """How many bytes their files have."""
+    return sum(component.image.nbytes for component in components.values())
 
 
 class StateFiles:
@@ -41,7 +58,25 @@ class StateFiles:
             raise ConfigError(f"stateful component {name} is registered twice; names must differ")
         self._components[name] = component
 
-    def stage(self, cluster_save: ClusterSave, folder: str, rank: int, state: WorkerState) -> None:
+    def lay_out(self, rank: int) -> Components:
+        """Ask each component for its state and lay it out, before a save begins. This rank alone; copies nothing.
+
+        Raises:
+            SaveFailed: an entry of a state cannot be saved; the message names the component and the key.
+            Exception: what `state_dict` of a component raises.
+        """
+        files = {names.stateful_file(name, rank): name for name in self._components}
+        return {file: self._lay_out(file, self._components[name].state_dict(), name) for file, name in files.items()}
+
+    def _lay_out(self, file: str, state: object, root: str) -> LaidOut:
+        def lifetime_of(storage: Any) -> Lifetime:
+            return Lifetime.UNTIL_SAVE_RETURNS
+
+        return LaidOut(*self._layouts.lay_out(file, state, Path(file).stem, lifetime_of, root))
+
+    def stage(
+        self, folder: str, rank: int, state: WorkerState, components: Components, cluster_save: ClusterSave
+    ) -> None:
         """Stage this rank's files in `folder` of the checkpoint, as a part of `cluster_save`.
 
         Returns once all is copied; not durable on return. Raises nothing: an error turns the cluster's vote into a no.
@@ -49,17 +84,13 @@ class StateFiles:
         directory = cluster_save.attempt.checkpoint_dir / folder
         try:
             writes.make_dirs(directory)
-            states: dict[str, Any] = {names.rng_file(rank): rng.capture_portable()}
-            for name, component in self._components.items():
-                states[names.stateful_file(name, rank)] = component.state_dict()
-            for file, value in states.items():
-                image, unsafe = self._layouts.lay_out(
-                    file, value, Path(file).stem, lambda storage: Lifetime.UNTIL_SAVE_RETURNS
-                )
-                trust.warn_unloadable(directory / file, unsafe, self._warned.setdefault(file, set()))
-                cluster_save.stage(directory / file, image, overlap=False)
+            rng_file = names.rng_file(rank)
+            laid_out = {rng_file: self._lay_out(rng_file, rng.capture_portable(), "the random states"), **components}
+            for file, found in laid_out.items():
+                trust.warn_unloadable(directory / file, found.unsafe, self._warned.setdefault(file, set()))
+                cluster_save.stage(directory / file, found.image, overlap=False)
             if rank == 0:
-                image = FileImage.of_bytes(state.to_json())
+                image = FileImage.of_bytes(state.to_json(self._warned.setdefault(names.WORKER_STATE, set())))
                 cluster_save.stage(directory / names.WORKER_STATE, image, overlap=False)
         except Exception as problem:
             cluster_save.fail(problem)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import numpy as np
-import torch
-
-from roll_ckpt.errors import ConfigError
+from roll_ckpt.errors import Damaged
 from roll_ckpt.formats import sealed_json
 from roll_ckpt.formats.sealed_json import Fields
+from roll_ckpt.pipeline import json_values
+
+log = logging.getLogger("roll_ckpt")
 
 
 class Stateful(Protocol):
@@ -31,46 +33,73 @@ class Stateful(Protocol):
 class WorkerState:
     """A pipeline's own state: the last finished `step`, a `log_history` of metrics, and `kv` for the user's values.
 
-    Rank 0's is saved, and restored on every rank. All of it must be JSON; NumPy and torch scalars are stored as Python
-    numbers.
+    Rank 0's is saved, and restored on every rank. Any value can be saved: `json_values` tells how. In `kv`, what JSON,
+    tuples, sets, bytes, paths, dates, arrays and tensors can hold comes back equal, and other objects as the text of
+    their `repr`. `log_history` is for reading: it comes back as numbers, text, lists and dictionaries.
     """
 
     step: int = 0
     log_history: list[dict[str, Any]] = field(default_factory=list)
     kv: dict[str, Any] = field(default_factory=dict)
 
-    def to_json(self) -> bytes:
-        """The state as a JSON file.
+    def log(self, metrics: Mapping[str, Any]) -> None:
+        """Add `metrics` to the newest row of `log_history`, if there is one and it is a dictionary."""
+        if self.log_history and isinstance(self.log_history[-1], dict):
+            self.log_history[-1].update(metrics)
 
-        Raises:
-            ConfigError: JSON cannot hold a value, or would change a value in `kv` (a tuple, say).
+    def to_json(self, warned: set[str] | None = None) -> bytes:
+        """The state as a file that `json.load` reads. Copies nothing that is plain; raises for no value.
+
+        A key of `kv` or `log_history` whose value becomes text is logged once, and added to `warned`.
         """
-        try:
-            for key, value in self.kv.items():
-                if json.loads(json.dumps({key: value}, default=_plain_number)) != {key: value}:
-                    raise ValueError(f"kv[{key!r}] would be changed by JSON: {value!r}")
-            return json.dumps(asdict(self), default=_plain_number, indent=1).encode()
-        except (TypeError, ValueError) as problem:
-            raise ConfigError(
-                f"pipeline state: {problem}; keep numbers, strings, lists and dicts in log_history and kv"
-            ) from problem
+        warned = set() if warned is None else warned
+        rows = ",\n  ".join(self._rows(warned))
+        kv = ",\n  ".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in self._kv(warned).items())
+        return (
+            f'{{\n "step": {int(self.step)},\n "log_history": [\n  {rows}\n ],\n "kv": {{\n  {kv}\n }}\n}}\n'
+        ).encode()
+
+    def _rows(self, warned: set[str]) -> Iterator[str]:
+        for row in self.log_history or ():
+            lost: list[str] = []
+            yield json_values.spelled_row(row, lost)
+            if lost:
+                for key, value in row.items() if isinstance(row, Mapping) else [("value", row)]:
+                    lost = []
+                    json_values.spelled_row({"value": value}, lost)
+                    _warn(f"log_history: {key!r}", lost, warned)
+
+    def _kv(self, warned: set[str]) -> dict[str, Any]:
+        known: Mapping[Any, Any] = self.kv if isinstance(self.kv, Mapping) else {"value": self.kv}
+        kept = {}
+        for key, value in list(known.items()):
+            lost: list[str] = []
+            kept[key] = json_values.exact(value, lost)
+            _warn(f"kv[{key!r}]", lost, warned)
+        return kept if json_values.are_plain(kept) else json_values.exact(known, [])
 
     @classmethod
     def from_json(cls, data: bytes, where: object) -> WorkerState:
-        """The state that `to_json` wrote.
+        """The state that `to_json` wrote, also by an older version. Runs no code.
 
         Raises:
             Damaged: `data` is anything else; the message begins with `where`.
         """
         fields = Fields(sealed_json.parse_json(data, where), where)
-        return cls(
-            step=fields.take("step", int),
-            log_history=fields.take("log_history", list, lambda rows: all(isinstance(row, dict) for row in rows)),
-            kv=fields.take("kv", dict),
+        step = fields.take("step", int)
+        log_history = fields.take("log_history", list, lambda rows: all(isinstance(row, dict) for row in rows))
+        kv = json_values.restored(fields.take("kv", dict), where)
+        if not isinstance(kv, dict):
+            raise Damaged(f"{where}: kv is no dictionary")
+        return cls(step, log_history, kv)
+
+
+def _warn(where: str, lost: list[str], warned: set[str]) -> None:
+    if lost and where not in warned:
+        warned.add(where)
+        log.warning(
+            "pipeline state: %s holds %s, of which only the text of its repr is saved; keep numbers, text, lists, "
+            "dictionaries, arrays or tensors there, or register a component with state_dict and load_state_dict",
+            where,
+            ", ".join(sorted(set(lost))),
         )
-
-
-def _plain_number(value: Any) -> Any:
-    if isinstance(value, torch.Tensor | np.generic) and np.ndim(value) == 0:
-        return value.item()
-    raise TypeError(f"an object of type {type(value).__name__} is not JSON")

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from roll_ckpt import process
 from roll_ckpt.errors import RollCkptError, SaveFailed
@@ -139,16 +140,48 @@ def wait_on_all_ranks(ranks: RankGroup, save: Save, *, uploaded: bool) -> None:
     ranks.run_on_all_ranks(lambda: save.wait(uploaded=uploaded), LONGEST_S)
 
 
-@contextmanager
-def staging(ranks: RankGroup, save: Save, *, synchronous: bool) -> Iterator[None]:
-    """`Save.staging`, then `wait_on_all_ranks` if `synchronous`: also if staging fails, for other ranks wait there.
+def confirm_staged(
+    ranks: RankGroup, save: Save, raised: Exception | None = None, timeout_s: float | None = None
+) -> None:
+    """End the staging of a first save: one rendezvous, after which every rank knows whether all could stage.
 
-    Every rank calls. What staging raised on this rank is raised again; the other ranks get SaveFailed.
+    What cannot be saved at all, such as a lock in a module's extra state, is then told at the first save, on every
+    rank, and not only in a log. Every rank calls, after `save.staging()`. `raised` is what staging raised on this rank,
+    `timeout_s` how long rank 0 waits for the others (default `commit_timeout_s`).
+
+    Raises:
+        SaveFailed: on every rank, if staging failed on any. The save was abandoned, and nothing of it is on disk. Where
+            staging `raised`, that is raised instead, whatever comes of the rendezvous.
+    """
+    failed = any(part.error is not None for part in save.cluster_saves.values())
+
+    def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"failed": any(post["failed"] for post in posts)}
+
+    try:
+        if ranks.decide_on_rank0({"failed": failed}, decide, timeout_s or save.settings.commit_timeout_s)["failed"]:
+            wait_on_all_ranks(ranks, save, uploaded=False)
+    except RollCkptError as outcome:
+        if raised is None:
+            raise
+        log.debug("%s: abandoned on all ranks: %s", save.attempt.final, outcome)
+    if raised is not None:
+        raise raised
+
+
+@contextmanager
+def staging(ranks: RankGroup, save: Save, *, synchronous: bool, first: bool) -> Iterator[None]:
+    """`Save.staging`, then `wait_on_all_ranks` if `synchronous`, or `confirm_staged` if it is the `first` save.
+
+    They are called also if staging fails, for other ranks wait there. Every rank calls. What staging raised on this
+    rank is raised again; the other ranks get SaveFailed.
     """
     try:
         with save.staging():
             yield
-    except Exception:
+    except Exception as problem:
+        if first and not synchronous:
+            confirm_staged(ranks, save, problem)
         if synchronous:
             try:
                 wait_on_all_ranks(ranks, save, uploaded=False)
@@ -157,6 +190,8 @@ def staging(ranks: RankGroup, save: Save, *, synchronous: bool) -> Iterator[None
         raise
     if synchronous:
         wait_on_all_ranks(ranks, save, uploaded=True)
+    elif first:
+        confirm_staged(ranks, save)
 
 
 def in_background(action: Callable[[], None], name: str, exit_timeout_s: float) -> None:

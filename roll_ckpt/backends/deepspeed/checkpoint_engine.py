@@ -67,6 +67,8 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
         self._reader: Reader | None = None
         self.saves: list[Save] = []
         """Saves that may still read this engine's tensors, or whose failure has not been raised yet."""
+        self.has_staged = False
+        """Whether a save of this engine was staged on all ranks: the first one says on every rank if it was not."""
         self.lone_problem: str | None = None
         """Why a file that belongs to no save could not be written; `save_16bit_model` raises it."""
         self._warned: set[str] = set()
@@ -100,7 +102,8 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
         with self.no_raise():
             # A file outside of a save may have another name each time, so its layout is not kept.
             layouts = Layouts(self._allowed) if self._cluster_save is None else self._layouts
-            image, unsafe = layouts.lay_out(Path(path).name, state_dict, Path(path).stem, self._lifetime_of)
+            file = Path(path)
+            image, unsafe = layouts.lay_out(file.name, state_dict, file.stem, self._lifetime_of, f"{file.name} ")
             trust.warn_unloadable(Path(path), unsafe, self._warned)
             if self._cluster_save is None:
                 one_file.write_file(Path(path), image, self.settings)

@@ -15,7 +15,7 @@ from roll_ckpt.backends.deepspeed.index import MODEL_ONLY_FILE, parameters_of
 from roll_ckpt.backends.deepspeed.install import attach, stock
 from roll_ckpt.backends.deepspeed.load import check_world_size
 from roll_ckpt.backends.deepspeed.refusals import refuse_parts
-from roll_ckpt.backends.deepspeed.save import run_stock
+from roll_ckpt.backends.deepspeed.save import check_client_state, run_stock
 from roll_ckpt.backends.deepspeed.tensors import estimate_bytes
 from roll_ckpt.config import Settings
 from roll_ckpt.disk import tree
@@ -60,6 +60,8 @@ class DeepSpeedCluster:
         return estimate_bytes(self._engine)
 
     def prepare(self, step: int, client_state: Mapping[str, Any]) -> SaveEstimate:
+        if not self._save_only_model:
+            check_client_state(self._engine, client_state)
         self._client_state = client_state
         return SaveEstimate(self.estimate_bytes())
 

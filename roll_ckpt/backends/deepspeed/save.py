@@ -11,11 +11,14 @@ from roll_ckpt.backends.deepspeed.checkpoint_engine import RollCheckpointEngine,
 from roll_ckpt.backends.deepspeed.refusals import refuse_parts
 from roll_ckpt.backends.deepspeed.tensors import estimate_bytes
 from roll_ckpt.errors import SaveFailed
+from roll_ckpt.formats.torch_zip import unsavable
 from roll_ckpt.save import pending
 from roll_ckpt.save.begin import Request, begin
 from roll_ckpt.save.cluster_save import ClusterSave
 from roll_ckpt.save.save import Save
 from roll_ckpt.upload.after_commit import AfterCommit
+
+_PATIENCE_S = 30.0
 
 
 def save_checkpoint(
@@ -35,8 +38,10 @@ def save_checkpoint(
 
     Raises:
         ValueError: `save_dir` is empty.
-        RanksDisagree, RunIsLive, NoRoom, SaveFailed: see `save.begin.begin`; on every rank, nothing was written.
-        SaveFailed: without `async_save`, on every rank, the save failed on any rank.
+        RanksDisagree, RunIsLive, NoRoom, SaveFailed: see `save.begin.begin`; on every rank, nothing was written. Also
+            if `client_state` holds what cannot be pickled.
+        SaveFailed: without `async_save`, on every rank, the save failed on any rank. With it, the first save of the
+            engine raises on every rank if any could not lay its files out.
         SaveFailed: an earlier save failed in the background and `fail_training` is set.
     """
     if not save_dir:
@@ -58,6 +63,7 @@ def save_checkpoint(
     try:
         names.check_name("tag", name)
         nbytes = estimate_bytes(engine)
+        check_client_state(engine, client_state or {})
     except Exception as error:
         problem = str(error)  # `begin` raises it on every rank
     save = begin(
@@ -73,16 +79,35 @@ def save_checkpoint(
         if not settings.async_save:
             save.wait()
         return False
-    with save.staging():
-        arguments = {
-            "client_state": client_state or {},
-            "save_latest": save_latest,
-            "exclude_frozen_parameters": exclude_frozen_parameters,
-        }
-        run_stock(checkpoint_engine, stock, save, save.attempt.directory, name, arguments)
+    arguments = {
+        "client_state": client_state or {},
+        "save_latest": save_latest,
+        "exclude_frozen_parameters": exclude_frozen_parameters,
+    }
+    first = settings.async_save and not checkpoint_engine.has_staged
+    try:
+        with save.staging():
+            run_stock(checkpoint_engine, stock, save, save.attempt.directory, name, arguments)
+    except Exception as problem:
+        if first:  # with a short patience: other ranks may stand in a barrier of DeepSpeed instead
+            pending.confirm_staged(ranks, save, problem, min(_PATIENCE_S, settings.commit_timeout_s))
+        raise
     if not settings.async_save:
         pending.wait_on_all_ranks(ranks, save, uploaded=True)
+    elif first:
+        pending.confirm_staged(ranks, save)
+    checkpoint_engine.has_staged = True
     return True
+
+
+def check_client_state(engine: Any, client_state: Mapping[str, Any]) -> None:
+    """Raise unless this rank can save `client_state`, if it is one that does. No collective; reads no tensor.
+
+    Raises:
+        SaveFailed: an entry cannot be pickled; the message names its key.
+    """
+    if client_state and (engine.save_non_zero_checkpoint or (engine.has_moe_layers and engine.global_rank == 0)):
+        unsavable.check(dict(client_state), "client_state")
 
 
 def run_stock(

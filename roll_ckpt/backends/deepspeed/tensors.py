@@ -11,6 +11,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.hybrid_engine import DeepSpeedHybridEngine
 from deepspeed.runtime.zero.config import ZeroStageEnum
 
+from roll_ckpt.formats.torch_zip.sources import bytes_of
 from roll_ckpt.save import hooks
 
 _OFFLOAD_BUFFER = "_offload_buffer"
@@ -103,8 +104,8 @@ def stepped_tensors(engine: DeepSpeedEngine) -> Iterator[torch.Tensor]:
 
 
 def storages_of(tensors: Iterable[torch.Tensor]) -> frozenset[int]:
-    """The storages of `tensors`, each as its `_cdata`."""
-    return frozenset(tensor.untyped_storage()._cdata for tensor in tensors)
+    """The storages of `tensors`, each as its `_cdata`; sparse tensors and their like have none."""
+    return frozenset(tensor.untyped_storage()._cdata for tensor in tensors if tensor.layout is torch.strided)
 
 
 def estimate_bytes(engine: DeepSpeedEngine) -> int:
@@ -114,4 +115,4 @@ def estimate_bytes(engine: DeepSpeedEngine) -> int:
         tensors += list(_optimizer_tensors(engine))
     if engine.save_non_zero_checkpoint and engine.zero_optimization_stage() < ZeroStageEnum.weights:
         tensors += [*engine.module.parameters(), *engine.module.buffers()]
-    return sum({tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
+    return bytes_of(tensors)

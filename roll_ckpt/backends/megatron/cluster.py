@@ -13,6 +13,7 @@ from roll_ckpt.backends.megatron.handle import MegatronHandle, attach
 from roll_ckpt.backends.megatron.model import MegatronModel
 from roll_ckpt.backends.megatron.save import Prepared
 from roll_ckpt.errors import UnsupportedError
+from roll_ckpt.formats.torch_zip import unsavable
 from roll_ckpt.load.checkpoint import OpenedCheckpoint
 from roll_ckpt.ranks.group import RankGroup
 from roll_ckpt.save.begin import SaveEstimate
@@ -58,6 +59,8 @@ class MegatronCluster:
         return self._handle.estimate_bytes()
 
     def prepare(self, step: int, client_state: Mapping[str, Any]) -> SaveEstimate:
+        if self.ranks.rank == 0:  # which alone saves it
+            unsavable.check(dict(client_state), "client_state")
         self._make_state = lambda: {**self._handle.state(step), _CLIENT_STATE: dict(client_state)}
         if not self._handle.alone:
             return SaveEstimate(self.estimate_bytes())

@@ -107,6 +107,7 @@ class MegatronHandle(Binding):
             facts=lambda: describe(metadata),
             save_latest=True,
             course=self.course,
+            strategy=self.strategy,
         )
         if not save.begun:
             self._fence.add(save)  # `fail_training` raises it at the next fence

@@ -161,7 +161,7 @@ def _pickled(parts: Sequence[Any], at_least: int = 0) -> FileImage:
     """
     is_tensor = isinstance(parts[0], ShardedTensor)
     value = parts[0].data.detach() if is_tensor else [part.data for part in parts]
-    return replace(layout.lay_out(value, dcp.ARCHIVE, at_least=at_least), pieces=())
+    return replace(layout.lay_out(value, dcp.ARCHIVE, at_least=at_least, root=parts[0].key), pieces=())
 
 
 def _slot_bytes(nbytes: int) -> int:

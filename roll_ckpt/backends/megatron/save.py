@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import apply_factories
+from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factories, is_main_replica
 from megatron.core.dist_checkpointing.serialization import _CONTENT_METADATA_KEY as CONTENT_METADATA
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.utils import (
@@ -28,7 +28,7 @@ from roll_ckpt.config import Settings
 from roll_ckpt.disk import writes
 from roll_ckpt.errors import RollCkptError, SaveFailed
 from roll_ckpt.formats.image import FileImage
-from roll_ckpt.formats.torch_zip import layout, sources
+from roll_ckpt.formats.torch_zip import layout, sources, unsavable
 from roll_ckpt.ranks.group import RankGroup
 from roll_ckpt.save import pending
 from roll_ckpt.save.begin import Request, begin
@@ -36,6 +36,8 @@ from roll_ckpt.save.cluster_save import ClusterSave
 from roll_ckpt.save.course import Course, Courses
 from roll_ckpt.save.save import Save
 from roll_ckpt.upload.after_commit import AfterCommit
+
+_COMMON_STATE = "the common state "
 
 
 def save(
@@ -70,7 +72,8 @@ def save(
         UnsupportedError: the optimizer's sharding type cannot be saved.
         RanksDisagree, RunIsLive, EpochLost, NoRoom, SaveFailed: see `save.begin.begin`; on every rank, nothing was
             written.
-        SaveFailed: without `async_save`, on every rank, the save failed on any rank.
+        SaveFailed: without `async_save`, on every rank, the save failed on any rank. With it, the first save with a
+            `strategy` raises on every rank if any could not lay its files out.
     """
     strategy = strategy or SaveStrategy(settings)
     check_sharding_type(content_metadata)
@@ -90,6 +93,7 @@ def save(
         facts=lambda: describe(content_metadata),
         save_latest=save_latest,
         course=process.part(Courses).at(Path(directory).absolute().parent, cluster),
+        strategy=strategy,
     )
 
 
@@ -104,12 +108,14 @@ def transact(
     facts: Callable[[], dict[str, Any]],
     save_latest: bool,
     course: Course,
+    strategy: Any,
 ) -> Save:
     """Prepare, begin, stage, commit: one save of one cluster. Every rank calls; see `save` for when it returns.
 
-    If `prepare_it` raises on one rank, the save is not begun, and SaveFailed is raised on all.
+    If `prepare_it` raises on one rank, the save is not begun, and SaveFailed is raised on all. So it is if a rank could
+    not stage the first save of `strategy`.
     """
-    ranks = RankGroup.current()
+    ranks, save_strategy = RankGroup.current(), strategy_of(strategy)
     request = Request(
         path.parent, path.name, step, {cluster: ranks.size}, course=course, save_latest=save_latest, host=True
     )
@@ -136,8 +142,10 @@ def transact(
             save.wait()
         return save
     assert prepared is not None, "no save begins if any rank has a problem"
-    with pending.staging(ranks, save, synchronous=not settings.async_save):
+    first = not save_strategy.has_staged
+    with pending.staging(ranks, save, synchronous=not settings.async_save, first=first):
         stage_it(save, save.add_cluster(cluster, facts()), prepared)
+    save_strategy.has_staged = True
     return save
 
 
@@ -147,6 +155,8 @@ class Prepared:
 
     state: dict[str, Any]
     common: dict[str, Any]
+    common_file: FileImage | None
+    """The file of `common` on rank 0, which writes it; None on the others."""
     parts: list[Any]
     """Its `ShardedTensor`s and `ShardedObject`s, in the order of the state."""
     structure: list[Any]
@@ -168,6 +178,8 @@ def prepare(
 
     Raises:
         ConfigError: `strategy` is no `SaveStrategy`.
+        SaveFailed: an entry of the common state, or an object that this rank writes, cannot be saved; the message
+            names it.
     """
     plan = strategy_of(strategy).plan
     if content_metadata is not None:
@@ -177,6 +189,9 @@ def prepare(
     sharded, common = extract_sharded_base(persistent)
     if CONTENT_METADATA in common:
         common[CONTENT_METADATA] = _clean_metadata_for_serialization(common[CONTENT_METADATA])
+    common_file = None
+    if RankGroup.current().rank == 0:
+        common_file = layout.lay_out(common, Path(COMMON).stem, root=_COMMON_STATE)
     parts = list(nested_values(sharded))
     structure = [structure_of(part) for part in parts]
     objects: list[FileImage] = []
@@ -184,9 +199,15 @@ def prepare(
     if plan is not None and fits:
         objects = plan.pickled(parts)
         fits = all(image.nbytes <= slot.length for image, slot in zip(objects, plan.slots, strict=True))
+    if not fits:
+        if common_file is None:  # Megatron compares it between ranks when it plans, and all would wait for this one
+            unsavable.check(common, _COMMON_STATE)
+        for part in parts:
+            if isinstance(part, ShardedObject) and is_main_replica(part.replica_id):
+                unsavable.check(part.data, part.key)
     name = plan.name if plan is not None and fits else None
     nbytes = sum(main_bytes(part) for part in parts)
-    return Prepared(sharded_state_dict, common, parts, structure, nbytes, objects, name)
+    return Prepared(sharded_state_dict, common, common_file, parts, structure, nbytes, objects, name)
 
 
 def stage(
@@ -265,9 +286,9 @@ def _stage_planned(
     lifetime_of: sources.LifetimeOf,
 ) -> None:
     """Stage every file of this rank by `plan`. Small files go first, so that they do not wait behind large copies."""
-    if cluster_save.rank == 0:
+    if prepared.common_file is not None:
         small = {
-            COMMON: layout.lay_out(prepared.common, Path(COMMON).stem),
+            COMMON: prepared.common_file,
             DCP_METADATA: FileImage.of_bytes(plan.metadata),
             MARKER: FileImage.of_bytes(MARKER_BYTES),
         }

@@ -55,6 +55,8 @@ class SaveStrategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
         self.use_cached_ckpt_structure: bool
         self.plan: Plan | None = None
         """The plan of the last save in our transaction; None if there was none, or this rank could not lay it out."""
+        self.has_staged = False
+        """Whether a save was staged on all ranks: the first one says on every rank if it was not."""
         self.source: Callable[[], Source] = Source
         """Says where the states that are saved come from; `attach` sets it."""
         self.indexer = Indexer()

@@ -10,7 +10,9 @@ from typing import Any
 from roll_ckpt import names
 from roll_ckpt.config import Settings
 from roll_ckpt.errors import NotFound
+from roll_ckpt.formats.image import FileImage
 from roll_ckpt.formats.torch_zip.layout import Layouts
+from roll_ckpt.formats.torch_zip.safe_pickle import Unloadable
 from roll_ckpt.load import trust
 from roll_ckpt.load.together import check_bytes, open_together
 from roll_ckpt.native.image import Lifetime
@@ -36,6 +38,7 @@ class StateSaver:
         self._layouts = Layouts(trust.allowed(self.settings))
         self._warned: set[str] = set()
         self._course = Course()
+        self._has_staged = False
 
     def warm(self, nbytes: int, device: int = -1) -> None:
         """Make the staging arena for states of `nbytes` bytes, in the background; pin it for a CUDA `device`."""
@@ -62,21 +65,27 @@ class StateSaver:
         `roll_ckpt.fence()`, or until the file is written. What it promises longer is copied, or written, later.
 
         Raises:
-            SaveFailed: it was abandoned, on every rank; older checkpoints are sound. As `begin`.
+            SaveFailed: on every rank: an entry of the `state` of any rank cannot be saved (nothing was written), or the
+                save was abandoned; older checkpoints are sound. As `begin`.
         """
         path, ranks = names.absolute(directory), RankGroup.current()
         names.check_name("tag", path.name)
         file = _file(ranks.rank)
-        nbytes = sum(value.nbytes for value in state.values() if hasattr(value, "nbytes"))
+        image, unsafe, problem = FileImage(0), dict[str, Unloadable](), None
+        try:
+            image, unsafe = self._layouts.lay_out(file, state, Path(file).stem, lambda storage: unchanged, "state")
+        except Exception as error:
+            problem = str(error)  # `begin` raises it on every rank
         request = Request(path.parent, path.name, step, {_CLUSTER: ranks.size}, course=self._course, host=True)
-        save = begin(ranks, request, self.settings, nbytes=nbytes, on_commit=AfterCommit(self.settings, self._course))
+        after = AfterCommit(self.settings, self._course)
+        save = begin(ranks, request, self.settings, nbytes=image.nbytes, problem=problem, on_commit=after)
         if save.begun:
-            with pending.staging(ranks, save, synchronous=not self.settings.async_save):
+            with pending.staging(ranks, save, synchronous=not self.settings.async_save, first=not self._has_staged):
                 part = save.add_cluster(_CLUSTER, {"framework": "none"})
-                image, unsafe = self._layouts.lay_out(file, state, Path(file).stem, lambda storage: unchanged)
                 trust.warn_unloadable(path / file, unsafe, self._warned)
                 late = unchanged != Lifetime.UNTIL_SAVE_RETURNS and self.settings.staging.overlap
                 part.stage(save.attempt.checkpoint_dir / file, image, overlap=late)
+            self._has_staged = True
         elif not self.settings.async_save:
             pending.wait_on_all_ranks(ranks, save, uploaded=True)
         return save

@@ -47,13 +47,14 @@ from roll_ckpt.formats.torch_zip.sources import (
     span_of,
     tensor_names,
 )
+from roll_ckpt.formats.torch_zip.unsavable import named
 from roll_ckpt.native.image import Lifetime
 
 log = logging.getLogger("roll_ckpt")
 
 
 def lay_out(
-    state: object, archive: str, lifetime_of: LifetimeOf = lambda storage: False, *, at_least: int = 0
+    state: object, archive: str, lifetime_of: LifetimeOf = lambda storage: False, *, at_least: int = 0, root: str = ""
 ) -> FileImage:
     """Describe the file that holds `state`, without copying a tensor.
 
@@ -62,9 +63,17 @@ def lay_out(
     unchanged. A file shorter than `at_least` bytes gets zeros before its directory, where no reader looks.
 
     Raises:
-        SaveFailed: a tensor's memory was freed, or two tensors view the same memory as different dtypes.
+        SaveFailed: something in it cannot be pickled, a tensor's memory was freed, or two tensors view the same memory
+            as different dtypes. The message begins with `root` and the keys that lead there.
     """
-    return _lay_out_anew(state, skeleton_of(state), archive, lifetime_of, at_least=at_least)[1]
+    try:
+        return _lay_out_anew(state, skeleton_of(state), archive, lifetime_of, at_least=at_least)[1]
+    except Exception as problem:
+        raise named(state, problem, root, _attempt) from problem
+
+
+def _attempt(state: object) -> None:
+    _lay_out_anew(state, skeleton_of(state), "state", lambda storage: False)
 
 
 class Layouts:
@@ -80,7 +89,7 @@ class Layouts:
         self._kinds: dict[str, frozenset[Any]] = {}
 
     def lay_out(
-        self, name: str, state: object, archive: str, lifetime_of: LifetimeOf
+        self, name: str, state: object, archive: str, lifetime_of: LifetimeOf, root: str = ""
     ) -> tuple[FileImage, dict[str, Unloadable]]:
         """The file called `name`, as the function `lay_out` describes it, and the `unsafe_parts` of its state.
 
@@ -90,6 +99,17 @@ class Layouts:
         Raises:
             SaveFailed: as for the function `lay_out`.
         """
+        try:
+            skeleton, image = self._laid_out(name, state, archive, lifetime_of)
+        except Exception as problem:
+            raise named(state, problem, root, _attempt) from problem
+        unsafe: dict[str, Unloadable] = {}
+        if self._kinds.get(name) != skeleton.kinds:
+            self._kinds[name] = skeleton.kinds
+            unsafe = unsafe_parts(state, self._allow)
+        return image, unsafe
+
+    def _laid_out(self, name: str, state: object, archive: str, lifetime_of: LifetimeOf) -> tuple[Skeleton, FileImage]:
         layout = self._layouts.get(name)
         skeleton = skeleton_of(state, layout.skeleton.reserved if layout else MEMO_RESERVED)
         image = None
@@ -98,11 +118,7 @@ class Layouts:
         if layout is None or image is None:
             layout, image = _lay_out_anew(state, skeleton, archive, lifetime_of, room=len(skeleton.data) // 16 + 1024)
         self._layouts[name] = layout
-        unsafe: dict[str, Unloadable] = {}
-        if self._kinds.get(name) != skeleton.kinds:
-            self._kinds[name] = skeleton.kinds
-            unsafe = unsafe_parts(state, self._allow)
-        return image, unsafe
+        return skeleton, image
 
 
 @dataclass(frozen=True)
@@ -237,6 +253,7 @@ def _fragments(
     repeated = {row[0] for row in signature if len(row) == 1}
     locations = [location_of(storage) for storage in storages]
     used: list[tuple[int, Piece]] = []
+    empty: dict[tuple[Piece, torch.dtype], Piece] = {}
     fragments = []
     for place, (obj, row) in enumerate(zip(skeleton.marked, signature, strict=True)):
         if len(row) == 1:
@@ -245,6 +262,8 @@ def _fragments(
             continue
         number = row[0]
         piece = piece_at(pieces[number], span_of(obj)[0] if isinstance(obj, torch.Tensor) else 0)
+        if piece.start == piece.stop and piece.dtype not in (None, dtype := getattr(obj, "dtype", torch.uint8)):
+            piece = empty.setdefault((piece, dtype), Piece(piece.start, piece.stop))  # no bytes: one for each dtype
         if piece.key is None:
             piece.key = str(len(used))
             used.append((number, piece))

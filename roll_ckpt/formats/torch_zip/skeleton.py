@@ -11,11 +11,13 @@ import io
 import os
 import pickle
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
+
+from roll_ckpt.errors import SaveFailed
 
 Marked: TypeAlias = "torch.Tensor | torch.UntypedStorage | torch.storage.TypedStorage"
 _Tensor, _STRIDED = torch.Tensor, torch.strided  # module globals, because each save looks them up thousands of times
@@ -69,6 +71,15 @@ def skeleton_of(state: object, reserved: int = MEMO_RESERVED) -> Skeleton:
     return Skeleton(buffer.getvalue(), tuple(walker.marked), frozenset(walker.kinds), reserved, tuple(walker.wrapped))
 
 
+def walk(state: object, skipped: Callable[[object], bool]) -> Skeleton:
+    """What `skeleton_of` returns, but for objects that are `skipped`: a mark that stands for nothing replaces them."""
+    buffer = io.BytesIO()
+    walker = _Skipping(buffer)
+    walker.skipped = skipped
+    walker.dump(state)
+    return Skeleton(buffer.getvalue(), tuple(walker.marked), frozenset(walker.kinds), 0)
+
+
 def splice(data: bytes, fragments: Sequence[bytes]) -> bytes:
     """The pickle `data` of a skeleton, with `fragments` in the places of its marks."""
     parts = data.split(_MARK_OPCODES)
@@ -101,9 +112,22 @@ class _Walker(pickle.Pickler):
         return None
 
 
+class _Skipping(_Walker):
+    skipped: Callable[[object], bool]
+
+    def persistent_id(self, obj: object) -> Any:
+        return _MARK if self.skipped(obj) else super().persistent_id(obj)
+
+
 _GET, _LONG_GET, _PUT, _LONG_PUT = b"h", b"j", b"q", b"r"
 _NEW_DTYPES = frozenset(torch.storage._new_dtypes())
 _STORAGE_NAMES: dict[torch.dtype, str] = dict(torch.storage._dtype_to_storage_type_map())
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """SaveFailed if no file of `torch.save` can hold tensors of `dtype`: it has no name for their storage."""
+    if dtype not in _NEW_DTYPES and dtype not in _STORAGE_NAMES:
+        raise SaveFailed(f"a tensor of {dtype} cannot be saved, by torch.save neither; save `tensor.view(torch.uint8)`")
 
 
 class MemoFull(Exception):
@@ -143,6 +167,7 @@ class Fragments:
         """The persistent id of a tensor's storage of `nbytes` bytes."""
         if dtype in _NEW_DTYPES:
             return self.storage("torch.storage", "UntypedStorage", key, location, nbytes)
+        check_dtype(dtype)
         return self.storage("torch", _STORAGE_NAMES[dtype], key, location, nbytes // dtype.itemsize)
 
     def storage(self, module: str, kind: str, key: str, location: str, numel: int) -> bytes:

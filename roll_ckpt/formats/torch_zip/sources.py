@@ -15,7 +15,7 @@ import torch
 
 from roll_ckpt.errors import SaveFailed
 from roll_ckpt.formats.image import Memory
-from roll_ckpt.formats.torch_zip.skeleton import NO_TENSORS, Marked
+from roll_ckpt.formats.torch_zip.skeleton import NO_TENSORS, Marked, skeleton_of
 from roll_ckpt.native.image import Lifetime
 
 LifetimeOf = Callable[[torch.UntypedStorage], Lifetime | bool]
@@ -160,6 +160,32 @@ def is_indexed(tensor: torch.Tensor) -> bool:
         or tensor.is_neg()
         or tensor.is_nested
     )
+
+
+def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    """About how many bytes `torch.save` writes for `tensors` of any kind; raises for none. No collective."""
+    known: dict[int, int] = {}
+    others = 0
+    for tensor in tensors:
+        try:
+            address, nbytes = tensor.data_ptr(), tensor.nbytes
+            usual = address != 0 and tensor.is_contiguous()
+        except Exception:  # a sparse tensor has no memory of its own, and a subclass may raise anything
+            usual = False
+        if usual:
+            known[address] = max(nbytes, known.get(address, 0))
+        else:
+            others += _pickled_bytes(tensor)
+    return sum(known.values()) + others
+
+
+def _pickled_bytes(value: object) -> int:
+    try:
+        marked = skeleton_of(value).marked
+    except Exception:  # it cannot be saved, which whoever lays it out will say
+        return 0
+    spans = (span_of(obj) if isinstance(obj, torch.Tensor) else (0, obj.nbytes()) for obj in marked)
+    return sum(stop - start for start, stop in spans)
 
 
 def _identity(tensor: torch.Tensor) -> int:
