@@ -11,7 +11,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.hybrid_engine import DeepSpeedHybridEngine
 from deepspeed.runtime.zero.config import ZeroStageEnum
 
-_OFFLOAD_BUFFER = "_offload_buffer"
+OFFLOAD_BUFFER = "_offload_buffer"
 
 
 def base_optimizer(engine: DeepSpeedEngine) -> Any:
@@ -29,7 +29,7 @@ def _optimizer_tensors(engine: DeepSpeedEngine, *, offload_buffers: bool = True)
         yield from (parameter.data for parameter in group["params"])
     for state in base.state.values():
         for key, value in state.items():
-            if isinstance(value, torch.Tensor) and (offload_buffers or not key.endswith(_OFFLOAD_BUFFER)):
+            if isinstance(value, torch.Tensor) and (offload_buffers or not key.endswith(OFFLOAD_BUFFER)):
                 yield value
     # ZeRO-3 keeps its flat partitions in the base optimizer only during a step.
     yield from getattr(engine.optimizer, "fp32_partitioned_groups_flat", ())
