@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from roll_ckpt.backends.deepspeed.mismatch import (
 from roll_ckpt.backends.deepspeed.saved import Files, SavedEngine
 from roll_ckpt.backends.deepspeed.sources import Indexed, Sharded, Whole, indexed
 from roll_ckpt.backends.deepspeed.weights import Weights
-from roll_ckpt.errors import ModelMismatch
+from roll_ckpt.errors import Damaged, ModelMismatch, Unreadable
 from roll_ckpt.load.checkpoint import OpenedCheckpoint, as_unreadable
 from roll_ckpt.load.compare import compare_models
 from roll_ckpt.load.reader import Reader
@@ -53,8 +53,7 @@ def prepare(checkpoint_engine: RollCheckpointEngine, reader: Reader, directory: 
 
     def look() -> None:
         look_at = _Look(checkpoint_engine, reader, directory, call)
-        with as_unreadable(directory):
-            found.append(look_at.foreign() if opened is None else look_at.ours(opened))
+        found.append(look_at.foreign() if opened is None else look_at.ours(opened))
 
     ranks.run_on_all_ranks(look, checkpoint_engine.settings.commit_timeout_s if opened is not None else LONGEST_S)
     if opened is not None and checkpoint_engine.verified != opened.directory:
@@ -69,10 +68,20 @@ class _Look:
         self._checkpoint_engine = checkpoint_engine
         self._engine: DeepSpeedEngine = checkpoint_engine.engine
         self._ranks = checkpoint_engine.ranks
-        self._load = partial(reader.load, map_location="cpu")
+        self._reader = reader
         self._directory = directory
         self._call = call
         self._resuming = is_resuming(call)
+
+    def _load(self, path: Path) -> Any:
+        try:
+            with as_unreadable(path):
+                return self._reader.load(path, "cpu")
+        except Unreadable as problem:
+            if isinstance(problem.__cause__, OSError) and problem.__cause__.errno == errno.EINVAL:
+                # torch.load looks for the end of a file that was cut off in front of its beginning.
+                raise Damaged(f"{path}: cannot be read: it is truncated, or not a torch file") from problem
+            raise
 
     def ours(self, opened: OpenedCheckpoint) -> Weights | None:
         """Of a checkpoint of ours, by its manifest and its tensor index."""

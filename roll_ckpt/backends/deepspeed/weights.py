@@ -71,7 +71,7 @@ class Weights:
         engine, source = self._engine, self._source(load)
         if custom_load_fn is not None:
             src: dict[str, Any] = {}
-            self._ranks.run_on_all_ranks(lambda: src.update(self._whole(source)), LONGEST_S)
+            self._ranks.run_on_all_ranks(lambda: src.update(self._whole(source, load)), LONGEST_S)
             fetch = engine.zero_optimization_partition_weights()
             stock(engine, checkpoint={"module": src}, custom_load_fn=custom_load_fn, fetch_z3_params=fetch)
             return
@@ -98,7 +98,7 @@ class Weights:
                 f"{', '.join(apart[:10])}. Load it with load_module_strict=False to keep what is there"
             )
 
-    def _whole(self, source: Source) -> dict[str, Any]:
+    def _whole(self, source: Source, load: Load) -> dict[str, Any]:
         """The whole state dict on the CPU, its weights in fp32."""
         shapes = {name: torch.Size(told["shape"]) for name, told in source.shapes().items()}
         found = {name: value for name, value in self.state["module"].items() if name not in shapes}
@@ -106,7 +106,8 @@ class Weights:
         for name, at, values in source.fragments({name: (0, shape.numel()) for name, shape in shapes.items()}):
             weights[name][at : at + values.numel()].copy_(values)
         found |= {name: flat.view(shapes[name]) for name, flat in weights.items()}
-        shared: Mapping[str, str] = self.state.get("shared_params") or {}
+        rank0 = load(self.files.model(0, self._engine.checkpoint_mp_rank)) if self.files.partitioned else self.state
+        shared: Mapping[str, str] = rank0.get("shared_params") or {}  # only rank 0 looks for tied parameters
         return found | {name: found[other] for name, other in shared.items() if other in found}
 
 
