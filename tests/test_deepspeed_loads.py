@@ -109,7 +109,7 @@ def test_another_optimizer_is_refused_before_anything_changes(
     for found in two_ranks.call(f"{CASES}:other_optimizers", str(tmp_path), pairs + alike, stage, by):
         for refusal in found[: len(pairs)]:
             assert refusal["told"].startswith("ModelMismatch") and refusal["unchanged"], refusal
-            assert "optimizer was another one" in refusal["told"]
+            assert "its optimizer was" in refusal["told"] and "this engine's is" in refusal["told"]
         for allowed in found[len(pairs) :]:
             assert allowed["told"] == "nothing was raised" and allowed["steps"] == 2, allowed
 

@@ -109,17 +109,14 @@ def _optimizer(saved: SavedEngine, live: SavedEngine) -> str:
     alike = saved.state_keys == live.state_keys if kept_by_both else saved.settings == live.settings
     if alike:
         return ""
-    name = f"{saved.optimizer}, " if saved.optimizer else ""
-    return (
-        f"its optimizer was another one ({name}which keeps {_spell(saved)}) than this engine's {live.optimizer}, which "
-        f"keeps {_spell(live)}"
-    )
+    name = saved.optimizer or "another one"
+    return f"its optimizer was {name}, which {_spell(saved)}; this engine's is {live.optimizer}, which {_spell(live)}"
 
 
 def _spell(engine: SavedEngine) -> str:
     if engine.state_keys:
-        return ", ".join(sorted(engine.state_keys))
-    return f"no state, and has the settings {', '.join(sorted(engine.settings)) or 'of none that is known'}"
+        return f"keeps {', '.join(sorted(engine.state_keys))}"
+    return f"keeps nothing yet (its settings: {', '.join(sorted(engine.settings)) or 'none that is known'})"
 
 
 def check_tag_exists(load_dir: Path, tag: str) -> None:

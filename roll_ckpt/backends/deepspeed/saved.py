@@ -86,11 +86,19 @@ class Files:
         return any(name.startswith("zero_pp_rank_") and name.endswith(MODEL_STATES) for name in self.names)
 
     def model(self, rank: int, mp_rank: int) -> Path:
-        """Model states for data parallel rank `rank`; under ZeRO-3 those of rank 0 if there were fewer ranks."""
-        if not self.partitioned:
-            return self.directory / f"mp_rank_{mp_rank:02d}_{MODEL_STATES}"
-        own = f"zero_pp_rank_{rank}_mp_rank_{mp_rank:02d}_{MODEL_STATES}"
-        return self.directory / (own if own in self.names else f"zero_pp_rank_0_mp_rank_{mp_rank:02d}_{MODEL_STATES}")
+        """Model states for data parallel rank `rank`: under ZeRO-3 those of rank 0 if there were fewer ranks, and those
+        of the first stage if a pipeline had fewer stages.
+
+        Raises:
+            Damaged: there is no such file.
+        """
+        wanted = [f"mp_rank_{part:02d}_{MODEL_STATES}" for part in (mp_rank, 0)]
+        if self.partitioned:
+            wanted = [f"zero_pp_rank_{owner}_mp_rank_{mp_rank:02d}_{MODEL_STATES}" for owner in (rank, 0)]
+        for name in wanted:
+            if name in self.names:
+                return self.directory / name
+        raise Damaged(f"{self.directory}: the model states are missing ({wanted[0]})")
 
     def optimizer(self, rank: int, mp_rank: int) -> Path | None:
         """The optimizer's states of data parallel rank `rank` under ZeRO; None if there is no such file."""

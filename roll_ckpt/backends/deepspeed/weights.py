@@ -7,7 +7,6 @@ running what the pickles say. With `load_module_only=True` it loads nothing and 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -25,8 +24,6 @@ from roll_ckpt.backends.deepspeed.sources import Indexed, Sharded, Source, Whole
 from roll_ckpt.errors import ModelMismatch
 from roll_ckpt.load.compare import compare_models
 from roll_ckpt.ranks.group import LONGEST_S, RankGroup
-
-log = logging.getLogger("roll_ckpt")
 
 
 class Weights:
