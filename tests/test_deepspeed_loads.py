@@ -100,7 +100,7 @@ def test_another_zero_stage_is_refused_before_anything_changes(
             assert "load_optimizer_states=False" in refusal["told"] and refusal["steps"] == 1
 
 
-@pytest.mark.parametrize(("by", "stage"), [("ours", 2), ("ours", 0), ("stock", 3)])
+@pytest.mark.parametrize(("by", "stage"), [("ours", 2), pytest.param("ours", 0, marks=pytest.mark.long), ("stock", 3)])
 def test_another_optimizer_is_refused_before_anything_changes(
     two_ranks: World, tmp_path: Path, by: str, stage: int
 ) -> None:
@@ -114,7 +114,7 @@ def test_another_optimizer_is_refused_before_anything_changes(
             assert allowed["told"] == "nothing was raised" and allowed["steps"] == 2, allowed
 
 
-@pytest.mark.parametrize("by", ["ours", "stock"])
+@pytest.mark.parametrize("by", ["ours", pytest.param("stock", marks=pytest.mark.long)])
 def test_another_precision_is_refused_before_anything_changes(two_ranks: World, tmp_path: Path, by: str) -> None:
     for found in two_ranks.call(f"{CASES}:other_precisions", str(tmp_path), by):
         for refusal in found:
@@ -140,7 +140,7 @@ def test_what_is_no_checkpoint_of_deepspeed_is_named(two_ranks: World, tmp_path:
         assert all(refusal["unchanged"] for refusal in found.values())
 
 
-@pytest.mark.parametrize(("stage", "how"), [(2, {}), (3, {}), (3, NO_OPTIMIZER)])
+@pytest.mark.parametrize(("stage", "how"), [(2, {}), (3, NO_OPTIMIZER)])
 def test_damage_that_one_rank_finds_stops_all_before_anything_changes(
     two_ranks: World, tmp_path: Path, stage: int, how: dict[str, Any]
 ) -> None:
