@@ -182,7 +182,7 @@ class HubUnavailable(RollCkptError, ConnectionError):
 
 
 class ModelMismatch(RollCkptError, ValueError):
-    """The checkpoint holds a model with other parameter names or shapes, or of another framework.
+    """The checkpoint holds a model with other parameter names or shapes, of another framework, or another optimizer.
 
     The message lists the differences. Nothing was loaded; the disk is unchanged.
     """

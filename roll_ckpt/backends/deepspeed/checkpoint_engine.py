@@ -8,9 +8,10 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from roll_ckpt import names
 from roll_ckpt.backends.deepspeed.facts import describe
 from roll_ckpt.backends.deepspeed.index import EngineIndex
 from roll_ckpt.backends.deepspeed.tensors import live_tensors, offloaded_storages, overlappable_storages
+from roll_ckpt.backends.deepspeed.weights import Weights, loading
 from roll_ckpt.config import Settings
 from roll_ckpt.disk import writes
 from roll_ckpt.formats.tensor_index.writer import Indexer
@@ -65,6 +67,8 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
         self._overlappable: frozenset[int] = frozenset()
         self._borrowed: frozenset[int] = frozenset()
         self._reader: Reader | None = None
+        self.weights: Weights | None = None
+        """The weights-only load that is under way, where DeepSpeed cannot do it by itself."""
         self.saves: list[Save] = []
         """Saves that may still read this engine's tensors, or whose failure has not been raised yet."""
         self.has_staged = False
@@ -119,7 +123,10 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
             Damaged: a block differs from its digest, or a safe load refuses the file.
         """
         if self._reader is not None:
-            return self._reader.load(Path(path), map_location)
+            state = self._reader.load(Path(path), map_location)
+            if self.weights is not None:
+                self.weights.state = state
+            return state
         with open_reader(Path(path).parent, self.settings, ALLOWED_GLOBALS) as reader:
             return reader.load(Path(path), map_location)
 
@@ -187,13 +194,30 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
             self._overlappable = self._borrowed = frozenset()
 
     @contextmanager
-    def reading(self, reader: Reader) -> Iterator[None]:
-        """Inside the block, the files that DeepSpeed loads come from `reader`."""
-        self._reader = reader
+    def reading(self, reader: Reader, weights: Weights | None) -> Iterator[None]:
+        """Inside the block, the files that DeepSpeed loads come from `reader`, and the weights from `weights`."""
+        self._reader, self.weights = reader, weights
         try:
-            yield
+            with loading(weights):
+                yield
         finally:
-            self._reader = None
+            self._reader = self.weights = None
+
+    def warn_universal(self, load_dir: str) -> None:
+        """Warn once that universal checkpoints are not verified: DeepSpeed reads them past its checkpoint engine."""
+        if "load_universal" not in self._warned:
+            self._warned.add("load_universal")
+            log.warning(
+                "%s: a universal checkpoint (load_universal) is loaded by DeepSpeed itself; its contents are not "
+                "verified, and its pickles may run code. Load only what you trust",
+                load_dir,
+            )
+
+    def load_weights(self, stock: Callable[..., Any], strict: bool, custom_load_fn: Callable[..., Any] | None) -> None:
+        """In place of DeepSpeed's `load_module_state_dict`, which is `stock`; see `Weights.load_module`."""
+        assert self.weights is not None and self._reader is not None
+        load = partial(self._reader.load, map_location="cpu")
+        self.weights.load_module(stock, load, strict=strict, custom_load_fn=custom_load_fn)
 
     @contextmanager
     def no_raise(self, cluster_save: ClusterSave | None = None) -> Iterator[None]:

@@ -13,9 +13,10 @@ from roll_ckpt.backends.backend import ClusterOptions
 from roll_ckpt.backends.deepspeed.facts import FRAMEWORK, SECTION, section_of
 from roll_ckpt.backends.deepspeed.index import MODEL_ONLY_FILE, parameters_of
 from roll_ckpt.backends.deepspeed.install import attach, stock
-from roll_ckpt.backends.deepspeed.load import check_world_size
+from roll_ckpt.backends.deepspeed.mismatch import check_model_parallel, check_resuming, check_world_size
 from roll_ckpt.backends.deepspeed.refusals import refuse_parts
 from roll_ckpt.backends.deepspeed.save import check_client_state, run_stock
+from roll_ckpt.backends.deepspeed.saved import of_facts
 from roll_ckpt.backends.deepspeed.tensors import estimate_bytes
 from roll_ckpt.config import Settings
 from roll_ckpt.disk import tree
@@ -104,7 +105,10 @@ class DeepSpeedCluster:
             cluster_save.fail(problem)
 
     def check(self, opened: OpenedCheckpoint, where: str) -> None:
-        check_world_size(opened.manifest.clusters[self._cluster], self.ranks.size, where)
+        engine_saved = of_facts(opened.manifest.clusters[self._cluster])
+        check_world_size(engine_saved.world_size, self.ranks.size, where)
+        check_model_parallel(engine_saved, self._engine, where)
+        check_resuming(engine_saved, self._engine, where)
         saved = opened.parameters(self._cluster, self.ranks.rank)
         compare_models(saved, parameters_of(self._engine), where)
 

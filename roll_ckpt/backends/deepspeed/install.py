@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import deepspeed
+from deepspeed.runtime import engine as engine_module
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -33,6 +34,7 @@ from roll_ckpt.backends.deepspeed.refusals import (
 )
 from roll_ckpt.backends.deepspeed.save import save_16bit_model, save_checkpoint
 from roll_ckpt.backends.deepspeed.tensors import stepped_tensors, storages_of
+from roll_ckpt.backends.deepspeed.weights import state_dict_of_zero_checkpoint
 from roll_ckpt.config import Settings
 from roll_ckpt.errors import UnsupportedError
 from roll_ckpt.save import pending
@@ -113,6 +115,8 @@ def install() -> None:
         setattr(DeepSpeedEngine, name, _wrapped(getattr(DeepSpeedEngine, name), replacement))
     for optimizer in (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3):  # some trainers call it there
         optimizer.offload_states = _wrapped(optimizer.offload_states, _offload_optimizer)
+    function = engine_module.get_fp32_state_dict_from_zero_checkpoint
+    engine_module.get_fp32_state_dict_from_zero_checkpoint = _wrapped(function, state_dict_of_zero_checkpoint)
     for name in _SETTERS:
         for module in (deepspeed.utils, tensor_fragment):
             if hasattr(module, name):
@@ -168,6 +172,24 @@ def _forget_secondary_partitions(engine: DeepSpeedEngine) -> None:
             parameter.ds_secondary_tensor = None
 
 
+def _get_all_ckpt_names(original: Method, engine: DeepSpeedEngine, *args: Any, **kwargs: Any) -> Any:
+    checkpoint_engine = attached(engine)
+    if checkpoint_engine is None or checkpoint_engine.weights is None:
+        return original(engine, *args, **kwargs)
+    return checkpoint_engine.weights.model_files()
+
+
+def _load_module_state_dict(original: Method, engine: DeepSpeedEngine, *args: Any, **kwargs: Any) -> Any:
+    checkpoint_engine = attached(engine)
+    if checkpoint_engine is not None:
+        checkpoint_engine.fence()
+        if checkpoint_engine.weights is not None:
+            call = inspect.signature(original).bind(engine, *args, **kwargs)
+            call.apply_defaults()
+            return checkpoint_engine.load_weights(original, call.arguments["strict"], call.arguments["custom_load_fn"])
+    return original(engine, *args, **kwargs)
+
+
 def _save_16bit_model(original: Method, engine: DeepSpeedEngine, *args: Any, **kwargs: Any) -> Any:
     checkpoint_engine = attached(engine)
     if checkpoint_engine is None:
@@ -220,7 +242,8 @@ _ENGINE_METHODS: dict[str, Method] = {
     "reload_states": _reload_states,
     # ZeRO-3 offloads into the same host buffers each time. At lower stages, waiting keeps the host at one copy.
     "offload_states": _fence_first,
-    "load_module_state_dict": _fence_first,
+    "load_module_state_dict": _load_module_state_dict,
+    "_get_all_ckpt_names": _get_all_ckpt_names,
     "destroy": _fence_first,
 }
 _SETTERS = (

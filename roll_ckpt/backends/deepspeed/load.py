@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from deepspeed.runtime.engine import DeepSpeedEngine
+
 from roll_ckpt import names
 from roll_ckpt.backends.deepspeed.checkpoint_engine import ALLOWED_GLOBALS, RollCheckpointEngine
-from roll_ckpt.backends.deepspeed.index import parameters_of
+from roll_ckpt.backends.deepspeed.mismatch import check_tag_exists
+from roll_ckpt.backends.deepspeed.preparing import is_resuming, prepare
+from roll_ckpt.backends.deepspeed.weights import Weights
 from roll_ckpt.disk import reads, tree
 from roll_ckpt.disk.retry import ReadRetries
-from roll_ckpt.errors import ConfigError, Damaged, RanksDisagree, Unreadable, UnsupportedError
-from roll_ckpt.load.checkpoint import OpenedCheckpoint, as_unreadable
-from roll_ckpt.load.compare import compare_models
+from roll_ckpt.errors import ConfigError, Damaged, RanksDisagree, Unreadable
+from roll_ckpt.load.checkpoint import as_unreadable
 from roll_ckpt.load.newest import newest_sound
 from roll_ckpt.load.reader import Reader
-from roll_ckpt.load.together import check_bytes, open_together
+from roll_ckpt.load.together import open_together
 from roll_ckpt.save import pending
 from roll_ckpt.transaction import listing
 
@@ -41,31 +44,38 @@ def load_checkpoint(
     tag that `latest` names, or else the newest. Damaged ones are logged and passed over, down to the newest sound one.
 
     Raises, on every rank and with nothing loaded:
+        NotFound: the given tag is not there, or holds no DeepSpeed checkpoint.
         Damaged: the given tag is damaged, or without a tag all are.
         Unreadable: the disk does not tell whether a checkpoint is sound; no older one is taken in its place.
         RanksDisagree: the ranks ask for different tags, or see different checkpoints.
-        ModelMismatch: the checkpoint holds another model.
+        ModelMismatch: the checkpoint holds another model or optimizer, or is none of DeepSpeed's.
         UnsupportedError: another number of ranks saved the optimizer.
+
+    Without the optimizer (`load_optimizer_states=False` or `load_module_only=True`) it loads the weights at any ZeRO
+    stage and number of ranks, from the files that were verified; the next step trains from them.
     """
     load_dir = checkpoint_engine.expanded(load_dir)
     checkpoint_engine.fence()
     pending.wait_pending()
     engine, ranks = checkpoint_engine.engine, checkpoint_engine.ranks
     if engine.load_universal_checkpoint():
+        checkpoint_engine.warn_universal(load_dir)
         return stock(engine, load_dir, tag, *args, **kwargs)
+    call = inspect.signature(stock).bind(engine, load_dir, tag, *args, **kwargs)
+    call.apply_defaults()
+    weights: dict[str, Weights | None] = {}
+    directory = Path(load_dir).absolute()
 
     def open_verified(stack: ExitStack, checkpoint_dir: Path) -> Reader:
-        name = str(checkpoint_dir.relative_to(load_dir))
-        call = inspect.signature(stock).bind(engine, load_dir, name, *args, **kwargs)
-        call.apply_defaults()
         reader = stack.enter_context(open_together(ranks, checkpoint_dir, checkpoint_engine.settings, ALLOWED_GLOBALS))
-        if reader.checkpoint is not None:
-            _check_together(checkpoint_engine, reader.checkpoint, checkpoint_dir, call.arguments)
-            reader.cached = True
+        name = str(checkpoint_dir.relative_to(directory))
+        weights[name] = prepare(checkpoint_engine, reader, checkpoint_dir, call.arguments)
+        reader.cached = reader.checkpoint is not None
         return reader
 
-    directory = Path(load_dir).absolute()
     tags = _agree_on_tags(checkpoint_engine, directory, None if tag is None else str(tag))
+    if not tags:
+        _refuse_missing(checkpoint_engine, directory, None if tag is None else str(tag))
     with ExitStack() as stack:
         if tag is not None and tags:
             opened: tuple[str, Reader] | None = tags[0], open_verified(stack, directory / tags[0])
@@ -74,18 +84,41 @@ def load_checkpoint(
         if opened is None:
             return stock(engine, load_dir, tag, *args, **kwargs)
         name, reader = opened
-        with checkpoint_engine.reading(reader):
+        with checkpoint_engine.reading(reader, weights[name]):
             loaded = stock(engine, load_dir, name, *args, **kwargs)
-        if reader.checkpoint is not None and _resumes(stock, engine, load_dir, name, *args, **kwargs):
-            checkpoint_engine.course.resumed(reader.checkpoint.manifest)
+        if is_resuming(call.arguments):
+            checkpoint_engine.course.resumed(None if reader.checkpoint is None else reader.checkpoint.manifest)
+        elif not engine.zero_optimization():
+            _refresh_masters(engine)
         return loaded
 
 
-def _resumes(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
-    """Whether a call of `stock` with these arguments restores the optimizer, so that training goes on from there."""
-    call = inspect.signature(stock).bind(*args, **kwargs)
-    call.apply_defaults()
-    return bool(call.arguments["load_optimizer_states"] and not call.arguments["load_module_only"])
+def _refresh_masters(engine: DeepSpeedEngine) -> None:
+    """Copy 16-bit weights into the optimizer's fp32 copies, as DeepSpeed does after a weights-only load under ZeRO.
+
+    Without ZeRO it forgets that for `load_optimizer_states=False`: the next step would bring the old weights back.
+    """
+    if hasattr(engine.optimizer, "refresh_fp32_params"):
+        engine.optimizer.refresh_fp32_params()
+
+
+def _refuse_missing(checkpoint_engine: RollCheckpointEngine, load_dir: Path, tag: str | None) -> None:
+    """Refuse, on every rank, a tag that is not there, whether it was asked for or `latest` names it.
+
+    Does nothing if no tag was asked for and there is no `latest`: then there is nothing to load yet.
+    """
+
+    def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
+        named = tag
+        if named is None:
+            with as_unreadable(load_dir):
+                latest = ReadRetries().run(partial(reads.read_text_or_none, load_dir / names.LATEST))
+            named = None if latest is None else latest.strip()
+        if named is not None:
+            check_tag_exists(load_dir, named)
+        return {}
+
+    checkpoint_engine.ranks.decide_on_rank0({}, decide, checkpoint_engine.settings.commit_timeout_s)
 
 
 def _agree_on_tags(checkpoint_engine: RollCheckpointEngine, load_dir: Path, tag: str | None) -> list[str]:
@@ -106,44 +139,6 @@ def _agree_on_tags(checkpoint_engine: RollCheckpointEngine, load_dir: Path, tag:
 
     tags: list[str] = ranks.decide_on_rank0({"tag": tag}, decide, settings.commit_timeout_s)["tags"]
     return tags
-
-
-def _check_together(
-    checkpoint_engine: RollCheckpointEngine, opened: OpenedCheckpoint, directory: Path, call: Mapping[str, Any]
-) -> None:
-    """Refuse, on every rank, another model, optimizer partitions of another number of ranks, and damaged files.
-
-    `call` holds the arguments of DeepSpeed's `load_checkpoint` by name.
-    """
-    engine, ranks = checkpoint_engine.engine, checkpoint_engine.ranks
-    clusters, load_dir = opened.manifest.clusters, Path(call["load_dir"])
-    choices = (load_dir.resolve().name, checkpoint_engine.cluster, next(iter(clusters)))
-    cluster = next(name for name in choices if name in clusters)
-
-    def check() -> None:
-        resuming = call["load_optimizer_states"] and not call["load_module_only"]
-        if resuming and engine.zero_optimization():
-            check_world_size(clusters[cluster], ranks.size, str(directory))
-        if call["custom_load_fn"] is None:
-            saved = opened.parameters(cluster, ranks.rank)
-            compare_models(saved, parameters_of(engine), str(directory), strict=call["load_module_strict"])
-
-    ranks.run_on_all_ranks(check, checkpoint_engine.settings.commit_timeout_s)
-    if checkpoint_engine.verified != opened.directory:
-        check_bytes(ranks, opened.directory)
-
-
-def check_world_size(facts: Mapping[str, Any], world_size: int, where: str) -> None:
-    """Refuse to resume on another number of ranks than saved. `facts` are the cluster's, from the manifest.
-
-    Raises:
-        UnsupportedError: names both numbers. Nothing was loaded.
-    """
-    if facts["world_size"] != world_size:
-        raise UnsupportedError(
-            f"{where} was saved by {facts['world_size']} ranks and this job has {world_size}; this version resumes on "
-            "the same number of ranks only. Start that many, or convert it with DeepSpeed's ds_to_universal"
-        )
 
 
 def tags_to_load(load_dir: Path, cluster: str) -> list[str]:

@@ -14,8 +14,8 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from roll_ckpt.formats.torch_zip.sources import bytes_of
 from roll_ckpt.save import hooks
 
-_OFFLOAD_BUFFER = "_offload_buffer"
-hooks.not_stepped.add(_OFFLOAD_BUFFER)
+OFFLOAD_BUFFER = "_offload_buffer"
+hooks.not_stepped.add(OFFLOAD_BUFFER)
 
 
 def base_optimizer(engine: DeepSpeedEngine) -> Any:
@@ -33,7 +33,7 @@ def _optimizer_tensors(engine: DeepSpeedEngine, *, offload_buffers: bool = True)
         yield from (parameter.data for parameter in group["params"])
     for state in base.state.values():
         for key, value in state.items():
-            if isinstance(value, torch.Tensor) and (offload_buffers or not key.endswith(_OFFLOAD_BUFFER)):
+            if isinstance(value, torch.Tensor) and (offload_buffers or not key.endswith(OFFLOAD_BUFFER)):
                 yield value
     # ZeRO-3 keeps its flat partitions in the base optimizer only during a step.
     yield from getattr(engine.optimizer, "fp32_partitioned_groups_flat", ())
