@@ -10,7 +10,7 @@ import pytest
 from pairs import Pair, outcome
 
 from roll_ckpt.errors import ConfigError, Damaged, NoRoom, RanksDisagree, RollCkptError, RunIsLive, SaveFailed
-from roll_ckpt.ranks import group
+from roll_ckpt.ranks import rendezvous
 from roll_ckpt.ranks.group import RankGroup
 
 
@@ -79,7 +79,7 @@ def test_a_rank_that_does_not_come_is_named(pair: Pair) -> None:
 
 
 def test_a_rank_without_an_answer_says_so(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(group, "_SLACK_S", 0.1)
+    monkeypatch.setattr(rendezvous, "SLACK_S", 0.1)
 
     def work(ranks: RankGroup) -> Any:
         return ranks.decide_on_rank0({}, collect, 0.3) if ranks.rank == 1 else "stayed away"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 
 from roll_ckpt import names
 from roll_ckpt.config import PipelineConfig
-from roll_ckpt.errors import ConfigError
+from roll_ckpt.errors import ConfigError, RollCkptError
 from roll_ckpt.load.reader import Reader
 from roll_ckpt.pipeline import candidates
 from roll_ckpt.pipeline.cluster import Cluster
@@ -21,7 +23,7 @@ from roll_ckpt.pipeline.state_files import StateFiles
 from roll_ckpt.pipeline.worker_state import Stateful, WorkerState
 from roll_ckpt.ranks import rng
 from roll_ckpt.ranks.group import RankGroup
-from roll_ckpt.save import arena, pending
+from roll_ckpt.save import arena, gate, pending
 from roll_ckpt.save.begin import Request, SaveEstimate, begin
 from roll_ckpt.save.cluster_save import ClusterSave
 from roll_ckpt.save.save import Save
@@ -49,6 +51,8 @@ class BasePipeline:
         self._state_files = StateFiles(config)
         self._group: RankGroup | None = None
         self._saves: list[Save] = []
+        self._unraised: RollCkptError | None = None
+        """A failure in the background that `fail_training` asks for; the next save raises it on every rank."""
         self._after_commit = AfterCommit(config)
         if config.checkpoint_config is not None:
             self._after_commit.send_to(config.checkpoint_config, config.output_dir)
@@ -149,8 +153,9 @@ class BasePipeline:
             RanksDisagree, RunIsLive, EpochLost: on every rank, before anything is written.
             NoRoom, SaveFailed: on every rank, if the first save of the run cannot begin. A later save raises them only
                 if the call waits for its outcome; else they are logged, and reported in `checkpoint/failed`. With
-                `fail_training: true` the next call, or the next optimizer step, raises them on the ranks that know.
-            Exception: what a framework raises while staging, on that rank. The save is then abandoned on every rank.
+                `fail_training: true` the next due save raises them on every rank, or before it the next optimizer step.
+            Exception: what a framework raises while staging, on that rank; the others then raise SaveFailed. The save
+                is abandoned on every rank.
 
         Whatever is raised, checkpoints that were committed before are sound.
         """
@@ -158,40 +163,70 @@ class BasePipeline:
         self.state.step = global_step
         if self.state.log_history:
             self.state.log_history[-1]["system/step"] = global_step
-        metrics: dict[str, Any] = {}
-        add_ended(metrics, self._saves, self._after_commit, fail_training=self.config.fail_training)
+        metrics = self._metrics_of_ended()
         if (global_step > 0 and global_step % self.config.save_steps == 0) or last:
-            metrics |= self._save(global_step, last)
+            with self._entered(f"save {names.checkpoint(global_step)} to"):
+                save = self._begin_and_stage(global_step, last, metrics)
+            if not save.begun:
+                self._report_not_begun(save, metrics, last)
+            elif self._waits(last):
+                pending.meet_after(self._ranks, save, partial(self._wait, save, metrics, last))
         if self.state.log_history:
             self.state.log_history[-1].update(metrics)
         return metrics
 
-    def _save(self, step: int, last: bool) -> dict[str, Any]:
-        began = time.monotonic()
-        upload = self.config.checkpoint_config
-        uploaded = last or (upload is not None and not upload.async_upload)
-        counted = self._ranks.rendezvous_count
-        save = self._begin(step, uploaded)
+    def _metrics_of_ended(self) -> dict[str, Any]:
         metrics: dict[str, Any] = {}
-        if not save.begun:
-            self._after_commit.awaited.discard(save.attempt.name)
-            self._saves.append(save)
-            if uploaded or not self._async_save:
-                save.wait()
-            add_ended(metrics, self._saves, self._after_commit, fail_training=self.config.fail_training)
-            return metrics
-        metrics, problem = stage_all(
-            save, self._clusters, self._stage_own_files, self._ranks, step=step, last=last, counted=counted
-        )
-        self._saves.append(save)
-        if uploaded or not self._async_save:
-            metrics[f"time/{next(iter(self._clusters))}/do_checkpoint/host_collectives"] += 1
-            pending.wait_on_all_ranks(self._ranks, save, uploaded=uploaded)
-            add_ended(metrics, self._saves, self._after_commit, fail_training=self.config.fail_training)
-        if problem is not None:
-            raise problem
-        metrics["time/do_checkpoint/total"] = time.monotonic() - began
+        failure = add_ended(metrics, self._saves, self._after_commit, fail_training=self.config.fail_training)
+        self._unraised = self._unraised or failure
         return metrics
+
+    def _raise_failure(self) -> None:
+        """Raise a failure of the background that `fail_training` asks for, where all ranks learn of it."""
+        failure, self._unraised = self._unraised, None
+        if failure is not None:
+            raise failure
+
+    def _entered(self, what: str) -> AbstractContextManager[None]:
+        return gate.entered(
+            self._ranks, f"{what} {os.path.abspath(self.config.output_dir)}", self.config.commit_timeout_s
+        )
+
+    def _waits(self, last: bool) -> bool:
+        return last or self._uploads_now or not self._async_save
+
+    def _wait(self, save: Save, metrics: dict[str, Any], last: bool) -> None:
+        try:
+            save.wait(uploaded=last or self._uploads_now)
+        finally:
+            metrics |= self._metrics_of_ended()
+        self._raise_failure()
+
+    def _report_not_begun(self, save: Save, metrics: dict[str, Any], last: bool) -> None:
+        self._after_commit.awaited.discard(save.attempt.name)
+        if self._waits(last) or self.config.fail_training:
+            save.wait()
+        metrics |= self._metrics_of_ended()
+
+    @property
+    def _uploads_now(self) -> bool:
+        upload = self.config.checkpoint_config
+        return upload is not None and not upload.async_upload
+
+    def _begin_and_stage(self, step: int, last: bool, metrics: dict[str, Any]) -> Save:
+        began, counted = time.monotonic(), self._ranks.rendezvous_count
+        save = self._begin(step, last or self._uploads_now)
+        self._saves.append(save)
+        if not save.begun:
+            return save
+        with pending.staging(self._ranks, save):
+            metrics |= stage_all(
+                save, self._clusters, self._stage_own_files, self._ranks, step=step, last=last, counted=counted
+            )
+        first = f"time/{next(iter(self._clusters))}/do_checkpoint/host_collectives"
+        metrics[first] += 2 if self._waits(last) else 1
+        metrics["time/do_checkpoint/total"] = time.monotonic() - began
+        return save
 
     def _stage_own_files(self, cluster_save: ClusterSave) -> None:
         self._state_files.stage(cluster_save, self._pipeline_dir, self._ranks.rank, self.state)
@@ -207,6 +242,7 @@ class BasePipeline:
         estimates: dict[str, SaveEstimate] = {}
         problem = None
         try:
+            self._raise_failure()
             estimates = {name: cluster.prepare(step) for name, cluster in self._clusters.items()}
         except Exception as error:  # `begin` raises it on every rank
             problem = f"{type(error).__name__}: {error}"
@@ -245,9 +281,10 @@ class BasePipeline:
             UnsupportedError: it was saved on another number of ranks.
             ModelMismatch: it holds another model, or one of another framework.
         """
-        listed = candidates.claim_and_list(self._ranks, self.config, self._own_clusters)
-        with candidates.open_chosen(self._ranks, self.config, listed) as chosen:
-            step = None if chosen is None else self._restore(*chosen)
+        with self._entered("resume from"):
+            listed = candidates.claim_and_list(self._ranks, self.config, self._own_clusters)
+            with candidates.open_chosen(self._ranks, self.config, listed) as chosen:
+                step = None if chosen is None else self._restore(*chosen)
         if self._ranks.rank == 0 and sends(self._own_clusters, self.config.expected_clusters):
             self._after_commit.catch_up(self.config.output_dir)
         return step

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from roll_ckpt import process
-from roll_ckpt.errors import RollCkptError, SaveFailed
-from roll_ckpt.ranks.group import LONGEST_S, RankGroup
+from roll_ckpt.errors import RanksDisagree, RollCkptError, SaveFailed
+from roll_ckpt.ranks.group import RankGroup
 from roll_ckpt.save.cluster_save import Changes
 from roll_ckpt.save.save import Save
 
@@ -88,7 +88,7 @@ def wait_pending(output_dir: Path | None = None, name: str | None = None) -> Non
         if output_dir is not None and attempt.output_dir.resolve() != output_dir.resolve():
             continue
         if name is None or attempt.name == name:
-            if not save.staged:
+            if save.staged_here:
                 raise SaveFailed(
                     f"{attempt.label}: it is being staged by this very call; do not save or load inside of it"
                 )
@@ -136,34 +136,53 @@ def wait_on_all_ranks(ranks: RankGroup, save: Save, *, uploaded: bool) -> None:
     Raises:
         SaveFailed, EpochLost: on every rank, if the save failed on any.
     """
-    ranks.run_on_all_ranks(lambda: save.wait(uploaded=uploaded), LONGEST_S)
+    meet_after(ranks, save, lambda: save.wait(uploaded=uploaded))
+
+
+def meet_after(ranks: RankGroup, save: Save, action: Callable[[], object]) -> None:
+    """Run `action`, which waits for `save` on this rank, and meet: what it raises on one rank is raised on all.
+
+    Every rank calls; blocks. Other saves may begin meanwhile. A rank that gives no sign of life for `commit_timeout_s`
+    seconds is given up.
+    """
+    timeout_s = save.settings.commit_timeout_s
+    ranks.run_on_all_ranks(action, timeout_s, working=True, key=str(save.attempt.directory))
 
 
 @contextmanager
-def staging(ranks: RankGroup, save: Save, *, synchronous: bool) -> Iterator[None]:
-    """`Save.staging`, then `wait_on_all_ranks` if `synchronous`: also if staging fails, for other ranks wait there.
+def staging(ranks: RankGroup, save: Save) -> Iterator[None]:
+    """`Save.staging`, and one rendezvous at its end, so that no rank goes on with a save that another one has given up.
 
-    Every rank calls. What staging raised on this rank is raised again; the other ranks get SaveFailed.
+    Every rank calls. What the block raises on this rank is raised again, and the other ranks raise SaveFailed: without
+    `async_save` when the save has been abandoned.
     """
+    problem: Exception | None = None
     try:
         with save.staging():
             yield
+    except Exception as error:
+        problem = error
+    try:
+        ranks.raise_together(problem, save.settings.commit_timeout_s)
+    except RanksDisagree:
+        raise  # the save goes on in the background
     except Exception:
-        if synchronous:
-            try:
-                wait_on_all_ranks(ranks, save, uploaded=False)
-            except RollCkptError as outcome:
-                log.debug("%s: abandoned on all ranks: %s", save.attempt.final, outcome)
+        save.reported = True
+        if not save.settings.async_save:
+            save.wait_settled()
         raise
-    if synchronous:
-        wait_on_all_ranks(ranks, save, uploaded=True)
 
 
 def in_background(action: Callable[[], None], name: str, exit_timeout_s: float) -> None:
     """Run `action` on a daemon thread; the interpreter's exit waits for it, at most `exit_timeout_s` seconds.
 
-    Does not block.
+    Does not block, unless no thread can be started, as at the interpreter's exit: then `action` runs at once.
     """
     thread = threading.Thread(target=action, name=f"roll_ckpt {name}", daemon=True)
-    process.part(PendingSaves).add_thread(thread, exit_timeout_s)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError as problem:
+        log.warning("%s: no thread can be started, so this blocks: %s", name, problem)
+        action()
+    else:
+        process.part(PendingSaves).add_thread(thread, exit_timeout_s)

@@ -54,6 +54,7 @@ class Save:
     """Phrases for the log line about what followed the commit: uploaded, pruned."""
     stood_still_s: float = 0.0
     """Seconds for which training has been blocked by this save so far, on this rank."""
+    _began_in: int = field(default_factory=threading.get_ident)
     _threaded: bool = False
     _staged: threading.Event = field(default_factory=threading.Event)
     _settled: threading.Event = field(default_factory=threading.Event)
@@ -115,6 +116,11 @@ class Save:
     def staged(self) -> bool:
         """Whether `staging()` has ended; from then on the save proceeds in the background."""
         return self._staged.is_set()
+
+    @property
+    def staged_here(self) -> bool:
+        """Whether the calling thread has begun this save, and its staging has not ended."""
+        return not self.staged and self._began_in == threading.get_ident()
 
     @property
     def settled(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -21,7 +22,7 @@ from roll_ckpt.load.compare import compare_models
 from roll_ckpt.load.newest import newest_sound
 from roll_ckpt.load.reader import Reader
 from roll_ckpt.load.together import check_bytes, open_together
-from roll_ckpt.save import claims, pending
+from roll_ckpt.save import claims, gate, pending
 from roll_ckpt.transaction import listing
 
 log = logging.getLogger("roll_ckpt")
@@ -47,6 +48,22 @@ def load_checkpoint(
         ModelMismatch: the checkpoint holds another model.
         UnsupportedError: another number of ranks saved the optimizer.
     """
+    if checkpoint_engine.verified is not None:  # a pipeline resumes, and has passed the gate
+        return load_inside(checkpoint_engine, stock, load_dir, tag, *args, **kwargs)
+    timeout_s = checkpoint_engine.settings.commit_timeout_s
+    with gate.entered(checkpoint_engine.ranks, f"load from {os.path.abspath(load_dir)}", timeout_s):
+        return load_inside(checkpoint_engine, stock, load_dir, tag, *args, **kwargs)
+
+
+def load_inside(
+    checkpoint_engine: RollCheckpointEngine,
+    stock: Callable[..., Any],
+    load_dir: str,
+    tag: object = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """`load_checkpoint`, for a caller that has passed the gate."""
     checkpoint_engine.fence()
     pending.wait_pending()
     engine, ranks = checkpoint_engine.engine, checkpoint_engine.ranks
@@ -120,7 +137,7 @@ def _check_together(
 
     ranks.run_on_all_ranks(check, checkpoint_engine.settings.commit_timeout_s)
     if checkpoint_engine.verified != opened.directory:
-        check_bytes(ranks, opened.directory)
+        check_bytes(ranks, opened.directory, checkpoint_engine.settings.commit_timeout_s)
 
 
 def check_world_size(facts: Mapping[str, Any], world_size: int, where: str) -> None:

@@ -30,7 +30,7 @@ from roll_ckpt.errors import RollCkptError, SaveFailed
 from roll_ckpt.formats.image import FileImage
 from roll_ckpt.formats.torch_zip import layout, sources
 from roll_ckpt.ranks.group import RankGroup
-from roll_ckpt.save import pending
+from roll_ckpt.save import gate, pending
 from roll_ckpt.save.begin import Request, begin
 from roll_ckpt.save.cluster_save import ClusterSave
 from roll_ckpt.save.save import Save
@@ -107,6 +107,27 @@ def transact(
     If `prepare_it` raises on one rank, the save is not begun, and SaveFailed is raised on all.
     """
     ranks = RankGroup.current()
+    with gate.entered(ranks, f"save {path.name} to {path.parent}", settings.commit_timeout_s):
+        save = _begin_and_stage(prepare_it, stage_it, path, step, settings, cluster, facts, save_latest)
+    if not settings.async_save:
+        if save.begun:
+            pending.wait_on_all_ranks(ranks, save, uploaded=True)
+        else:
+            save.wait()
+    return save
+
+
+def _begin_and_stage(
+    prepare_it: Callable[[], Prepared],
+    stage_it: Callable[[Save, ClusterSave, Prepared], None],
+    path: Path,
+    step: int | None,
+    settings: Settings,
+    cluster: str,
+    facts: Callable[[], dict[str, Any]],
+    save_latest: bool,
+) -> Save:
+    ranks = RankGroup.current()
     request = Request(path.parent, path.name, step, {cluster: ranks.size}, None, save_latest)
     prepared: Prepared | None = None
     problem = None
@@ -126,13 +147,10 @@ def transact(
         plans={cluster: prepared.plan if prepared else None},
         on_commit=AfterCommit(settings),
     )
-    if not save.begun:
-        if not settings.async_save:
-            save.wait()
-        return save
-    assert prepared is not None, "no save begins if any rank has a problem"
-    with pending.staging(ranks, save, synchronous=not settings.async_save):
-        stage_it(save, save.add_cluster(cluster, facts()), prepared)
+    if save.begun:
+        assert prepared is not None, "no save begins if any rank has a problem"
+        with pending.staging(ranks, save):
+            stage_it(save, save.add_cluster(cluster, facts()), prepared)
     return save
 
 

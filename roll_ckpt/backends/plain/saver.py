@@ -15,7 +15,7 @@ from roll_ckpt.load import trust
 from roll_ckpt.load.together import check_bytes, open_together
 from roll_ckpt.native.image import Lifetime
 from roll_ckpt.ranks.group import RankGroup
-from roll_ckpt.save import arena, pending
+from roll_ckpt.save import arena, gate, pending
 from roll_ckpt.save.begin import Request, begin
 from roll_ckpt.save.save import Save
 from roll_ckpt.upload.after_commit import AfterCommit
@@ -63,21 +63,28 @@ class StateSaver:
             SaveFailed: it was abandoned, on every rank; older checkpoints are sound. As `begin`.
         """
         path, ranks = Path(directory).absolute(), RankGroup.current()
-        names.check_name("tag", path.name)
-        file = _file(ranks.rank)
-        nbytes = sum(value.nbytes for value in state.values() if hasattr(value, "nbytes"))
-        request = Request(path.parent, path.name, step, {_CLUSTER: ranks.size})
-        save = begin(ranks, request, self.settings, nbytes=nbytes, on_commit=AfterCommit(self.settings))
-        if save.begun:
-            with pending.staging(ranks, save, synchronous=not self.settings.async_save):
-                part = save.add_cluster(_CLUSTER, {"framework": "none"})
-                image, unsafe = self._layouts.lay_out(file, state, Path(file).stem, lambda storage: unchanged)
-                trust.warn_unloadable(path / file, unsafe, self._warned)
-                late = unchanged != Lifetime.UNTIL_SAVE_RETURNS and self.settings.staging.overlap
-                part.stage(save.attempt.checkpoint_dir / file, image, overlap=late)
-        elif not self.settings.async_save:
-            pending.wait_on_all_ranks(ranks, save, uploaded=True)
+        with gate.entered(ranks, f"save {path.name} to {path.parent}", self.settings.commit_timeout_s):
+            names.check_name("tag", path.name)
+            nbytes = sum(value.nbytes for value in state.values() if hasattr(value, "nbytes"))
+            request = Request(path.parent, path.name, step, {_CLUSTER: ranks.size})
+            save = begin(ranks, request, self.settings, nbytes=nbytes, on_commit=AfterCommit(self.settings))
+            if save.begun:
+                with pending.staging(ranks, save):
+                    self._stage(save, state, unchanged)
+        if not self.settings.async_save:
+            if save.begun:
+                pending.wait_on_all_ranks(ranks, save, uploaded=True)
+            else:
+                save.wait()
         return save
+
+    def _stage(self, save: Save, state: dict[str, Any], unchanged: Lifetime) -> None:
+        file = _file(save.rank)
+        part = save.add_cluster(_CLUSTER, {"framework": "none"})
+        image, unsafe = self._layouts.lay_out(file, state, Path(file).stem, lambda storage: unchanged)
+        trust.warn_unloadable(save.attempt.final / file, unsafe, self._warned)
+        late = unchanged != Lifetime.UNTIL_SAVE_RETURNS and self.settings.staging.overlap
+        part.stage(save.attempt.checkpoint_dir / file, image, overlap=late)
 
     def load(self, directory: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, Any]:
         """This rank's state in the committed checkpoint `directory`, every byte verified; every rank calls; blocks.
@@ -86,13 +93,13 @@ class StateSaver:
             NotFound: there is no committed checkpoint, or none of this rank. Damaged, Unreadable: on every rank.
         """
         path, ranks = Path(directory).absolute(), RankGroup.current()
-        pending.wait_pending()
-        with ExitStack() as stack:
+        with gate.entered(ranks, f"load {path}", self.settings.commit_timeout_s), ExitStack() as stack:
+            pending.wait_pending()
             reader = stack.enter_context(open_together(ranks, path, self.settings))
             if reader.checkpoint is None:
                 raise NotFound(f"{path}: no checkpoint of roll_ckpt is there")
             if ranks.size > 1:
-                check_bytes(ranks, path)
+                check_bytes(ranks, path, self.settings.commit_timeout_s)
                 reader.cached = True
             state: dict[str, Any] = reader.load(path / _file(ranks.rank), map_location)
         return state
