@@ -45,7 +45,7 @@ def state(step: int, action: Any = None) -> dict[str, Any]:
 
 
 def inner_save(out: str) -> list[list[str]]:
-    """A callback of step_1 saves and loads, on every rank and then on rank 1 alone; what was said inside and outside."""
+    """A callback saves and loads, on every rank and then on rank 1 alone; what was said inside and outside."""
     with process.installed(process.Process()):
         ours = saver()
         ours.save(state(0), Path(out) / "step_0")
@@ -101,8 +101,8 @@ def two_threads(out: str, engines: int) -> list[str]:
 
 
 def handler_saves(out: str, asynchronous: str, how: str) -> None:
-    """A script: a handler saves and exits. The signal comes in the middle of staging (`how` is "inside"), or from another
-    thread at a random moment of many saves (a number, the seed)."""
+    """A script whose handler saves and exits. The signal comes in the middle of staging (`how` is "inside"), or from
+    another thread at a random moment of many saves (a number, the seed)."""
     ours = saver(async_save=asynchronous == "True")
 
     def handler(number: int, frame: object) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -60,8 +61,8 @@ def told(action: Callable[[], object]) -> str:
 
 
 def one_fails(out: str, phase: str, how: str, failing: int, asynchronous: bool) -> list[Any]:
-    """A good save, one in whose `phase` the rank `failing` fails, and a good one: what the second said, what this rank's
-    save became, what the third said, and what is loaded then."""
+    """A good save, one in whose `phase` the rank `failing` fails, and a good one: what the second said, what became of
+    it, what a load and the third save said, and what is loaded then."""
     with process.installed(process.Process()):
         values = {"commit_timeout_s": TIMEOUT_S, "async_save": asynchronous, "max_ckpt_to_keep": 9}
         ours, path = StateSaver(Settings.parse({**values, "staging": {"arena_bytes": 32 << 20}}, "the test")), Path(out)
@@ -111,7 +112,7 @@ def engine_fails_at_the_fence(out: str) -> list[str]:
         for save in _saves(made):
             save.reported = True
     dist.barrier()
-    return [told(lambda: made.save_checkpoint(out, tag=tag)) for tag in ("first", "second")]
+    return [told(partial(made.save_checkpoint, out, tag=tag)) for tag in ("first", "second")]
 
 
 def _saves(made: Any) -> list[Any]:

@@ -152,6 +152,16 @@ class RankGroup:
         if problem is not None:
             raise problem
 
+    @contextmanager
+    def raising_together(self, timeout_s: float) -> Iterator[None]:
+        """After the block, `raise_together` what it has raised on any rank. Every rank calls; no rendezvous in it."""
+        problem: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            problem = error
+        self.raise_together(problem, timeout_s)
+
     def _post_of(self, action: Callable[[], object]) -> dict[str, Any]:
         try:
             action()
@@ -176,7 +186,8 @@ class RankGroup:
         try:
             rendezvous = Rendezvous(self._store, self.rank, self.size, key, place, Patience(0))
             verdict = verdict_of(problem, self.rank, [place])
-            rendezvous.end({**verdict, "text": f"rank {self.rank} has left: {verdict['text']}"})
+            reason = verdict["text"].removeprefix(f"rank {self.rank}: ")
+            rendezvous.end({**verdict, "text": f"rank {self.rank} has left: {reason}"})
         except dist.DistError as unreachable:
             log.debug("rank %d cannot tell the other ranks of %r: %s", self.rank, problem, unreachable)
 

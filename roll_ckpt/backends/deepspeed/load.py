@@ -88,8 +88,10 @@ def load_inside(
         if opened is None:
             return stock(engine, load_dir, tag, *args, **kwargs)
         name, reader = opened
-        with checkpoint_engine.reading(reader):
-            return stock(engine, load_dir, name, *args, **kwargs)
+        timeout_s = checkpoint_engine.settings.commit_timeout_s
+        with ranks.raising_together(timeout_s), checkpoint_engine.reading(reader):
+            loaded = stock(engine, load_dir, name, *args, **kwargs)
+        return loaded
 
 
 def _agree_on_tags(checkpoint_engine: RollCheckpointEngine, load_dir: Path, tag: str | None) -> list[str]:

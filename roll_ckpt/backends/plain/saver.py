@@ -101,7 +101,8 @@ class StateSaver:
             if ranks.size > 1:
                 check_bytes(ranks, path, self.settings.commit_timeout_s)
                 reader.cached = True
-            state: dict[str, Any] = reader.load(path / _file(ranks.rank), map_location)
+            with ranks.raising_together(self.settings.commit_timeout_s):
+                state: dict[str, Any] = reader.load(path / _file(ranks.rank), map_location)
         return state
 
 
