@@ -13,11 +13,11 @@ import torch
 
 from roll_ckpt import names
 from roll_ckpt.config import PipelineConfig
-from roll_ckpt.errors import ConfigError, RollCkptError
+from roll_ckpt.errors import ConfigError
 from roll_ckpt.load.reader import Reader
 from roll_ckpt.pipeline import candidates
 from roll_ckpt.pipeline.cluster import Cluster
-from roll_ckpt.pipeline.metrics import add_ended
+from roll_ckpt.pipeline.outcomes import Outcomes
 from roll_ckpt.pipeline.staging import stage_all
 from roll_ckpt.pipeline.state_files import StateFiles
 from roll_ckpt.pipeline.worker_state import Stateful, WorkerState
@@ -51,9 +51,8 @@ class BasePipeline:
         self._state_files = StateFiles(config)
         self._group: RankGroup | None = None
         self._saves: list[Save] = []
-        self._unraised: RollCkptError | None = None
-        """A failure in the background that `fail_training` asks for; the next save raises it on every rank."""
         self._after_commit = AfterCommit(config)
+        self._outcomes = Outcomes(self._saves, self._after_commit, config.fail_training)
         if config.checkpoint_config is not None:
             self._after_commit.send_to(config.checkpoint_config, config.output_dir)
 
@@ -163,29 +162,18 @@ class BasePipeline:
         self.state.step = global_step
         if self.state.log_history:
             self.state.log_history[-1]["system/step"] = global_step
-        metrics = self._metrics_of_ended()
+        metrics = self._outcomes.ended()
         if (global_step > 0 and global_step % self.config.save_steps == 0) or last:
             with self._entered(f"save {names.checkpoint(global_step)} to"):
                 save = self._begin_and_stage(global_step, last, metrics)
             if not save.begun:
-                self._report_not_begun(save, metrics, last)
+                self._outcomes.of_not_begun(save, metrics, waits=self._waits(last))
             elif self._waits(last):
-                pending.meet_after(self._ranks, save, partial(self._wait, save, metrics, last))
+                wait = partial(self._outcomes.wait, save, metrics, uploaded=last or self._uploads_now)
+                pending.meet_after(self._ranks, save, wait)
         if self.state.log_history:
             self.state.log_history[-1].update(metrics)
         return metrics
-
-    def _metrics_of_ended(self) -> dict[str, Any]:
-        metrics: dict[str, Any] = {}
-        failure = add_ended(metrics, self._saves, self._after_commit, fail_training=self.config.fail_training)
-        self._unraised = self._unraised or failure
-        return metrics
-
-    def _raise_failure(self) -> None:
-        """Raise a failure of the background that `fail_training` asks for, where all ranks learn of it."""
-        failure, self._unraised = self._unraised, None
-        if failure is not None:
-            raise failure
 
     def _entered(self, what: str) -> AbstractContextManager[None]:
         return gate.entered(
@@ -194,19 +182,6 @@ class BasePipeline:
 
     def _waits(self, last: bool) -> bool:
         return last or self._uploads_now or not self._async_save
-
-    def _wait(self, save: Save, metrics: dict[str, Any], last: bool) -> None:
-        try:
-            save.wait(uploaded=last or self._uploads_now)
-        finally:
-            metrics |= self._metrics_of_ended()
-        self._raise_failure()
-
-    def _report_not_begun(self, save: Save, metrics: dict[str, Any], last: bool) -> None:
-        self._after_commit.awaited.discard(save.attempt.name)
-        if self._waits(last) or self.config.fail_training:
-            save.wait()
-        metrics |= self._metrics_of_ended()
 
     @property
     def _uploads_now(self) -> bool:
@@ -242,7 +217,7 @@ class BasePipeline:
         estimates: dict[str, SaveEstimate] = {}
         problem = None
         try:
-            self._raise_failure()
+            self._outcomes.raise_failure()
             estimates = {name: cluster.prepare(step) for name, cluster in self._clusters.items()}
         except Exception as error:  # `begin` raises it on every rank
             problem = f"{type(error).__name__}: {error}"
