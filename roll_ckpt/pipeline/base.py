@@ -164,7 +164,7 @@ class BasePipeline:
             self.state.log_history[-1]["system/step"] = global_step
         metrics = self._outcomes.ended()
         if (global_step > 0 and global_step % self.config.save_steps == 0) or last:
-            with self._entered(f"save {names.checkpoint(global_step)} to"):
+            with _entered(self._ranks, f"save {names.checkpoint(global_step)} to", self.config):
                 save = self._begin_and_stage(global_step, last, metrics)
             if not save.begun:
                 self._outcomes.of_not_begun(save, metrics, waits=self._waits(last))
@@ -174,11 +174,6 @@ class BasePipeline:
         if self.state.log_history:
             self.state.log_history[-1].update(metrics)
         return metrics
-
-    def _entered(self, what: str) -> AbstractContextManager[None]:
-        return gate.entered(
-            self._ranks, f"{what} {os.path.abspath(self.config.output_dir)}", self.config.commit_timeout_s
-        )
 
     def _waits(self, last: bool) -> bool:
         return last or self._uploads_now or not self._async_save
@@ -256,7 +251,7 @@ class BasePipeline:
             UnsupportedError: it was saved on another number of ranks.
             ModelMismatch: it holds another model, or one of another framework.
         """
-        with self._entered("resume from"):
+        with _entered(self._ranks, "resume from", self.config):
             listed = candidates.claim_and_list(self._ranks, self.config, self._own_clusters)
             with candidates.open_chosen(self._ranks, self.config, listed) as chosen:
                 step = None if chosen is None else self._restore(*chosen)
@@ -282,3 +277,7 @@ class BasePipeline:
 
     def _restore_rng(self, state: dict[str, Any], where: Path) -> None:
         rng.restore_portable(state, where)
+
+
+def _entered(ranks: RankGroup, what: str, config: PipelineConfig) -> AbstractContextManager[None]:
+    return gate.entered(ranks, f"{what} {os.path.abspath(config.output_dir)}", config.commit_timeout_s)

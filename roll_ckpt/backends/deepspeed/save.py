@@ -112,6 +112,8 @@ def _take_part(checkpoint_engine: RollCheckpointEngine, tag: str) -> None:
     engine = checkpoint_engine.engine
     try:
         if checkpoint_engine.stage == Stage.BEFORE:
+            if engine._optimizer_has_ckpt_event_prologue():
+                return  # ZeRO-3 has not partitioned its parameters here, so its later gather cannot be taken part in
             dist.barrier()
             engine._checkpoint_tag_validation(tag)
         if checkpoint_engine.stage != Stage.AFTER:
