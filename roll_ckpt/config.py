@@ -179,12 +179,13 @@ class Settings(Section):
     Unset: true in a pipeline; false in a DeepSpeed script and in `roll_ckpt.megatron`, where the program around them
     may rotate directories and would miss one that has no name yet."""
     commit_timeout_s: float = Field(default=600, gt=0)
-    """Longest wait for all ranks to begin a save, and for the votes of all of them; then the save is abandoned."""
+    """Longest wait of one rank for another: to begin a save, and for the votes; then the save is abandoned. For a rank
+    that verifies or uploads, it counts from its last sign of life."""
     exit_timeout_s: float = Field(default=600, ge=0)
     """Longest wait at the interpreter's exit for each pending save, and for each upload that makes progress."""
     fail_training: bool = False
-    """Raise the failure of a background save at the next optimizer step. False: log it, report it in the metrics, and
-    go on training."""
+    """Raise the failure of a background save at the next optimizer step, and on all ranks at the next save. False: log
+    it, report it in the metrics, and go on training."""
     run_id: str | None = None
     """Names the run. Unset: `default`. Jobs that commit together give the same one."""
     take_over: bool = False

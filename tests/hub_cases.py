@@ -32,12 +32,13 @@ def settle() -> None:
 
 
 def two_steps(out: str, environment: dict[str, str], repo: str, **more: Any) -> list[dict[str, Any]]:
-    """Save step 2, and see at step 3 what became of it; the metrics of both calls."""
+    """Save step 2, and see later what became of it: at step 3, or with `fail_training` at step 4, the next save. The
+    metrics of both calls."""
     pipe = made(out, environment, repo, save_steps=2, max_steps=9, **more)
     told = [pipe.do_checkpoint(2)]
     settle()
     try:
-        told.append(pipe.do_checkpoint(3))
+        told.append(pipe.do_checkpoint(4 if more.get("fail_training") else 3))
     except RuntimeError as problem:
         told.append({"raised": str(problem)})
     dist.barrier()

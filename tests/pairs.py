@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ def pair_in(folder: Path) -> Pair:
         told = folder / "rank1.json"
 
         def other() -> None:
+            gc.freeze()  # a store of the parent that the collector frees here would wait for a thread that is not here
             own = dist.TCPStore("127.0.0.1", store.port, is_master=False)
             told.write_text(json.dumps(outcome(work, RankGroup(1, 2, own))))
 

@@ -75,10 +75,11 @@ def test_training_goes_on_and_hears_later(two_ranks: World, hub: LocalHub, tmp_p
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_no_is_heard_later(two_ranks: World, hub: LocalHub, tmp_path: Path, strict: bool) -> None:
     hub.store.create(REPO, private=False)
-    (_, later), _ = two_ranks.call(
+    (_, later), (_, of_the_other_rank) = two_ranks.call(
         f"{CASES}:two_steps", str(tmp_path / "run"), environment(hub, tmp_path), REPO, fail_training=strict
     )
     told = later["raised" if strict else "checkpoint/failed"]
+    assert of_the_other_rank.get("raised") == later.get("raised")
     assert "public" in told and "roll-ckpt push" in told and "unpruned" in told
     assert push_queue.list_entries(tmp_path / "run")[0].state == "failed"
 

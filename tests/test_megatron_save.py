@@ -86,10 +86,12 @@ def test_fail_training_raises_a_background_failure_at_the_next_step(
 # --- plans ---------------------------------------------------------------------------------------------------
 
 
-def test_a_save_that_replays_a_plan_meets_once_and_holds_its_own_step(megatron: Worlds, tmp_path: Path) -> None:
+def test_a_save_that_replays_a_plan_needs_no_collective_and_holds_its_own_step(
+    megatron: Worlds, tmp_path: Path
+) -> None:
     for told in call(megatron, "save_every_step", str(tmp_path / "run")):
         assert told["met"][0]["gather_object"] > 0
-        assert told["met"][1:] == [{"decide_on_rank0": 1}] * 2
+        assert told["met"][1:] == [{"decide_on_rank0": 2}] * 2
         assert told["found"] == [[]] * 3 and told["ours"] == []
         assert told["resumed"] == told["unbroken"]
     for step in range(3):

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from typing import Any
 
 import pytest
 from pairs import Pair, outcome
 
-from roll_ckpt.errors import ConfigError, Damaged, NoRoom, RanksDisagree, RollCkptError, RunIsLive, SaveFailed
-from roll_ckpt.ranks import group
+from roll_ckpt.errors import (
+    ConfigError,
+    Damaged,
+    NoRoom,
+    RanksDisagree,
+    RollCkptError,
+    RunIsLive,
+    SaveFailed,
+    SourceChanged,
+)
+from roll_ckpt.ranks import rendezvous
 from roll_ckpt.ranks.group import RankGroup
 
 
@@ -79,7 +89,7 @@ def test_a_rank_that_does_not_come_is_named(pair: Pair) -> None:
 
 
 def test_a_rank_without_an_answer_says_so(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(group, "_SLACK_S", 0.1)
+    monkeypatch.setattr(rendezvous, "SLACK_S", 0.1)
 
     def work(ranks: RankGroup) -> Any:
         return ranks.decide_on_rank0({}, collect, 0.3) if ranks.rank == 1 else "stayed away"
@@ -115,3 +125,140 @@ def test_a_world_of_one_agrees_with_itself() -> None:
     assert alone.decide_on_rank0({"a": 1}, lambda posts: {"n": len(posts), **posts[0]}, 1) == {"n": 1, "a": 1}
     with pytest.raises(NoRoom, match="full"):
         alone.decide_on_rank0({}, lambda posts: (_ for _ in ()).throw(NoRoom("full")), 1)
+
+
+# --- ranks that fail differently -----------------------------------------------------------------------------
+
+
+def ended_quickly(began: float) -> bool:
+    """Whether far less than the 60 s that these tests allow a rendezvous have passed."""
+    return time.monotonic() - began < 20
+
+
+def test_ranks_in_different_calls_are_told_at_once_and_meet_again(pair: Pair) -> None:
+    def work(ranks: RankGroup) -> Any:
+        def first() -> Any:
+            with ranks.call(["save step_1 to /runs", "load /runs/step_1"][ranks.rank], 60):
+                return ranks.decide_on_rank0({}, collect, 60)
+
+        told = outcome(lambda _: first(), ranks)
+        with ranks.call("save step_2 to /runs", 60):
+            return [told, ranks.decide_on_rank0({"rank": ranks.rank}, collect, 60)["posts"]]
+
+    began = time.monotonic()
+    for (kind, text), posts in pair(work):
+        assert kind == "RanksDisagree"
+        assert "rank 0 is in save step_1 to /runs; rank 1 is in load /runs/step_1" in text
+        assert posts == [{"rank": 0}, {"rank": 1}]
+    assert ended_quickly(began)
+
+
+@pytest.mark.parametrize("leaving", [0, 1])
+@pytest.mark.parametrize("met", [0, 1])
+def test_a_rank_that_leaves_a_call_with_an_error_tells_the_others_at_once(pair: Pair, leaving: int, met: int) -> None:
+    def work(ranks: RankGroup) -> Any:
+        def first() -> None:
+            with ranks.call("save step_1", 60):
+                for _ in range(met):
+                    ranks.decide_on_rank0({}, collect, 60)
+                if ranks.rank == leaving:
+                    raise NoRoom("no room here")
+                ranks.decide_on_rank0({}, collect, 60)
+
+        told = outcome(lambda _: first(), ranks)
+        with ranks.call("save step_2", 60):
+            return [told, ranks.decide_on_rank0({"rank": ranks.rank}, collect, 60)["posts"]]
+
+    began = time.monotonic()
+    answers = pair(work)
+    assert answers[leaving][0] == ["NoRoom", "no room here"]
+    assert answers[1 - leaving][0] == ["NoRoom", f"rank {leaving} has left: no room here"]
+    assert [posts for _, posts in answers] == [[{"rank": 0}, {"rank": 1}]] * 2
+    assert ended_quickly(began)
+
+
+@pytest.mark.parametrize("leaving", [0, 1])
+def test_an_error_after_the_last_rendezvous_of_a_call_is_none_of_the_next(pair: Pair, leaving: int) -> None:
+    def work(ranks: RankGroup) -> Any:
+        def first() -> None:
+            with ranks.call("save", 60):
+                ranks.decide_on_rank0({}, collect, 60)
+                if ranks.rank == leaving:
+                    time.sleep(0.3)  # the other one waits in the next call by then
+                    raise NoRoom("no room here")
+
+        outcome(lambda _: first(), ranks)
+        with ranks.call("save", 60):  # by the same name
+            return ranks.decide_on_rank0({"rank": ranks.rank}, collect, 60)["posts"]
+
+    began = time.monotonic()
+    assert pair(work) == [[{"rank": 0}, {"rank": 1}]] * 2
+    assert ended_quickly(began)
+
+
+def test_rank_0_does_not_go_on_alone_when_it_decides_too_late(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "SLACK_S", 0.2)
+
+    def slow(posts: list[dict[str, Any]]) -> dict[str, Any]:
+        time.sleep(2)
+        return {}
+
+    def work(ranks: RankGroup) -> Any:
+        told = outcome(lambda same: same.decide_on_rank0({}, slow, 0.3), ranks)
+        return [told, ranks.decide_on_rank0({"rank": ranks.rank}, collect, 10)["posts"]]
+
+    for (kind, text), posts in pair(work):
+        assert kind == "RanksDisagree" and "rank 1: no answer from rank 0 within 0.3 s" in text
+        assert posts == [{"rank": 0}, {"rank": 1}]
+
+
+def test_a_rank_that_comes_too_late_learns_that_its_call_is_over(pair: Pair) -> None:
+    def work(ranks: RankGroup) -> Any:
+        with ranks.call("save step_1", 0.5):
+            if ranks.rank == 1:
+                time.sleep(2)
+            return ranks.decide_on_rank0({}, collect, 0.5)
+
+    began = time.monotonic()
+    for kind, text in pair(work):
+        assert kind == "RanksDisagree" and "rank 1 of 2 did not come within 0.5 s" in text and "save step_1" in text
+    assert ended_quickly(began)
+
+
+def test_a_rank_that_works_is_waited_for_and_a_silent_one_is_not(pair: Pair) -> None:
+    def work(ranks: RankGroup) -> Any:
+        with ranks.call("load", 1):
+            ranks.run_on_all_ranks(lambda: time.sleep(3 * ranks.rank), 1, working=True)
+        if ranks.rank == 1:
+            time.sleep(3)  # outside of any call it gives no sign of life
+        with ranks.call("load", 1):
+            ranks.run_on_all_ranks(lambda: None, 1, working=True)
+
+    for kind, text in pair(work):
+        assert kind == "RanksDisagree" and "rank 1 of 2 gave no sign of life for 1 s" in text
+
+
+def test_the_wait_for_an_outcome_overlaps_with_another_call(pair: Pair) -> None:
+    def work(ranks: RankGroup) -> Any:
+        may_end = threading.Event()
+        waited = threading.Thread(target=lambda: ranks.run_on_all_ranks(may_end.wait, 10, key="step_1"))
+        waited.start()
+        time.sleep(0.3 * ranks.rank)
+        with ranks.call("save step_2", 10):
+            posts = ranks.decide_on_rank0({"rank": ranks.rank}, collect, 10)["posts"]
+        may_end.set()
+        waited.join(20)
+        return [posts, waited.is_alive()]
+
+    assert pair(work) == [[[{"rank": 0}, {"rank": 1}], False]] * 2
+
+
+def test_an_error_that_its_text_alone_does_not_make_reaches_the_others_all_the_same(pair: Pair) -> None:
+    def work(ranks: RankGroup) -> Any:
+        def action() -> None:
+            if ranks.rank == 1:
+                raise SourceChanged("the weight was changed", 0, 8)
+
+        ranks.run_on_all_ranks(action, 10)
+
+    assert pair(work) == [["SaveFailed", "the weight was changed"]] * 2

@@ -18,7 +18,7 @@ from roll_ckpt.errors import Damaged, NotFound, RanksDisagree, Unreadable
 from roll_ckpt.formats import sealed_json
 from roll_ckpt.load.checkpoint import as_unreadable
 from roll_ckpt.load.reader import Reader, enter_reader, warn_unverified
-from roll_ckpt.ranks.group import LONGEST_S, RankGroup
+from roll_ckpt.ranks.group import RankGroup
 from roll_ckpt.transaction import verification
 
 log = logging.getLogger("roll_ckpt")
@@ -97,8 +97,10 @@ def _compare_views(directory: Path, last: bool, posts: list[dict[str, str]]) -> 
     )
 
 
-def check_bytes(ranks: RankGroup, checkpoint_dir: Path) -> None:
+def check_bytes(ranks: RankGroup, checkpoint_dir: Path, timeout_s: float) -> None:
     """Read and verify every file of a checkpoint, each rank its share. Every rank calls; blocks.
+
+    A rank that gives no sign of life for `timeout_s` seconds is given up.
 
     Reads go through the page cache, so a load that follows reads from memory as much of it as memory holds.
 
@@ -125,5 +127,5 @@ def check_bytes(ranks: RankGroup, checkpoint_dir: Path) -> None:
             raise Unreadable(f"{checkpoint_dir}: it cannot be read: {shown}. {errors.BY_HAND}")
         return {}
 
-    ranks.run_on_all_ranks(check, LONGEST_S)
-    ranks.decide_on_rank0({kind: texts[: _NAMED + 1] for kind, texts in problems.items()}, decide, LONGEST_S)
+    ranks.run_on_all_ranks(check, timeout_s, working=True)
+    ranks.decide_on_rank0({kind: texts[: _NAMED + 1] for kind, texts in problems.items()}, decide, timeout_s)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,13 @@ from roll_ckpt.load.checkpoint import as_unreadable
 from roll_ckpt.load.reader import Reader
 from roll_ckpt.pipeline import candidates
 from roll_ckpt.pipeline.cluster import Cluster
-from roll_ckpt.pipeline.metrics import add_ended
+from roll_ckpt.pipeline.outcomes import Outcomes
 from roll_ckpt.pipeline.staging import prepare_all, stage_all
 from roll_ckpt.pipeline.state_files import Components, StateFiles, bytes_of
 from roll_ckpt.pipeline.worker_state import Stateful, WorkerState
 from roll_ckpt.ranks import rng
-from roll_ckpt.ranks.group import LONGEST_S, RankGroup
-from roll_ckpt.save import arena, pending
+from roll_ckpt.ranks.group import RankGroup
+from roll_ckpt.save import arena, gate, pending
 from roll_ckpt.save.begin import Request, begin
 from roll_ckpt.save.course import Course
 from roll_ckpt.save.save import Save
@@ -53,6 +55,7 @@ class BasePipeline:
         self._has_staged = False
         self._course = Course()
         self._after_commit = AfterCommit(config, self._course)
+        self._outcomes = Outcomes(self._saves, self._after_commit, config.fail_training)
         if config.checkpoint_config is not None:
             self._after_commit.send_to(config.checkpoint_config, config.output_dir)
 
@@ -154,52 +157,50 @@ class BasePipeline:
                 raises or cannot be saved.
             NoRoom, SaveFailed: on every rank, if the first save of the run cannot begin or cannot be staged. A later
                 save raises them only if the call waits for its outcome; else they are logged, and reported in
-                `checkpoint/failed`. With `fail_training: true` the next call, or the next optimizer step, raises them
-                on the ranks that know.
-            Exception: what a framework raises while staging, on that rank. The save is then abandoned on every rank.
+                `checkpoint/failed`. With `fail_training: true` the next due save raises them on every rank, or before
+                it the next optimizer step.
+            Exception: what a framework raises while staging, on that rank; the others then raise SaveFailed. The save
+                is abandoned on every rank.
 
         Whatever is raised, checkpoints that were committed before are sound.
         """
         last = global_step == self.config.max_steps - 1 if is_last_step is None else is_last_step
         self.state.step = global_step
         self.state.log({"system/step": global_step})
-        metrics: dict[str, Any] = {}
-        add_ended(metrics, self._saves, self._after_commit, fail_training=self.config.fail_training)
+        metrics = self._outcomes.ended()
         if (global_step > 0 and global_step % self.config.save_steps == 0) or last:
-            metrics |= self._save(global_step, last)
+            with _entered(self._ranks, f"save {names.checkpoint(global_step)} to", self.config):
+                save = self._begin_and_stage(global_step, last, metrics)
+            if not save.begun:
+                self._outcomes.of_not_begun(save, metrics, waits=self._waits(last))
+            elif self._waits(last):
+                wait = partial(self._outcomes.wait, save, metrics, uploaded=last or self._uploads_now)
+                pending.meet_after(self._ranks, save, wait)
         self.state.log(metrics)
         return metrics
 
-    def _save(self, step: int, last: bool) -> dict[str, Any]:
-        began = time.monotonic()
+    def _waits(self, last: bool) -> bool:
+        return last or self._uploads_now or not self._async_save
+
+    @property
+    def _uploads_now(self) -> bool:
         upload = self.config.checkpoint_config
-        uploaded = last or (upload is not None and not upload.async_upload)
-        counted = self._ranks.rendezvous_count
-        save, components = self._begin(step, uploaded)
-        metrics: dict[str, Any] = {}
-        if not save.begun:
-            self._after_commit.awaited.discard(save.attempt.name)
-            self._saves.append(save)
-            if uploaded or not self._async_save:
-                save.wait()
-            add_ended(metrics, self._saves, self._after_commit, fail_training=self.config.fail_training)
-            return metrics
-        own = partial(self._state_files.stage, self._pipeline_dir, self._ranks.rank, self.state, components)
-        metrics, problem = stage_all(save, self._clusters, own, self._ranks, step=step, last=last, counted=counted)
+        return upload is not None and not upload.async_upload
+
+    def _begin_and_stage(self, step: int, last: bool, metrics: dict[str, Any]) -> Save:
+        began, counted = time.monotonic(), self._ranks.rendezvous_count
+        save, components = self._begin(step, last or self._uploads_now)
         self._saves.append(save)
-        collectives = f"time/{next(iter(self._clusters))}/do_checkpoint/host_collectives"
-        if uploaded or not self._async_save:
-            metrics[collectives] += 1
-            pending.wait_on_all_ranks(self._ranks, save, uploaded=uploaded)
-            add_ended(metrics, self._saves, self._after_commit, fail_training=self.config.fail_training)
-        elif not self._has_staged:
-            metrics[collectives] += 1
-            pending.confirm_staged(self._ranks, save, problem)
-        if problem is not None:
-            raise problem
+        if not save.begun:
+            return save
+        own = partial(self._state_files.stage, self._pipeline_dir, self._ranks.rank, self.state, components)
+        with pending.staging(self._ranks, save, first=not self._has_staged):
+            metrics |= stage_all(save, self._clusters, own, self._ranks, step=step, last=last, counted=counted)
         self._has_staged = True
+        first = f"time/{next(iter(self._clusters))}/do_checkpoint/host_collectives"
+        metrics[first] += 2 if self._waits(last) else 1
         metrics["time/do_checkpoint/total"] = time.monotonic() - began
-        return metrics
+        return save
 
     def _begin(self, step: int, uploaded: bool) -> tuple[Save, Components]:
         """Agree on a save; the components are laid out before it, since what cannot be saved must not begin one."""
@@ -211,7 +212,9 @@ class BasePipeline:
             course=self._course,
             expected_clusters=self.config.expected_clusters,
         )
-        estimates, components, problem = prepare_all(self._clusters, self._state_files, step, self._ranks.rank)
+        estimates, components, problem = prepare_all(
+            self._clusters, self._state_files, step, self._ranks.rank, self._outcomes.raise_failure
+        )
         save = begin(
             self._ranks,
             request,
@@ -248,9 +251,10 @@ class BasePipeline:
             UnsupportedError: it was saved on another number of ranks, or holds objects that a safe load refuses.
             ModelMismatch: it holds another model, or one of another framework.
         """
-        listed = candidates.claim_and_list(self._ranks, self.config, self._own_clusters)
-        with candidates.open_chosen(self._ranks, self.config, listed) as chosen:
-            step = None if chosen is None else self._restore(*chosen)
+        with _entered(self._ranks, "resume from", self.config):
+            listed = candidates.claim_and_list(self._ranks, self.config, self._own_clusters)
+            with candidates.open_chosen(self._ranks, self.config, listed) as chosen:
+                step = None if chosen is None else self._restore(*chosen)
         if self._ranks.rank == 0 and sends(self._own_clusters, self.config.expected_clusters):
             self._after_commit.catch_up(self.config.output_dir)
         return step
@@ -269,7 +273,7 @@ class BasePipeline:
             with as_unreadable(checkpoint_dir):
                 states.extend(self._state_files.read(reader, checkpoint_dir, self._pipeline_dir, ranks.rank))
 
-        ranks.run_on_all_ranks(read_states, LONGEST_S)
+        ranks.run_on_all_ranks(read_states, timeout_s, working=True)
         for cluster in self._clusters.values():
             cluster.load(checkpoint_dir, reader.checkpoint.manifest.name)
         self.state, random_states, components = states
@@ -282,3 +286,7 @@ class BasePipeline:
 
     def _restore_rng(self, state: dict[str, Any], where: Path) -> None:
         rng.restore_portable(state, where)
+
+
+def _entered(ranks: RankGroup, what: str, config: PipelineConfig) -> AbstractContextManager[None]:
+    return gate.entered(ranks, f"{what} {os.path.abspath(config.output_dir)}", config.commit_timeout_s)

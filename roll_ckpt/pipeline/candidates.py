@@ -19,7 +19,7 @@ from roll_ckpt.load.checkpoint import as_unreadable
 from roll_ckpt.load.newest import newest_sound
 from roll_ckpt.load.reader import Reader
 from roll_ckpt.load.together import check_bytes, open_together
-from roll_ckpt.ranks.group import LONGEST_S, RankGroup
+from roll_ckpt.ranks.group import RankGroup
 from roll_ckpt.save import claims
 from roll_ckpt.transaction import listing
 from roll_ckpt.upload.hub.address import Remote
@@ -113,7 +113,7 @@ def _open_verified(ranks: RankGroup, config: PipelineConfig, stack: ExitStack, c
     reader = stack.enter_context(open_together(ranks, checkpoint_dir, config))
     if reader.checkpoint is None:
         raise NotFound(f"{checkpoint_dir}: no checkpoint of roll_ckpt is there")
-    check_bytes(ranks, checkpoint_dir)
+    check_bytes(ranks, checkpoint_dir, config.commit_timeout_s)
     return reader
 
 
@@ -138,7 +138,7 @@ def pulled(ranks: RankGroup, config: PipelineConfig, remote: Remote) -> Path:
         finally:
             bar.end()
 
-    return Path(ranks.decide_on_rank0({}, decide, LONGEST_S)["path"])
+    return Path(ranks.decide_on_rank0({}, decide, config.commit_timeout_s, working=True)["path"])
 
 
 def at_path(ranks: RankGroup, config: PipelineConfig) -> Path:

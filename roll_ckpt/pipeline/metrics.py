@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
-from roll_ckpt.errors import SaveFailed
+from roll_ckpt.errors import RollCkptError, SaveFailed
 from roll_ckpt.save.save import Save
 from roll_ckpt.upload.after_commit import AfterCommit
 
 
-def add_ended(metrics: dict[str, Any], saves: list[Save], after_commit: AfterCommit, *, fail_training: bool) -> None:
+def add_ended(
+    metrics: dict[str, Any], saves: list[Save], after_commit: AfterCommit, *, fail_training: bool
+) -> RollCkptError | None:
     """Add to `metrics` one record for each save, and each background upload, that ended since the last call.
 
     `checkpoint/ended` lists all these records, oldest first; the plain keys are those of the newest. Saves that have
     ended are removed from `saves`. This rank alone; does not block.
 
-    Raises:
-        SaveFailed, EpochLost: one of them failed in the background, was not raised yet, and `fail_training` is set.
+    Returns:
+        With `fail_training`, the first failure of them that was not raised yet, for the caller to raise on all ranks:
+        that of an upload is known to rank 0 only.
     """
+    unraised: RollCkptError | None = None
     for save in [save for save in saves if save.settled]:
         if save.failure is None and not save.finished:
             continue
@@ -27,7 +31,7 @@ def add_ended(metrics: dict[str, Any], saves: list[Save], after_commit: AfterCom
         metrics |= record
         if save.failure is not None and fail_training and not save.reported:
             save.reported = True
-            raise save.failure
+            unraised = unraised or save.failure
     while after_commit.late:
         record = after_commit.late.popleft()
         if metrics.get("checkpoint/step") in (None, record["checkpoint/step"]):
@@ -36,7 +40,8 @@ def add_ended(metrics: dict[str, Any], saves: list[Save], after_commit: AfterCom
         if "checkpoint/failed" in record:
             metrics["checkpoint/failed"] = record["checkpoint/failed"]
             if fail_training:
-                raise SaveFailed(record["checkpoint/failed"])
+                unraised = unraised or SaveFailed(record["checkpoint/failed"])
+    return unraised
 
 
 def _record(save: Save, report: dict[str, Any]) -> dict[str, Any]:

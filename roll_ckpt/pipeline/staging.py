@@ -15,13 +15,19 @@ from roll_ckpt.save.save import Save
 
 
 def prepare_all(
-    clusters: Mapping[str, Cluster], state_files: StateFiles, step: int, rank: int
+    clusters: Mapping[str, Cluster],
+    state_files: StateFiles,
+    step: int,
+    rank: int,
+    raise_failure: Callable[[], None],
 ) -> tuple[dict[str, SaveEstimate], Components, str | None]:
     """What the clusters are about to save and the components, laid out; or why this rank cannot save, as a text.
 
+    `raise_failure` raises what an earlier save has left to raise.
     This rank alone. Raises no Exception, because `save.begin.begin` has to tell the other ranks.
     """
     try:
+        raise_failure()
         estimates = {name: cluster.prepare(step) for name, cluster in clusters.items()}
         return estimates, state_files.lay_out(rank), None
     except RollCkptError as error:
@@ -39,35 +45,30 @@ def stage_all(
     step: int,
     last: bool,
     counted: int,
-) -> tuple[dict[str, Any], Exception | None]:
-    """Stage all of a begun save. Every rank calls; returns when all but the overlappable tensors have been copied.
+) -> dict[str, Any]:
+    """Stage all of a begun save, inside of its `staging`. Every rank calls.
 
-    The pipeline's own files become a part of the first cluster's. `counted` is `ranks.rendezvous_count` before the save
-    began, for the metric `host_collectives`.
+    Returns when all but the overlappable tensors have been copied. The pipeline's own files become a part of the first
+    cluster's. `counted` is `ranks.rendezvous_count` before the save began, for the metric `host_collectives`.
 
-    Returns:
-        This rank's metrics, and the first exception that a cluster or the pipeline's own files raised, None if all went
-        well. After an exception the other clusters are staged all the same, because other ranks may wait for this one
-        there; all votes of this rank are then a no.
+    Returns this rank's metrics.
+
+    Raises:
+        Exception: the first that a cluster or the pipeline's own files raised. The other clusters are staged all the
+            same before, because other ranks may wait for this one there.
     """
     metrics: dict[str, Any] = {}
     problem: Exception | None = None
     first = next(iter(clusters))
-    with save.staging():
-        for cluster in clusters.values():
-            cluster.bind(save)
-            try:
-                metrics |= cluster.do_checkpoint(global_step=step, is_last_step=last, blocking=False)
-            except Exception as error:
-                problem = problem or error
-            metrics[f"time/{cluster.name}/do_checkpoint/host_collectives"] = ranks.rendezvous_count - counted
-            counted = ranks.rendezvous_count
-        if problem is None:
-            try:
-                stage_own_files(save.cluster_saves[first])
-            except Exception as error:
-                problem = error
-        if problem is not None:
-            for cluster_save in save.cluster_saves.values():
-                cluster_save.fail(problem)
-    return metrics, problem
+    for cluster in clusters.values():
+        cluster.bind(save)
+        try:
+            metrics |= cluster.do_checkpoint(global_step=step, is_last_step=last, blocking=False)
+        except Exception as error:
+            problem = problem or error
+        metrics[f"time/{cluster.name}/do_checkpoint/host_collectives"] = ranks.rendezvous_count - counted
+        counted = ranks.rendezvous_count
+    if problem is not None:
+        raise problem
+    stage_own_files(save.cluster_saves[first])
+    return metrics

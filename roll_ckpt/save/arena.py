@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from roll_ckpt.errors import ConfigError
 from roll_ckpt.native.extension import Arena
 from roll_ckpt.native.mover import Mover
 
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+_OWN_CGROUPS, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class StagingArena:
         sizes = _Sizes(arena_bytes(settings), int(settings.io.block_bytes), settings.io.threads, settings.io.direct)
         with self._lock:
             if self._mover is None:
-                copiers = max(1, (os.cpu_count() or 1) // local_world_size())
+                copiers = max(1, len(os.sched_getaffinity(0)) // local_world_size())
                 arena = Arena(sizes.arena_bytes, sizes.block_bytes)
                 self._mover = Mover(arena, copy_threads=copiers, io_threads=sizes.io_threads, direct=sizes.direct)
                 self._sizes = sizes
@@ -89,10 +90,25 @@ def arena_bytes(settings: Settings) -> int:
 
 
 def _memory_bytes() -> int:
-    """The memory of the host, or the limit of the container if that is less, in bytes."""
+    """The memory of the host, or the least limit of the cgroups around this process if that is less, in bytes."""
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = (reads.read_text_or_none(_CGROUP_LIMIT) or "max").strip()
-    return min(host, int(limit)) if limit.isdigit() else host
+    limits = (reads.read_text_or_none(path) or "max" for path in _limit_files(_OWN_CGROUPS, _CGROUPS))
+    return min([host, *(int(limit) for limit in limits if limit.strip().isdigit())])
+
+
+def _limit_files(own_cgroups: Path, root: Path) -> Iterator[Path]:
+    """Where the memory limits of this process's cgroup and of all around it are, for cgroups of version 2 and 1.
+
+    A container may see its own cgroup as the root while `own_cgroups` names it from outside; the root is always looked
+    at, and what does not exist is no limit.
+    """
+    for line in (reads.read_text_or_none(own_cgroups) or "0::/").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top, file = (root / "memory", "memory.limit_in_bytes") if controllers else (root, "memory.max")
+        inside = Path(path.lstrip("/"))
+        yield from (top / folder / file for folder in (inside, *inside.parents))
 
 
 def local_world_size() -> int:

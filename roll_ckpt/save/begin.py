@@ -5,13 +5,12 @@ from __future__ import annotations
 import errno
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from roll_ckpt import process
 from roll_ckpt.config import Settings
-from roll_ckpt.errors import NoRoom, RanksDisagree, SaveFailed
+from roll_ckpt.errors import NoRoom, RanksDisagree, RollCkptError, SaveFailed
 from roll_ckpt.ranks.group import RankGroup
 from roll_ckpt.save import hooks
 from roll_ckpt.save.claims import claim, clear, find_claim
@@ -109,7 +108,19 @@ def begin(
     request = replace(request, output_dir=request.output_dir.absolute())
     wait_pending(request.output_dir, request.name)
     post = {"request": request.compared(), "nbytes": nbytes, "problem": problem, "plans": dict(plans or {})}
-    verdict = ranks.decide_on_rank0(post, partial(_decide, request, settings), settings.commit_timeout_s)
+    decided: list[bool] = []
+
+    def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
+        decided.append(True)
+        return _decide(request, settings, posts)
+
+    try:
+        verdict = ranks.decide_on_rank0(post, decide, settings.commit_timeout_s)
+    except RollCkptError:
+        claimed = None if decided or ranks.rank else find_claim(request.output_dir)
+        if claimed is not None:  # a rank did not come, or is in another call: the save counts all the same
+            attempts.pass_over(claimed, request.name)
+        raise
     reused_plans = frozenset(verdict.get("reused_plans", ()))
     save = Save(
         request.attempt(verdict), settings, ranks.rank, tuple(request.clusters), reused_plans, on_commit=on_commit

@@ -7,11 +7,10 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from roll_ckpt import process
-from roll_ckpt.errors import RollCkptError, SaveFailed
-from roll_ckpt.ranks.group import LONGEST_S, RankGroup
+from roll_ckpt.errors import RanksDisagree, RollCkptError, SaveFailed
+from roll_ckpt.ranks.group import RankGroup
 from roll_ckpt.save.cluster_save import Changes
 from roll_ckpt.save.save import Save
 
@@ -89,7 +88,7 @@ def wait_pending(output_dir: Path | None = None, name: str | None = None) -> Non
         if output_dir is not None and attempt.output_dir.resolve() != output_dir.resolve():
             continue
         if name is None or attempt.name == name:
-            if not save.staged:
+            if save.staged_here:
                 raise SaveFailed(
                     f"{attempt.label}: it is being staged by this very call; do not save or load inside of it"
                 )
@@ -137,68 +136,55 @@ def wait_on_all_ranks(ranks: RankGroup, save: Save, *, uploaded: bool) -> None:
     Raises:
         SaveFailed, EpochLost: on every rank, if the save failed on any.
     """
-    ranks.run_on_all_ranks(lambda: save.wait(uploaded=uploaded), LONGEST_S)
+    meet_after(ranks, save, lambda: save.wait(uploaded=uploaded))
 
 
-def confirm_staged(
-    ranks: RankGroup, save: Save, raised: Exception | None = None, timeout_s: float | None = None
-) -> None:
-    """End the staging of a first save: one rendezvous, after which every rank knows whether all could stage.
+def meet_after(ranks: RankGroup, save: Save, action: Callable[[], object]) -> None:
+    """Run `action`, which waits for `save` on this rank, and meet: what it raises on one rank is raised on all.
 
-    What cannot be saved at all, such as a lock in a module's extra state, is then told at the first save, on every
-    rank, and not only in a log. Every rank calls, after `save.staging()`. `raised` is what staging raised on this rank,
-    `timeout_s` how long rank 0 waits for the others (default `commit_timeout_s`).
-
-    Raises:
-        SaveFailed: on every rank, if staging failed on any. The save was abandoned, and nothing of it is on disk. Where
-            staging `raised`, that is raised instead, whatever comes of the rendezvous.
+    Every rank calls; blocks. Other saves may begin meanwhile. A rank that gives no sign of life for `commit_timeout_s`
+    seconds is given up.
     """
-    failed = any(part.error is not None for part in save.cluster_saves.values())
-
-    def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
-        return {"failed": any(post["failed"] for post in posts)}
-
-    try:
-        if ranks.decide_on_rank0({"failed": failed}, decide, timeout_s or save.settings.commit_timeout_s)["failed"]:
-            wait_on_all_ranks(ranks, save, uploaded=False)
-    except RollCkptError as outcome:
-        if raised is None:
-            raise
-        log.debug("%s: abandoned on all ranks: %s", save.attempt.final, outcome)
-    if raised is not None:
-        raise raised
+    timeout_s = save.settings.commit_timeout_s
+    ranks.run_on_all_ranks(action, timeout_s, working=True, key=str(save.attempt.directory))
 
 
 @contextmanager
-def staging(ranks: RankGroup, save: Save, *, synchronous: bool, first: bool) -> Iterator[None]:
-    """`Save.staging`, then `wait_on_all_ranks` if `synchronous`, or `confirm_staged` if it is the `first` save.
+def staging(ranks: RankGroup, save: Save, *, first: bool = False) -> Iterator[None]:
+    """`Save.staging`, and one rendezvous at its end, so that no rank goes on with a save that another one has given up.
 
-    They are called also if staging fails, for other ranks wait there. Every rank calls. What staging raised on this
-    rank is raised again; the other ranks get SaveFailed.
+    Every rank calls. What the block raises on this rank is raised again, and the other ranks raise SaveFailed. With
+    `first`, so do errors that only turned this rank's vote into a no: what cannot be saved at all, such as a lock in a
+    module's extra state, is then told at the first save, and not only in a log. When it raises with `first` or without
+    `async_save`, the save has been abandoned, and nothing of it is on disk.
     """
+    problem: Exception | None = None
     try:
         with save.staging():
             yield
-    except Exception as problem:
-        if first and not synchronous:
-            confirm_staged(ranks, save, problem)
-        if synchronous:
-            try:
-                wait_on_all_ranks(ranks, save, uploaded=False)
-            except RollCkptError as outcome:
-                log.debug("%s: abandoned on all ranks: %s", save.attempt.final, outcome)
+    except Exception as error:
+        problem = error
+    try:
+        ranks.raise_together(problem or (save.staging_failure() if first else None), save.settings.commit_timeout_s)
+    except RanksDisagree:
+        raise  # the save goes on in the background
+    except Exception:
+        save.reported = True
+        if first or not save.settings.async_save:
+            save.wait_settled()
         raise
-    if synchronous:
-        wait_on_all_ranks(ranks, save, uploaded=True)
-    elif first:
-        confirm_staged(ranks, save)
 
 
 def in_background(action: Callable[[], None], name: str, exit_timeout_s: float) -> None:
     """Run `action` on a daemon thread; the interpreter's exit waits for it, at most `exit_timeout_s` seconds.
 
-    Does not block.
+    Does not block, unless no thread can be started, as at the interpreter's exit: then `action` runs at once.
     """
     thread = threading.Thread(target=action, name=f"roll_ckpt {name}", daemon=True)
-    process.part(PendingSaves).add_thread(thread, exit_timeout_s)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError as problem:
+        log.warning("%s: no thread can be started, so this blocks: %s", name, problem)
+        action()
+    else:
+        process.part(PendingSaves).add_thread(thread, exit_timeout_s)

@@ -54,6 +54,7 @@ class Save:
     """Phrases for the log line about what followed the commit: uploaded, pruned."""
     stood_still_s: float = 0.0
     """Seconds for which training has been blocked by this save so far, on this rank."""
+    _began_in: int = field(default_factory=threading.get_ident)
     _threaded: bool = False
     _staged: threading.Event = field(default_factory=threading.Event)
     _settled: threading.Event = field(default_factory=threading.Event)
@@ -86,6 +87,17 @@ class Save:
             self.stood_still_s += time.monotonic() - began
             self._end_staging()
 
+    def staging_failure(self) -> SaveFailed | None:
+        """Why a part of this rank could not be staged; None if all could, so far as is known."""
+        for part in self.cluster_saves.values():
+            if part.error is not None:
+                who = f"cluster {part.cluster!r} rank {part.rank}"
+                return SaveFailed(
+                    f"{self.attempt.label}: abandoned: {who} failed: {part.error}. Older checkpoints are untouched; "
+                    "the next save starts afresh"
+                )
+        return None
+
     def _end_staging(self) -> None:
         for cluster in self.clusters:
             if cluster not in self.cluster_saves:
@@ -115,6 +127,11 @@ class Save:
     def staged(self) -> bool:
         """Whether `staging()` has ended; from then on the save proceeds in the background."""
         return self._staged.is_set()
+
+    @property
+    def staged_here(self) -> bool:
+        """Whether the calling thread has begun this save, and its staging has not ended."""
+        return not self.staged and self._began_in == threading.get_ident()
 
     @property
     def settled(self) -> bool:

@@ -5,6 +5,7 @@ Written against DeepSpeed 0.19 (`runtime/engine.py`, `runtime/checkpoint_engine/
 
 from __future__ import annotations
 
+import enum
 import logging
 import os
 import weakref
@@ -47,6 +48,14 @@ ALLOWED_GLOBALS = (LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_addres
 """The classes that DeepSpeed's files contain and that torch's `weights_only` load does not allow by itself."""
 
 
+class Stage(enum.Enum):
+    """How far DeepSpeed's `save_checkpoint` has come, as our hooks see it."""
+
+    BEFORE = "before its first barrier"
+    INSIDE = "past its first barrier"
+    AFTER = "at its last barrier, or past it"
+
+
 class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
     """What one `DeepSpeedEngine` calls to save and load its files.
 
@@ -79,6 +88,7 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
         self._allowed = [*ALLOWED_GLOBALS, *trust.allowed(settings)]
         self._layouts = Layouts(self._allowed)
         self._index, self._indexer = EngineIndex(), Indexer()
+        self.stage = Stage.BEFORE
         self.verified: Path | None = None
         """A checkpoint of which the ranks have just verified every byte; a load from it does not do so again."""
 
@@ -91,7 +101,8 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
     # DeepSpeed calls these.
 
     def create(self, info: object) -> None:
-        """Does nothing: our wrapper began the attempt before DeepSpeed's code ran."""
+        """Notes that DeepSpeed's first barrier is passed. Our wrapper began the attempt before DeepSpeed's code ran."""
+        self.stage = Stage.INSIDE
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         """Make a directory and its parents. Never raises; see the class."""
@@ -134,6 +145,8 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
         return True
 
     def is_decoupled(self) -> bool:
+        """True. DeepSpeed asks when a save has only its last barrier before it, which is noted."""
+        self.stage = Stage.AFTER
         return True
 
     def get_commit_info(self) -> None:
@@ -188,6 +201,7 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
                 if self._borrowed:
                     get_accelerator().synchronize()  # offload_states(non_blocking=True) may still be copying there
             self._cluster_save = cluster_save
+            self.stage = Stage.BEFORE
             yield cluster_save
         finally:
             self._cluster_save = None

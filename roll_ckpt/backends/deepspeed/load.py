@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -24,7 +25,7 @@ from roll_ckpt.load.checkpoint import as_unreadable
 from roll_ckpt.load.newest import newest_sound
 from roll_ckpt.load.reader import Reader
 from roll_ckpt.load.together import open_together
-from roll_ckpt.save import pending
+from roll_ckpt.save import gate, pending
 from roll_ckpt.transaction import listing
 
 log = logging.getLogger("roll_ckpt")
@@ -55,6 +56,22 @@ def load_checkpoint(
     stage and number of ranks, from the files that were verified; the next step trains from them.
     """
     load_dir = checkpoint_engine.expanded(load_dir)
+    if checkpoint_engine.verified is not None:  # a pipeline resumes, and has passed the gate
+        return load_inside(checkpoint_engine, stock, load_dir, tag, *args, **kwargs)
+    timeout_s = checkpoint_engine.settings.commit_timeout_s
+    with gate.entered(checkpoint_engine.ranks, f"load from {os.path.abspath(load_dir)}", timeout_s):
+        return load_inside(checkpoint_engine, stock, load_dir, tag, *args, **kwargs)
+
+
+def load_inside(
+    checkpoint_engine: RollCheckpointEngine,
+    stock: Callable[..., Any],
+    load_dir: str,
+    tag: object = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """`load_checkpoint`, for a caller that has passed the gate."""
     checkpoint_engine.fence()
     pending.wait_pending()
     engine, ranks = checkpoint_engine.engine, checkpoint_engine.ranks
@@ -84,7 +101,8 @@ def load_checkpoint(
         if opened is None:
             return stock(engine, load_dir, tag, *args, **kwargs)
         name, reader = opened
-        with checkpoint_engine.reading(reader, weights[name]):
+        timeout_s = checkpoint_engine.settings.commit_timeout_s
+        with ranks.raising_together(timeout_s), checkpoint_engine.reading(reader, weights[name]):
             loaded = stock(engine, load_dir, name, *args, **kwargs)
         if is_resuming(call.arguments):
             checkpoint_engine.course.resumed(None if reader.checkpoint is None else reader.checkpoint.manifest)

@@ -27,7 +27,6 @@ from roll_ckpt.load.checkpoint import OpenedCheckpoint, as_unreadable
 from roll_ckpt.load.compare import compare_models
 from roll_ckpt.load.reader import Reader
 from roll_ckpt.load.together import check_bytes
-from roll_ckpt.ranks.group import LONGEST_S
 
 Call = Mapping[str, Any]
 """The arguments of DeepSpeed's `load_checkpoint`, by name."""
@@ -55,9 +54,10 @@ def prepare(checkpoint_engine: RollCheckpointEngine, reader: Reader, directory: 
         look_at = _Look(checkpoint_engine, reader, directory, call)
         found.append(look_at.foreign() if opened is None else look_at.ours(opened))
 
-    ranks.run_on_all_ranks(look, checkpoint_engine.settings.commit_timeout_s if opened is not None else LONGEST_S)
+    timeout_s = checkpoint_engine.settings.commit_timeout_s
+    ranks.run_on_all_ranks(look, timeout_s, working=opened is None)
     if opened is not None and checkpoint_engine.verified != opened.directory:
-        check_bytes(ranks, opened.directory)
+        check_bytes(ranks, opened.directory, timeout_s)
     return found[0]
 
 

@@ -23,7 +23,7 @@ from roll_ckpt.backends.deepspeed.saved import Files, Load, data_parallel_rank
 from roll_ckpt.backends.deepspeed.sources import Indexed, Sharded, Source, Whole
 from roll_ckpt.errors import ModelMismatch
 from roll_ckpt.load.compare import compare_models
-from roll_ckpt.ranks.group import LONGEST_S, RankGroup
+from roll_ckpt.ranks.group import RankGroup
 
 
 class Weights:
@@ -68,7 +68,7 @@ class Weights:
         engine, source = self._engine, self._source(load)
         if custom_load_fn is not None:
             src: dict[str, Any] = {}
-            self._ranks.run_on_all_ranks(lambda: src.update(self._whole(source, load)), LONGEST_S)
+            self._together(lambda: src.update(self._whole(source, load)))
             fetch = engine.zero_optimization_partition_weights()
             stock(engine, checkpoint={"module": src}, custom_load_fn=custom_load_fn, fetch_z3_params=fetch)
             return
@@ -76,7 +76,10 @@ class Weights:
         others = {key: value for key, value in self.state["module"].items() if key not in named}
         self._ranks.run_on_all_ranks(lambda: self._check(source, named, others, strict), self._timeout_s)
         engine.module.load_state_dict(others, strict=False)
-        self._ranks.run_on_all_ranks(lambda: fill(engine.module, source), LONGEST_S)
+        self._together(lambda: fill(engine.module, source))
+
+    def _together(self, work: Callable[[], object]) -> None:
+        self._ranks.run_on_all_ranks(work, self._timeout_s, working=True)
 
     def _source(self, load: Load) -> Source:
         if not self.files.partitioned:

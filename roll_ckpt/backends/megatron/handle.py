@@ -38,7 +38,7 @@ from roll_ckpt.load.newest import newest_sound
 from roll_ckpt.load.reader import Reader
 from roll_ckpt.load.together import check_bytes, open_together
 from roll_ckpt.ranks.group import RankGroup
-from roll_ckpt.save import arena, pending
+from roll_ckpt.save import arena, gate, pending
 from roll_ckpt.save.cluster_save import ClusterSave
 from roll_ckpt.save.course import Course
 from roll_ckpt.save.save import Save
@@ -93,10 +93,17 @@ class MegatronHandle(Binding):
             As `backends.megatron.save.save`.
             SaveFailed: also of an earlier save that failed in the background, if `fail_training` is set.
         """
-        self.fence()
         metadata = content_metadata_of(self.sharding_type)
+
+        def prepare_it() -> Prepared:
+            if self.alone:
+                self.fence()
+            else:  # collectives follow, in which other ranks would wait for one that raises here
+                RankGroup.current().run_on_all_ranks(self.fence, self.settings.commit_timeout_s)
+            return self.prepare(self.state(step))
+
         save = transact(
-            lambda: self.prepare(self.state(step)),
+            prepare_it,
             lambda save, cluster_save, prepared: self.stage(
                 save, cluster_save, save.attempt.checkpoint_dir, prepared.state, prepared
             ),
@@ -163,7 +170,11 @@ class MegatronHandle(Binding):
             Unreadable: the disk does not tell whether a checkpoint is sound; no older one is taken in its place.
             RanksDisagree: the ranks see different checkpoints.
         """
-        path, ranks = names.absolute(output_dir), RankGroup.current()
+        path, ranks, timeout_s = names.absolute(output_dir), RankGroup.current(), self.settings.commit_timeout_s
+        with gate.entered(ranks, f"find in {path}", timeout_s):
+            return self._find(path, ranks, timeout_s)
+
+    def _find(self, path: Path, ranks: RankGroup, timeout_s: float) -> Path | None:
         pending.wait_pending()
 
         def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -172,10 +183,10 @@ class MegatronHandle(Binding):
 
         def open_verified(stack: ExitStack, checkpoint_dir: Path) -> Reader:
             reader = stack.enter_context(open_together(ranks, checkpoint_dir, self.settings))
-            check_bytes(ranks, checkpoint_dir)
+            check_bytes(ranks, checkpoint_dir, timeout_s)
             return reader
 
-        found = ranks.decide_on_rank0({}, decide, self.settings.commit_timeout_s)["names"]
+        found = ranks.decide_on_rank0({}, decide, timeout_s)["names"]
         with newest_sound(path, found, open_verified) as opened:
             self._verified = None if opened is None else path / opened[0]
         return self._verified
@@ -190,12 +201,13 @@ class MegatronHandle(Binding):
             UnsupportedError: the optimizer's sharding type cannot be loaded in this layout, or `save_only_model` is
                 set. Nothing was read.
         """
-        path = names.absolute(directory)
-        self.fence()
-        pending.wait_pending()
-        RankGroup.current().run_on_all_ranks(lambda: check_complete(path), self.settings.commit_timeout_s)
-        step: int = self.restore(path, verified=path == self._verified)["iteration"]
-        self.course.resumed(if_there(partial(manifests.read, path)))
+        path, ranks, timeout_s = names.absolute(directory), RankGroup.current(), self.settings.commit_timeout_s
+        with gate.entered(ranks, f"load {path}", timeout_s):
+            self.fence()
+            pending.wait_pending()
+            ranks.run_on_all_ranks(lambda: check_complete(path), timeout_s)
+            step: int = self.restore(path, verified=path == self._verified)["iteration"]
+            self.course.resumed(if_there(partial(manifests.read, path)))
         return step
 
     def restore(self, path: Path, *, verified: bool) -> dict[str, Any]:

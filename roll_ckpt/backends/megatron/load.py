@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ from roll_ckpt.load import trust
 from roll_ckpt.load.checkpoint import OpenedCheckpoint
 from roll_ckpt.load.compare import compare_models
 from roll_ckpt.load.together import check_bytes, open_together
-from roll_ckpt.ranks.group import LONGEST_S, RankGroup
-from roll_ckpt.save import pending
+from roll_ckpt.ranks.group import RankGroup
+from roll_ckpt.save import gate, pending
 
 
 def load(
@@ -60,15 +61,25 @@ def load(
             refuses.
     """
     settings = settings or Settings()
-    path, ranks = names.absolute(directory), RankGroup.current()
+    path = names.absolute(directory)
+    with gate.entered(RankGroup.current(), f"load {path}", settings.commit_timeout_s):
+        return load_inside(sharded_state_dict, path, settings, strategy, verified=verified)
+
+
+def load_inside(
+    sharded_state_dict: dict[str, Any], path: Path, settings: Settings, strategy: Any, *, verified: bool
+) -> dict[str, Any]:
+    """`load`, for a caller that has passed the gate."""
+    ranks = RankGroup.current()
     pending.wait_pending()
     ranks.run_on_all_ranks(lambda: check_complete(path), settings.commit_timeout_s)
     with open_together(ranks, path, settings) as reader:
         if reader.checkpoint is not None and not verified:
-            check_bytes(ranks, reader.checkpoint.directory)
+            check_bytes(ranks, reader.checkpoint.directory, settings.commit_timeout_s)
         if reader.checkpoint is None:
             ranks.run_on_all_ranks(lambda: stock_content_metadata(path, settings), settings.commit_timeout_s)
-        ranks.run_on_all_ranks(lambda: check_content(sharded_state_dict, path, settings, ranks), LONGEST_S)
+        check = partial(check_content, sharded_state_dict, path, settings, ranks)
+        ranks.run_on_all_ranks(check, settings.commit_timeout_s, working=True)
         common = CommonState(reader.checkpoint, trust.allowed(settings))
         with nullcontext() if reader.checkpoint is None else checked(reader.checkpoint):
             loaded: dict[str, Any] = dist_checkpointing.load(sharded_state_dict, str(path), strategy, common)

@@ -21,7 +21,13 @@ from roll_ckpt.backends.megatron.facts import (
     content_metadata_of,
     parallel_layout,
 )
-from roll_ckpt.backends.megatron.load import check_complete, check_content, facts_of, load, stock_content_metadata
+from roll_ckpt.backends.megatron.load import (
+    check_complete,
+    check_content,
+    facts_of,
+    load_inside,
+    stock_content_metadata,
+)
 from roll_ckpt.errors import ModelMismatch, UnsupportedError
 from roll_ckpt.load.checkpoint import OpenedCheckpoint
 from roll_ckpt.load.together import open_together
@@ -54,12 +60,11 @@ def _restore(binding: Binding, path: Path, saved: Mapping[str, Any], verified: b
         log.warning("%s: saved in another parallel layout, or by stock Megatron: random states are not restored", path)
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     try:
-        loaded = load(
+        loaded = load_inside(
             binding.state(sharding_type=sharding_type, loading=True, with_rng=with_rng),
             path,
-            settings=binding.settings,
-            cluster=binding.cluster,
-            strategy=FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), group),
+            binding.settings,
+            FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), group),
             verified=verified,
         )
     except ModelMismatch as problem:

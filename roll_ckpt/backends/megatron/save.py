@@ -30,7 +30,7 @@ from roll_ckpt.errors import RollCkptError, SaveFailed
 from roll_ckpt.formats.image import FileImage
 from roll_ckpt.formats.torch_zip import layout, sources, unsavable
 from roll_ckpt.ranks.group import RankGroup
-from roll_ckpt.save import pending
+from roll_ckpt.save import gate, pending
 from roll_ckpt.save.begin import Request, begin
 from roll_ckpt.save.cluster_save import ClusterSave
 from roll_ckpt.save.course import Course, Courses
@@ -115,7 +115,32 @@ def transact(
     If `prepare_it` raises on one rank, the save is not begun, and SaveFailed is raised on all. So it is if a rank could
     not stage the first save of `strategy`.
     """
-    ranks, save_strategy = RankGroup.current(), strategy_of(strategy)
+    ranks = RankGroup.current()
+    with gate.entered(ranks, f"save {path.name} to {path.parent}", settings.commit_timeout_s):
+        save = _begin_and_stage(
+            prepare_it, stage_it, path, step, settings, cluster, facts, save_latest, course, strategy_of(strategy)
+        )
+    if not settings.async_save:
+        if save.begun:
+            pending.wait_on_all_ranks(ranks, save, uploaded=True)
+        else:
+            save.wait()
+    return save
+
+
+def _begin_and_stage(
+    prepare_it: Callable[[], Prepared],
+    stage_it: Callable[[Save, ClusterSave, Prepared], None],
+    path: Path,
+    step: int | None,
+    settings: Settings,
+    cluster: str,
+    facts: Callable[[], dict[str, Any]],
+    save_latest: bool,
+    course: Course,
+    save_strategy: SaveStrategy,
+) -> Save:
+    ranks = RankGroup.current()
     request = Request(
         path.parent, path.name, step, {cluster: ranks.size}, course=course, save_latest=save_latest, host=True
     )
@@ -137,15 +162,11 @@ def transact(
         plans={cluster: prepared.plan if prepared else None},
         on_commit=AfterCommit(settings, course),
     )
-    if not save.begun:
-        if not settings.async_save:
-            save.wait()
-        return save
-    assert prepared is not None, "no save begins if any rank has a problem"
-    first = not save_strategy.has_staged
-    with pending.staging(ranks, save, synchronous=not settings.async_save, first=first):
-        stage_it(save, save.add_cluster(cluster, facts()), prepared)
-    save_strategy.has_staged = True
+    if save.begun:
+        assert prepared is not None, "no save begins if any rank has a problem"
+        with pending.staging(ranks, save, first=not save_strategy.has_staged):
+            stage_it(save, save.add_cluster(cluster, facts()), prepared)
+        save_strategy.has_staged = True
     return save
 
 

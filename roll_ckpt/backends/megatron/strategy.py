@@ -32,8 +32,8 @@ from roll_ckpt.formats.tensor_index.writer import Indexer
 from roll_ckpt.formats.torch_zip import safe_pickle
 from roll_ckpt.load import trust
 from roll_ckpt.native.mover import Transfer
-from roll_ckpt.ranks.group import LONGEST_S, RankGroup
-from roll_ckpt.save import arena, cluster_save
+from roll_ckpt.ranks.group import RankGroup
+from roll_ckpt.save import arena, cluster_save, gate
 
 
 class SaveStrategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
@@ -217,18 +217,18 @@ class _Files:
         Raises:
             The error of `begin` or `write`, on every rank; the directory then has no `metadata.json`.
         """
-        ranks = RankGroup.current()
-        ranks.run_on_all_ranks(self._check, LONGEST_S)
-        gathered = self._group.gather_object(self._results)
+        ranks, path, timeout_s = RankGroup.current(), Path(self._writer.path), self._settings.commit_timeout_s
 
         def write_metadata() -> None:
             if self._group.is_coordinator:
-                path = Path(self._writer.path)
                 self._writer.finish(self._metadata, gathered)
                 writes.fsync_file(path / DCP_METADATA)
                 writes.fsync_dir(path)
 
-        ranks.run_on_all_ranks(write_metadata, LONGEST_S)
+        with gate.entered(ranks, f"finish {path}", timeout_s):
+            ranks.run_on_all_ranks(self._check, timeout_s, working=True)
+            gathered = self._group.gather_object(self._results)
+            ranks.run_on_all_ranks(write_metadata, timeout_s, working=True)
 
     def _check(self) -> None:
         self.write()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from roll_ckpt.load import trust
 from roll_ckpt.load.together import check_bytes, open_together
 from roll_ckpt.native.image import Lifetime
 from roll_ckpt.ranks.group import RankGroup
-from roll_ckpt.save import arena, pending
+from roll_ckpt.save import arena, gate, pending
 from roll_ckpt.save.begin import Request, begin
 from roll_ckpt.save.course import Course
 from roll_ckpt.save.save import Save
@@ -69,26 +70,34 @@ class StateSaver:
                 save was abandoned; older checkpoints are sound. As `begin`.
         """
         path, ranks = names.absolute(directory), RankGroup.current()
-        names.check_name("tag", path.name)
-        file = _file(ranks.rank)
-        image, unsafe, problem = FileImage(0), dict[str, Unloadable](), None
-        try:
-            image, unsafe = self._layouts.lay_out(file, state, Path(file).stem, lambda storage: unchanged, "state")
-        except Exception as error:
-            problem = str(error)  # `begin` raises it on every rank
-        request = Request(path.parent, path.name, step, {_CLUSTER: ranks.size}, course=self._course, host=True)
-        after = AfterCommit(self.settings, self._course)
-        save = begin(ranks, request, self.settings, nbytes=image.nbytes, problem=problem, on_commit=after)
-        if save.begun:
-            with pending.staging(ranks, save, synchronous=not self.settings.async_save, first=not self._has_staged):
-                part = save.add_cluster(_CLUSTER, {"framework": "none"})
-                trust.warn_unloadable(path / file, unsafe, self._warned)
-                late = unchanged != Lifetime.UNTIL_SAVE_RETURNS and self.settings.staging.overlap
-                part.stage(save.attempt.checkpoint_dir / file, image, overlap=late)
-            self._has_staged = True
-        elif not self.settings.async_save:
-            pending.wait_on_all_ranks(ranks, save, uploaded=True)
+        with gate.entered(ranks, f"save {path.name} to {path.parent}", self.settings.commit_timeout_s):
+            names.check_name("tag", path.name)
+            file, problem = _file(ranks.rank), None
+            image, unsafe = FileImage(0), dict[str, Unloadable]()
+            try:
+                image, unsafe = self._layouts.lay_out(file, state, Path(file).stem, lambda storage: unchanged, "state")
+            except Exception as error:
+                problem = str(error)  # `begin` raises it on every rank
+            request = Request(path.parent, path.name, step, {_CLUSTER: ranks.size}, course=self._course, host=True)
+            after = AfterCommit(self.settings, self._course)
+            save = begin(ranks, request, self.settings, nbytes=image.nbytes, problem=problem, on_commit=after)
+            if save.begun:
+                with pending.staging(ranks, save, first=not self._has_staged):
+                    self._stage(save, image, unsafe, unchanged)
+                self._has_staged = True
+        if not self.settings.async_save:
+            if save.begun:
+                pending.wait_on_all_ranks(ranks, save, uploaded=True)
+            else:
+                save.wait()
         return save
+
+    def _stage(self, save: Save, image: FileImage, unsafe: Mapping[str, Unloadable], unchanged: Lifetime) -> None:
+        file = _file(save.rank)
+        part = save.add_cluster(_CLUSTER, {"framework": "none"})
+        trust.warn_unloadable(save.attempt.final / file, unsafe, self._warned)
+        late = unchanged != Lifetime.UNTIL_SAVE_RETURNS and self.settings.staging.overlap
+        part.stage(save.attempt.checkpoint_dir / file, image, overlap=late)
 
     def load(self, directory: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, Any]:
         """This rank's state in the committed checkpoint `directory`, every byte verified; every rank calls; blocks.
@@ -97,15 +106,16 @@ class StateSaver:
             NotFound: there is no committed checkpoint, or none of this rank. Damaged, Unreadable: on every rank.
         """
         path, ranks = names.absolute(directory), RankGroup.current()
-        pending.wait_pending()
-        with ExitStack() as stack:
+        with gate.entered(ranks, f"load {path}", self.settings.commit_timeout_s), ExitStack() as stack:
+            pending.wait_pending()
             reader = stack.enter_context(open_together(ranks, path, self.settings))
             if reader.checkpoint is None:
                 raise NotFound(f"{path}: no checkpoint of roll_ckpt is there")
             if ranks.size > 1:
-                check_bytes(ranks, path)
+                check_bytes(ranks, path, self.settings.commit_timeout_s)
                 reader.cached = True
-            state: dict[str, Any] = reader.load(path / _file(ranks.rank), map_location)
+            with ranks.raising_together(self.settings.commit_timeout_s):
+                state: dict[str, Any] = reader.load(path / _file(ranks.rank), map_location)
             self._course.resumed(reader.checkpoint.manifest)
         return state
 
