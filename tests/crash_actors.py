@@ -274,8 +274,8 @@ def play(scenario: Scenario, template: Path, folder: Path, switches: tuple[Switc
 
     for one, module in LOOKS.items():
         setattr(module, one, watched(one))
-    for name in ("link", "rename_new", "rename"):
-        setattr(writes, name, moved(name))
+    for move in ("link", "rename_new", "rename"):
+        setattr(writes, move, moved(move))
     failpoints.observer = observe
     try:
         stage.run()
