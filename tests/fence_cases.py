@@ -6,11 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed_cases import BLOCK, _set_full, new_arena
 from late_copies import copy_a_block, late_copies
-from tiny import engine, train
+from tiny import config, engine, train
 
 from roll_ckpt.backends.deepspeed import install
 from roll_ckpt.save import pending
@@ -138,3 +139,20 @@ def change_by_other_means(out: str, stage: int) -> dict[str, tuple[str, str]]:
                 told[what] = ("fenced" if _same(found, wanted) and wanted else "TORN", "")
             dist.barrier()
     return told
+
+
+def change_in_the_forward_pass(out: str, stage: int) -> bool:
+    """An embedding that scales its rows in each forward pass is saved as it was, while training goes on."""
+    with new_arena():
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Embedding(50, 16, max_norm=0.5), torch.nn.Linear(16, 4))
+        values = config(stage, "fp32", SETTINGS)
+        made = deepspeed.initialize(model=net, model_parameters=net.parameters(), config=values)[0]
+        made.backward(made(torch.arange(32).reshape(4, 8)).pow(2).mean())
+        made.step()
+        before = [parameter.detach().clone() for parameter in made.module.parameters()]
+        with late_copies(install.attached(made).settings):  # type: ignore[union-attr]
+            made.save_checkpoint(out, tag="t")
+            made(torch.arange(50).repeat(4, 1))
+        made.load_checkpoint(out, tag="t")
+        return all(map(torch.equal, before, made.module.parameters()))

@@ -283,6 +283,13 @@ def test_an_engine_that_is_changed_by_other_means_is_never_saved_torn(
             assert ended == "fenced" or ("SourceChanged" in reason and "_states.pt: '" in reason)
 
 
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_model_that_changes_in_its_forward_pass_is_saved_as_it_was(
+    two_ranks: World, tmp_path: Path, stage: int
+) -> None:
+    assert two_ranks.call("fence_cases:change_in_the_forward_pass", str(tmp_path / "run"), stage) == [True, True]
+
+
 EXPECTED = {
     **dict.fromkeys(("module.load_state_dict", "base optimizer", "safe_set", "other data"), "fenced"),
     **dict.fromkeys(("ema", "add_", "foreach", "one element", "flat buffer", "moments"), "refused"),

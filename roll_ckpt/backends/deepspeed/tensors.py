@@ -11,6 +11,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.hybrid_engine import DeepSpeedHybridEngine
 from deepspeed.runtime.zero.config import ZeroStageEnum
 
+from roll_ckpt.backends.forward_changes import changes_in_forward
 from roll_ckpt.formats.torch_zip.sources import bytes_of
 from roll_ckpt.save import hooks
 
@@ -50,10 +51,10 @@ def changes_in_step_alone(engine: DeepSpeedEngine) -> bool:
     """Whether only the optimizer step changes the engine's state, so that copies may run until then.
 
     Not so with LoRA: between two steps a hybrid engine fuses LoRA weights to generate, PEFT merges them, and AdaLoRA
-    masks them.
+    masks them. Nor where the forward pass itself changes parameters.
     """
     adapted = any(hasattr(module, "peft_config") for module in engine.module.modules())
-    return not (isinstance(engine, DeepSpeedHybridEngine) or adapted)
+    return not (isinstance(engine, DeepSpeedHybridEngine) or adapted or changes_in_forward([engine.module]))
 
 
 def overlappable_storages(engine: DeepSpeedEngine) -> frozenset[int]:

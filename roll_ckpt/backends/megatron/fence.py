@@ -11,6 +11,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from roll_ckpt.backends.forward_changes import changes_in_forward
 from roll_ckpt.save import pending
 from roll_ckpt.save.save import Save
 
@@ -84,8 +85,11 @@ def overlappable_storages(model: Sequence[Any], optimizer: Any) -> frozenset[int
 
     They are its main parameters, its moments, and the parameters that it trains. Where the gather of parameters
     overlaps the forward pass, parameters are excluded: hooks write them there. If an optimizer keeps a copy on the
-    host, the result is empty: it may still be moving that copy after the step.
+    host, the result is empty: it may still be moving that copy after the step. So it is if the model changes parameters
+    in its forward pass.
     """
+    if changes_in_forward(model):
+        return frozenset()
     tensors: list[Any] = []
     for part in distributed_parts(optimizer):
         if isinstance(part.optimizer, HybridDeviceOptimizer):
