@@ -149,7 +149,7 @@ def load_plain(folder: str) -> dict[str, tuple[str, str, bool]]:
     def load_newest(out: str) -> tuple[Path | None, int]:
         ours = attach(run.critic)
         newest = ours.find(out)
-        with replaced(check_bytes, lambda ranks, checkpoint_dir: None):  # find has done it
+        with replaced(check_bytes, lambda ranks, checkpoint_dir, timeout_s: None):  # find has done it
             return newest, ours.load(str(newest))
 
     loads: dict[str, Callable[[], object]] = {
@@ -221,8 +221,10 @@ def change_after_the_check(folder: str, paths: dict[str, list[str]]) -> dict[str
         for path in paths[way]:
             out = Path(folder) / f"{way} {Path(path).name}"
 
-            def check_and_change(world: Any, checkpoint_dir: Path, changed: Path = out / path) -> None:
-                check_bytes(world, checkpoint_dir)
+            def check_and_change(
+                world: Any, checkpoint_dir: Path, timeout_s: float, changed: Path = out / path
+            ) -> None:
+                check_bytes(world, checkpoint_dir, timeout_s)
                 if dist.get_rank() == 0:
                     data = changed.read_bytes()
                     changed.unlink()

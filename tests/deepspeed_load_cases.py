@@ -15,7 +15,7 @@ from roll_ckpt.config import DeepSpeedConfig
 from roll_ckpt.errors import RollCkptError
 from roll_ckpt.state import StateSaver
 
-OURS: dict[str, Any] = {"async_save": False, "io": {"block_bytes": 65536}}
+OURS: dict[str, Any] = {"async_save": False, "io": {"block_bytes": 65536}, "staging": {"arena_bytes": 64 << 20}}
 Combination = tuple[int, str]
 """ZeRO stage and precision."""
 Told = dict[str, Any]

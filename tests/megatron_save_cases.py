@@ -42,6 +42,7 @@ from roll_ckpt.save import pending  # noqa: E402
 from roll_ckpt.save.begin import Request, begin  # noqa: E402
 from roll_ckpt.save.cluster_save import ClusterSave  # noqa: E402
 from roll_ckpt.save.save import Save  # noqa: E402
+from roll_ckpt.transaction.home import beside_of  # noqa: E402
 
 gc.freeze()  # Megatron collects garbage at each sharded_state_dict; what the imports made is none
 
@@ -484,25 +485,27 @@ def fail_to_lay_out(directory: str) -> dict[str, Any]:
 def invalid_sharding(directory: str) -> str:
     """Two ranks each have the whole of a tensor: stock code says so on rank 0 alone, before it plans."""
     build()
-    save = save_(state_of(0, extra=["twice"]), Path(directory) / "iter", settings=Settings(async_save=True))
-    return error_of(lambda: save.wait(60))
+    settings = Settings(async_save=True)
+    return error_of(lambda: save_(state_of(0, extra=["twice"]), Path(directory) / "iter", settings=settings).wait(60))
 
 
 def thrown_away_while_planning(directory: str) -> list[str]:
     """The attempt is moved away, as if thrown away, while stock code plans: what is there in its place."""
     build()
     output_dir, aside = Path(directory), Path(f"{directory}.aside")
+    home = beside_of(output_dir)
+    assert home is not None
     found: list[str] = []
     stock = SaveStrategy.planned_by_stock
 
     def planned(*args: Any) -> Any:
         if dist.get_rank() == 0:
-            attempt = next(path for path in output_dir.iterdir() if path.suffix == ".tmp")
+            attempt = next(path for path in home.iterdir() if path.suffix == ".tmp")
             attempt.rename(aside)
         dist.barrier()
         told = stock(*args)
         dist.barrier()
-        found.extend(path.name for path in output_dir.iterdir() if path.suffix == ".tmp")
+        found.extend(path.name for path in home.iterdir() if path.suffix == ".tmp")
         dist.barrier()
         if dist.get_rank() == 0 and not found:
             aside.rename(attempt)

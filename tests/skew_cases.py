@@ -12,7 +12,7 @@ from typing import Any
 from unittest import mock
 
 import torch.distributed as dist
-from deepspeed_cases import raised, settings
+from deepspeed_cases import cannot_be_saved, raised, settings
 from gate_cases import state
 from pipeline_cases import pipeline
 from tiny import engine, train
@@ -106,7 +106,9 @@ def deepspeed_raises(out: str, stage: int, method: str, failing: int, asynchrono
 def engine_fails_at_the_fence(out: str) -> list[str]:
     """With `fail_training`, the failure of a save is known to rank 1 alone when the next save begins."""
     made = engine(3, "bf16", settings(fail_training=True))
-    made.save_checkpoint(out, tag="bad", client_state={"bad": (lambda: 0)} if dist.get_rank() == 1 else {})
+    made.save_checkpoint(out, tag="good")
+    with cannot_be_saved(made.module, rank=1):
+        made.save_checkpoint(out, tag="bad")
     pending.wait_pending()
     if dist.get_rank() == 0:
         for save in _saves(made):

@@ -77,7 +77,7 @@ def what_a_load_says(checkpoint_dir: Path) -> str:
     """What the checks before any load say; "" if the checkpoint would be loaded."""
     try:
         with open_reader(checkpoint_dir, Settings()):
-            check_bytes(RankGroup(0, 1, None), checkpoint_dir)
+            check_bytes(RankGroup(0, 1, None), checkpoint_dir, 60)
     except (Damaged, Unreadable) as problem:
         return str(problem)
     return ""

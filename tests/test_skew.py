@@ -60,9 +60,7 @@ def test_an_error_of_deepspeeds_own_code_on_one_rank_holds_nobody_up(
 
 def test_what_only_one_rank_knows_before_a_save_begins_is_raised_on_all(two_ranks: World, tmp_path: Path) -> None:
     for first, second in two_ranks.call(f"{CASES}:engine_fails_at_the_fence", str(tmp_path)):
-        assert (first.startswith("SaveFailed: the save was not begun: rank 1: ") and "PicklingError" in first) or (
-            "AttributeError" in first
-        )
+        assert first.startswith("SaveFailed: the save was not begun: rank 1: ") and "cannot be saved" in first
         assert second == ""
 
 
@@ -73,8 +71,7 @@ def test_what_fails_on_one_rank_of_a_pipeline_is_raised_on_all(
 ) -> None:
     answers = two_ranks.call(f"{CASES}:pipeline_fails", str(tmp_path / "run"), where, background)
     reason = "the hub said no" if where == "upload" else "it is broken"
-    told = "" if where == "component" and background else reason  # a no vote: told in the background, alike
-    assert all(told in first and bool(first) == bool(told) and second == "" for first, second in answers)
+    assert all(reason in first and second == "" for first, second in answers)
 
 
 def test_a_save_on_one_rank_and_a_load_on_another_are_told_at_once(two_ranks: World, tmp_path: Path) -> None:
