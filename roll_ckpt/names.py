@@ -107,10 +107,9 @@ def expand(given: str | os.PathLike[str], *, strict: bool = True) -> str:
 
 
 def check_name(kind: str, name: str) -> str:
-    """Return `name` if it can be the name of a checkpoint or cluster.
+    """Return `name` if it can be the name of a checkpoint or cluster. ConfigError, saying why, if it cannot.
 
-    `kind` is "tag" (the name of a checkpoint: up to NAME_PARTS path components, joined by slashes) or "cluster" (one
-    component). ConfigError, saying why, if the name is refused.
+    `kind` is "tag" (a checkpoint's name: up to NAME_PARTS path components) or "cluster" (one component).
     """
     if problem := _objection(kind, name):
         raise ConfigError(f"{kind} {name!r} cannot be used as a name: {problem}; choose another {kind}")

@@ -81,7 +81,7 @@ class BasePipeline:
                 raise ConfigError(f"cluster {cluster.name} is registered twice; names must differ")
             registered[cluster.name] = cluster
         self._group = RankGroup.current()
-        self._check_expected(registered)
+        _check_expected(self.config, registered, self._group.size)
         for cluster in clusters:
             cluster.attach(self.config)
         self._clusters = registered
@@ -101,18 +101,6 @@ class BasePipeline:
             ConfigError: `name` cannot be part of a file name, or is registered already.
         """
         self._state_files.register(name, component)
-
-    def _check_expected(self, clusters: dict[str, Cluster]) -> None:
-        expected = self.config.expected_clusters
-        if expected is None:
-            return
-        size = self._ranks.size
-        for name in clusters:
-            if expected.get(name) != size:
-                raise ConfigError(
-                    f"cluster {name} has {size} ranks, expected_clusters says {expected}; give every cluster of the "
-                    "run with its number of ranks, the same in the configuration of every job"
-                )
 
     @property
     def _ranks(self) -> RankGroup:
@@ -286,6 +274,16 @@ class BasePipeline:
 
     def _restore_rng(self, state: dict[str, Any], where: Path) -> None:
         rng.restore_portable(state, where)
+
+
+def _check_expected(config: PipelineConfig, clusters: dict[str, Cluster], size: int) -> None:
+    expected = config.expected_clusters
+    for name in () if expected is None else clusters:
+        if (expected or {}).get(name) != size:
+            raise ConfigError(
+                f"cluster {name} has {size} ranks, expected_clusters says {expected}; give every cluster of the "
+                "run with its number of ranks, the same in the configuration of every job"
+            )
 
 
 def _entered(ranks: RankGroup, what: str, config: PipelineConfig) -> AbstractContextManager[None]:

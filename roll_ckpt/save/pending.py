@@ -165,7 +165,7 @@ def staging(ranks: RankGroup, save: Save, *, first: bool = False) -> Iterator[No
     except Exception as error:
         problem = error
     try:
-        ranks.raise_together(problem or (save.staging_failure() if first else None), save.settings.commit_timeout_s)
+        ranks.raise_together(problem or (_quiet_failure(save) if first else None), save.settings.commit_timeout_s)
     except RanksDisagree:
         raise  # the save goes on in the background
     except Exception:
@@ -173,6 +173,17 @@ def staging(ranks: RankGroup, save: Save, *, first: bool = False) -> Iterator[No
         if first or not save.settings.async_save:
             save.wait_settled()
         raise
+
+
+def _quiet_failure(save: Save) -> SaveFailed | None:
+    """Why a part of this rank could not be staged, where that has only turned its vote into a no; else None."""
+    for part in save.cluster_saves.values():
+        if part.error is not None:
+            return SaveFailed(
+                f"{save.attempt.label}: abandoned: cluster {part.cluster!r} rank {part.rank} failed: {part.error}. "
+                "Older checkpoints are untouched; the next save starts afresh"
+            )
+    return None
 
 
 def in_background(action: Callable[[], None], name: str, exit_timeout_s: float) -> None:

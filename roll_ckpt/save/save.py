@@ -87,17 +87,6 @@ class Save:
             self.stood_still_s += time.monotonic() - began
             self._end_staging()
 
-    def staging_failure(self) -> SaveFailed | None:
-        """Why a part of this rank could not be staged; None if all could, so far as is known."""
-        for part in self.cluster_saves.values():
-            if part.error is not None:
-                who = f"cluster {part.cluster!r} rank {part.rank}"
-                return SaveFailed(
-                    f"{self.attempt.label}: abandoned: {who} failed: {part.error}. Older checkpoints are untouched; "
-                    "the next save starts afresh"
-                )
-        return None
-
     def _end_staging(self) -> None:
         for cluster in self.clusters:
             if cluster not in self.cluster_saves:
