@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from deepspeed_cases import settings
 from tiny import engine, train
 
 import roll_ckpt
 from roll_ckpt.disk import failpoints
 
 SAVES, KEEP = 5, 2
-OURS: dict[str, Any] = {"commit_timeout_s": 20}  # a save that waits for another rank shall say so soon
+OURS: dict[str, Any] = settings(commit_timeout_s=20)  # a save that waits for another rank shall say so soon
 
 
 def delete(path: Path) -> None:
@@ -137,8 +138,8 @@ def run(out: str, script: str, ours: dict[str, Any] | None, *, hold: bool = Fals
     dist.barrier()
     losses = [train(trained, 2, 50)]
     found: tuple[str, dict[str, Any]] = ("", {})
-    for settings in (ours, None):
-        again = engine(2, "bf16", settings, seed=1)
+    for given in (ours, None):
+        again = engine(2, "bf16", given, seed=1)
         path, state = again.load_checkpoint(out)
         found = (Path(path or "").parent.name, state or {})
         losses.append(train(again, 2, 50))

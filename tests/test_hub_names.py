@@ -86,8 +86,8 @@ def cli(hub: LocalHub, tmp_path: Path, *words: object) -> subprocess.CompletedPr
 
 
 def test_a_push_says_the_tag_and_a_pull_finds_the_checkpoint_by_either(hub: LocalHub, tmp_path: Path) -> None:
-    awkward = [AWKWARD[0], AWKWARD[3], "epoch-1"]
-    hub_runs.history(tmp_path / "run", [1, 2, 3], called=awkward)
+    awkward = [AWKWARD[0], AWKWARD[3], "epoch-1", "epoch1/step5", ".best"]
+    hub_runs.history(tmp_path / "run", [1, 2, 3, 4, 5], called=awkward)
     for name in awkward:
         done = cli(hub, tmp_path, "push", tmp_path / "run" / name, "me/x")
         assert done.returncode == 0, done.stderr

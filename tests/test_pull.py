@@ -310,7 +310,7 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], None]] = {
     "a digest for each byte": listing("actor/rank_0.pt", nbytes=12, block_bytes=1),
     "a file that is not there": listing("actor/none.pt"),
     "name above": lambda record: record.update(name="../checkpoint-1"),
-    "name with a folder": lambda record: record.update(name="a/b"),
+    "name with a folder": lambda record: record.update(name="a/../b"),
     "hidden name": lambda record: record.update(name=".epochs"),
     "name of ours": lambda record: record.update(name="latest"),
 }

@@ -126,6 +126,7 @@ def _check_room(checkpoint: RemoteCheckpoint, staging: Path) -> None:
 
 def _publish(checkpoint_dir: Path, target: Path) -> None:
     failpoints.failpoint("pull.verified", name=target.name)
+    writes.make_dirs(target.parent)
     try:
         writes.rename(checkpoint_dir, target)
     except OSError as error:

@@ -175,7 +175,7 @@ def record(output_dir: Path, entry: Entry, to: Repository) -> None:
 
 def _forget_pruned(output_dir: Path) -> None:
     """Of checkpoints that were pruned, keep only the newest records."""
-    entries, folder = set(tree.list_dir(output_dir)), output_dir / names.HUB_RECORDS
+    entries, folder = set(listing.names_in(output_dir)), output_dir / names.HUB_RECORDS
     pruned = [folder / file for file in tree.list_dir(folder) if names.parse_hub_record(file) not in {None, *entries}]
     if len(pruned) > _PRUNED_KEPT:
         for path in sorted(pruned, key=reads.mtime_ns)[:-_PRUNED_KEPT]:
