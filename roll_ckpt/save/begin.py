@@ -149,7 +149,9 @@ def _decide(request: Request, settings: Settings, posts: list[dict[str, Any]]) -
         return _not_begun(problem, request, claimed is not None)
     try:
         owner = claim(request.output_dir, settings, request.clusters, request.expected_clusters, host=request.host)
-        if not request.course.settled:
+        if request.expected_clusters is not None:
+            request.course.share(owner.run_id, owner.number)
+        elif not request.course.settled:
             request.course.settle(listing.committed(request.output_dir), request.clusters, request.name)
         attempt = attempts.begin(
             owner,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from roll_ckpt import names, process
@@ -54,6 +56,12 @@ class Course:
             if same and manifest.lineage.series not in taken:
                 self._lineage = Lineage(series=manifest.lineage.series, segment=_new())
                 return
+
+    def share(self, run_id: str, epoch: int) -> None:
+        """Let the jobs that save together name their series and segment alike: by their run and its epoch."""
+        series = hashlib.sha256(run_id.encode()).hexdigest()[:16]
+        self._lineage = replace(self._lineage, series=series, segment=str(epoch))
+        self._settled = True
 
     @property
     def settled(self) -> bool:

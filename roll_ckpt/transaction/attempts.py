@@ -181,15 +181,18 @@ def check_replaced(output_dir: Path, name: str) -> None:
         SaveFailed: the message names what is in the way. Nothing was touched.
     """
     final = output_dir / name
-    for folder in [final, *final.parents][: name.count("/") + 1]:
+    folders = [final, *final.parents][: name.count("/") + 1]
+    for folder in folders:
+        if tree.is_link(folder) and folder != final:
+            raise SaveFailed(f"{folder} is a link, and checkpoints are not looked for there. Choose another name")
         if tree.exists(folder) and not tree.is_dir(folder):
             raise SaveFailed(f"{folder} is a file, so {name!r} cannot be saved there. Choose another name")
         if folder != final and tree.exists(folder / names.MANIFEST):
             raise SaveFailed(f"{folder} is a checkpoint, and {name!r} would lie inside of it. Choose another name")
-    if tree.exists(final / names.EPOCHS) or find_home(final) != final:
-        raise SaveFailed(
-            f"{final} is the output directory of a run, so {name!r} cannot be saved there. Choose another name"
-        )
+        if tree.exists(folder / names.EPOCHS) or find_home(folder) != folder:
+            raise SaveFailed(
+                f"{folder} is the output directory of a run, so {name!r} cannot be saved there. Choose another name"
+            )
     if not tree.exists(final / names.MANIFEST) and (inner := listing.nested_in(output_dir, name)):
         raise SaveFailed(
             f"{final} is the folder of other checkpoints, such as {inner[0]!r}, so {name!r} cannot be saved there. "

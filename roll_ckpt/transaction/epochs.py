@@ -90,6 +90,8 @@ class Epoch:
     clusters: Mapping[str, int]
     expected: Mapping[str, int] | None
     attempts: dict[str, int] = field(default_factory=dict)
+    first: bool = False
+    """Whether no record of another run was there when it was claimed; then none of its processes can come late."""
     begun: int = 0
     """How many attempts this epoch has begun; gives checkpoints of one epoch their order."""
     pid: int = field(default_factory=os.getpid)
@@ -106,6 +108,11 @@ class Epoch:
         Called before each save. EpochLost if another run has claimed the directory meanwhile.
         """
         self.check()
+        if self.home != self.output_dir and tree.exists(self.output_dir / names.EPOCHS):
+            raise EpochLost(
+                f"{self.output_dir}: another run keeps its records there, and this run beside it, in {self.home}; this "
+                "run may not write there any more. Stop one of the two, and give both the same path"
+            )
         writes.make_dirs(self.output_dir)
         make_folders(self.home, self.number)
         for path, lock in list(self._records.items()):
@@ -132,12 +139,15 @@ class Epoch:
             if locks.same_file(lock, path):
                 writes.touch(path, at_ns=_RELEASED_NS)
             lock.release()
-        if self.home != self.output_dir:
+        if self.home != self.output_dir and self.first:
             self._tidy()
         self._records.clear()
 
     def _tidy(self) -> None:
-        """Remove the home of a host's directory if no other job or run needs it. What is there stays: rmdir refuses."""
+        """Remove the home of a host's directory if no other job or run needs it. What is there stays: rmdir refuses.
+
+        The number of the newest epoch goes with it. So the home stays if there was an older run, which may wake up.
+        """
         epochs_dir, own = self.home / names.EPOCHS, {path.name for path in self._records}
         mine = {e for e in tree.list_dir(epochs_dir) if (a := names.parse_aborted_file(e)) and a[1] == self.number}
         if {*tree.list_dir(epochs_dir)} - mine != own:
@@ -242,6 +252,7 @@ def claim_number(
         if following > names.LARGEST_NUMBER:
             raise Damaged(f"{home / names.EPOCHS}: {newest} is too large for an epoch; remove that file")
         epoch = Epoch(newest if join else following, output_dir, home, run_id, dict(clusters), expected)
+        epoch.first = not newest
         make_folders(home, epoch.number)
         entries = [names.epoch_file(epoch.number, c) for c in sorted(clusters)] if join else [str(epoch.number)]
         try:
@@ -260,21 +271,42 @@ def claim_number(
 
 def _sweep_beside(home: Path) -> None:
     """Remove what killed runs have left beside directories that do not exist any more, such as rotated checkpoints."""
-    for entry in tree.list_dir(home.parent):
+    try:
+        entries = tree.list_dir(home.parent)
+    except OSError as error:
+        log.debug("%s: not looked through for what killed runs have left: %s", home.parent, error)
+        return
+    for entry in entries:
         name, other = names.parse_beside(entry), home.parent / entry
-        if name is not None and other != home and not tree.exists(home.parent / name) and _is_dead(other):
-            log.info("%s is gone, and so is the run that saved there; removing what that run has left in %s",
-                     home.parent / name, other)  # fmt: skip
-            writes.remove_tree(other)
+        if name is None or other == home:
+            continue
+        try:
+            if not tree.exists(home.parent / name):
+                _remove_dead(other, home.parent / name)
+        except (OSError, Damaged) as error:  # another user's, say
+            log.debug("%s: left as it is: %s", other, error)
 
 
-def _is_dead(home: Path) -> bool:
-    """Whether the newest run with this home has certainly ended; looks at what this host can tell without waiting."""
-    records_by_path = members(home, newest_number(home))
-    return bool(records_by_path) and all(
-        isinstance(member, Member) and member.locked and member.boot_id == reads.boot_id() and not locks.is_locked(path)
-        for path, member in records_by_path.items()
-    )
+def _remove_dead(home: Path, output_dir: Path) -> None:
+    """Remove a home if its newest run has certainly ended: its records are unlocked, and stay locked meanwhile."""
+    held = []
+    try:
+        for path, member in members(home, newest_number(home)).items():
+            local = isinstance(member, Member) and member.locked and member.boot_id == reads.boot_id()
+            lock = locks.try_lock(path, exclusive=True) if local else None
+            if lock is None:
+                return
+            held.append(lock)
+        if not held or tree.exists(output_dir):  # a run may have claimed it just now
+            return
+        log.info("%s is gone, and so is the run that saved there; removing what that run has left in %s",
+                 output_dir, home)  # fmt: skip
+        away = home.with_name(names.temporary_file(home.name))
+        writes.rename(home, away)
+    finally:
+        for lock in held:
+            lock.release()
+    writes.remove_tree(away)
 
 
 def _newest_left(output_dir: Path, home: Path) -> int:

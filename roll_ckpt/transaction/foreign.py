@@ -18,7 +18,7 @@ log = logging.getLogger("roll_ckpt")
 
 _STATES = ("*_states.pt", "*.distcp")
 """What stock DeepSpeed and Megatron-core pick up from a checkpoint's directory, whoever put it there."""
-_RECORDS = (names.MANIFEST, names.DECISION)
+_RECORDS = (names.MANIFEST, names.DECISION, names.EXPECTED)
 _FOLDERS = (names.VOTES, names.DIGESTS, names.TENSORS)
 
 
@@ -33,8 +33,14 @@ def foreign_files(checkpoint_dir: Path, written: Collection[str]) -> list[str]:
     return sorted(path for path, _ in tree.walk_all(checkpoint_dir) if path not in written)
 
 
-def _like_ours(path: str) -> bool:
-    return path in _RECORDS or path.partition("/")[0] in _FOLDERS or read_by_stock(path)
+def _like_ours(path: str, folders: Collection[str]) -> bool:
+    """Whether a file that nobody is known to have written is one of a save, by its name and place."""
+    folder, _, entry = path.rpartition("/")
+    if path in _RECORDS or (folder == names.VOTES and names.parse_vote_file(entry)):
+        return True
+    if names.parse_digest_file(path) or names.parse_tensor_file(path):
+        return True
+    return read_by_stock(path) and (not folder or folder in folders)
 
 
 def move_foreign(old: Path, new: Path, written: Collection[str], suffix: str) -> list[str]:
@@ -46,7 +52,7 @@ def move_foreign(old: Path, new: Path, written: Collection[str], suffix: str) ->
     moved: dict[str, str] = {}
     folders = {*_FOLDERS, *(folder for path in written for folder in _folders_of(path))}
     for path in foreign_files(old, written):
-        if _like_ours(path):
+        if _like_ours(path, folders):
             continue
         unit = next((folder for folder in _folders_of(path) if folder not in folders), path)  # a folder of others whole
         if unit not in moved:

@@ -18,13 +18,14 @@ from roll_ckpt.disk import tree, writes
 log = logging.getLogger("roll_ckpt")
 
 _LONGEST_ENTRY = 255
+_PROBE = "probe"
 _NO_RENAME = (errno.EXDEV, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def find_home(output_dir: Path) -> Path:
     """The directory that holds the bookkeeping for `output_dir`; `output_dir` if there is none yet. Writes nothing."""
     beside = beside_of(output_dir)
-    if beside is None or tree.exists(output_dir / names.EPOCHS) or not tree.is_dir(beside):
+    if beside is None or tree.exists(output_dir / names.EPOCHS) or not tree.exists(beside / names.EPOCHS):
         return output_dir
     return beside
 
@@ -32,22 +33,27 @@ def find_home(output_dir: Path) -> Path:
 def choose_home(output_dir: Path, *, host: bool) -> Path:
     """The directory for the bookkeeping of a run that is about to claim `output_dir`, which is made if it is missing.
 
-    Where there is bookkeeping already, it stays there. Else it goes beside `output_dir` if that is a `host`'s and the
-    file system can rename from there into it; a directory that is a mount point, say, cannot.
+    Where there is bookkeeping already, it stays there. Else it goes beside `output_dir` if that is a `host`'s. It goes
+    inside if the file system cannot rename from beside, as where a volume was mounted.
     """
     writes.make_dirs(output_dir)
-    home = find_home(output_dir)
-    beside = beside_of(output_dir)
-    if not host or beside is None or home != output_dir or tree.exists(output_dir / names.EPOCHS):
-        return home
-    return beside if _can_rename(beside, output_dir) else output_dir
+    home, beside = find_home(output_dir), beside_of(output_dir)
+    wanted = home != output_dir or (host and not tree.exists(output_dir / names.EPOCHS))
+    return beside if wanted and beside is not None and _can_rename(beside, output_dir) else output_dir
 
 
 def beside_of(output_dir: Path) -> Path | None:
     """The directory beside `output_dir` for its bookkeeping; None where there can be none."""
-    resolved = output_dir.resolve()
-    entry = names.beside(resolved.name)
-    return resolved.parent / entry if resolved.name and len(os.fsencode(entry)) <= _LONGEST_ENTRY else None
+    place = output_dir.resolve() if tree.is_link(output_dir) else output_dir.absolute()
+    entry = names.beside(place.name)
+    return place.parent / entry if place.name and len(os.fsencode(entry)) <= _LONGEST_ENTRY else None
+
+
+def remove_probes(folder: Path) -> None:
+    """Remove the probes that killed claims have left in a home or an output directory."""
+    for entry in tree.list_dir(folder):
+        if names.parse_temporary_file(entry) == _PROBE:
+            writes.remove_tree(folder / entry)
 
 
 def directory_of(home: Path) -> Path:
@@ -58,7 +64,7 @@ def directory_of(home: Path) -> Path:
 
 def _can_rename(beside: Path, output_dir: Path) -> bool:
     """Whether directories can be renamed from `beside`, which is made, into `output_dir`."""
-    probe = names.temporary_file("probe")
+    probe = names.temporary_file(_PROBE)
     try:
         writes.make_own_dir(beside)
         writes.make_dir(beside / probe)
@@ -72,7 +78,9 @@ def _can_rename(beside: Path, output_dir: Path) -> bool:
         if error.errno not in _NO_RENAME:
             raise
         log.info("%s: the bookkeeping lies inside, because it cannot lie in %s: %s", output_dir, beside, error.strerror)
-        if tree.is_dir(beside):
+        try:
             writes.remove_dir(beside)
+        except OSError as left:
+            log.debug("%s stays: %s", beside, left)
         return False
     return True

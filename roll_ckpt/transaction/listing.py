@@ -157,7 +157,7 @@ def read_latest(output_dir: Path) -> str | None:
     path = output_dir / names.LATEST
     text = reads.read_text_or_none(path)
     try:
-        return None if text is None else names.check_name("tag", text)
+        return None if text is None else names.check_name("tag", text.strip())
     except ValueError as error:
         raise Damaged(f"{path}: what it says cannot be the name of a checkpoint: {error}") from error
 

@@ -20,7 +20,7 @@ from roll_ckpt.formats.records import Decision
 from roll_ckpt.transaction import epochs
 from roll_ckpt.transaction.attempts import Attempt, carries, places, sound_manifest
 from roll_ckpt.transaction.foreign import move_foreign
-from roll_ckpt.transaction.listing import committed, read_latest, write_latest
+from roll_ckpt.transaction.listing import committed, named_by_latest, write_latest
 from roll_ckpt.transaction.trash import empty_trash, trash
 
 log = logging.getLogger("roll_ckpt")
@@ -122,7 +122,7 @@ def _step_aside(attempt: Attempt, own: Path) -> None:
     # The directories of both checkpoints are durable before one of them moves: a crash must not lose either.
     for directory in (own, attempt.directory):
         writes.fsync_dir(directory)
-    if read_latest(attempt.output_dir) == attempt.name:
+    if attempt.name in named_by_latest(attempt.output_dir):
         others = [manifest.name for manifest in committed(attempt.output_dir) if manifest.name != attempt.name]
         if others:
             write_latest(attempt.output_dir, others[-1], scratch=attempt.directory)
@@ -142,7 +142,19 @@ def _keep_foreign(attempt: Attempt) -> None:
         for old in (attempt.directory / entry / attempt.leaf, attempt.directory / entry / OLD / attempt.leaf):
             with missing_ok():
                 if tree.is_real_dir(old) and not carries(old, attempt):
-                    _move_foreign(attempt, old)
+                    try:
+                        _move_foreign(attempt, old)
+                    except PermissionError as error:
+                        _leave_beside(attempt, old, error)
+
+
+def _leave_beside(attempt: Attempt, old: Path, error: OSError) -> None:
+    """Leave the replaced directory, with files that may not be moved, under a name of its own."""
+    place = attempt.final.with_name(f"{attempt.leaf}.before-{attempt.epoch}.{attempt.attempt}")
+    writes.rename(old, place)
+    writes.fsync_dir(place.parent)
+    log.warning("%s: files that others had put there cannot be moved into the new checkpoint: %s (%s). They are in %s",
+                attempt.final, error.strerror, error.filename, place)  # fmt: skip
 
 
 def _move_foreign(attempt: Attempt, old: Path) -> None:

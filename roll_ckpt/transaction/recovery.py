@@ -18,6 +18,7 @@ from roll_ckpt.formats.manifests import Manifest
 from roll_ckpt.transaction.attempts import Attempt, carries, places, sound_manifest
 from roll_ckpt.transaction.ballot import Ballot, decide, decided
 from roll_ckpt.transaction.epochs import Epoch
+from roll_ckpt.transaction.home import remove_probes
 from roll_ckpt.transaction.listing import committed, read_latest
 from roll_ckpt.transaction.publication import OLD, carry_out, throw_away
 from roll_ckpt.transaction.trash import empty_trash, retire_trash
@@ -58,6 +59,8 @@ def recover(output_dir: Path, *, epoch: Epoch) -> list[Recovery]:
     for entry in tree.list_dir(output_dir):
         if names.parse_temporary_file(entry) == names.LATEST:
             writes.discard_file(output_dir / entry)
+    for folder in {output_dir, epoch.home}:
+        remove_probes(folder)
     _sweep_epochs(epoch.home / names.EPOCHS, epoch.number)
     empty_trash(epoch.home, epoch.number)
     return recoveries
@@ -116,7 +119,7 @@ def _has_begun(attempt: Attempt) -> bool:
     return any(
         tree.exists(checkpoint_dir / names.EXPECTED)
         for checkpoint_dir in places(attempt)
-        if checkpoint_dir != attempt.final or carries(checkpoint_dir, attempt)
+        if checkpoint_dir == attempt.checkpoint_dir or carries(checkpoint_dir, attempt)
     )
 
 
