@@ -212,5 +212,5 @@ def test_a_run_resumes_from_a_checkpoint_of_format_1(two_ranks: World, format_1:
     known = json.loads((FORMAT_1 / "known.json").read_text())
     for told in two_ranks.call(f"{CASES}:resume_format_1", str(format_1.parent)):
         assert told == known
-    assert manifests.read(format_1.parent / "checkpoint-2").format == 2
+    assert manifests.read(format_1.parent / "checkpoint-2").format == 3
     assert verification.verify(format_1.parent / "checkpoint-2") == []

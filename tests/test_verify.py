@@ -65,6 +65,8 @@ def test_harm_to_any_file_is_found_and_named(run: Path, tmp_path: Path, harm: st
             continue
         if harm == "missing" and ".epochs" in path.parts:
             continue  # nothing that is committed depends on it
+        if harm == "extended" and path.name == names.LATEST:
+            continue  # an editor ends a line there
         (tmp_path / "elsewhere").write_bytes(sound[:-1])  # a link is no harm, but its bytes are others
         if harm in ("missing", "link"):
             path.unlink()

@@ -114,7 +114,7 @@ class _Writer:
 
     def _kind(self, value: Any, depth: int) -> Any:
         for kinds, kind, parts in _KINDS:
-            if isinstance(value, kinds):
+            if isinstance(value, kinds) and (kinds not in _DATES or type(value) is kinds):
                 found = parts(value)
                 items = [self.plain(item, depth + 1) for item in found] if isinstance(found, list) else found
                 return self._kept(kind, items)
@@ -175,6 +175,8 @@ _KINDS: tuple[tuple[Any, str, Callable[[Any], Any]], ...] = (
     (datetime.timedelta, "timedelta", lambda value: [value.days, value.seconds, value.microseconds]),
 )
 """Class, name of the kind, and what is kept of a value; the parts of a list are values themselves."""
+_DATES = (datetime.datetime, datetime.date, datetime.time, datetime.timedelta)
+"""Of these, subclasses may hold more than is kept, as a timestamp with nanoseconds does."""
 _READABLE = (Path, complex, datetime.date, datetime.time, datetime.timedelta)
 
 

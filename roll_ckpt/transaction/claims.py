@@ -11,6 +11,7 @@ from roll_ckpt.disk import failpoints
 from roll_ckpt.errors import ConfigError, presentable
 from roll_ckpt.transaction import epochs
 from roll_ckpt.transaction.epochs import Epoch
+from roll_ckpt.transaction.leftovers import sweep_beside
 from roll_ckpt.transaction.recovery import recover
 
 log = logging.getLogger("roll_ckpt")
@@ -59,6 +60,8 @@ def claim(
             f"output_dir {output_dir} cannot be written: {error.strerror} ({error.filename}); choose another"
         ) from error
     failpoints.failpoint("epoch.claimed", number=claimed.number)
+    if host:
+        sweep_beside(claimed.home)
     try:
         for recovered in recover(output_dir, epoch=claimed):
             log.warning(

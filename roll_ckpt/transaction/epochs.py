@@ -243,8 +243,6 @@ def claim_number(
     a run on another host. RunIsLive if another run owns the directory.
     """
     home = choose_home(output_dir, host=host)
-    if host:
-        _sweep_beside(home)
     while True:
         newest = newest_number(home)
         join = bool(newest) and _may_join(home, newest, run_id, clusters, expected, take_over)
@@ -267,46 +265,6 @@ def claim_number(
             if locks.same_file(lock, path):
                 writes.discard_file(path)
         epoch.release()
-
-
-def _sweep_beside(home: Path) -> None:
-    """Remove what killed runs have left beside directories that do not exist any more, such as rotated checkpoints."""
-    try:
-        entries = tree.list_dir(home.parent)
-    except OSError as error:
-        log.debug("%s: not looked through for what killed runs have left: %s", home.parent, error)
-        return
-    for entry in entries:
-        name, other = names.parse_beside(entry), home.parent / entry
-        if name is None or other == home:
-            continue
-        try:
-            if not tree.exists(home.parent / name):
-                _remove_dead(other, home.parent / name)
-        except (OSError, Damaged) as error:  # another user's, say
-            log.debug("%s: left as it is: %s", other, error)
-
-
-def _remove_dead(home: Path, output_dir: Path) -> None:
-    """Remove a home if its newest run has certainly ended: its records are unlocked, and stay locked meanwhile."""
-    held = []
-    try:
-        for path, member in members(home, newest_number(home)).items():
-            local = isinstance(member, Member) and member.locked and member.boot_id == reads.boot_id()
-            lock = locks.try_lock(path, exclusive=True) if local else None
-            if lock is None:
-                return
-            held.append(lock)
-        if not held or tree.exists(output_dir):  # a run may have claimed it just now
-            return
-        log.info("%s is gone, and so is the run that saved there; removing what that run has left in %s",
-                 output_dir, home)  # fmt: skip
-        away = home.with_name(names.temporary_file(home.name))
-        writes.rename(home, away)
-    finally:
-        for lock in held:
-            lock.release()
-    writes.remove_tree(away)
 
 
 def _newest_left(output_dir: Path, home: Path) -> int:

@@ -44,8 +44,10 @@ class Problem:
 def not_ours(checkpoint_dir: Path) -> list[str]:
     """The files of others in a checkpoint, relative to it, sorted; [] if the disk or the manifest does not tell."""
     try:
-        found = foreign.foreign_files(checkpoint_dir, manifests.read(checkpoint_dir).paths())
-        return [path for path in found if not foreign.read_by_stock(path)]
+        written = manifests.read(checkpoint_dir).paths()
+        folders = {path.rpartition("/")[0] for path in written}
+        found = foreign.foreign_files(checkpoint_dir, written)
+        return [path for path in found if path.rpartition("/")[0] not in folders or not foreign.read_by_stock(path)]
     except (Damaged, OSError) as error:
         log.debug("%s: whose files these are is not known: %s", checkpoint_dir, error)
         return []

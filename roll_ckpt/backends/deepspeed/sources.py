@@ -183,6 +183,8 @@ class Sharded:
         frozen: Mapping[str, torch.Tensor] = self.model.get("frozen_param_fragments") or {}
         if frozen:
             path = self._model_file(rank)
+            if not path.name.startswith(f"zero_pp_rank_{rank}_"):
+                raise Damaged(f"{self.files.directory}: the model states of data parallel rank {rank} are missing")
             for name, shard in (self.load(path).get("frozen_param_fragments") or {}).items():
                 yield name, shard.reshape(-1), 0, shard.numel()
 

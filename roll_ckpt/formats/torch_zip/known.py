@@ -261,7 +261,7 @@ def _charge_conversion(maker: Maker, args: tuple[Any, ...]) -> None:
 
 def _from_type(maker: Maker, args: tuple[Any, ...]) -> Any:
     function, kind, inner, state = args
-    _check(torch.Tensor, any(function is rebuild for rebuild in _REBUILDS))
+    _check(torch.Tensor, any(function is rebuild for rebuild in _REBUILDS) or maker.is_trusted(function))
     _check(torch.Tensor, isinstance(kind, type) and issubclass(kind, torch.Tensor))
     if function in _CONVERSIONS:
         _charge_conversion(maker, inner)
