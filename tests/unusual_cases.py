@@ -128,7 +128,7 @@ def impossible_module(out: str, stage: int) -> dict[str, Any]:
 def _entries(out: str) -> list[str]:
     """Checkpoints, attempts and what else a save leaves; not DeepSpeed's scripts."""
     files = (path.relative_to(out).parts[0] for path in Path(out).rglob("*") if path.is_file() and path.suffix != ".py")
-    return sorted({*files} - {".epochs"})
+    return sorted({*files} - {".epochs", ".trash"})  # rank 0 may still be emptying the trash
 
 
 class Component:
