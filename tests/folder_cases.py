@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +145,30 @@ def delete_all_between_async_saves(out: str) -> list[bool]:
         wait_pending()
         torch.manual_seed(0)
         return [*told, ours.load_checkpoint(out)[1]["step"] == 9]
+
+
+def signal_in_the_step(out: str) -> dict[str, Any]:
+    """A signal comes within the optimizer step, and its handler saves: the save holds the state after the step."""
+    with new_arena():
+        ours = engine(2, "bf16", settings(staging={"arena_bytes": 16 << 20}, async_save=False))
+        train(ours, 1, seed=1)
+        base = ours.optimizer.optimizer
+        step = base.step
+
+        def stepped(*args: Any, **kwargs: Any) -> Any:
+            told = step(*args, **kwargs)
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(0.01)
+            return told
+
+        before = signal.signal(signal.SIGUSR1, lambda *_: ours.save_checkpoint(out, tag="signal"))
+        base.step = stepped
+        try:
+            train(ours, 1, seed=2)
+        finally:
+            base.step = step
+            signal.signal(signal.SIGUSR1, before)
+        losses = train(ours, 2, seed=3)
+        again = engine(2, "bf16", settings(staging={"arena_bytes": 16 << 20}), seed=7)
+        again.load_checkpoint(out, tag="signal")
+        return {"steps": again.global_steps, "same": train(again, 2, seed=3) == losses}

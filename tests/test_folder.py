@@ -82,3 +82,8 @@ def test_a_checkpoint_that_was_brought_loads(
             (there / "README.md").write_text("# a model card")
     assert verification.verify(there) == []
     assert two_ranks.call(f"{CASES}:load_and_go_on", str(there.parent)) == losses
+
+
+def test_a_signal_in_the_optimizer_step_saves_the_state_after_it(two_ranks: World, tmp_path: Path) -> None:
+    for found in two_ranks.call(f"{CASES}:signal_in_the_step", str(tmp_path / "run")):
+        assert found == {"steps": 2, "same": True}

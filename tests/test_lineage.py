@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from roll_ckpt.errors import Damaged
 from roll_ckpt.formats import manifests, records
 from roll_ckpt.formats.records import NO_LINEAGE
 from roll_ckpt.save.course import Course
-from roll_ckpt.transaction import attempts, listing, retention, settlement
+from roll_ckpt.transaction import attempts, listing, retention, settlement, verification
 from roll_ckpt.transaction.epochs import Epoch
 
 
@@ -155,3 +156,24 @@ def test_a_forged_lineage_is_refused_or_ends(tmp_path: Path) -> None:
     old = records.Expected("n", 1, "r", 1, 1, {"a": 1}, True, "s", format=2)
     assert b"lineage" not in old.to_bytes()
     assert records.parse_expected(old.to_bytes(), "here").lineage == NO_LINEAGE
+
+
+def test_a_copy_under_another_name_is_listed_by_it_and_is_never_pruned(saver: Saver) -> None:
+    out = saver.epoch.output_dir
+    for step in (1, 2, 3):
+        saver.save(f"s{step}", step)
+    shutil.copytree(out / "s1", out / "best")
+    shutil.move(out / "s2", out / "kept")
+    assert verification.verify_run(out) == []
+    assert [m.name for m in listing.committed(out)] == ["s1", "s3"]
+    assert sorted(newest(out)) == ["best", "kept", "s1", "s3"] and newest(out)[0] == "s3"
+    assert saver.prune(1) == ["s1"] and sorted(newest(out)) == ["best", "kept", "s3"]
+    shutil.copytree(out / "s3", out / "s9")
+    with pytest.raises(Damaged, match="is this directory a copy"):
+        raise next(iter(_problems(out)))
+
+
+def _problems(out: Path) -> list[Exception]:
+    found: list[Exception] = []
+    listing.committed(out, found.append)
+    return found

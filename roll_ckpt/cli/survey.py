@@ -57,7 +57,7 @@ class Survey:
 def survey(output_dir: Path) -> Survey:
     """Survey an output directory. OSError if it cannot be listed."""
     damaged: list[str] = []
-    checkpoints = listing.committed(output_dir, report=lambda problem: damaged.append(str(problem)))
+    checkpoints = listing.committed(output_dir, report=lambda problem: damaged.append(str(problem)), copies=True)
     try:
         latest = listing.read_latest(output_dir)
     except Damaged as error:

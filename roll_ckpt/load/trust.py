@@ -50,14 +50,13 @@ def _imported(name: str) -> Any:
 
 
 def warn_unloadable(path: Path, unsafe: Mapping[str, Unloadable], warned: set[str]) -> None:
-    """Warn which entries of the state saved at `path` a load will refuse; each key is added to `warned` and warned
-    about once.
+    """Warn which entries of the state saved at `path` a load will refuse, once for each entry and what it holds.
 
     `unsafe` tells what of these entries; see `formats.torch_zip.safe_pickle.unsafe_parts`.
     """
     for key, refused in unsafe.items():
-        if key not in warned:
-            warned.add(key)
+        if f"{key} {refused}" not in warned:
+            warned.add(f"{key} {refused}")
             allow = setting([refused]) if not refused.reasons else ""
             log.warning(
                 "%s: the entry %r holds %s, which a safe load refuses; keep plain values and tensors there%s",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from roll_ckpt import process
@@ -46,9 +46,11 @@ class StagingArena:
                 self._mover = Mover(arena, copy_threads=copiers, io_threads=sizes.io_threads, direct=sizes.direct)
                 self._sizes = sizes
             if sizes != self._sizes:
+                first, now = asdict(self._sizes) if self._sizes else {}, asdict(sizes)
+                unlike = [f"{key} {first[key]} first and {now[key]} now" for key in first if first[key] != now[key]]
                 raise ConfigError(
-                    f"two configurations of one process ask for different staging: {self._sizes} and {sizes}; give "
-                    "every engine and pipeline the same staging and io sections"
+                    f"two configurations of one process ask for different staging: {', '.join(unlike)}; give every "
+                    "engine and pipeline the same staging and io sections"
                 )
             return self._mover
 

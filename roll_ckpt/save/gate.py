@@ -72,6 +72,18 @@ def entered(ranks: RankGroup, what: str, timeout_s: float) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def signals_put_off() -> Iterator[None]:
+    """Run Python's signal handlers after the block, in which a handler that saves would find a half changed state."""
+    put_off = _PutOff()
+    try:
+        put_off.begin()
+        yield
+    finally:
+        put_off.end()
+        put_off.deliver()
+
+
 class _PutOff:
     """The signal handlers of Python code, put off for a while. Does nothing but on the main thread."""
 
@@ -86,7 +98,8 @@ class _PutOff:
             return
         for number in signal.valid_signals():
             handler = signal.getsignal(number)
-            ours = isinstance(getattr(handler, "__self__", None), _PutOff)
+            owner = getattr(handler, "__self__", None)
+            ours = isinstance(owner, _PutOff) and not owner._over
             if callable(handler) and handler is not signal.default_int_handler and not ours:
                 self._handlers[number] = handler
                 signal.signal(number, self._note)

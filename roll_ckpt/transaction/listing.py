@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -88,12 +89,15 @@ def _entries_of(folder: Path) -> list[str]:
         return []
 
 
-def committed(output_dir: Path, report: Callable[[Damaged | Unreadable], None] = _warn) -> list[Manifest]:
+def committed(
+    output_dir: Path, report: Callable[[Damaged | Unreadable], None] = _warn, *, copies: bool = False
+) -> list[Manifest]:
     """The manifests of the committed checkpoints, the oldest first (see `Manifest.age`).
 
     `report` is called with an error for each checkpoint that is skipped: its manifest is missing, cannot be trusted,
-    or could not be read. Reads that the disk refuses are retried for two seconds in all. Only manifests are read.
-    OSError if `output_dir` cannot be listed.
+    or could not be read. Reads that the disk refuses are retried for two seconds in all. Only manifests are read. With
+    `copies`, checkpoints that somebody has copied or moved there under another name are listed too, by that name; they
+    belong to whoever did it, so that no run prunes them. OSError if `output_dir` cannot be listed.
     """
     manifests, retries = [], ReadRetries()
     for name in retries.run(partial(names_in, output_dir)):
@@ -108,8 +112,8 @@ def committed(output_dir: Path, report: Callable[[Damaged | Unreadable], None] =
             problem.checkpoint_dir = checkpoint_dir
             report(problem)
             continue
-        if manifest is not None:
-            manifests.append(manifest)
+        if manifest is not None and (copies or manifest.name == name):
+            manifests.append(replace(manifest, name=name))
     return sorted(manifests, key=lambda manifest: manifest.age)
 
 
@@ -128,7 +132,7 @@ def _committed_in(checkpoint_dir: Path, name: str) -> Manifest | None:
         raise Damaged(
             f"{checkpoint_dir}: a symbolic link; move the checkpoint itself there, or give the path it leads to"
         )
-    if manifest.name != name and real:
+    if real and names.differ_in_number_only(checkpoint_dir.name, manifest.name.rpartition("/")[2]):
         raise Damaged(f"{checkpoint_dir}: its {names.MANIFEST} is that of {manifest.name}; is this directory a copy?")
     return manifest if real else None
 
@@ -142,7 +146,7 @@ def newest_first(output_dir: Path) -> list[Manifest]:
         OSError: `output_dir` cannot be listed.
     """
     problems: list[Damaged | Unreadable] = []
-    manifests = committed(output_dir, problems.append)
+    manifests = committed(output_dir, problems.append, copies=True)
     if unread := [str(problem) for problem in problems if isinstance(problem, Unreadable)]:
         raise Unreadable(f"{'; '.join(unread)}. {BY_HAND}")
     if problems and not manifests:

@@ -196,8 +196,7 @@ def verify_run(output_dir: Path) -> list[Problem]:
             log.debug("%s: verify() has reported this: %s", checkpoint_dir, error)
             continue
         if manifest.name != entry:
-            if not names.differ_in_number_only(entry, manifest.name):  # verify() has reported those that do
-                problems.append(Problem(entry, "extra", f"its manifest is that of {manifest.name}"))
+            log.debug("%s: a copy of %s under another name", checkpoint_dir, manifest.name)
         elif not tree.is_real_dir(checkpoint_dir):
             problems.append(Problem(entry, "link", "it is a link, and a run does not take a link for a checkpoint"))
         else:

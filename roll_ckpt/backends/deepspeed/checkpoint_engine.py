@@ -119,12 +119,19 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
             layouts = Layouts(self._allowed) if self._cluster_save is None else self._layouts
             file = Path(path)
             image, unsafe = layouts.lay_out(file.name, state_dict, file.stem, self._lifetime_of, f"{file.name} ")
-            trust.warn_unloadable(Path(path), unsafe, self._warned)
+            trust.warn_unloadable(self._final(file), unsafe, self._warned)
             if self._cluster_save is None:
                 one_file.write_file(Path(path), image, self.settings)
             else:
                 image = replace(image, tensors=self._index.of_file(Path(path).name, image.pieces))
                 self._cluster_save.stage(Path(path), image, overlap=bool(self._overlappable))
+
+    def _final(self, path: Path) -> Path:
+        """Where a file will lie once the save that writes it is committed."""
+        if self._cluster_save is None:
+            return path
+        attempt = self._cluster_save.attempt
+        return attempt.output_dir / path.relative_to(attempt.directory)
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """The state in the file `path`, with every digest checked. This rank alone; blocks.

@@ -37,7 +37,7 @@ from roll_ckpt.backends.deepspeed.tensors import stepped_tensors, storages_of
 from roll_ckpt.backends.deepspeed.weights import state_dict_of_zero_checkpoint
 from roll_ckpt.config import Settings
 from roll_ckpt.errors import UnsupportedError
-from roll_ckpt.save import pending
+from roll_ckpt.save import gate, pending
 
 Method = Callable[..., Any]
 
@@ -216,6 +216,8 @@ def _take_model_step(original: Method, engine: DeepSpeedEngine, *args: Any, **kw
     if checkpoint_engine is not None:
         stepped = functools.cache(lambda: storages_of(stepped_tensors(engine)))
         checkpoint_engine.fence(lambda storage: storage._cdata in stepped())
+        with gate.signals_put_off():
+            return original(engine, *args, **kwargs)
     return original(engine, *args, **kwargs)
 
 

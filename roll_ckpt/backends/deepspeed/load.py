@@ -20,7 +20,7 @@ from roll_ckpt.backends.deepspeed.preparing import is_resuming, prepare
 from roll_ckpt.backends.deepspeed.weights import Weights
 from roll_ckpt.disk import reads, tree
 from roll_ckpt.disk.retry import ReadRetries
-from roll_ckpt.errors import ConfigError, Damaged, RanksDisagree, Unreadable
+from roll_ckpt.errors import ConfigError, Damaged, NotFound, RanksDisagree, Unreadable
 from roll_ckpt.load.checkpoint import as_unreadable
 from roll_ckpt.load.newest import newest_sound
 from roll_ckpt.load.reader import Reader
@@ -134,6 +134,11 @@ def _refuse_missing(checkpoint_engine: RollCheckpointEngine, load_dir: Path, tag
             named = None if latest is None else latest.strip()
         if named is not None:
             check_tag_exists(load_dir, named)
+        elif tree.exists(load_dir / names.MANIFEST):
+            raise NotFound(
+                f"{load_dir} is a checkpoint itself, not a directory of checkpoints; nothing was loaded. Give "
+                f"{load_dir.parent} and tag={load_dir.name!r}"
+            )
         return {}
 
     checkpoint_engine.ranks.decide_on_rank0({}, decide, checkpoint_engine.settings.commit_timeout_s)

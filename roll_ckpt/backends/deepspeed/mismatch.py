@@ -130,6 +130,8 @@ def check_tag_exists(load_dir: Path, tag: str) -> None:
             return
         tags = tags_of(load_dir)
     more = f", and {len(tags) - _NAMED} more" if len(tags) > _NAMED else ""
+    if not tree.is_dir(load_dir):
+        raise NotFound(f"{load_dir} does not exist, so there is no tag {tag} to load; nothing was loaded")
     there = f"it holds {', '.join(tags[:_NAMED])}{more} (the newest first)" if tags else "it holds no tag at all"
     raise NotFound(
         f"{load_dir}: there is no tag {tag}: {there}; nothing was loaded. Give one of those, or the directory in which "
