@@ -100,7 +100,10 @@ def test_another_zero_stage_is_refused_before_anything_changes(
             assert "load_optimizer_states=False" in refusal["told"] and refusal["steps"] == 1
 
 
-@pytest.mark.parametrize(("by", "stage"), [("ours", 2), pytest.param("ours", 0, marks=pytest.mark.long), ("stock", 3)])
+@pytest.mark.parametrize(
+    ("by", "stage"),
+    [("ours", 2), *(pytest.param(*case, marks=pytest.mark.long) for case in (("ours", 0), ("stock", 3)))],
+)
 def test_another_optimizer_is_refused_before_anything_changes(
     two_ranks: World, tmp_path: Path, by: str, stage: int
 ) -> None:

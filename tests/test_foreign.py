@@ -118,7 +118,7 @@ def test_a_kill_at_any_operation_of_the_replacement_loses_none(tmp_path: Path, e
 
         done = runs.ended(runs.forked(work))
         assert done in (0, -signal.SIGKILL)
-        killed, count = done != 0, count + 3
+        killed, count = done != 0, count + 6
         runs.claim(out).release()
         assert runs.assert_sound(out)["checkpoint-1"] in ("x", "y") and kept(out / "checkpoint-1"), count
         shutil.rmtree(out)

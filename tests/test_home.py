@@ -144,7 +144,7 @@ def test_a_run_killed_at_any_operation_is_recovered_from_beside(tmp_path: Path) 
     while reached:
         out = tmp_path / str(count) / "run"
         done = runs.ended(runs.forked(lambda out=out, count=count: _save_until(out, count)))  # type: ignore[misc]
-        reached, count = done == -signal.SIGKILL, count + 7
+        reached, count = done == -signal.SIGKILL, count + 13
         assert done in (0, -signal.SIGKILL)
         epoch = runs.claim(out, host=True)
         found = runs.assert_sound(out)

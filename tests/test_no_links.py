@@ -37,7 +37,7 @@ def run(library: Path, folder: Path, *command: object, also: str = "", **extra: 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     ("scenario", "stride"),
-    [("first", 5), ("save", 7), ("fallback", 11)]
+    [("first", 9), ("save", 13), ("fallback", 21)]
     + [pytest.param(scenario, 2, marks=pytest.mark.long) for scenario in ("again", "rank", "recovery", "zombies")],
 )
 def test_a_killed_run_leaves_the_old_checkpoint_or_the_new_one(
@@ -49,7 +49,7 @@ def test_a_killed_run_leaves_the_old_checkpoint_or_the_new_one(
 @pytest.mark.parametrize("form", FORMS)
 def test_so_does_a_power_failure(library: Path, folder: Path, form: str) -> None:
     recorder = str(crash_record.build(folder))
-    asked = ("save:97:0", "abort:67:0")
+    asked = ("save:197:0", "abort:133:0")
     said = run(library, folder, "crash_points.py", "sweep", folder, *asked, also=recorder, **FORMS[form])
     assert [line.split(":")[0] for line in said.splitlines()] == ["save", "abort"]
 

@@ -41,7 +41,7 @@ def test_what_fails_on_one_rank_is_told_to_all_and_the_next_save_works(
             assert "rank 1" in second or "it hung" in second
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize("asynchronous", [True, pytest.param(False, marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     "stage, method, failing",
     [
