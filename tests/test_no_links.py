@@ -37,7 +37,7 @@ def run(library: Path, folder: Path, *command: object, also: str = "", **extra: 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     ("scenario", "stride"),
-    [("first", 9), ("save", 13), ("fallback", 21)]
+    [("first", 5), ("save", 7), ("fallback", 11)]
     + [pytest.param(scenario, 2, marks=pytest.mark.long) for scenario in ("again", "rank", "recovery", "zombies")],
 )
 def test_a_killed_run_leaves_the_old_checkpoint_or_the_new_one(
