@@ -11,11 +11,14 @@ SCRIPTS = [
     *("oldest_folders", "all_but_the_newest", "whole_directory", "contents", "directory_renamed"),
     *("hidden_below", "hidden_below_and_beside", "all_beside"),
 ]
-QUICK = {("held", script) for script in ("oldest_folders", "directory_renamed", "all_beside")}
-"""What `make test` tries with saves in flight."""
+QUICK = {
+    *(("held", script) for script in ("oldest_folders", "all_beside")),
+    *(("sync", script) for script in ("whole_directory", "hidden_below_and_beside")),
+}
+"""What `make test` tries."""
 
 TRIED = [
-    pytest.param(script, mode, marks=[pytest.mark.long] if mode != "sync" and (mode, script) not in QUICK else [])
+    pytest.param(script, mode, marks=[] if (mode, script) in QUICK else [pytest.mark.long])
     for script in SCRIPTS
     for mode in ("sync", "held", "async")
 ]

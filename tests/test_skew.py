@@ -23,7 +23,7 @@ ONE_FAILS = [
 ]
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize("asynchronous", [True, pytest.param(False, marks=pytest.mark.long)])
 @pytest.mark.parametrize("phase, how, failing", ONE_FAILS)
 def test_what_fails_on_one_rank_is_told_to_all_and_the_next_save_works(
     two_ranks: World, tmp_path: Path, phase: str, how: str, failing: int, asynchronous: bool
