@@ -9,10 +9,10 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed_cases import raised
 from tiny import Net, config, engine, train
 
 from roll_ckpt.config import DeepSpeedConfig
-from roll_ckpt.errors import RollCkptError
 from roll_ckpt.state import StateSaver
 
 OURS: dict[str, Any] = {"async_save": False, "io": {"block_bytes": 65536}, "staging": {"arena_bytes": 64 << 20}}
@@ -161,14 +161,6 @@ def runs_code(out: str) -> Told:
 
 
 # --- refused loads -------------------------------------------------------------------------------------------
-
-
-def raised(action: Any) -> str:
-    try:
-        action()
-    except RollCkptError as problem:
-        return f"{type(problem).__name__}: {problem}"
-    return "nothing was raised"
 
 
 def same(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> bool:

@@ -135,3 +135,29 @@ class Limit:
         self.left -= 1
         if self.left < 0:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_run_killed_behind_an_exchange_starts_again_though_its_checkpoint_was_removed(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+
+    def work() -> None:
+        epoch = runs.claim(out)
+        assert runs.save(epoch, 1, "x", alone=True).committed
+        failpoints.observer = kill_behind_the_exchange
+        runs.save(epoch, 1, "y", alone=True)
+
+    assert runs.ended(runs.forked(work)) == -signal.SIGKILL
+    shutil.rmtree(out / "checkpoint-1")
+    epoch = runs.claim(out)
+    assert runs.salts(out) in ({}, {"checkpoint-1": "x"})
+    assert runs.save(epoch, 2, "z", alone=True).committed
+
+
+exchanged = False
+
+
+def kill_behind_the_exchange(operation: str, paths: tuple[str, ...]) -> None:
+    global exchanged
+    if exchanged:
+        os.kill(os.getpid(), signal.SIGKILL)
+    exchanged = operation == "exchange"

@@ -257,3 +257,18 @@ def test_what_a_killed_run_left_beside_a_directory_that_is_gone_is_removed(tmp_p
     runs.claim(tmp_path / "c-4", host=True)
     assert entries(tmp_path) == [".c-2.roll_ckpt", ".c-3.roll_ckpt", ".c-4.roll_ckpt", "c-2", "c-4"]
     assert runs.save(alive, 1, "x", alone=True).committed
+
+
+def test_a_run_that_took_over_leaves_its_number_for_one_that_wakes_up(out: Path) -> None:
+    """Else the next run would get the number of the late one, whose ranks could write into its attempts."""
+
+    def work() -> None:
+        runs.claim(out, host=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert runs.ended(runs.forked(work)) == -signal.SIGKILL
+    taken_over = runs.claim(out, host=True)
+    taken_over.release()
+    with pytest.raises(EpochLost):
+        epochs.check(taken_over.home, 1)
+    assert runs.claim(out, host=True).number == 3

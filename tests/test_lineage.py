@@ -8,10 +8,15 @@ from pathlib import Path
 import pytest
 import runs
 
-from roll_ckpt.errors import Damaged
+from roll_ckpt import process
+from roll_ckpt.config import Settings
+from roll_ckpt.errors import Damaged, SaveFailed
 from roll_ckpt.formats import manifests, records
 from roll_ckpt.formats.records import NO_LINEAGE
+from roll_ckpt.ranks.group import RankGroup
+from roll_ckpt.save.begin import Request, begin
 from roll_ckpt.save.course import Course
+from roll_ckpt.save.pending import PendingSaves
 from roll_ckpt.transaction import attempts, listing, retention, settlement, verification
 from roll_ckpt.transaction.epochs import Epoch
 
@@ -177,3 +182,20 @@ def _problems(out: Path) -> list[Exception]:
     found: list[Exception] = []
     listing.committed(out, found.append)
     return found
+
+
+def test_jobs_that_save_together_have_one_series_and_segment_in_each_epoch(tmp_path: Path) -> None:
+    """The first job to begin an attempt names its lineage; only one of the jobs prunes."""
+    expected = {"actor": 1, "critic": 1}
+    found = []
+    for cluster in expected:
+        with process.installed(process.Process()):
+            settings = Settings(run_id="together")
+            request = Request(tmp_path / cluster, "checkpoint-1", 1, {cluster: 1}, expected)
+            save = begin(RankGroup(0, 1, None), request, settings, nbytes=1)
+            path = save.attempt.checkpoint_dir / "votes/expected.json"
+            found.append(records.parse_expected(path.read_bytes(), path).lineage)
+            assert found[-1].series == request.course.series, "what it prunes"
+            save.fail_to_begin(SaveFailed("the test is over"))
+            process.part(PendingSaves)._remove(save)
+    assert found[0] == found[1] and found[0].segment == "1"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,7 @@ def test_home_and_variables_are_expanded(monkeypatch: pytest.MonkeyPatch) -> Non
         "~": "/home/me",
         "~/runs/$RUN_1": "/home/me/runs/demo",
         "/x/${RUN_1}y/$RUN_1": "/x/demoy/demo",
-        "~root/x": "/root/x",
+        "~root/x": f"{pwd.getpwnam('root').pw_dir}/x",
         "/x/~/$5/$/${}/a$": "/x/~/$5/$/${}/a$",
         "./~x": f"{os.getcwd()}/~x",
     }.items():
