@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
+from datetime import timedelta
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from pairs import Pair, outcome
 
 from roll_ckpt.errors import (
@@ -22,6 +25,7 @@ from roll_ckpt.errors import (
 )
 from roll_ckpt.ranks import rendezvous
 from roll_ckpt.ranks.group import RankGroup
+from roll_ckpt.ranks.rendezvous import Patience, Place, Rendezvous, verdict_of
 
 
 def collect(posts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -175,6 +179,51 @@ def test_a_rank_that_leaves_a_call_with_an_error_tells_the_others_at_once(pair: 
     assert answers[1 - leaving][0] == ["NoRoom", f"rank {leaving} has left: no room here"]
     assert [posts for _, posts in answers] == [[{"rank": 0}, {"rank": 1}]] * 2
     assert ended_quickly(began)
+
+
+@pytest.mark.parametrize("leaving", [0, 1])
+def test_a_rank_that_leaves_two_calls_one_after_the_other_tells_the_others_of_both(pair: Pair, leaving: int) -> None:
+    def work(ranks: RankGroup) -> Any:
+        def call(name: str) -> Any:
+            with ranks.call(name, 60):
+                if ranks.rank == leaving:
+                    raise NoRoom(f"no room for {name}")
+                return ranks.decide_on_rank0({}, collect, 60)
+
+        told = [outcome(lambda _, name=name: call(name), ranks) for name in ("step_1", "step_2", "step_3")]
+        with ranks.call("step_4", 60):
+            return [told, ranks.decide_on_rank0({"rank": ranks.rank}, collect, 60)["posts"]]
+
+    began = time.monotonic()
+    answers = pair(work)
+    steps = ("step_1", "step_2", "step_3")
+    assert answers[1 - leaving][0] == [["NoRoom", f"rank {leaving} has left: no room for {step}"] for step in steps]
+    assert [posts for _, posts in answers] == [[{"rank": 0}, {"rank": 1}]] * 2
+    assert ended_quickly(began)
+
+
+def test_a_rank_that_has_its_verdict_takes_no_post_away_from_under_rank_0() -> None:
+    class Slow(dist.HashStore):
+        """Lets rank 1 take its verdict after rank 0 has seen that there is a post, and before it reads the post."""
+
+        def check(self, keys: list[str]) -> bool:
+            there = super().check(keys)
+            if there and keys == ["1/1"] and not took:
+                Rendezvous(store, 2, 3, "1", place, Patience(0)).end(verdict_of(NoRoom("no room"), 2, [place]))
+                took.append(threading.Thread(target=lambda: follower.meet({}, collect)))
+                took[0].start()
+                took[0].join()
+            return there
+
+    took: list[threading.Thread] = []
+    place = Place("save", 1, 1)
+    store = Slow()
+    store.set_timeout(timedelta(seconds=1))
+    follower = Rendezvous(store, 1, 3, "1", place, Patience(60))
+    lead = Rendezvous(store, 0, 3, "1", place, Patience(0.01))
+    store.set("1/1", json.dumps({"place": place.__dict__, "rank": 1, "post": {}}))
+    assert lead.meet({}, collect)["text"] == "no room"
+    assert not store.check(["1/1"])
 
 
 @pytest.mark.parametrize("leaving", [0, 1])

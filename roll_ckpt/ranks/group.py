@@ -177,19 +177,31 @@ class RankGroup:
         return Rendezvous(self._store, self.rank, self.size, key, place, patience).meet(post, decide)
 
     def _leave(self, problem: BaseException) -> None:
-        """Tell the ranks that wait in this call at the next number, or will, why this rank does not come."""
-        if self._store is not None:
-            self._end(str(self._sequence + 1), problem, self._place(self._sequence + 1))
+        """Tell the ranks that wait in this call at the next number, or will, why this rank does not come.
 
-    def _end(self, key: str, problem: BaseException, place: Place) -> None:
+        A number that this rank has ended already, when it left an earlier call, is passed over as the others do.
+        """
+        number = self._sequence + 1
+        while self._store is not None:
+            place = self._place(number)
+            verdict = self._end(str(number), problem, place)
+            if verdict is None or place.key() in verdict["places"]:
+                return
+            if self._first == number:
+                self._first += 1
+            number += 1
+
+    def _end(self, key: str, problem: BaseException, place: Place) -> dict[str, Any] | None:
+        """End the meeting `key` with `problem`; return the verdict that holds, None if the store is unreachable."""
         assert self._store is not None
         try:
             rendezvous = Rendezvous(self._store, self.rank, self.size, key, place, Patience(0))
             verdict = verdict_of(problem, self.rank, [place])
             reason = verdict["text"].removeprefix(f"rank {self.rank}: ")
-            rendezvous.end({**verdict, "text": f"rank {self.rank} has left: {reason}"})
+            return rendezvous.end({**verdict, "text": f"rank {self.rank} has left: {reason}"})
         except dist.DistError as unreachable:
             log.debug("rank %d cannot tell the other ranks of %r: %s", self.rank, problem, unreachable)
+            return None
 
     def _unwrap(self, verdict: dict[str, Any]) -> dict[str, Any]:
         if "error" in verdict:

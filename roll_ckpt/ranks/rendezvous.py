@@ -109,13 +109,21 @@ class Rendezvous:
             waited = f"{self._patience.timeout_s:g} s" + ("" if self._patience.working else f" and {SLACK_S:g} s more")
             text = f"rank {self._rank}: no answer from rank 0 within {waited}, {self._place}; see the log of rank 0"
             self.end(verdict_of(RanksDisagree(text), self._rank, [self._place]))
-        verdict = json.loads(self._store.get(self._name("verdict")))
-        self._store.delete_key(own)
-        return self._taken(verdict)
+        return self._taken(json.loads(self._store.get(self._name("verdict"))))
 
     def _taken(self, verdict: dict[str, Any]) -> dict[str, Any]:
-        """`verdict`, which this rank has got; the last rank to get it removes it from the store."""
-        if self._store.add(self._name("got"), 1) == self._size:
+        """`verdict`, which this rank has got; the last rank to get it removes it from the store.
+
+        Rank 0 may be about to read the posts of the others until it has the verdict too. It counts as `size` ranks, so
+        that the others know whether it has: then each removes its own post, otherwise rank 0 removes it.
+        """
+        got = self._store.add(self._name("got"), self._size if self._rank == 0 else 1)
+        if self._rank and got > self._size:
+            self._store.delete_key(self._name(str(self._rank)))
+        elif self._rank == 0 and got > self._size:
+            for rank in range(1, self._size):
+                self._store.delete_key(self._name(str(rank)))
+        if got == 2 * self._size - 1:
             self._store.delete_key(self._name("got"))
             self._store.delete_key(self._name("verdict"))
         return verdict
