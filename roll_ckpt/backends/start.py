@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 
 import torch.distributed as dist
 
 import roll_ckpt
 from roll_ckpt.config import Settings
-from roll_ckpt.save.arena import arena_bytes, local_world_size
+from roll_ckpt.errors import RollCkptError
 
 OPTIONAL = "ROLL_CKPT_OPTIONAL"
 """The environment variable that, set to 1, lets training go on where roll_ckpt cannot be switched on."""
@@ -29,6 +30,8 @@ def announce(framework: str, what: str, settings: Settings, switched_on_by: str,
     Raises:
         ConfigError: on every rank, `staging.arena_bytes` is too small for the ranks of this host.
     """
+    from roll_ckpt.save.arena import arena_bytes, local_world_size  # the rest of this module must load without it
+
     share = arena_bytes(settings)
     how = "asynchronous" if async_save else "synchronous"
     of = f", {local_world_size()} ranks on this host" if local_world_size() > 1 else ""
@@ -44,7 +47,7 @@ def tell(line: str) -> None:
     Python hides INFO by default. A level above INFO that somebody gave the logger `roll_ckpt` itself, or one above
     WARNING that the root logger has, still hides it.
     """
-    hidden = logging.INFO < log.level or logging.WARNING < log.getEffectiveLevel()
+    hidden = log.level > logging.INFO or log.getEffectiveLevel() > logging.WARNING
     if rank() != 0 or hidden or log.manager.disable >= logging.INFO:
         return
     record = log.makeRecord(log.name, logging.INFO, __file__, 0, "%s", (line,), None, "tell")
@@ -64,7 +67,7 @@ def is_optional() -> bool:
 def leave_to_stock(problem: Exception, framework: str, what: str) -> None:
     """Raise `problem`, unless ROLL_CKPT_OPTIONAL=1: then rank 0 warns that stock code saves. Every rank calls.
 
-    Every rank raises, and rank 0 gives the reason; see `shortened`.
+    `what` is what would have been saved, such as "this engine".
     """
     if not is_optional():
         raise problem
@@ -74,6 +77,16 @@ def leave_to_stock(problem: Exception, framework: str, what: str) -> None:
             "no transaction, no digests, nothing in the background",
             *(what, problem, OPTIONAL, framework),
         )
+
+
+def shortened(problem: RollCkptError) -> RollCkptError:
+    """`problem` as this rank raises it: in full on rank 0; on others a pointer to it, as one reason is enough."""
+    if rank() == 0:
+        return problem
+    return type(problem)(
+        f"rank {rank()} on {socket.gethostname()} cannot switch roll_ckpt on, and rank 0 gives the reason. If it gives "
+        "none, ROLL_CKPT, the file that it names, the configuration or the installed versions differ here"
+    )
 
 
 def rank() -> int:
