@@ -16,8 +16,11 @@ from roll_ckpt.backends.megatron import requirement
 requirement.check()
 
 from roll_ckpt.backends.megatron.handle import MegatronHandle, attach  # noqa: E402
+from roll_ckpt.backends.megatron.install import install  # noqa: E402
 from roll_ckpt.backends.megatron.load import load  # noqa: E402
 from roll_ckpt.backends.megatron.save import save  # noqa: E402
 from roll_ckpt.backends.megatron.strategy import SaveStrategy  # noqa: E402
+
+install()
 
 __all__ = ["MegatronHandle", "SaveStrategy", "attach", "load", "save"]

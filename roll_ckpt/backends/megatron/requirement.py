@@ -8,7 +8,9 @@ from roll_ckpt.errors import UnsupportedError
 
 TESTED_WITH = "0.16.1"
 
-_MODULES = ("version", "facts", "fence", "checked_files", "plan", "strategy", "load", "save", "handle", "cluster")
+_MODULES = (
+    *("version", "facts", "fence", "checked_files", "plan", "strategy", "install", "load", "save", "handle", "cluster"),
+)
 
 
 def check() -> None:

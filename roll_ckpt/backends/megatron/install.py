@@ -1,0 +1,122 @@
+"""Makes every stock `TorchDistSaveShardedStrategy` of this process move its bytes through roll_ckpt.
+
+Written against Megatron-core 0.16.1 (`dist_checkpointing/strategies/torch.py`, `serialization.py`). docs/megatron.md
+tells what we rely on; look there first if an update breaks something.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core.dist_checkpointing import serialization
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+from roll_ckpt import process
+from roll_ckpt.backends.megatron import stock_save
+from roll_ckpt.backends.megatron.facts import MARKER
+from roll_ckpt.backends.megatron.strategy import SaveStrategy
+from roll_ckpt.config import Settings
+from roll_ckpt.disk import reads
+from roll_ckpt.errors import ConfigError
+
+log = logging.getLogger("roll_ckpt")
+
+Method = Callable[..., Any]
+_BEHIND = "_roll_ckpt_behind"
+"""The attribute that marks our wrappers; its value is the function that the wrapper replaced."""
+
+
+class Installed:
+    """The part of the `process` registry that holds the settings for stock strategies."""
+
+    def __init__(self) -> None:
+        self.settings: Settings | None = None
+        """None: nobody has given any, and the defaults hold."""
+        self.told = False
+        """Whether the log says that saves go through us."""
+
+
+def install(settings: Settings | None = None) -> None:
+    """Make every stock `TorchDistSaveShardedStrategy`, existing or to come, move its bytes through us.
+
+    Also behind `FullyParallelSaveStrategyWrapper`, synchronous and asynchronous. `settings` tell how; without them
+    those of an earlier call hold, or else the defaults. May be called again. A `SaveStrategy` keeps settings of its
+    own.
+
+    Raises:
+        ConfigError: an earlier call gave other settings.
+    """
+    installed = process.part(Installed)
+    if settings is not None:
+        if installed.settings is not None and installed.settings != settings:
+            raise ConfigError(
+                f"roll_ckpt was installed for Megatron-core with two different settings: {installed.settings} first "
+                f"and {settings} now; give them once"
+            )
+        installed.settings = settings
+    _wrap(TorchDistSaveShardedStrategy, "async_save", _async_save)
+    _wrap(TorchDistSaveShardedStrategy, "_get_save_and_finalize_callbacks", _request)
+    _wrap(serialization, "save_config", _save_config)
+
+
+def _wrap(owner: Any, name: str, replacement: Method) -> None:
+    """Let `owner.name` call `replacement(function, *args, **kwargs)`, unless it does so already.
+
+    Others may wrap it before us and after us. Their wrappers are seen through if they set `__wrapped__`, as
+    `functools.wraps` does.
+    """
+    function = getattr(owner, name)
+    if hasattr(inspect.unwrap(function, stop=lambda link: hasattr(link, _BEHIND)), _BEHIND):
+        return
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return replacement(function, *args, **kwargs)
+
+    setattr(wrapper, _BEHIND, function)
+    setattr(owner, name, wrapper)
+
+
+# --- what the wrapped functions do ---------------------------------------------------------------------------
+
+
+def _async_save(
+    original: Method,
+    strategy: Any,
+    sharded_state_dict: Any,
+    checkpoint_dir: Any,
+    async_strategy: str | None = None,
+    **more: Any,
+) -> Any:
+    plan = functools.partial(original, strategy, sharded_state_dict, checkpoint_dir, **more)
+    if isinstance(strategy, SaveStrategy):  # which has called us, and knows what to do
+        return plan() if async_strategy is None else plan(async_strategy=async_strategy)
+    return stock_save.async_save(plan, checkpoint_dir, async_strategy, _settings())
+
+
+def _request(original: Method, strategy: Any, writer: Any, planned: Any, *rest: Any) -> Any:
+    return stock_save.request(strategy, writer, planned, _settings())
+
+
+def _save_config(original: Method, config: Any, checkpoint_dir: Any) -> None:
+    """Leave `metadata.json` as it is if it says the same: we have made it durable, and stock would write it anew."""
+    if reads.read_text_or_none(Path(checkpoint_dir) / MARKER) != json.dumps(asdict(config)):
+        original(config, checkpoint_dir)
+
+
+def _settings() -> Settings:
+    installed = process.part(Installed)
+    settings = installed.settings or Settings()
+    if not installed.told:
+        installed.told = True
+        if dist.get_rank() == 0:
+            log.warning("Megatron-core saves through roll_ckpt: %s", settings)
+    return settings
