@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import queue
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.msc_utils import MultiStorageClientFeature
 
+from roll_ckpt.backends.megatron import planning
 from roll_ckpt.backends.megatron.facts import COMMON
 from roll_ckpt.backends.megatron.files import Files, write
 from roll_ckpt.backends.megatron.index import Source
 from roll_ckpt.backends.megatron.plan import Plan
+from roll_ckpt.backends.megatron.planning import Planned
 from roll_ckpt.config import Settings
 from roll_ckpt.errors import ConfigError, UnsupportedError
 from roll_ckpt.formats.tensor_index.writer import Indexer
@@ -49,8 +47,10 @@ class SaveStrategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
         self.source: Callable[[], Source] = Source
         """Says where the states that are saved come from; `attach` sets it."""
         self.indexer = Indexer()
-        self._planned: list[Any] | None = None
-        """Not None while `planned_by_stock` runs: there the hook leaves what Megatron planned."""
+        self._only_plan = False
+        """Whether `planned_by_stock` runs: there the hook returns what Megatron planned."""
+        self._async_strategy = planning.MCORE
+        """The asynchronous implementation that the caller of `async_save` asked for, while that plans."""
         self._warned: set[str] = set()
 
     def warn_unloadable(self, common: dict[str, Any], directory: Path, settings: Settings) -> None:
@@ -58,51 +58,49 @@ class SaveStrategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
         unsafe = safe_pickle.unsafe_parts(common, trust.allowed(settings))
         trust.warn_unloadable(directory / COMMON, unsafe, self._warned)
 
-    def planned_by_stock(self, outer: Any, sharded: dict[str, Any], directory: Path) -> tuple[Any, Any, Any]:
+    def planned_by_stock(self, outer: Any, sharded: dict[str, Any], directory: Path) -> Planned:
         """Let Megatron plan which rank writes what. Every rank calls; collectives of Megatron's.
 
-        Returns Megatron's writer, on the coordinator the content of `.metadata`, and the group that planned. `outer`
-        is this strategy or the wrapper around it. Writes no file, but makes `directory` if it is missing.
+        `outer` is this strategy or the wrapper around it. Writes no file, but makes `directory` if it is missing.
 
         Bypasses Megatron's own caches of plans, which assume that the structure never changes.
         """
         use_cache, self.use_cached_ckpt_structure = self.use_cached_ckpt_structure, False
         if isinstance(outer, FullyParallelSaveStrategyWrapper):
             outer.cached_distribution = None
-        self._planned = []
+        self._only_plan = True
         try:
-            outer.async_save(sharded, directory)
-            writer, metadata, group = self._planned
+            planned: Planned = planning.plan(outer.async_save, sharded, directory)
         finally:
-            self._planned = None
+            self._only_plan = False
             self.use_cached_ckpt_structure = use_cache
-        return writer, metadata, group
+        return planned
 
-    def async_save(self, *args: Any, **kwargs: Any) -> AsyncRequest:
+    def async_save(
+        self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path, async_strategy: str = planning.DEFAULT
+    ) -> Any:
         """Plan, and return the request whose steps copy, write and finish; see the class. Every rank calls.
 
         Raises:
             UnsupportedError: Megatron's multi-storage client is enabled.
+            ModuleNotFoundError: see `planning.request`.
         """
         if MultiStorageClientFeature.is_enabled():
             raise UnsupportedError(
                 "roll_ckpt does not support Megatron's multi-storage client in this version: the commit needs a "
                 "directory of a file system; disable it"
             )
-        with _without_results_process():
-            return super().async_save(*args, **kwargs)
+        planning.request_class(async_strategy)  # raises before any rank plans
+        self._async_strategy = async_strategy
+        return planning.plan(super().async_save, sharded_state_dict, checkpoint_dir)
 
-    def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any, *rest: Any) -> AsyncRequest:
-        """Megatron calls this hook between planning and writing; `rest` is unused.
-
-        `planned` holds the writer, the content of `.metadata` on the coordinator, and the group that planned.
-        """
-        _, metadata, group = planned
-        if self._planned is not None:
-            self._planned += [writer, metadata, group]
-            return AsyncRequest(None, (), [])
-        files = Files(self.settings, writer, metadata, group)
-        return AsyncRequest(write, (None, None, None), [files.finish], {}, preload_fn=files.begin)
+    def _get_save_and_finalize_callbacks(self, writer: Any, told: Any, *_: Any) -> Any:
+        """Megatron calls this hook between planning and writing; see `planning.HOOK`."""
+        planned = Planned.told_to_hook(writer, told)
+        if self._only_plan:
+            return planned
+        files = Files(self.settings, planned.writer, planned.metadata, planned.group)
+        return planning.request(self._async_strategy, files.begin, write, files.finish)
 
 
 def strategy_of(strategy: Any) -> SaveStrategy:
@@ -118,14 +116,3 @@ def strategy_of(strategy: Any) -> SaveStrategy:
             f"{FullyParallelSaveStrategyWrapper.__name__}"
         )
     return inner
-
-
-@contextmanager
-def _without_results_process() -> Iterator[None]:
-    """Keep Megatron from starting a manager process for the results of its writer processes, which we do not use."""
-    results_queue = filesystem_async._results_queue
-    filesystem_async._results_queue = results_queue or queue.SimpleQueue()
-    try:
-        yield
-    finally:
-        filesystem_async._results_queue = results_queue
