@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from roll_ckpt import names, process
 from roll_ckpt.backends.megatron.facts import COMMON, DCP_METADATA, MARKER
 from roll_ckpt.backends.megatron.handover import Handover
+from roll_ckpt.backends.megatron.planning import Planned
 from roll_ckpt.config import Settings
 from roll_ckpt.disk import tree, writes
 from roll_ckpt.formats.dcp import items as dcp
@@ -52,21 +53,6 @@ def _plain(value: Any) -> torch.Tensor | bytes:
     return value.detach() if isinstance(value, torch.Tensor) else bytes(value.getbuffer())
 
 
-@dataclass(frozen=True)
-class Planned:
-    """What Megatron has planned: its writer, on the coordinator the content of `.metadata`, and the group that planned;
-    and what `metadata.json` will say."""
-
-    writer: Any
-    metadata: Any
-    group: Any
-    marker: bytes
-
-    @property
-    def directory(self) -> Path:
-        return Path(self.writer.path)
-
-
 class Unfinished:
     """The part of the `process` registry that knows the saves of stock Megatron that are not finished."""
 
@@ -85,12 +71,13 @@ class Files:
     of the thread that moves the files, on every rank.
     """
 
-    def __init__(self, settings: Settings, planned: Planned) -> None:
+    def __init__(self, settings: Settings, planned: Planned, marker: bytes) -> None:
         self.handover = Handover()
         """Ends when this rank's files are durable under their names, or have failed."""
-        self.directory = planned.directory
+        self.directory = Path(planned.writer.path)
         self._settings = settings
         self._planned = planned
+        self._marker = marker
         self._results: list[WriteResult] = []
         self._moving: list[tuple[Path, Path, Transfer]] = []
         self._problem: Exception | None = None
@@ -172,4 +159,4 @@ class Files:
         writes.fsync_dir(directory)
         with suppress(PermissionError):
             writes.fsync_dir(directory.parent)  # the host has just made the directory
-        writes.write_durable(directory / MARKER, self._planned.marker)
+        writes.write_durable(directory / MARKER, self._marker)

@@ -20,8 +20,9 @@ from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from roll_ckpt import process
-from roll_ckpt.backends.megatron import stock_save
+from roll_ckpt.backends.megatron import planning, stock_save
 from roll_ckpt.backends.megatron.facts import MARKER
+from roll_ckpt.backends.megatron.planning import Planned
 from roll_ckpt.backends.megatron.strategy import SaveStrategy
 from roll_ckpt.config import Settings
 from roll_ckpt.disk import reads
@@ -63,7 +64,7 @@ def install(settings: Settings | None = None) -> None:
             )
         installed.settings = settings
     _wrap(TorchDistSaveShardedStrategy, "async_save", _async_save)
-    _wrap(TorchDistSaveShardedStrategy, "_get_save_and_finalize_callbacks", _request)
+    _wrap(TorchDistSaveShardedStrategy, planning.HOOK, _request)
     _wrap(serialization, "save_config", _save_config)
 
 
@@ -93,17 +94,16 @@ def _async_save(
     strategy: Any,
     sharded_state_dict: Any,
     checkpoint_dir: Any,
-    async_strategy: str | None = None,
-    **more: Any,
+    async_strategy: str = planning.DEFAULT,
 ) -> Any:
-    plan = functools.partial(original, strategy, sharded_state_dict, checkpoint_dir, **more)
-    if isinstance(strategy, SaveStrategy):  # which has called us, and knows what to do
-        return plan() if async_strategy is None else plan(async_strategy=async_strategy)
-    return stock_save.async_save(plan, checkpoint_dir, async_strategy, _settings())
+    bound = functools.partial(original, strategy)
+    if isinstance(strategy, SaveStrategy):  # which has called us for the planning
+        return planning.plan(bound, sharded_state_dict, checkpoint_dir)
+    return stock_save.async_save(bound, sharded_state_dict, checkpoint_dir, async_strategy, _settings())
 
 
-def _request(original: Method, strategy: Any, writer: Any, planned: Any, *rest: Any) -> Any:
-    return stock_save.request(strategy, writer, planned, _settings())
+def _request(original: Method, strategy: Any, writer: Any, told: Any, *_: Any) -> Any:
+    return stock_save.request(strategy, Planned.told_to_hook(writer, told), _settings())
 
 
 def _save_config(original: Method, config: Any, checkpoint_dir: Any) -> None:

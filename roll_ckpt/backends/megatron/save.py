@@ -75,7 +75,7 @@ def save(
         SaveFailed: without `async_save`, on every rank, the save failed on any rank. With it, the first save with a
             `strategy` raises on every rank if any could not lay its files out.
     """
-    strategy = strategy or SaveStrategy(settings)
+    strategy = strategy or SaveStrategy(settings=settings)
     check_sharding_type(content_metadata)
     strategy_of(strategy)
 
@@ -343,23 +343,23 @@ def _plan_together(cluster_save: ClusterSave, prepared: Prepared, strategy: Any)
     RankGroup.current().run_on_all_ranks(preprocess, cluster_save.settings.commit_timeout_s)
     # Plan for the output directory, which exists. Megatron makes the directory that it plans for, and would make the
     # attempt's anew if that had been discarded meanwhile.
-    writer, metadata, group = save_strategy.planned_by_stock(strategy, sharded, attempt.output_dir)
+    planned = save_strategy.planned_by_stock(strategy, sharded, attempt.output_dir)
     files: list[PlannedFile] = []
     results: list[WriteResult] = []
     problem: Exception | None = None
     try:
-        for _, name, (objects, tensors) in writer.write_buckets or ():
+        for _, name, (objects, tensors) in planned.writer.write_buckets or ():
             file, written = plan_file(name, [item for item, _ in (*objects, *tensors)], prepared.parts, *indexes)
             files.append(file)
             results += written
     except Exception as error:
         problem = error  # this rank still takes part in the gather
-    writer.write_buckets = None
-    gathered = group.gather_object(results)
+    planned.writer.write_buckets = None
+    gathered = planned.group.gather_object(results)
     try:
         if problem is not None:
             raise problem
-        index = metadata_bytes(metadata, gathered) if group.is_coordinator else b""
+        index = metadata_bytes(planned.metadata, gathered) if planned.group.is_coordinator else b""
         save_strategy.plan = Plan(str(attempt.checkpoint_dir), prepared.structure, tuple(files), index)
     except Exception as error:
         cluster_save.fail(error)

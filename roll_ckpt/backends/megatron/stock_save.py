@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
-import queue
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megatron.core.dist_checkpointing.core import CheckpointingConfig
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies import torch as stock
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.msc_utils import MultiStorageClientFeature
 
 from roll_ckpt import names, process
-from roll_ckpt.backends.megatron import handover
+from roll_ckpt.backends.megatron import handover, planning
 from roll_ckpt.backends.megatron.facts import MARKER
-from roll_ckpt.backends.megatron.files import Files, Planned, Unfinished
+from roll_ckpt.backends.megatron.files import Files, Unfinished
+from roll_ckpt.backends.megatron.planning import Planned
 from roll_ckpt.config import Settings
 from roll_ckpt.disk import tree, writes
 from roll_ckpt.errors import UnsupportedError
@@ -27,60 +23,58 @@ from roll_ckpt.ranks.group import RankGroup
 from roll_ckpt.save import gate
 
 
-def async_save(plan: Callable[..., Any], directory: Path, async_strategy: str | None, settings: Settings) -> Any:
-    """Let Megatron plan by `plan()`, its own `async_save`, which comes to `request`; return the request of that.
+def async_save(
+    stock_async_save: Callable[..., Any],
+    sharded_state_dict: dict[str, Any],
+    checkpoint_dir: str | Path,
+    async_strategy: str,
+    settings: Settings,
+) -> Any:
+    """Let stock's `async_save` plan, which comes to `request`, and return that for the queue of `async_strategy`.
 
     Every rank calls, on the training thread. When it returns everything is copied, and nothing is durable yet.
-    `async_strategy` is what the caller asks for, where this Megatron-core knows it: it only says whose queue will run
-    the request, for Megatron's own code always plans.
 
     Raises:
         UnsupportedError: Megatron's multi-storage client is enabled. Nothing was written.
         ModuleNotFoundError, TypeError: Megatron's own, if it does not have that `async_strategy`.
-    """
-    request_class = AsyncRequest
-    if hasattr(stock, "get_async_strategy"):
-        request_class = stock.get_async_strategy(async_strategy or "nvrx", module="AsyncRequest")[1]
-    with gate.entered(RankGroup.current(), f"save {directory}", settings.commit_timeout_s):
-        planned = plan_by_mcore(plan)
-    return request_class(planned.async_fn, planned.async_fn_args, planned.finalize_fns, {})
-
-
-def plan_by_mcore(plan: Callable[..., Any]) -> Any:
-    """Call `plan` so that Megatron's own code plans, whose writer then holds what is planned; every rank calls.
-
-    Raises:
-        UnsupportedError: Megatron's multi-storage client is enabled.
+        OSError: see `request`.
     """
     if MultiStorageClientFeature.is_enabled():
         raise UnsupportedError(
             "roll_ckpt does not support Megatron's multi-storage client in this version: the commit needs a "
             "directory of a file system; disable it"
         )
-    with _without_results_process():
-        return plan(async_strategy="mcore") if hasattr(stock, "get_async_strategy") else plan()
+    request_class = planning.request_class(async_strategy)  # raises before any rank plans
+    with gate.entered(RankGroup.current(), f"save {checkpoint_dir}", settings.commit_timeout_s):
+        planned = planning.plan(stock_async_save, sharded_state_dict, checkpoint_dir)
+    return request_class(planned.async_fn, planned.async_fn_args, planned.finalize_fns, planned.async_fn_kwargs)
 
 
-def request(strategy: Any, writer: Any, planned: Any, settings: Settings) -> AsyncRequest:
+def request(strategy: Any, planned: Planned, settings: Settings) -> Any:
     """What Megatron's hook between planning and writing returns; every rank calls. Everything is copied on return.
 
-    `planned` holds the writer, the content of `.metadata` on the coordinator, and the group that planned.
-
     Raises:
+        UnsupportedError: it was not Megatron's own code that planned.
         OSError: on every rank, if an older `metadata.json` cannot be removed.
     """
-    _, metadata, group = planned
+    if not hasattr(planned.writer, "write_buckets"):
+        kind = type(planned.writer)
+        raise UnsupportedError(
+            f"roll_ckpt does not support what {kind.__module__}.{kind.__qualname__} has planned: it calls "
+            f"{planning.HOOK} of {type(strategy).__name__} past its async_save; use {type(strategy).__name__} as "
+            "Megatron-core made it"
+        )
     marker = json.dumps(asdict(CheckpointingConfig(strategy.backend, strategy.version))).encode()
-    files = Files(settings, Planned(writer, metadata, group, marker))
+    files = Files(settings, planned, marker)
 
     def clear() -> None:
-        if group.is_coordinator:
-            _clear(Path(writer.path))
+        if planned.group.is_coordinator:
+            _clear(files.directory)
 
-    # The directory is incomplete from here on, before any rank gives a file its name.
+    # From here on the directory is incomplete; only then does any rank give a file its name.
     RankGroup.current().run_on_all_ranks(clear, settings.commit_timeout_s, working=True)
     files.begin()
-    return AsyncRequest(handover.wait, (files.handover,), [files.finish])
+    return planning.request(handover.wait, files.handover, files.finish)
 
 
 def _clear(directory: Path) -> None:
@@ -90,14 +84,3 @@ def _clear(directory: Path) -> None:
         if entry == MARKER or (names.parse_temporary_file(entry) is not None and not others):
             writes.discard_file(directory / entry)
     writes.fsync_dir(directory)
-
-
-@contextmanager
-def _without_results_process() -> Iterator[None]:
-    """Keep Megatron from starting a manager process for the results of its writer processes, which we do not use."""
-    results_queue = filesystem_async._results_queue
-    filesystem_async._results_queue = results_queue or queue.SimpleQueue()
-    try:
-        yield
-    finally:
-        filesystem_async._results_queue = results_queue

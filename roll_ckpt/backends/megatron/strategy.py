@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
-from roll_ckpt.backends.megatron import stock_save
+from roll_ckpt.backends.megatron import planning, stock_save
 from roll_ckpt.backends.megatron.facts import COMMON
 from roll_ckpt.backends.megatron.index import Source
 from roll_ckpt.backends.megatron.plan import Plan
+from roll_ckpt.backends.megatron.planning import Planned
 from roll_ckpt.config import Settings
 from roll_ckpt.errors import ConfigError
 from roll_ckpt.formats.tensor_index.writer import Indexer
@@ -47,7 +46,7 @@ class SaveStrategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
         if isinstance(backend, Settings):
             if settings is not None:
                 raise ConfigError(f"{type(self).__name__} was given settings twice; give them once")
-            backend, settings = "torch_dist", backend
+            settings, backend = backend, "torch_dist"
         if len(stock) < 2:  # the second one is thread_count
             more.setdefault("thread_count", 1)
         super().__init__(backend, version, *stock, **more)
@@ -60,8 +59,8 @@ class SaveStrategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
         self.source: Callable[[], Source] = Source
         """Says where the states that are saved come from; `attach` sets it."""
         self.indexer = Indexer()
-        self._planned: list[Any] | None = None
-        """Not None while `planned_by_stock` runs: there the hook leaves what Megatron planned."""
+        self._only_plan = False
+        """Whether `planned_by_stock` runs: there the hook returns what Megatron planned."""
         self._warned: set[str] = set()
 
     def warn_unloadable(self, common: dict[str, Any], directory: Path, settings: Settings) -> None:
@@ -69,43 +68,41 @@ class SaveStrategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
         unsafe = safe_pickle.unsafe_parts(common, trust.allowed(settings))
         trust.warn_unloadable(directory / COMMON, unsafe, self._warned)
 
-    def planned_by_stock(self, outer: Any, sharded: dict[str, Any], directory: Path) -> tuple[Any, Any, Any]:
+    def planned_by_stock(self, outer: Any, sharded: dict[str, Any], directory: Path) -> Planned:
         """Let Megatron plan which rank writes what. Every rank calls; collectives of Megatron's.
 
-        Returns Megatron's writer, on the coordinator the content of `.metadata`, and the group that planned. `outer`
-        is this strategy or the wrapper around it. Writes no file, but makes `directory` if it is missing.
+        `outer` is this strategy or the wrapper around it. Writes no file, but makes `directory` if it is missing.
 
         Bypasses Megatron's own caches of plans, which assume that the structure never changes.
         """
         use_cache, self.use_cached_ckpt_structure = self.use_cached_ckpt_structure, False
         if isinstance(outer, FullyParallelSaveStrategyWrapper):
             outer.cached_distribution = None
-        self._planned = []
+        self._only_plan = True
         try:
-            outer.async_save(sharded, directory)
-            writer, metadata, group = self._planned
+            planned: Planned = planning.plan(outer.async_save, sharded, directory)
         finally:
-            self._planned = None
+            self._only_plan = False
             self.use_cached_ckpt_structure = use_cache
-        return writer, metadata, group
+        return planned
 
-    def async_save(self, sharded_state_dict: Any, checkpoint_dir: Any, async_strategy: str | None = None) -> Any:
+    def async_save(
+        self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path, async_strategy: str = planning.DEFAULT
+    ) -> Any:
         """Plan, copy and start writing, and return the request that waits and finishes. Every rank calls.
 
         See `stock_save.async_save` for the errors.
         """
-        plan = functools.partial(super().async_save, sharded_state_dict, checkpoint_dir)
-        if self._planned is not None:
-            return stock_save.plan_by_mcore(plan)
-        return stock_save.async_save(plan, checkpoint_dir, async_strategy, self.settings)
+        if self._only_plan:
+            return planning.plan(super().async_save, sharded_state_dict, checkpoint_dir)
+        return stock_save.async_save(
+            super().async_save, sharded_state_dict, checkpoint_dir, async_strategy, self.settings
+        )
 
-    def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any, *rest: Any) -> AsyncRequest:
-        """Megatron calls this hook between planning and writing; see `stock_save.request`. `rest` is unused."""
-        if self._planned is None:
-            return stock_save.request(self, writer, planned, self.settings)
-        _, metadata, group = planned
-        self._planned += [writer, metadata, group]
-        return AsyncRequest(None, (), [])
+    def _get_save_and_finalize_callbacks(self, writer: Any, told: Any, *_: Any) -> Any:
+        """Megatron calls this hook between planning and writing; see `planning.HOOK`."""
+        planned = Planned.told_to_hook(writer, told)
+        return planned if self._only_plan else stock_save.request(self, planned, self.settings)
 
 
 def strategy_of(strategy: Any) -> SaveStrategy:
