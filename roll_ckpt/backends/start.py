@@ -44,7 +44,7 @@ def tell(line: str) -> None:
     Python hides INFO by default. A level above INFO that somebody gave the logger `roll_ckpt` itself, or one above
     WARNING that the root logger has, still hides it.
     """
-    hidden = logging.INFO < log.level or logging.WARNING < log.getEffectiveLevel()
+    hidden = log.level > logging.INFO or log.getEffectiveLevel() > logging.WARNING
     if rank() != 0 or hidden or log.manager.disable >= logging.INFO:
         return
     record = log.makeRecord(log.name, logging.INFO, __file__, 0, "%s", (line,), None, "tell")

@@ -9,11 +9,12 @@ training process knows. Importing this module needs neither torch nor Megatron-c
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import threading
 from typing import Any
 
-_NAME = "roll_ckpt files of a save"
+_numbers = itertools.count(1)
 
 
 class Handover:
@@ -26,9 +27,9 @@ class Handover:
     def __init__(self) -> None:
         self._pid = os.getpid()
         self._ended = threading.Event()
-        self._descriptor = os.memfd_create(_NAME)
+        self._descriptor = os.memfd_create(f"roll_ckpt save {next(_numbers)} of process {self._pid}")
         fcntl.lockf(self._descriptor, fcntl.LOCK_EX)
-        self._file = _identity(self._descriptor)
+        self._file = os.readlink(self._path())
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_ended": None}
@@ -50,23 +51,34 @@ class Handover:
             self._ended.wait()
             return
         try:
-            descriptor = os.open(f"/proc/{self._pid}/fd/{self._descriptor}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            if os.readlink(self._path()) == self._file:  # else it has ended, and the number is that of another file
+                with open(self._path(), "rb", buffering=0) as file:
+                    fcntl.lockf(file, fcntl.LOCK_SH)
         except OSError:
             return  # it has ended, or that process is gone
-        try:
-            if _identity(descriptor) == self._file:
-                fcntl.lockf(descriptor, fcntl.LOCK_SH)
-        except OSError:
-            return
-        finally:
-            os.close(descriptor)
+
+    def _path(self) -> str:
+        return f"/proc/{self._pid}/fd/{self._descriptor}"
+
+
+def wait(self) -> None:
+    """Block until `end` was called or the process that made this is gone. In any process; never raises OSError."""
+    if os.getpid() == self._pid:
+        self._ended.wait()
+        return
+    try:
+        descriptor = os.open(f"/proc/{self._pid}/fd/{self._descriptor}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return  # it has ended, or that process is gone
+    try:
+        if _identity(descriptor) == self._file:
+            fcntl.lockf(descriptor, fcntl.LOCK_SH)
+    except OSError:
+        return
+    finally:
+        os.close(descriptor)
 
 
 def wait(handover: Handover) -> None:
     """The function of a request: `Handover.wait`."""
     handover.wait()
-
-
-def _identity(descriptor: int) -> tuple[int, int]:
-    status = os.fstat(descriptor)
-    return status.st_dev, status.st_ino
