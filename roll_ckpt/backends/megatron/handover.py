@@ -26,7 +26,7 @@ class Handover:
 
     def __init__(self) -> None:
         self._pid = os.getpid()
-        self._ended = threading.Event()
+        self._ended: threading.Event | None = threading.Event()
         self._descriptor = os.memfd_create(f"roll_ckpt save {next(_numbers)} of process {self._pid}")
         fcntl.lockf(self._descriptor, fcntl.LOCK_EX)
         self._file = os.readlink(self._path())
@@ -37,17 +37,17 @@ class Handover:
     @property
     def ended(self) -> bool:
         """Whether `end` was called. In the process that made it alone."""
-        return self._ended.is_set()
+        return self._ended is not None and self._ended.is_set()
 
     def end(self) -> None:
-        """Let all who wait go on. In the process that made it alone; may be called again."""
-        if not self._ended.is_set():
-            self._ended.set()
-            os.close(self._descriptor)
+        """Let all who wait go on. In the process that made it alone, once."""
+        assert self._ended is not None
+        self._ended.set()
+        os.close(self._descriptor)
 
     def wait(self) -> None:
-        """Block until `end` was called or the process that made this is gone. In any process; never raises OSError."""
-        if os.getpid() == self._pid:
+        """Block until `end` was called, or the process that made this is gone. In any process; raises nothing."""
+        if os.getpid() == self._pid and self._ended is not None:
             self._ended.wait()
             return
         try:
@@ -61,24 +61,6 @@ class Handover:
         return f"/proc/{self._pid}/fd/{self._descriptor}"
 
 
-def wait(self) -> None:
-    """Block until `end` was called or the process that made this is gone. In any process; never raises OSError."""
-    if os.getpid() == self._pid:
-        self._ended.wait()
-        return
-    try:
-        descriptor = os.open(f"/proc/{self._pid}/fd/{self._descriptor}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return  # it has ended, or that process is gone
-    try:
-        if _identity(descriptor) == self._file:
-            fcntl.lockf(descriptor, fcntl.LOCK_SH)
-    except OSError:
-        return
-    finally:
-        os.close(descriptor)
-
-
 def wait(handover: Handover) -> None:
-    """The function of a request: `Handover.wait`."""
+    """The function of a request: see `Handover.wait`."""
     handover.wait()
