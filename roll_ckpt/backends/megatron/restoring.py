@@ -119,6 +119,6 @@ def _check_layout(path: Path, saved: Mapping[str, Any]) -> None:
     if changed:
         raise UnsupportedError(
             f"{path}: its optimizer was saved as dp_reshardable, which loads "
-            f"{version.SHARDING_TYPES['dp_reshardable']} and in no other layout; this job changes {', '.join(changed)}. Start it as it was saved, and save with "
-            "fully_reshardable to change the layout"
+            f"{version.SHARDING_TYPES['dp_reshardable']} and in no other layout; this job changes "
+            f"{', '.join(changed)}. Start it as it was saved, and save with fully_reshardable to change the layout"
         )
