@@ -1,7 +1,6 @@
 """Makes every stock `TorchDistSaveShardedStrategy` of this process move its bytes through roll_ckpt.
 
-Written against Megatron-core 0.16.1 (`dist_checkpointing/strategies/torch.py`, `serialization.py`). docs/megatron.md
-tells what we rely on; look there first if an update breaks something.
+docs/megatron.md tells what we rely on in Megatron-core; look there first if an update breaks something.
 """
 
 from __future__ import annotations
@@ -14,14 +13,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import megatron.core
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCaller
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from roll_ckpt import process
 from roll_ckpt.backends import start
-from roll_ckpt.backends.megatron import planning, stock_save
+from roll_ckpt.backends.megatron import planning, requirement, stock_save, version
 from roll_ckpt.backends.megatron.facts import MARKER
 from roll_ckpt.backends.megatron.handover import Handover
 from roll_ckpt.backends.megatron.planning import Planned
@@ -54,8 +52,10 @@ def install(settings: Settings | None = None, *, switched_on_by: str = "import r
     own. The first save of a stock strategy says in one line that it goes through us, and who switched that on.
 
     Raises:
+        UnsupportedError: this Megatron-core lacks a name that roll_ckpt needs.
         ConfigError: an earlier call gave other settings.
     """
+    requirement.check()
     installed = process.part(Installed)
     if settings is not None:
         if installed.settings is not None and installed.settings != settings:
@@ -160,9 +160,8 @@ def _settings() -> Settings:
     installed = process.part(Installed)
     settings = installed.settings or Settings()
     if not installed.announced:
-        framework = f"Megatron-core {megatron.core.__version__}"
         start.announce(
-            framework, "every TorchDistSaveShardedStrategy of this process", settings, installed.by, async_save=None
+            version.NAME, "every TorchDistSaveShardedStrategy of this process", settings, installed.by, async_save=None
         )
         installed.announced = True
     return settings
