@@ -110,7 +110,13 @@ def _install_in_deepspeed() -> None:
 
 def _install_in_megatron() -> None:
     settings = variable.shared_settings()
-    importlib.import_module("roll_ckpt.backends.megatron.install").install(settings)
+    from roll_ckpt.backends.megatron import requirement
+
+    requirement.check()
+    from roll_ckpt.backends.megatron.install import install
+
+    by = variable.NAME if variable.is_on() else "roll_ckpt.run"
+    install(settings, switched_on_by="import roll_ckpt.megatron" if MEGATRON in _imported else by)
 
 
 _INSTALL: dict[str, Callable[[], None]] = {DEEPSPEED: _install_in_deepspeed, MEGATRON: _install_in_megatron}
