@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import threading
+import weakref
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,12 @@ import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.storage import WriteResult
 
-from roll_ckpt import names
-from roll_ckpt.backends.megatron.facts import DCP_METADATA
+from roll_ckpt import names, process
+from roll_ckpt.backends.megatron.facts import COMMON, DCP_METADATA, MARKER
+from roll_ckpt.backends.megatron.handover import Handover
+from roll_ckpt.backends.megatron.planning import Planned
 from roll_ckpt.config import Settings
-from roll_ckpt.disk import writes
+from roll_ckpt.disk import tree, writes
 from roll_ckpt.formats.dcp import items as dcp
 from roll_ckpt.formats.image import FileImage
 from roll_ckpt.native.mover import Transfer
@@ -49,84 +53,110 @@ def _plain(value: Any) -> torch.Tensor | bytes:
     return value.detach() if isinstance(value, torch.Tensor) else bytes(value.getbuffer())
 
 
+class Unfinished:
+    """The part of the `process` registry that knows the saves of stock Megatron that are not finished."""
+
+    def __init__(self) -> None:
+        self.files: weakref.WeakSet[Files] = weakref.WeakSet()
+
+    def writes_to(self, directory: Path) -> bool:
+        """Whether such a save writes to `directory`, on any rank: all ranks take part in each."""
+        return any(files.directory == directory for files in self.files)
+
+
 class Files:
     """This rank's files of one save by stock `dist_checkpointing.save`: written to temporary files, then renamed.
 
-    Megatron has a barrier between `begin` and `finish`, so neither `begin` nor `write` raises: `finish` raises their
-    error on every rank.
+    Megatron has a barrier between `begin` and `finish`, so `begin` does not raise: `finish` raises its error, and that
+    of the thread that moves the files, on every rank.
     """
 
-    def __init__(self, settings: Settings, writer: Any, metadata: Any, group: Any) -> None:
+    def __init__(self, settings: Settings, planned: Planned, marker: bytes) -> None:
+        self.handover = Handover()
+        """Ends when this rank's files are durable under their names, or have failed."""
+        self.directory = Path(planned.writer.path)
         self._settings = settings
-        self._writer = writer
-        self._metadata = metadata
-        self._group = group
+        self._planned = planned
+        self._marker = marker
         self._results: list[WriteResult] = []
         self._moving: list[tuple[Path, Path, Transfer]] = []
         self._problem: Exception | None = None
-        self._pid = os.getpid()
 
-    def begin(self) -> Files:
+    def begin(self) -> None:
         """Copy everything and start writing; returns when the tensors may change. Never raises; see the class."""
+        process.part(Unfinished).files.add(self)
         try:
             mover = arena.mover(self._settings)
-            for file in _lay_out(self._writer):
+            for file in _lay_out(self._planned.writer):
                 temporary = file.path.with_name(names.temporary_file(file.path.name))
                 transfer = mover.save(temporary, cluster_save.native_image(file.image), overlap=False)
                 self._moving.append((temporary, file.path, transfer))
                 self._results += file.results
         except Exception as problem:
             self._problem = problem
-        return self
+        name = f"roll_ckpt {self.directory.name}"
+        threading.Thread(target=self._move, name=name, daemon=True).start()
 
-    def write(self) -> None:
-        """Wait until the files are durable under their names. Never raises; see the class.
-
-        Does nothing in a forked child, which has none of our threads: there `finish` calls it again in the parent.
-        """
-        if os.getpid() != self._pid:
-            return
+    def _move(self) -> None:
+        """Make the files durable under their names; remove them if one fails."""
         try:
-            while self._moving and self._problem is None:
-                temporary, path, transfer = self._moving[0]
-                transfer.wait_written()
-                writes.rename(temporary, path)
-                writes.fsync_dir(path.parent)
-                self._moving.pop(0)
+            self._rename_written()
         except Exception as problem:
             self._problem = problem
+        finally:
+            self._discard()
+            self.handover.end()
+
+    def _rename_written(self) -> None:
+        directories = {path.parent for _, path, _ in self._moving}
+        while self._moving and self._problem is None:
+            temporary, path, transfer = self._moving[0]
+            transfer.wait_written()
+            writes.rename(temporary, path)
+            self._moving.pop(0)
+        for directory in directories:
+            writes.fsync_dir(directory)
+
+    def _discard(self) -> None:
         for temporary, _, transfer in self._moving:
             transfer.abandon()
-            writes.discard_file(temporary)
+            try:
+                writes.discard_file(temporary)
+            except OSError as problem:
+                self._problem = self._problem or problem
         self._moving.clear()
 
     def finish(self) -> None:
-        """Write `.metadata` once all files of all ranks are durable. Every rank calls, on the training thread.
+        """Write `.metadata`, and then `metadata.json`, once all files of all ranks are durable.
 
-        `.metadata` is durable on return.
+        Every rank calls, on the training thread. Blocks until the files are written. Durable on return.
 
         Raises:
-            The error of `begin` or `write`, on every rank; the directory then has no `metadata.json`.
+            The error of any rank, on every rank; the directory then has no `metadata.json`.
         """
-        ranks, path, timeout_s = RankGroup.current(), Path(self._writer.path), self._settings.commit_timeout_s
+        ranks, timeout_s = RankGroup.current(), self._settings.commit_timeout_s
 
-        def write_metadata() -> None:
-            if self._group.is_coordinator:
-                self._writer.finish(self._metadata, gathered)
-                writes.fsync_file(path / DCP_METADATA)
-                writes.fsync_dir(path)
+        def complete() -> None:
+            if self._planned.group.is_coordinator:
+                self._complete(self.directory, gathered)
 
-        with gate.entered(ranks, f"finish {path}", timeout_s):
+        process.part(Unfinished).files.discard(self)
+        with gate.entered(ranks, f"finish {self.directory}", timeout_s):
             ranks.run_on_all_ranks(self._check, timeout_s, working=True)
-            gathered = self._group.gather_object(self._results)
-            ranks.run_on_all_ranks(write_metadata, timeout_s, working=True)
+            gathered = self._planned.group.gather_object(self._results)
+            ranks.run_on_all_ranks(complete, timeout_s, working=True)
 
     def _check(self) -> None:
-        self.write()
+        self.handover.wait()
         if self._problem is not None:
             raise self._problem
 
-
-def write(rank: object, files: Files, unused: object) -> None:
-    """Megatron's queue calls this, in a forked child or in this process."""
-    files.write()
+    def _complete(self, directory: Path, gathered: Any) -> None:
+        if tree.exists(directory / COMMON):  # stock code has just written it, without fsync
+            writes.fsync_file(directory / COMMON)
+        self._planned.writer.finish(self._planned.metadata, gathered)
+        writes.fsync_file(directory / DCP_METADATA)
+        writes.fsync_dir(directory)
+        with suppress(PermissionError):
+            writes.fsync_dir(directory.parent)  # the host has just made the directory
+        writes.write_durable(directory / MARKER, self._marker)

@@ -67,7 +67,7 @@ class MegatronHandle(Binding):
         self._verified: Path | None = None
         self.course = Course()
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        strategy = SaveStrategy(settings)
+        strategy = SaveStrategy(settings=settings)
         strategy.source = lambda: Source.of(self.model, self.optimizer)
         self.strategy = FullyParallelSaveStrategyWrapper(strategy, group)
         self._fence = Fence.of(optimizer, self.model)

@@ -12,14 +12,11 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factories, is_main_replica
 from megatron.core.dist_checkpointing.serialization import _CONTENT_METADATA_KEY as CONTENT_METADATA
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.utils import (
-    _clean_metadata_for_serialization,
-    extract_nonpersistent,
-    extract_sharded_base,
-)
+from megatron.core.dist_checkpointing.utils import extract_nonpersistent, extract_sharded_base
 from torch.distributed.checkpoint.storage import WriteResult
 
 from roll_ckpt import names, process
+from roll_ckpt.backends.megatron import version
 from roll_ckpt.backends.megatron.facts import COMMON, DCP_METADATA, MARKER, MARKER_BYTES, check_sharding_type, describe
 from roll_ckpt.backends.megatron.index import StateIndex
 from roll_ckpt.backends.megatron.plan import Plan, PlannedFile, main_bytes, metadata_bytes, plan_file, structure_of
@@ -75,7 +72,7 @@ def save(
         SaveFailed: without `async_save`, on every rank, the save failed on any rank. With it, the first save with a
             `strategy` raises on every rank if any could not lay its files out.
     """
-    strategy = strategy or SaveStrategy(settings)
+    strategy = strategy or SaveStrategy(settings=settings)
     check_sharding_type(content_metadata)
     strategy_of(strategy)
 
@@ -209,7 +206,7 @@ def prepare(
     _, persistent = extract_nonpersistent(sharded_state_dict)
     sharded, common = extract_sharded_base(persistent)
     if CONTENT_METADATA in common:
-        common[CONTENT_METADATA] = _clean_metadata_for_serialization(common[CONTENT_METADATA])
+        common[CONTENT_METADATA] = version.clean_metadata(common[CONTENT_METADATA])
     common_file = None
     if RankGroup.current().rank == 0:
         common_file = layout.lay_out(common, Path(COMMON).stem, root=_COMMON_STATE)
@@ -343,23 +340,23 @@ def _plan_together(cluster_save: ClusterSave, prepared: Prepared, strategy: Any)
     RankGroup.current().run_on_all_ranks(preprocess, cluster_save.settings.commit_timeout_s)
     # Plan for the output directory, which exists. Megatron makes the directory that it plans for, and would make the
     # attempt's anew if that had been discarded meanwhile.
-    writer, metadata, group = save_strategy.planned_by_stock(strategy, sharded, attempt.output_dir)
+    planned = save_strategy.planned_by_stock(strategy, sharded, attempt.output_dir)
     files: list[PlannedFile] = []
     results: list[WriteResult] = []
     problem: Exception | None = None
     try:
-        for _, name, (objects, tensors) in writer.write_buckets or ():
+        for _, name, (objects, tensors) in planned.writer.write_buckets or ():
             file, written = plan_file(name, [item for item, _ in (*objects, *tensors)], prepared.parts, *indexes)
             files.append(file)
             results += written
     except Exception as error:
         problem = error  # this rank still takes part in the gather
-    writer.write_buckets = None
-    gathered = group.gather_object(results)
+    planned.writer.write_buckets = None
+    gathered = planned.group.gather_object(results)
     try:
         if problem is not None:
             raise problem
-        index = metadata_bytes(metadata, gathered) if group.is_coordinator else b""
+        index = metadata_bytes(planned.metadata, gathered) if planned.group.is_coordinator else b""
         save_strategy.plan = Plan(str(attempt.checkpoint_dir), prepared.structure, tuple(files), index)
     except Exception as error:
         cluster_save.fail(error)

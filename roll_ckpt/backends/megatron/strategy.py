@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import queue
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-from megatron.core.msc_utils import MultiStorageClientFeature
 
+from roll_ckpt.backends.megatron import planning, stock_save
 from roll_ckpt.backends.megatron.facts import COMMON
-from roll_ckpt.backends.megatron.files import Files, write
 from roll_ckpt.backends.megatron.index import Source
 from roll_ckpt.backends.megatron.plan import Plan
+from roll_ckpt.backends.megatron.planning import Planned
 from roll_ckpt.config import Settings
-from roll_ckpt.errors import ConfigError, UnsupportedError
+from roll_ckpt.errors import ConfigError
 from roll_ckpt.formats.tensor_index.writer import Indexer
 from roll_ckpt.formats.torch_zip import safe_pickle
 from roll_ckpt.load import trust
@@ -30,16 +26,30 @@ class SaveStrategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
 
     It can be given to stock `dist_checkpointing.save(sharded_strategy=...)`. Then every file is durable under its name
     before `.metadata`, and that before `metadata.json`, which remains the marker of a complete checkpoint. With
-    `async_sharded_save=True`, give the request to Megatron's `AsyncCallsQueue`, whose `schedule_async_request` returns
-    when everything is copied. Its persistent worker does not work: it pickles the request.
+    `async_sharded_save=True` that call returns when everything is copied; give its request to Megatron's
+    `AsyncCallsQueue`, persistent or not.
 
     Args:
+        backend, version, *stock, **more: arguments of `TorchDistSaveShardedStrategy`, as it takes them; `thread_count`,
+            the number of files for each rank, is 1 unless given. `Settings` are also accepted in the place of backend.
         settings: how to copy and write; default `Settings()`.
-        **stock: arguments of `TorchDistSaveShardedStrategy` beyond backend and version.
     """
 
-    def __init__(self, settings: Settings | None = None, **stock: Any) -> None:
-        super().__init__("torch_dist", 1, **{"thread_count": 1, **stock})
+    def __init__(
+        self,
+        backend: str | Settings = "torch_dist",
+        version: int = 1,
+        *stock: Any,
+        settings: Settings | None = None,
+        **more: Any,
+    ) -> None:
+        if isinstance(backend, Settings):
+            if settings is not None:
+                raise ConfigError(f"{type(self).__name__} was given settings twice; give them once")
+            settings, backend = backend, "torch_dist"
+        if len(stock) < 2:  # the second one is thread_count
+            more.setdefault("thread_count", 1)
+        super().__init__(backend, version, *stock, **more)
         self.settings = settings or Settings()
         self.use_cached_ckpt_structure: bool
         self.plan: Plan | None = None
@@ -49,8 +59,8 @@ class SaveStrategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
         self.source: Callable[[], Source] = Source
         """Says where the states that are saved come from; `attach` sets it."""
         self.indexer = Indexer()
-        self._planned: list[Any] | None = None
-        """Not None while `planned_by_stock` runs: there the hook leaves what Megatron planned."""
+        self._only_plan = False
+        """Whether `planned_by_stock` runs: there the hook returns what Megatron planned."""
         self._warned: set[str] = set()
 
     def warn_unloadable(self, common: dict[str, Any], directory: Path, settings: Settings) -> None:
@@ -58,51 +68,41 @@ class SaveStrategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
         unsafe = safe_pickle.unsafe_parts(common, trust.allowed(settings))
         trust.warn_unloadable(directory / COMMON, unsafe, self._warned)
 
-    def planned_by_stock(self, outer: Any, sharded: dict[str, Any], directory: Path) -> tuple[Any, Any, Any]:
+    def planned_by_stock(self, outer: Any, sharded: dict[str, Any], directory: Path) -> Planned:
         """Let Megatron plan which rank writes what. Every rank calls; collectives of Megatron's.
 
-        Returns Megatron's writer, on the coordinator the content of `.metadata`, and the group that planned. `outer`
-        is this strategy or the wrapper around it. Writes no file, but makes `directory` if it is missing.
+        `outer` is this strategy or the wrapper around it. Writes no file, but makes `directory` if it is missing.
 
         Bypasses Megatron's own caches of plans, which assume that the structure never changes.
         """
         use_cache, self.use_cached_ckpt_structure = self.use_cached_ckpt_structure, False
         if isinstance(outer, FullyParallelSaveStrategyWrapper):
             outer.cached_distribution = None
-        self._planned = []
+        self._only_plan = True
         try:
-            outer.async_save(sharded, directory)
-            writer, metadata, group = self._planned
+            planned: Planned = planning.plan(outer.async_save, sharded, directory)
         finally:
-            self._planned = None
+            self._only_plan = False
             self.use_cached_ckpt_structure = use_cache
-        return writer, metadata, group
+        return planned
 
-    def async_save(self, *args: Any, **kwargs: Any) -> AsyncRequest:
-        """Plan, and return the request whose steps copy, write and finish; see the class. Every rank calls.
+    def async_save(
+        self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path, async_strategy: str = planning.DEFAULT
+    ) -> Any:
+        """Plan, copy and start writing, and return the request that waits and finishes. Every rank calls.
 
-        Raises:
-            UnsupportedError: Megatron's multi-storage client is enabled.
+        See `stock_save.async_save` for the errors.
         """
-        if MultiStorageClientFeature.is_enabled():
-            raise UnsupportedError(
-                "roll_ckpt does not support Megatron's multi-storage client in this version: the commit needs a "
-                "directory of a file system; disable it"
-            )
-        with _without_results_process():
-            return super().async_save(*args, **kwargs)
+        if self._only_plan:
+            return planning.plan(super().async_save, sharded_state_dict, checkpoint_dir)
+        return stock_save.async_save(
+            super().async_save, sharded_state_dict, checkpoint_dir, async_strategy, self.settings
+        )
 
-    def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any, *rest: Any) -> AsyncRequest:
-        """Megatron calls this hook between planning and writing; `rest` is unused.
-
-        `planned` holds the writer, the content of `.metadata` on the coordinator, and the group that planned.
-        """
-        _, metadata, group = planned
-        if self._planned is not None:
-            self._planned += [writer, metadata, group]
-            return AsyncRequest(None, (), [])
-        files = Files(self.settings, writer, metadata, group)
-        return AsyncRequest(write, (None, None, None), [files.finish], {}, preload_fn=files.begin)
+    def _get_save_and_finalize_callbacks(self, writer: Any, told: Any, *_: Any) -> Any:
+        """Megatron calls this hook between planning and writing; see `planning.HOOK`."""
+        planned = Planned.told_to_hook(writer, told)
+        return planned if self._only_plan else stock_save.request(self, planned, self.settings)
 
 
 def strategy_of(strategy: Any) -> SaveStrategy:
@@ -118,14 +118,3 @@ def strategy_of(strategy: Any) -> SaveStrategy:
             f"{FullyParallelSaveStrategyWrapper.__name__}"
         )
     return inner
-
-
-@contextmanager
-def _without_results_process() -> Iterator[None]:
-    """Keep Megatron from starting a manager process for the results of its writer processes, which we do not use."""
-    results_queue = filesystem_async._results_queue
-    filesystem_async._results_queue = results_queue or queue.SimpleQueue()
-    try:
-        yield
-    finally:
-        filesystem_async._results_queue = results_queue
