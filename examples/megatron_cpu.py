@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
+
 class _CudaMeansCpu(TorchFunctionMode):
     """`device="cuda"` of a factory function is the CPU."""
 
