@@ -96,10 +96,17 @@ def check_complete(path: Path) -> None:
     """
     missing = [name for name in (MARKER, DCP_METADATA) if not tree.exists(path / name)]
     if not missing and not tree.exists(path / COMMON):
-        index = reads.read_bytes(path / DCP_METADATA, reads.OBJECT_BYTES)
-        missing = [] if version.COMMON_OBJECT.encode() in index else [COMMON]
+        missing = [] if _mentions_common_object(path) else [COMMON]
     if missing:
         raise NotFound(f"{path}: no complete Megatron checkpoint: it has no {missing[0]}; load another one")
+
+
+def _mentions_common_object(path: Path) -> bool:
+    """Whether the index of `path` has the object that stands for `common.pt`; Damaged if it is no index."""
+    if version.COMMON_OBJECT.encode() in reads.read_bytes(path / DCP_METADATA, reads.OBJECT_BYTES):
+        return True
+    dcp_index.read(path)
+    return False
 
 
 def stock_content_metadata(path: Path, settings: Settings) -> dict[str, Any]:
