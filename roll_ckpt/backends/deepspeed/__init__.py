@@ -4,3 +4,7 @@ DeepSpeed decides what a checkpoint holds and what its files are called. We deci
 get there, and when `latest` is written. The public module `roll_ckpt.deepspeed` imports `install`; `backend.FRAMEWORKS`
 names `cluster`.
 """
+
+from roll_ckpt.backends.deepspeed import version
+
+version.check()

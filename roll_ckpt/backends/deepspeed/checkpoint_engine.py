@@ -1,6 +1,7 @@
 """The checkpoint engine that a `DeepSpeedEngine` calls to write and read files.
 
-Written against DeepSpeed 0.19 (`runtime/engine.py`, `runtime/checkpoint_engine/checkpoint_engine.py`).
+Written against `runtime/engine.py` and `runtime/checkpoint_engine/checkpoint_engine.py` of DeepSpeed 0.19; `version`
+tells what others have instead.
 """
 
 from __future__ import annotations
@@ -60,8 +61,9 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
     """What one `DeepSpeedEngine` calls to save and load its files.
 
     `is_decoupled` returns True and `get_commit_info` None, so DeepSpeed neither writes `latest` nor commits: both
-    happen in our transaction. DeepSpeed calls `makedirs` and `save` between barriers, so these two never raise: an
-    error becomes this rank's no vote, which every rank learns of.
+    happen in our transaction. Versions that do not ask are told not to write `latest` (`save.save_checkpoint`).
+    DeepSpeed calls `makedirs` and `save` between barriers, so these two never raise: an error becomes this rank's no
+    vote, which every rank learns of.
     """
 
     def __init__(self, engine: DeepSpeedEngine, settings: Settings, cluster: str) -> None:
@@ -89,6 +91,8 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
         self._layouts = Layouts(self._allowed)
         self._index, self._indexer = EngineIndex(), Indexer()
         self.stage = Stage.BEFORE
+        self.dirs_made = 0
+        """How often DeepSpeed has called `makedirs` since `create`."""
         self.verified: Path | None = None
         """A checkpoint of which the ranks have just verified every byte; a load from it does not do so again."""
 
@@ -103,9 +107,11 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
     def create(self, info: object) -> None:
         """Notes that DeepSpeed's first barrier is passed. Our wrapper began the attempt before DeepSpeed's code ran."""
         self.stage = Stage.INSIDE
+        self.dirs_made = 0
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         """Make a directory and its parents. Never raises; see the class."""
+        self.dirs_made += 1
         with self.no_raise():
             writes.make_dirs(Path(path))
 
@@ -149,6 +155,8 @@ class RollCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
             return reader.load(Path(path), map_location)
 
     def commit(self, info: object) -> bool:
+        """Nothing. DeepSpeed before 0.17.1 calls it where later versions ask `is_decoupled`."""
+        self.stage = Stage.AFTER
         return True
 
     def is_decoupled(self) -> bool:

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.checkpoint.constants import DS_AUTOEP_UC_META
 from deepspeed.runtime.pipe.module import PipelineModule
 
 from roll_ckpt.backends.deepspeed.model_index import Model, model_of, shape_of
 from roll_ckpt.backends.deepspeed.optimizer_index import Named, optimizer_meanings
+from roll_ckpt.backends.deepspeed.version import DS_AUTOEP_UC_META
 from roll_ckpt.formats.tensor_index.meanings import (
     PARAMETER,
     UNKNOWN,

@@ -3,8 +3,8 @@
 An engine whose config has a section `checkpoint.roll_ckpt`, or that a `Cluster` attached, gets our checkpoint engine;
 where the variable ROLL_CKPT is set, every engine does. Other engines behave as before.
 
-Written against DeepSpeed 0.19 (`runtime/engine.py`). docs/deepspeed.md tells what we found in it; look there first if
-an update breaks something.
+Written against DeepSpeed 0.19 (`runtime/engine.py`); `version` tells what others have instead. docs/deepspeed.md tells
+what we found in it; look there first if an update breaks something.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import tensor_fragment
 
 from roll_ckpt.backends import start
+from roll_ckpt.backends.deepspeed import version
 from roll_ckpt.backends.deepspeed.checkpoint_engine import RollCheckpointEngine, no_changes
 from roll_ckpt.backends.deepspeed.load import load_checkpoint
 from roll_ckpt.backends.deepspeed.refusals import (
@@ -76,7 +77,7 @@ def attach(
         switched_on_by,
         async_save=bool(settings.async_save if async_save is None else async_save),
     )
-    engine.checkpoint_engine.cleanup()
+    version.clean_up(engine.checkpoint_engine)
     checkpoint_engine = RollCheckpointEngine(engine, settings, cluster)
     engine.checkpoint_engine = checkpoint_engine
     _by_optimizer[engine.optimizer] = checkpoint_engine
@@ -131,7 +132,9 @@ def install() -> None:
         return
     for name, replacement in _ENGINE_METHODS.items():
         setattr(DeepSpeedEngine, name, _wrapped(getattr(DeepSpeedEngine, name), replacement))
-    for optimizer in (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3):  # some trainers call it there
+    for optimizer in version.with_offload_states(
+        [DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3]
+    ):  # some trainers call it there
         optimizer.offload_states = _wrapped(optimizer.offload_states, _offload_optimizer)
     function = engine_module.get_fp32_state_dict_from_zero_checkpoint
     engine_module.get_fp32_state_dict_from_zero_checkpoint = _wrapped(function, state_dict_of_zero_checkpoint)

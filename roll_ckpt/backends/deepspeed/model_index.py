@@ -11,11 +11,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from deepspeed.checkpoint.constants import AFFINE_MAP, AUTOEP_PARAM_EP_RANK, DS_AUTOEP_UC_META, DS_AUTOTP_UC_META
 from deepspeed.moe.layer import MoE
 from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.utils import groups
 
+from roll_ckpt.backends.deepspeed import version
+from roll_ckpt.backends.deepspeed.version import (
+    AFFINE_MAP,
+    AUTOEP_PARAM_EP_RANK,
+    DS_AUTOEP_UC_META,
+    DS_AUTOTP_UC_META,
+)
 from roll_ckpt.formats.tensor_index.meanings import Region, Run, whole
 
 _EXPERT = ".deepspeed_moe.experts.deepspeed_experts."
@@ -120,7 +126,7 @@ def model_of(engine: Any) -> Model:
     shapes = {id(parameter): tuple(like.shape) for pair in pairs for parameter, like in pair}
     expert_rank = groups._get_expert_parallel_rank(groups._get_max_expert_size_name()) if engine.has_moe_layers else 0
     tensor_rank: int | None = 0
-    if engine.autotp_size() > 1:
+    if version.autotp_size(engine) > 1:
         tensor_rank = groups.get_tensor_model_parallel_rank()
     elif _model_parallel_size(engine) > 1:
         tensor_rank = None

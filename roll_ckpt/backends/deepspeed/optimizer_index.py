@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from roll_ckpt.backends.deepspeed import version
 from roll_ckpt.backends.deepspeed.model_index import Model
 from roll_ckpt.formats.tensor_index.meanings import MASTER, Run, Runs, Told, cut
 
@@ -56,7 +57,7 @@ def _zero_1_and_2(optimizer: Any, model: Model, of_parameter: _OfParameter) -> t
     named: Named = {}
     states: States = {}
     for group, parameters in enumerate(optimizer.round_robin_bit16_groups):
-        likes, offsets = optimizer.round_robin_bit16_meta[group], optimizer.round_robin_bit16_offsets[group]
+        likes, offsets = optimizer.round_robin_bit16_meta[group], version.flat_offsets(optimizer, group)
         parts = [(p, at, like.numel()) for p, at, like in zip(parameters, offsets, likes, strict=True)]
         size = optimizer.partition_size[group]
         first = dist.get_rank(optimizer.real_dp_process_group[group]) * size
@@ -85,7 +86,7 @@ def _zero_3(optimizer: Any, model: Model, of_parameter: _OfParameter) -> tuple[N
     states: States = {}
     place_of = {sub_group: place for place, sub_group in enumerate(_as_stepped(optimizer))}
     for sub_group, parameters in enumerate(optimizer.fp16_groups):
-        rank, at, found = dist.get_rank(optimizer.sub_group_process_groups[sub_group]), 0, []
+        rank, at, found = dist.get_rank(version.sub_group_process_group(optimizer, sub_group)), 0, []
         for parameter in parameters:
             numel = parameter.partition_numel()
             last = min(parameter.ds_numel, (rank + 1) * numel)

@@ -11,6 +11,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from roll_ckpt.backends.deepspeed import saved as saved_engine
+from roll_ckpt.backends.deepspeed import version
 from roll_ckpt.backends.deepspeed.checkpoint_engine import RollCheckpointEngine
 from roll_ckpt.backends.deepspeed.index import parameters_of
 from roll_ckpt.backends.deepspeed.mismatch import (
@@ -126,7 +127,7 @@ class _Look:
         check_model_parallel(saved, self._engine, where)
         if self._resuming:
             check_resuming(saved, self._engine, where)
-            if live_stage:
+            if live_stage or version.partitions_without_zero(self._engine):
                 check_world_size(saved.world_size, world_size, where)
         elif self._in_parts() and (files.partitioned or live_stage == 3):
             # DeepSpeed loads these by itself, each rank its own file.
@@ -159,7 +160,7 @@ class _Look:
         return Weights(self._engine, self._ranks, files, by_index, timeout_s)
 
     def _shards(self, files: Files, model: Mapping[str, Any]) -> Sharded:
-        return Sharded(files, model, self._engine.checkpoint_mp_rank, self._load)
+        return Sharded(files, model, version.checkpoint_mp_rank(self._engine), self._load)
 
     def _compare(self, files: Files, model: Mapping[str, Any]) -> None:
         source = self._shards(files, model) if files.partitioned else Whole(model["module"])

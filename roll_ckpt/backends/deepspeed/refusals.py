@@ -8,6 +8,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.utils import DummyOptim
 from deepspeed.runtime.zero.config import ZeroStageEnum
 
+from roll_ckpt.backends.deepspeed import version
 from roll_ckpt.backends.deepspeed.facts import user_config
 from roll_ckpt.backends.deepspeed.tensors import base_optimizer
 from roll_ckpt.errors import ConfigError, UnsupportedError
@@ -43,7 +44,8 @@ def refuse_parts(engine: DeepSpeedEngine) -> None:
     for name, in_use in {
         "a PipelineModule": isinstance(engine, PipelineEngine),
         "experts on several ranks": any(dist.get_world_size(group) > 1 for group in experts),
-        "AutoTP below ZeRO-3": engine.autotp_size() > 1 and engine.zero_optimization_stage() < ZeroStageEnum.weights,
+        "AutoTP below ZeRO-3": version.autotp_size(engine) > 1
+        and engine.zero_optimization_stage() < ZeroStageEnum.weights,
     }.items():
         if in_use:
             raise UnsupportedError(
@@ -62,6 +64,7 @@ def refuse_rivals(engine: DeepSpeedEngine) -> None:
     for key, present in {
         "checkpoint.writer": bool((values.get("checkpoint") or {}).get("writer")),
         "datastates_ckpt": "datastates_ckpt" in values,
+        "nebula.enabled": bool((values.get("nebula") or {}).get("enabled")),  # later versions have no Nebula
     }.items():
         if present:
             raise ConfigError(
@@ -95,18 +98,26 @@ def refusals_of_config(engine: DeepSpeedEngine) -> dict[str, tuple[bool, str]]:
             zero.zero_quantized_weights or zero.zero_quantized_gradients,
             "its kernels do not exist on CPUs, so it could not be tested. hpZ alone works",
         ),
+        "MiCS": (
+            (version.zero_setting(engine, "mics_shard_size") or 0) > 0,
+            "only the first of its groups of ranks saves, and later versions of DeepSpeed have no MiCS, so it was not "
+            "tested. Use hpZ (zero_hpz_partition_size) instead",
+        ),
         "ZenFlow": (
-            zero.zenflow is not None,
+            version.zero_setting(engine, "zenflow") is not None,
             "its second optimizer changes weights after the step, and DeepSpeed's checkpoint holds neither the state "
             "of that optimizer nor the moments in its overlapping process",
         ),
         "SuperOffload": (
-            zero.offload_optimizer is not None and zero.offload_optimizer.super_offload,
+            bool(version.zero_setting(engine, "offload_optimizer", "super_offload")),
             "its weights change during the backward pass, and DeepSpeed's checkpoint does not hold the moments in its "
             "worker process",
         ),
         "a PipelineModule in bf16 below ZeRO-1": (
-            engine.pipeline_parallelism and engine.bfloat16_enabled() and zero.stage == ZeroStageEnum.disabled,
+            isinstance(engine, PipelineEngine)
+            and engine.bfloat16_enabled()
+            and zero.stage == ZeroStageEnum.disabled
+            and not version.BF16_IN_PARTITIONS,
             "DeepSpeed cannot load its own checkpoints of it. Set zero_optimization.stage to 1",
         ),
         "use_node_local_storage": (

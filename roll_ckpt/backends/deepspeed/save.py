@@ -11,6 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from roll_ckpt import names
+from roll_ckpt.backends.deepspeed import version
 from roll_ckpt.backends.deepspeed.checkpoint_engine import RollCheckpointEngine, Stage, no_changes
 from roll_ckpt.backends.deepspeed.refusals import refuse_parts
 from roll_ckpt.backends.deepspeed.tensors import estimate_bytes
@@ -55,11 +56,11 @@ def save_checkpoint(
     name = str(tag) if tag is not None else f"global_step{checkpoint_engine.engine.global_steps}"
     arguments = {
         "client_state": client_state or {},
-        "save_latest": save_latest,
+        "save_latest": False,  # we write it at the commit; versions without decoupled engines would write it as well
         "exclude_frozen_parameters": exclude_frozen_parameters,
     }
     with gate.entered(ranks, f"save {name} to {os.path.abspath(save_dir)}", settings.commit_timeout_s):
-        save = _begin(checkpoint_engine, Path(save_dir), name, arguments)
+        save = _begin(checkpoint_engine, Path(save_dir), name, arguments["client_state"], save_latest)
         if save.begun:
             with pending.staging(ranks, save, first=not checkpoint_engine.has_staged):
                 run_stock(checkpoint_engine, stock, save, save.attempt.directory, name, arguments)
@@ -74,7 +75,9 @@ def save_checkpoint(
     return True
 
 
-def _begin(checkpoint_engine: RollCheckpointEngine, save_dir: Path, name: str, arguments: Mapping[str, Any]) -> Save:
+def _begin(
+    checkpoint_engine: RollCheckpointEngine, save_dir: Path, name: str, client_state: Mapping[str, Any], latest: bool
+) -> Save:
     engine, settings, ranks = checkpoint_engine.engine, checkpoint_engine.settings, checkpoint_engine.ranks
     request = Request(
         save_dir,
@@ -82,7 +85,7 @@ def _begin(checkpoint_engine: RollCheckpointEngine, save_dir: Path, name: str, a
         engine.global_steps,
         {checkpoint_engine.cluster: ranks.size},
         course=checkpoint_engine.course,
-        save_latest=arguments["save_latest"],
+        save_latest=latest,
         host=True,
     )
     nbytes, problem = 0, None
@@ -90,7 +93,7 @@ def _begin(checkpoint_engine: RollCheckpointEngine, save_dir: Path, name: str, a
         checkpoint_engine.fence(no_changes)
         names.check_name("tag", name)
         nbytes = estimate_bytes(engine)
-        check_client_state(engine, arguments["client_state"])
+        check_client_state(engine, client_state)
     except Exception as error:
         problem = str(error)  # `begin` raises it on every rank
     on_commit = AfterCommit(settings, checkpoint_engine.course)
@@ -142,6 +145,7 @@ def _take_part(checkpoint_engine: RollCheckpointEngine, tag: str) -> None:
             dist.barrier()
             engine._checkpoint_tag_validation(tag)
         if checkpoint_engine.stage != Stage.AFTER:
+            version.take_turns_left(engine, checkpoint_engine.dirs_made)
             if engine._optimizer_has_ckpt_event_epilogue():
                 engine.optimizer.checkpoint_event_epilogue()
             dist.barrier()

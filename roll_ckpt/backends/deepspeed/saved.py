@@ -15,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 
+from roll_ckpt.backends.deepspeed import version
 from roll_ckpt.backends.deepspeed.facts import settings_of, state_keys_of
 from roll_ckpt.disk import tree
 from roll_ckpt.disk.retry import ReadRetries
@@ -136,7 +137,7 @@ def of_files(engine: DeepSpeedEngine, files: Files, load: Load, *, resuming: boo
     Raises:
         Damaged: a file cannot be loaded, or is no state of DeepSpeed. NotFound, OSError: from `load`.
     """
-    rank, mp_rank = data_parallel_rank(engine), engine.checkpoint_mp_rank
+    rank, mp_rank = data_parallel_rank(engine), version.checkpoint_mp_rank(engine)
     path = files.model(rank, mp_rank)
     model = load(path)
     if not isinstance(model, dict) or "module" not in model or not isinstance(model.get("dp_world_size"), int):
@@ -153,11 +154,16 @@ def of_files(engine: DeepSpeedEngine, files: Files, load: Load, *, resuming: boo
     inner = state.get("optimizer_state_dict") if isinstance(state, dict) else None
     if not isinstance(inner, dict):
         raise Damaged(f"{partition}: these are no optimizer states of DeepSpeed")
-    stage = int(inner.get("zero_stage", 3 if files.partitioned else 1))
+    stage = int(inner.get("zero_stage", 3 if files.partitioned else _stage_of_bf16(engine)))
     base = inner.get("base_optimizer_state", inner.get("optimizer_state_dict"))
     if own is None and model["dp_world_size"] == engine.seq_dp_world_size:
         files.partition(rank, mp_rank)
     return SavedEngine(zero_stage=stage, **told, **_base(base)), model
+
+
+def _stage_of_bf16(engine: DeepSpeedEngine) -> int:
+    """The stage at which `BF16_Optimizer` saved, which it does not tell: 1, or also 0, where its files are the same."""
+    return min(1, int(engine.zero_optimization_stage())) if version.BF16_IN_PARTITIONS else 1
 
 
 def _plain(state: Any) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 
+from roll_ckpt.backends.deepspeed import version
 from roll_ckpt.backends.deepspeed.index import parameters_of
 from roll_ckpt.backends.deepspeed.saved import Files, Load, data_parallel_rank
 from roll_ckpt.backends.deepspeed.sources import Indexed, Sharded, Source, Whole
@@ -84,7 +85,7 @@ class Weights:
     def _source(self, load: Load) -> Source:
         if not self.files.partitioned:
             return Whole(self.state["module"])
-        return self._indexed or Sharded(self.files, self.state, self._engine.checkpoint_mp_rank, load)
+        return self._indexed or Sharded(self.files, self.state, version.checkpoint_mp_rank(self._engine), load)
 
     def _check(self, source: Source, named: set[str], others: Mapping[str, Any], strict: bool) -> None:
         where, live = str(self.files.directory), parameters_of(self._engine)
@@ -106,7 +107,11 @@ class Weights:
         for name, at, values in source.fragments({name: (0, shape.numel()) for name, shape in shapes.items()}):
             weights[name][at : at + values.numel()].copy_(values)
         found |= {name: flat.view(shapes[name]) for name, flat in weights.items()}
-        rank0 = load(self.files.model(0, self._engine.checkpoint_mp_rank)) if self.files.partitioned else self.state
+        rank0 = (
+            load(self.files.model(0, version.checkpoint_mp_rank(self._engine)))
+            if self.files.partitioned
+            else self.state
+        )
         shared: Mapping[str, str] = rank0.get("shared_params") or {}  # only rank 0 looks for tied parameters
         return found | {name: found[other] for name, other in shared.items() if other in found}
 
