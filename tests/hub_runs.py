@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import time
@@ -18,6 +19,8 @@ from roll_ckpt.formats import records, sealed_json
 from roll_ckpt.transaction import attempts, ballot, settlement, verification
 
 ROOT = str(Path(__file__).parent.parent)
+PYTHON_PATH = os.pathsep.join([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])
+"""For processes of the tests: roll_ckpt, and what stands before the installed packages, such as another version."""
 LARGE = random.Random(5).randbytes(3 << 20)
 LIMIT_S = 60.0
 TOKEN = "hf_writesAndIsKeptSecret0123456789abcdef"

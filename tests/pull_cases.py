@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 from runs import ended, forked
 
@@ -43,25 +47,43 @@ def with_a_client_of_the_users_own(uri: str, to: str) -> dict[str, object]:
         "the same verbosity": logging.get_verbosity() == verbosity,
         "every request went through it": asked,
     }
-    huggingface_hub.close_session()
-    return {**told, "the same factory": hasattr(huggingface_hub.get_session(), "of_the_user")}
+    in_a_new_thread: list[object] = []
+    thread = threading.Thread(target=lambda: in_a_new_thread.append(huggingface_hub.get_session()))
+    thread.start()
+    thread.join()
+    if hasattr(huggingface_hub, "close_session"):
+        huggingface_hub.close_session()
+        in_a_new_thread.append(huggingface_hub.get_session())
+    return {**told, "the same factory": all(hasattr(session, "of_the_user") for session in in_a_new_thread)}
 
 
 def set_a_client_factory() -> list[str]:
     """As a user might who needs a proxy: without time limits, and following no redirects. The paths that it is asked
     for from now on."""
-    import httpx2
     import huggingface_hub
 
     asked: list[str] = []
+    if hasattr(huggingface_hub, "configure_http_backend"):
+        requests = importlib.import_module("requests")
 
-    class OfTheUser(httpx2.Client):
+        class Session(requests.Session):  # type: ignore[misc, name-defined]
+            of_the_user = True
+
+            def send(self, request: Any, **options: Any) -> Any:
+                asked.append(urlsplit(request.url).path)
+                return super().send(request, **options)
+
+        huggingface_hub.configure_http_backend(Session)
+        return asked
+    httpx = importlib.import_module(type(huggingface_hub.get_session()).__module__.partition(".")[0])
+
+    class Client(httpx.Client):  # type: ignore[misc, name-defined]
         of_the_user = True
 
-    def hook(request: httpx2.Request) -> None:
+    def hook(request: Any) -> None:
         asked.append(request.url.path)
 
-    huggingface_hub.set_client_factory(lambda: OfTheUser(event_hooks={"request": [hook]}, timeout=None))
+    huggingface_hub.set_client_factory(lambda: Client(event_hooks={"request": [hook]}, timeout=None))
     return asked
 
 
@@ -142,4 +164,11 @@ def in_child(work: Callable[[], object]) -> int:
 
 
 def all_at_once(uri: str, to: str, processes: int) -> list[int]:
-    return [ended(pid) for pid in [forked(lambda: pulled(uri, to)) for _ in range(processes)]]
+    def work() -> None:
+        import huggingface_hub
+
+        if hasattr(huggingface_hub, "close_session"):
+            huggingface_hub.close_session()  # in older clients a child shares its parent's connections
+        pulled(uri, to)
+
+    return [ended(pid) for pid in [forked(work) for _ in range(processes)]]

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hub_runs
 import pytest
 from roll_ckpt_hub_dev import Fault, LocalHub
 
@@ -39,7 +40,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that has saved steps 1 and 2 and has ended."""
     out = tmp_path_factory.mktemp("runs") / "run"
     script = "import sys, runs; from pathlib import Path; runs.history(Path(sys.argv[1]), [1, 2])"
-    environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
+    environment = {**os.environ, "PYTHONPATH": hub_runs.PYTHON_PATH}
     subprocess.run([sys.executable, "-c", script, out], cwd=HERE, env=environment, check=True)
     return out
 
@@ -57,7 +58,7 @@ class Shell:
         self.environment = {
             **kept,
             **{"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"},
-            **{"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1", "PYTHONPATH": str(HERE.parent)},
+            **{"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1", "PYTHONPATH": hub_runs.PYTHON_PATH},
         }
 
     def start(self, *arguments: object, **more: str) -> subprocess.Popen[str]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hub_runs
 import pytest
 from hub_client import Client, Refused
 from roll_ckpt_hub_dev import Fault, LocalHub
@@ -35,7 +36,7 @@ api.create_tag(repo, tag=tag, exist_ok=True)
 def python(script: str, *arguments: object) -> None:
     """Run it in a process of its own, without torch, so that it may fork."""
     head = "import sys, runs; from pathlib import Path; out = Path(sys.argv[1])"
-    environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
+    environment = {**os.environ, "PYTHONPATH": hub_runs.PYTHON_PATH}
     subprocess.run(
         [sys.executable, "-c", f"{head}\n{script}", *map(str, arguments)], cwd=HERE, env=environment, check=True
     )
@@ -66,7 +67,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def client_of(hub: LocalHub, home: Path, **environment: str) -> Client:
-    settings = {"PYTHONPATH": str(HERE.parent), "ROLL_CKPT_HUB_TIMEOUT_S": "0.5", "PYTHONWARNINGS": "ignore"}
+    settings = {"PYTHONPATH": hub_runs.PYTHON_PATH, "ROLL_CKPT_HUB_TIMEOUT_S": "0.5", "PYTHONWARNINGS": "ignore"}
     return Client(hub.url, home, **{**settings, **environment})
 
 

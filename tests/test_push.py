@@ -46,7 +46,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalHub]:
 @pytest.fixture(scope="module")
 def shared_client(hub: LocalHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     home = tmp_path_factory.mktemp("home")
-    client = Client(hub.url, home, HF_TOKEN=TOKEN, ROLL_CKPT_HUB_TIMEOUT_S="1", PYTHONPATH=hub_runs.ROOT)
+    client = Client(hub.url, home, HF_TOKEN=TOKEN, ROLL_CKPT_HUB_TIMEOUT_S="1", PYTHONPATH=hub_runs.PYTHON_PATH)
     yield client
     client.close()
 
@@ -345,7 +345,7 @@ def test_a_no_is_told_with_what_to_do(
 def test_who_may_only_read_is_refused(hub: LocalHub, run: Path, repo: str, tmp_path: Path) -> None:
     hub.store.create(repo, private=True)
     for token, status in (("hf_reads", "403"), ("hf_wrongwrongwrong", "401"), ("", "401")):
-        client = Client(hub.url, tmp_path / "home", HF_TOKEN=token, PYTHONPATH=hub_runs.ROOT)
+        client = Client(hub.url, tmp_path / "home", HF_TOKEN=token, PYTHONPATH=hub_runs.PYTHON_PATH)
         error = refused(client, run / "checkpoint-1", repo)
         assert error.kind == "HubRefused" and status in error.text and (not token or token not in error.text)
         client.close()
@@ -357,7 +357,7 @@ def test_no_secret_is_told(hub: LocalHub, run: Path, repo: str, tmp_path: Path) 
     hub.faults.add(Fault("repo_info", status=403, message=f"{token} and org_api_org_aB3aB3aB3 may not"))
     host = hub.url.removeprefix("http://")
     for endpoint in (hub.url, f"http://bob:s@cret@{host}", "http://bob:s@cret@127.0.0.1:1"):
-        client = Client(endpoint, tmp_path / "home", HF_TOKEN=token, PYTHONPATH=hub_runs.ROOT)
+        client = Client(endpoint, tmp_path / "home", HF_TOKEN=token, PYTHONPATH=hub_runs.PYTHON_PATH)
         with pytest.raises(Refused) as caught:
             push(client, run / "checkpoint-1", repo)
         told = caught.value.text

@@ -70,7 +70,7 @@ def test_a_push_that_fails_dies_and_succeeds_leaves_no_secret_anywhere(hub: Loca
     environment = {
         **{name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")},
         **settings(hub.url, tmp_path / "home"),
-        **{"HF_TOKEN": TOKEN, "ROLL_CKPT_HUB_TIMEOUT_S": "1", "PYTHONPATH": hub_runs.ROOT},
+        **{"HF_TOKEN": TOKEN, "ROLL_CKPT_HUB_TIMEOUT_S": "1", "PYTHONPATH": hub_runs.PYTHON_PATH},
     }
     heard: list[str] = []
 

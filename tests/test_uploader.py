@@ -109,7 +109,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
 
 
 def speak_to(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    more = {"HF_TOKEN": TOKEN, "ROLL_CKPT_HUB_TIMEOUT_S": "1", "PYTHONPATH": hub_runs.ROOT}
+    more = {"HF_TOKEN": TOKEN, "ROLL_CKPT_HUB_TIMEOUT_S": "1", "PYTHONPATH": hub_runs.PYTHON_PATH}
     for name, value in {**settings(url, tmp_path / "home"), **more}.items():
         monkeypatch.setenv(name, value)
 

@@ -18,6 +18,18 @@ from roll_ckpt.upload.hub.address import TOKENS_BELONG, Remote
 _PASSING = (408, 409, 412, 423, 425, 429)  # refusals that may pass with time, as may every 5xx
 _TOKEN = re.compile(r"(?:hf|api_org)_[A-Za-z0-9]{8,}")
 _LONG_TOKEN = re.compile(TOKEN.encode())
+# By name: which of the HTTP libraries huggingface_hub uses depends on its version.
+_NO_ANSWER = {
+    *("requests.RequestException", "httpx.HTTPError", "httpx.StreamError", "httpx2.HTTPError", "httpx2.StreamError"),
+    *("builtins.ConnectionError", "builtins.TimeoutError"),
+}
+_NO_ADDRESS = {
+    *("huggingface_hub.HFValidationError", "httpx.InvalidURL", "httpx2.InvalidURL"),
+    *("requests.InvalidURL", "requests.InvalidSchema", "requests.MissingSchema"),
+}
+_OF_ANOTHER_ANSWER = (JSONDecodeError, LookupError, TypeError, AttributeError, RecursionError)
+_NOT_ACCEPTED = ("LFS batch", "Malformed", "Invalid", "Fast uploading")
+_WINDOW = re.compile(r";\s*t=(\d+)")
 _QUERY = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+")  # signed addresses are secrets for a while
 
 
@@ -127,8 +139,11 @@ def _advice(problem: BaseException, status: int) -> str:
 
 
 def _retry_after_s(problem: BaseException) -> float | None:
+    """What `Retry-After` says, or else when the rate limit's window ends: `RateLimit: "api";r=0;t=55`."""
     headers: Any = getattr(getattr(problem, "response", None), "headers", {})
     seconds = str(headers.get("retry-after", "")).strip()
+    if not seconds and (window := _WINDOW.search(str(headers.get("ratelimit", "")))):
+        seconds = window[1]
     return float(seconds) if seconds.isdecimal() else None
 
 
@@ -141,18 +156,18 @@ def _of_kind(problem: BaseException, where: str) -> HubRefused | HubUnavailable 
         return HubRefused(f"{where}: there is no token; {TOKENS_BELONG}")
     if "hf_xet.XetAuthenticationError" in kinds:
         return HubRefused(f"{where}: the Hub's storage refuses the token ({text}); {TOKENS_BELONG}")
-    if kinds & {"httpx2.HTTPError", "httpx2.StreamError", "builtins.ConnectionError", "builtins.TimeoutError"}:
+    if kinds & _NO_ADDRESS:
+        return HubRefused(f"{where}: {text}; check repo_id, revision and HF_ENDPOINT")
+    if isinstance(problem, _OF_ANOTHER_ANSWER) or text.endswith("improperly formatted"):
+        return HubUnavailable(
+            f"{where}: {endpoint()} sent an answer that is not the Hub's; is there a proxy in between?"
+        )
+    if kinds & _NO_ANSWER:
         return HubUnavailable(
             f"{where}: no answer from {endpoint()} ({type(problem).__name__}: {text}); "
             "check the network and HF_ENDPOINT"
         )
-    if isinstance(problem, JSONDecodeError | LookupError | TypeError | AttributeError | RecursionError):
-        return HubUnavailable(
-            f"{where}: {endpoint()} sent an answer that is not the Hub's; is there a proxy in between?"
-        )
-    if kinds & {"huggingface_hub.HFValidationError", "httpx2.InvalidURL"}:
-        return HubRefused(f"{where}: {text}; check repo_id, revision and HF_ENDPOINT")
-    if isinstance(problem, ValueError) and text.startswith(("LFS batch API", "Malformed", "Invalid")):
+    if isinstance(problem, ValueError) and text.startswith(_NOT_ACCEPTED):
         return HubRefused(f"{where}: the Hub does not accept it: {text}")
     if isinstance(problem, RuntimeError) or (isinstance(problem, OSError) and problem.errno is None):
         # hf_xet raises these for network problems.

@@ -16,12 +16,12 @@ from operator import index
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from roll_ckpt.errors import ConfigError, HubRefused, HubUnavailable, NotFound
+from roll_ckpt.errors import HubRefused, HubUnavailable, NotFound
+from roll_ckpt.upload.hub import version
 from roll_ckpt.upload.hub.address import Remote
 from roll_ckpt.upload.hub.answers import endpoint, hub_errors
 
 if TYPE_CHECKING:
-    import httpx2
     from huggingface_hub import HfApi
 
 log = logging.getLogger("roll_ckpt")
@@ -35,24 +35,17 @@ _TIMEOUT = "ROLL_CKPT_HUB_TIMEOUT_S"  # for tests: replaces both limits
 def api() -> HfApi:
     """huggingface_hub's own client. Changes nothing in the process and makes no request.
 
-    ConfigError if huggingface_hub is not installed.
+    Raises:
+        ConfigError: huggingface_hub is not installed. UnsupportedError: this version cannot be used.
     """
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise ConfigError(
-            f"the Hub needs huggingface_hub ({error}); install it: pip install 'roll-ckpt[hub]'"
-        ) from None
-    return huggingface_hub.HfApi()
+    client: HfApi = version.installed().HfApi()
+    return client
 
 
-def time_limits() -> httpx2.Timeout:
+def time_limits() -> Any:
     """How long a call may take to connect (10 s), and how long the Hub may then be silent (60 s)."""
-    import httpx2
-
     limit = os.environ.get(_TIMEOUT)
-    connect, silence = (float(limit), float(limit)) if limit else (_CONNECT_S, _SILENCE_S)
-    return httpx2.Timeout(silence, connect=connect)
+    return version.time_limits(*((float(limit), float(limit)) if limit else (_CONNECT_S, _SILENCE_S)))
 
 
 @dataclass(frozen=True)
@@ -72,7 +65,7 @@ def head(remote: Remote) -> str:
 def look(remote: Remote) -> Head:
     """What the revision names now. HubRefused: no such repository or revision."""
     with hub_errors(remote, "looking up the newest commit"):
-        info = api().model_info(remote.repo_id, revision=remote.revision, timeout=time_limits())  # type: ignore[arg-type]
+        info = api().model_info(remote.repo_id, revision=remote.revision, timeout=time_limits())
     assert info.sha is not None and info.private is not None  # missing only if a call passes `expand`
     return Head(info.sha, info.private, frozenset(file.rfilename for file in info.siblings or ()))
 
@@ -80,20 +73,19 @@ def look(remote: Remote) -> Head:
 def sizes(remote: Remote, commit: str) -> dict[str, int]:
     """The path and the size in bytes of every file of a commit."""
     with hub_errors(remote, "listing its files"):
-        entries = _pages(f"{api().endpoint}/api/models/{remote.repo_id}/tree/{quote(commit, safe='')}?recursive=true")
+        entries = pages(f"{api().endpoint}/api/models/{remote.repo_id}/tree/{quote(commit, safe='')}?recursive=true")
         return {entry["path"]: index(entry["size"]) for entry in entries if entry["type"] == "file"}
 
 
-def _pages(url: str) -> Iterator[Any]:
-    """The entries of a list that comes page by page.
+def pages(url: str) -> Iterator[Any]:
+    """The entries of a list that comes page by page. The caller translates errors.
 
     huggingface_hub's `paginate` would retry for minutes, and log addresses with the secrets in them.
     """
-    from huggingface_hub import get_session
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
     while url:
-        answer = get_session().get(url, headers=build_hf_headers(), timeout=time_limits(), follow_redirects=True)
+        answer = version.get(url, build_hf_headers(), time_limits())
         hf_raise_for_status(answer)
         yield from answer.json()
         url = answer.links.get("next", {}).get("url", "")
@@ -108,7 +100,7 @@ def stream(remote: Remote, path: str, commit: str, *, start: int = 0) -> Iterato
     NotFound: the commit holds no such file. HubRefused, status 416: `start` lies beyond its end.
     """
     client = api()
-    from huggingface_hub import get_session, hf_hub_url
+    from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
     url = hf_hub_url(remote.repo_id, path, revision=commit, endpoint=client.endpoint)
@@ -117,16 +109,14 @@ def stream(remote: Remote, path: str, commit: str, *, start: int = 0) -> Iterato
     headers["Accept-Encoding"] = "identity"
     with (
         hub_errors(remote, f"reading {path}"),
-        get_session().stream("GET", url, headers=headers, timeout=time_limits(), follow_redirects=True) as answer,
+        version.stream(url, headers, time_limits()) as (answer, blocks),
     ):
-        if answer.status_code >= 400:
-            answer.read()
         if answer.headers.get("X-Error-Code") == "EntryNotFound":
             raise NotFound(f"reading {path}: {remote.uri} holds no such file (commit {commit})")
         hf_raise_for_status(answer)
         if start and answer.status_code != 206:
             raise HubUnavailable(f"reading {path}: {remote.uri}: {endpoint()} does not send parts of files")
-        yield answer.iter_bytes(1 << 20)
+        yield blocks(1 << 20)
 
 
 def read_file(remote: Remote, path: str, commit: str, *, limit: int = 256 << 20) -> bytes | None:

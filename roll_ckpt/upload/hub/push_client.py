@@ -11,12 +11,12 @@ from itertools import islice
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
+from roll_ckpt.upload.hub import version
 from roll_ckpt.upload.hub.address import Remote
 from roll_ckpt.upload.hub.answers import hub_errors
-from roll_ckpt.upload.hub.client import api, time_limits
+from roll_ckpt.upload.hub.client import api, pages, time_limits
 
 if TYPE_CHECKING:
-    import httpx2
     from huggingface_hub import HfApi
 
 
@@ -27,22 +27,11 @@ def own_api() -> HfApi:
     The calls for a push take no limits, so the client factory is replaced for the whole process. That must not happen
     in a training process, which may have its own factory: there only the module `client` is used.
     """
+    version.check_push()
     client = api()
-    import huggingface_hub
     from huggingface_hub.utils import disable_progress_bars, logging  # type: ignore[attr-defined]
 
-    timeout = time_limits().as_dict()
-
-    def limit_time(request: httpx2.Request) -> None:
-        # Set on each request, not as the client's default: many calls pass `timeout=None` explicitly.
-        request.extensions = {**request.extensions, "timeout": timeout}
-
-    def limited() -> httpx2.Client:
-        http = huggingface_hub.utils._http.default_client_factory()
-        http.event_hooks = {**http.event_hooks, "request": [*http.event_hooks["request"], limit_time]}
-        return http
-
-    huggingface_hub.set_client_factory(limited)
+    version.limit_all_calls(time_limits())
     disable_progress_bars()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its warnings show signed addresses
     return client
@@ -64,11 +53,9 @@ def refs(remote: Remote) -> tuple[dict[str, str], dict[str, str]]:
 def history(remote: Remote, limit: int) -> Iterator[tuple[str, str]]:
     """The newest `limit` commits of the revision, newest first: (id, title and message). One request per page."""
     client = own_api()
-    from huggingface_hub.utils import build_hf_headers, paginate  # type: ignore[attr-defined]
-
     url = f"{client.endpoint}/api/models/{remote.repo_id}/commits/{quote(remote.revision, safe='')}"
     with hub_errors(remote, "reading its history"):
-        for commit in islice(paginate(url, params={}, headers=build_hf_headers()), limit):
+        for commit in islice(pages(url), limit):
             yield commit["id"], f"{commit['title']}\n{commit.get('message') or ''}"
 
 

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import io
+import logging
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from roll_ckpt.errors import Damaged, HubRefused
+from roll_ckpt.errors import Damaged, HubRefused, HubUnavailable
+from roll_ckpt.upload.hub import version
 from roll_ckpt.upload.hub.address import Remote
 from roll_ckpt.upload.hub.answers import hub_errors
 from roll_ckpt.upload.hub.push_client import own_api
+from roll_ckpt.upload.hub.remote_checkpoint import pause_s
 
+log = logging.getLogger("roll_ckpt")
+
+_TRIES = 4  # so often a group is sent with a client that does not try again by itself
 _GROUP_BYTES, _GROUP_FILES = 8 << 30, 256
 
 
@@ -43,18 +51,30 @@ class Sending:
         Raises:
             HubRefused: the Hub refuses, or a `.gitignore` of the repository excludes files. HubUnavailable.
         """
-        with hub_errors(self._remote, "sending files"):
-            for group in _groups(self._operations):
-                own_api().preupload_lfs_files(
-                    self._remote.repo_id, group, revision=self._remote.revision, free_memory=False, num_threads=4
-                )
-                for operation in group:
-                    operation.arrived()
+        for group in _groups(self._operations):
+            self._send(group)
+            for operation in group:
+                operation.arrived()
         if ignored := [op.path_in_repo for op in self._operations if op._should_ignore]:
             raise HubRefused(
                 f"sending files: {self._remote.uri}: its .gitignore excludes {ignored[0]} and "
                 f"{len(ignored) - 1} more; remove those patterns from it"
             )
+
+    def _send(self, group: list[Any]) -> None:
+        for failures in count(1):
+            try:
+                with hub_errors(self._remote, "sending files"):
+                    own_api().preupload_lfs_files(
+                        self._remote.repo_id, group, revision=self._remote.revision, free_memory=False, num_threads=4
+                    )
+                    return
+            except HubUnavailable as error:
+                if failures == _TRIES or version.retries_questions():
+                    raise
+                pause = pause_s(failures, error)
+                log.info("%s; trying again in %.0f s", error, pause)
+                time.sleep(pause)
 
     def commit(self, more: Iterable[HubFile], deleted: Iterable[str], title: str, message: str, parent: str) -> str:
         """Make one commit on `parent` that adds all files and `more` and removes `deleted`; return its id.
