@@ -36,6 +36,7 @@ from roll_ckpt.backends.deepspeed.save import save_16bit_model, save_checkpoint
 from roll_ckpt.backends.deepspeed.tensors import stepped_tensors, storages_of
 from roll_ckpt.backends.deepspeed.weights import state_dict_of_zero_checkpoint
 from roll_ckpt.config import Settings
+from roll_ckpt.disk import witness
 from roll_ckpt.errors import UnsupportedError
 from roll_ckpt.save import gate, pending
 
@@ -62,6 +63,7 @@ def attach(engine: DeepSpeedEngine, settings: Settings, cluster: str) -> RollChe
     checkpoint_engine = RollCheckpointEngine(engine, settings, cluster)
     engine.checkpoint_engine = checkpoint_engine
     _by_optimizer[engine.optimizer] = checkpoint_engine
+    witness.tell("engine", framework="deepspeed", id=id(engine), ours=True)
     return checkpoint_engine
 
 
@@ -111,6 +113,7 @@ def install() -> None:
     """Wrap DeepSpeed's methods. Does nothing if our wrappers are there already, also beneath wrappers of others."""
     if any(_behind_our_wrapper(getattr(DeepSpeedEngine, name)) is not None for name in _ENGINE_METHODS):
         return
+    witness.tell("installed", framework="deepspeed")
     for name, replacement in _ENGINE_METHODS.items():
         setattr(DeepSpeedEngine, name, _wrapped(getattr(DeepSpeedEngine, name), replacement))
     for optimizer in (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3):  # some trainers call it there
@@ -139,6 +142,9 @@ def _configure_checkpointing(original: Method, engine: DeepSpeedEngine, *args: A
     settings = section_of(engine)
     if settings is not None and not without_optimizer(engine):
         attach(engine, settings, settings.cluster)
+    elif not without_optimizer(engine):
+        why, advice = "its config has no section checkpoint.roll_ckpt", "add the section, or set ROLL_CKPT=1"
+        witness.tell("engine", framework="deepspeed", id=id(engine), ours=False, why=why, advice=advice)
 
 
 def _save_checkpoint(original: Method, engine: DeepSpeedEngine, *args: Any, **kwargs: Any) -> Any:
