@@ -49,7 +49,7 @@ _INSTEAD = {
     ),
     "hard links": "what is decided is named by a rename that replaces nothing, or else by directories; as safe",
     "rename without replacing": "needed only where there are no hard links; directories decide then; as safe",
-    "exchange of two names": "a save under an existing name moves the old checkpoint aside first, so for a moment there is none",
+    "exchange of two names": "a save under an existing name moves the old one aside first: for a moment there is none",
     "direct I/O": "files are written and read through the page cache, which takes memory and time from training",
     "locks": "whether a run is alive is known by its heartbeat alone: a start after a crash may wait 20 s",
 }

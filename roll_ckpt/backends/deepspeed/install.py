@@ -113,7 +113,6 @@ def install() -> None:
     """Wrap DeepSpeed's methods. Does nothing if our wrappers are there already, also beneath wrappers of others."""
     if any(_behind_our_wrapper(getattr(DeepSpeedEngine, name)) is not None for name in _ENGINE_METHODS):
         return
-    witness.tell("installed", framework="deepspeed")
     for name, replacement in _ENGINE_METHODS.items():
         setattr(DeepSpeedEngine, name, _wrapped(getattr(DeepSpeedEngine, name), replacement))
     for optimizer in (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3):  # some trainers call it there
@@ -124,6 +123,7 @@ def install() -> None:
         for module in (deepspeed.utils, tensor_fragment):
             if hasattr(module, name):
                 setattr(module, name, _wrapped(getattr(module, name), _set_after_fence))
+    witness.tell("installed", framework="deepspeed")
 
 
 # --- what the wrapped methods do -----------------------------------------------------------------------------
