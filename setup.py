@@ -1,4 +1,4 @@
-"""Builds roll_ckpt.native._native. Everything else about the package stands in pyproject.toml.
+"""Builds roll_ckpt.native._native and roll_ckpt.pth. Everything else about the package stands in pyproject.toml.
 
 ROLL_CKPT_CUDA=auto (default) compiles the CUDA part if nvcc is found, 1 demands it, 0 leaves it out.
 ROLL_CKPT_CXXFLAGS adds compiler and linker flags, such as -fsanitize=thread.
@@ -16,6 +16,7 @@ from pathlib import Path
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 # Real code from Turing to Hopper. Later devices compile PTX when it is first loaded; earlier ones do without.
 CUDA_TARGETS = [
@@ -99,6 +100,22 @@ class BuildNative(build_ext):
         return str(target)
 
 
+class BuildPth(build_py):
+    """build_py that also makes roll_ckpt.pth, which Python runs at its start if it lies right in site-packages.
+
+    An editable wheel holds no modules, but it does hold what lies in the folder that `install` has for them.
+    """
+
+    def run(self) -> None:
+        super().run()
+        folder = Path(self.get_finalized_command("install").install_lib if self.editable_mode else self.build_lib)
+        folder.mkdir(parents=True, exist_ok=True)
+        source = Path("roll_ckpt/activation/startup.py").read_text(encoding="ascii")
+        name = "roll_ckpt.activation.startup"  # the text goes to exec itself: compile() would load ast, for 2 ms
+        line = f"import sys; exec({source!r}, {{'__name__': {name!r}}})\n"
+        folder.joinpath("roll_ckpt.pth").write_text(line, encoding="ascii")
+
+
 setup(
     packages=[*find_packages(include=["roll_ckpt*"]), "roll_ckpt_hub_dev"],
     package_dir={"roll_ckpt_hub_dev": "tests/hub_dev"},
@@ -112,5 +129,5 @@ setup(
             extra_link_args=["-pthread"],
         )
     ],
-    cmdclass={"build_ext": BuildNative},
+    cmdclass={"build_ext": BuildNative, "build_py": BuildPth},
 )

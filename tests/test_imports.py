@@ -25,6 +25,7 @@ ROWS: list[set[str]] = [
     {"upload"},
     {"backends"},
     {"pipeline"},
+    {"activation"},
     {"cli", "deepspeed", "megatron", "state"},
     {"__init__", "__main__", "run"},
 ]

@@ -10,13 +10,14 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from roll_ckpt import names
 from roll_ckpt.backends.backend import ClusterOptions
-from roll_ckpt.backends.deepspeed.facts import FRAMEWORK, SECTION, section_of
+from roll_ckpt.backends.deepspeed.facts import FRAMEWORK
 from roll_ckpt.backends.deepspeed.index import MODEL_ONLY_FILE, parameters_of
 from roll_ckpt.backends.deepspeed.install import attach, stock
 from roll_ckpt.backends.deepspeed.mismatch import check_model_parallel, check_resuming, check_world_size
 from roll_ckpt.backends.deepspeed.refusals import refuse_parts
 from roll_ckpt.backends.deepspeed.save import check_client_state, run_stock
 from roll_ckpt.backends.deepspeed.saved import of_facts
+from roll_ckpt.backends.deepspeed.section import section_of, source_of
 from roll_ckpt.backends.deepspeed.tensors import estimate_bytes
 from roll_ckpt.config import Settings
 from roll_ckpt.disk import tree
@@ -54,7 +55,9 @@ class DeepSpeedCluster:
         self._save_only_model = options.save_only_model
         self._exclude_frozen = options.exclude_frozen_parameters
         self._client_state: Mapping[str, Any] = {}
-        self._checkpoint_engine = attach(engine, options.settings, options.name)
+        self._checkpoint_engine = attach(
+            engine, options.settings, options.name, "the pipeline", async_save=options.settings.async_save is not False
+        )
         self.ranks = self._checkpoint_engine.ranks
 
     def estimate_bytes(self) -> int:
@@ -133,6 +136,6 @@ def _check_section(engine: DeepSpeedEngine, settings: Settings, cluster: str) ->
         value = cluster if key == "cluster" else getattr(settings, key)
         if getattr(section, key) != value:
             raise ConfigError(
-                f"cluster {cluster}: {SECTION} sets {key} to {getattr(section, key)!r}, the pipeline's configuration "
-                f"to {value!r}; remove one of them"
+                f"cluster {cluster}: {source_of(engine, key)} sets {key} to {getattr(section, key)!r}, the pipeline's "
+                f"configuration to {value!r}; remove one of them"
             )

@@ -1,4 +1,4 @@
-"""What is read off a DeepSpeed engine: its section of the config, the manifest's facts, and its parameters."""
+"""What is read off a DeepSpeed engine: its config as the user gave it, and the manifest's facts."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import deepspeed
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from roll_ckpt.backends.deepspeed.tensors import OFFLOAD_BUFFER, base_optimizer
-from roll_ckpt.config import DeepSpeedConfig
 
-SECTION = "checkpoint.roll_ckpt in the DeepSpeed config"
 FRAMEWORK = "deepspeed"
 
 
@@ -54,13 +52,3 @@ def user_config(engine: DeepSpeedEngine) -> Mapping[str, Any]:
     """The DeepSpeed config as the user gave it, unknown keys included."""
     config: Mapping[str, Any] = engine._config._param_dict
     return config
-
-
-def section_of(engine: DeepSpeedEngine) -> DeepSpeedConfig | None:
-    """The `checkpoint.roll_ckpt` section of the engine's config, validated; None if there is none.
-
-    Raises:
-        ConfigError: the section has an unknown key or a bad value.
-    """
-    values = (user_config(engine).get("checkpoint") or {}).get("roll_ckpt")
-    return None if values is None else DeepSpeedConfig.parse(values, SECTION)

@@ -1,7 +1,7 @@
 """Wraps methods of `DeepSpeedEngine`, so that `engine.save_checkpoint()` and its relatives go through roll_ckpt.
 
-An engine whose config has a section `checkpoint.roll_ckpt`, or that a `Cluster` attached, gets our checkpoint engine.
-Every other engine behaves as before.
+An engine whose config has a section `checkpoint.roll_ckpt`, or that a `Cluster` attached, gets our checkpoint engine;
+where the variable ROLL_CKPT is set, every engine does. Other engines behave as before.
 
 Written against DeepSpeed 0.19 (`runtime/engine.py`). docs/deepspeed.md tells what we found in it; look there first if
 an update breaks something.
@@ -22,29 +22,40 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import tensor_fragment
 
+from roll_ckpt.backends import start
 from roll_ckpt.backends.deepspeed.checkpoint_engine import RollCheckpointEngine, no_changes
-from roll_ckpt.backends.deepspeed.facts import section_of
 from roll_ckpt.backends.deepspeed.load import load_checkpoint
 from roll_ckpt.backends.deepspeed.refusals import (
     refusals_of_config,
     refuse,
     refuse_rivals,
     refuse_unsupported,
+    will_have_optimizer,
     without_optimizer,
 )
 from roll_ckpt.backends.deepspeed.save import save_16bit_model, save_checkpoint
+from roll_ckpt.backends.deepspeed.section import leave_to_stock, section_of, source_of, tell_of_stock
 from roll_ckpt.backends.deepspeed.tensors import stepped_tensors, storages_of
 from roll_ckpt.backends.deepspeed.weights import state_dict_of_zero_checkpoint
 from roll_ckpt.config import Settings
 from roll_ckpt.disk import witness
-from roll_ckpt.errors import UnsupportedError
+from roll_ckpt.errors import ConfigError, UnsupportedError
 from roll_ckpt.save import gate, pending
 
 Method = Callable[..., Any]
 
 
-def attach(engine: DeepSpeedEngine, settings: Settings, cluster: str) -> RollCheckpointEngine:
+def attach(
+    engine: DeepSpeedEngine,
+    settings: Settings,
+    cluster: str,
+    switched_on_by: str = "roll_ckpt.deepspeed.attach",
+    *,
+    async_save: bool | None = None,
+) -> RollCheckpointEngine:
     """Put our checkpoint engine into `engine`, which saves as `cluster`; every rank calls. No collective.
+
+    Rank 0 says so, with what `switched_on_by` calls the caller. `async_save` is what an unset one means to the caller.
 
     Raises:
         UnsupportedError: the engine has no optimizer, or uses a feature that this version refuses.
@@ -59,6 +70,13 @@ def attach(engine: DeepSpeedEngine, settings: Settings, cluster: str) -> RollChe
         )
     refuse_rivals(engine)
     refuse_unsupported(engine)
+    start.announce(
+        f"DeepSpeed {deepspeed.__version__}, ZeRO-{int(engine.zero_optimization_stage())}",
+        f"cluster {cluster}",
+        settings,
+        switched_on_by,
+        async_save=bool(settings.async_save if async_save is None else async_save),
+    )
     engine.checkpoint_engine.cleanup()
     checkpoint_engine = RollCheckpointEngine(engine, settings, cluster)
     engine.checkpoint_engine = checkpoint_engine
@@ -131,30 +149,37 @@ def install() -> None:
 
 def _do_sanity_check(original: Method, engine: DeepSpeedEngine) -> None:
     """Refuse features by the config, before DeepSpeed acts on it: swap folders, processes, minutes of work."""
-    if section_of(engine) is not None:
-        refuse_rivals(engine)
-        refuse(refusals_of_config(engine))
+    try:
+        if section_of(engine) is not None and will_have_optimizer(engine):
+            refuse_rivals(engine)
+            refuse(refusals_of_config(engine))
+    except (ConfigError, UnsupportedError) as problem:
+        leave_to_stock(engine, problem)
     original(engine)
 
 
 def _configure_checkpointing(original: Method, engine: DeepSpeedEngine, *args: Any, **kwargs: Any) -> None:
     original(engine, *args, **kwargs)
     settings = section_of(engine)
-    if settings is not None and not without_optimizer(engine):
-        attach(engine, settings, settings.cluster)
-    elif not without_optimizer(engine):
-        why, advice = "its config has no section checkpoint.roll_ckpt", "add the section, or set ROLL_CKPT=1"
-        witness.tell("engine", framework="deepspeed", id=id(engine), ours=False, why=why, advice=advice)
+    if without_optimizer(engine):
+        return
+    if settings is None:
+        tell_of_stock(engine)
+        return
+    try:
+        attach(engine, settings, settings.cluster, source_of(engine))
+    except (ConfigError, UnsupportedError) as problem:
+        leave_to_stock(engine, problem)
 
 
 def _save_checkpoint(original: Method, engine: DeepSpeedEngine, *args: Any, **kwargs: Any) -> Any:
     checkpoint_engine = attached(engine)
     if checkpoint_engine is not None:
         return save_checkpoint(checkpoint_engine, original, *args, **kwargs)
-    if section_of(engine) is not None:
+    if without_optimizer(engine) and section_of(engine) is not None:
         raise UnsupportedError(
             "this engine has no optimizer, and DeepSpeed cannot save such an engine at any ZeRO stage; do not call "
-            "save_checkpoint on it, or remove checkpoint.roll_ckpt from its config"
+            "save_checkpoint on it, or remove checkpoint.roll_ckpt from its config (or the variable ROLL_CKPT)"
         )
     return original(engine, *args, **kwargs)
 

@@ -136,6 +136,11 @@ def _refusals_of_engine(engine: DeepSpeedEngine) -> dict[str, tuple[bool, str]]:
     }
 
 
+def will_have_optimizer(engine: DeepSpeedEngine) -> bool:
+    """Whether an engine that is being made gets an optimizer. Without one it is never saved, so nothing is refused."""
+    return engine.client_optimizer is not None or bool(engine.optimizer_name())
+
+
 def without_optimizer(engine: DeepSpeedEngine) -> bool:
     """Whether the engine has no optimizer that steps; DeepSpeed cannot save such an engine."""
     base = base_optimizer(engine)
