@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from roll_ckpt.activation import variable
 from roll_ckpt.cli import installed, judging, watching
 from roll_ckpt.cli.installed import Package
 from roll_ckpt.cli.judging import Verdict
@@ -17,6 +18,7 @@ from roll_ckpt.cli.paths import argument
 from roll_ckpt.cli.printing import ERROR, FINE, USAGE, human_bytes, notice, print_json, print_line, print_table, say
 from roll_ckpt.cli.watching import Watched
 from roll_ckpt.disk import abilities, tree
+from roll_ckpt.errors import ConfigError
 
 _ABOUT = """\
 Tell what is installed, in which versions, and whether roll_ckpt supports them;
@@ -83,7 +85,12 @@ def doctor(args: argparse.Namespace) -> int:
         say("give a command after --, and --seconds, above 0, only with a command; see `roll-ckpt doctor --help`")
         return USAGE
     document: dict[str, Any] = {}
-    problems = [*_environment(args.json, document), *_file_system(argument(args.directory), args.json, document)]
+    directory = argument(args.directory)
+    problems = [
+        *_environment(args.json, document),
+        *_activation(args.json, document),
+        *_file_system(directory, args.json, document),
+    ]
     code = ERROR if problems else FINE
     if args.watched:
         try:
@@ -124,6 +131,42 @@ def _print_packages(packages: Sequence[Package]) -> None:
     for package in packages:
         if package.note:
             _print_hint("", f"{package.name}: {package.note}")
+
+
+# --- what switches roll_ckpt on -------------------------------------------------------------------------------
+
+
+def _activation(as_json: bool, document: dict[str, Any]) -> list[str]:
+    """Tell whether processes of this interpreter get roll_ckpt by themselves; the problems."""
+    has_pth, value = installed.has_pth(), variable.value()
+    pth = "in this interpreter: each of its processes sees ROLL_CKPT"
+    if not has_pth:
+        pth = (
+            "not in this interpreter, so ROLL_CKPT does nothing here: `pip install` roll_ckpt into it (a checkout on "
+            "PYTHONPATH is not enough). `import roll_ckpt.deepspeed` and `-m roll_ckpt.run` work without"
+        )
+    says, problems = _variable()
+    if value and not has_pth:
+        problems.append(f"ROLL_CKPT is set, and roll_ckpt.pth is {pth}")
+    document["activation"] = {"pth": has_pth, variable.NAME: value, "says": says, "problems": problems}
+    if not as_json:
+        print_line("")
+        _print_hint("SWITCHED ON", "by the environment, without a change of the script", first="")
+        _print_hint("roll_ckpt.pth", pth)
+        _print_hint("ROLL_CKPT", says)
+    return problems
+
+
+def _variable() -> tuple[str, list[str]]:
+    """What ROLL_CKPT says, in words; the problems."""
+    if not variable.is_on():
+        return "not set: it switches nothing on. ROLL_CKPT=1 switches on", []
+    try:
+        settings = variable.settings()
+    except (ConfigError, ImportError) as error:
+        return "set, and cannot be used: training will stop at its start", [str(error)]
+    given = settings.model_dump(exclude_unset=True) if settings else {}
+    return f"set: every engine and strategy goes through roll_ckpt, {f'with {given}' if given else 'as by default'}", []
 
 
 # --- the file system ----------------------------------------------------------------------------------------
@@ -199,7 +242,7 @@ def _print_file_system(asked: Path, facts: dict[str, Any]) -> None:
 
 def _print_hint(head: str, text: str, *, first: str = "  ") -> None:
     """One fact, in lines of at most 80 columns."""
-    indent = " " * 14
+    indent = " " * 16
     for number, line in enumerate(textwrap.wrap(text, 80 - len(indent), break_on_hyphens=False) or [""]):
         print_line((f"{first}{head}".ljust(len(indent)) if not number else indent) + line)
 

@@ -16,6 +16,8 @@ import roll_ckpt
 from roll_ckpt.disk import witness
 
 _LIMIT_S = 180.0
+FINDER = "RollCkptFinder"
+"""The name of the class in `activation.startup`, which nobody may import without becoming switched on."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,12 @@ def _numbers(version: str) -> tuple[int, ...]:
     """The leading numbers of a version: (2, 13, 0) of `2.13.0+cpu`, (0, 16) of `0.16rc1`."""
     match = re.match(r"\d+(\.\d+)*", version)
     return tuple(map(int, match[0].split("."))) if match else ()
+
+
+def has_pth() -> bool:
+    """Whether a new process of this interpreter waits for the import of a framework: roll_ckpt.pth was run."""
+    code = f"print(any(getattr(finder, '__name__', '') == {FINDER!r} for finder in sys.meta_path))"
+    return _python(code).stdout.strip() == "True"
 
 
 def import_problems(modules: Sequence[str]) -> list[str]:

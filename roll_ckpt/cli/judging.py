@@ -92,6 +92,9 @@ def _of_told(seen: Seen, launches: bool) -> tuple[str, str, str]:
 
 def _why_not_installed(names: str, told: list[dict[str, Any]]) -> tuple[str, str]:
     """Why a process that imported a framework did not get roll_ckpt, and what to do."""
+    refused = [event["why"] for event in told if event["event"] == "refused"]
+    if refused:
+        return f"roll_ckpt could not be switched on: {refused[-1]}", "mend that; until then the process does not train"
     imports = next(event for event in told if event["event"] == "imports")
     if not imports["has_roll_ckpt"]:
         advice = f"install roll_ckpt there: {imports['executable']} -m pip install …"
