@@ -17,6 +17,7 @@ from typing import Any
 
 import roll_ckpt
 from roll_ckpt.activation import variable
+from roll_ckpt.disk import witness
 from roll_ckpt.errors import ConfigError, RollCkptError, UnsupportedError
 
 DEEPSPEED, MEGATRON = "deepspeed", "megatron.core"
@@ -95,6 +96,7 @@ def _installed(framework: str) -> RollCkptError | None:
                 f"{type(error).__name__}: {error}"
             )
             problem.__cause__ = error
+        witness.tell("refused" if problem else "installed", framework=framework, why=str(problem or ""))
         _tried[framework] = asked_with, problem
     return _tried[framework][1]
 

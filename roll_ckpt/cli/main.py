@@ -14,15 +14,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from roll_ckpt.cli import ls, prune, pull, push, queue, recover, show, verify
+from roll_ckpt.cli import doctor, ls, prune, pull, push, queue, recover, show, verify
 from roll_ckpt.cli.printing import DAMAGED, ERROR, EXIT_CODES, say
 from roll_ckpt.errors import Damaged, RollCkptError
 
-_COMMANDS = (ls, show, verify, prune, recover, push, pull, queue)
+_COMMANDS = (ls, show, verify, prune, recover, push, pull, queue, doctor)
 
 _ABOUT = """\
 Look after the checkpoints of roll_ckpt: list them, show what they hold, re-read
-every byte, remove old ones, clean up after a crash, push to and pull from the Hub.
+every byte, remove old ones, clean up after a crash, push to and pull from the Hub;
+and find out whether a training command runs through it.
 PATH is the output_dir of a run, the save_dir of a DeepSpeed script, or one
 checkpoint in it.
 
@@ -51,6 +52,14 @@ def _tool_path() -> str:
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 
+def _split(words: list[str]) -> tuple[list[str], list[str] | None]:
+    """The words for roll-ckpt itself, and for `doctor` the command after `--`; None if there is no `--`."""
+    if words[:1] != ["doctor"] or "--" not in words:
+        return words, None
+    at = words.index("--")
+    return words[:at], words[at + 1 :]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; SystemExit(2) on wrong usage.
 
@@ -61,7 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     if words and (tool := shutil.which(f"roll-ckpt-{words[0]}", path=_tool_path())):
         os.execv(tool, [tool, *words[1:]])
-    args = _parser().parse_args(words)
+    own, watched = _split(words)
+    args = _parser().parse_args(own)
+    args.watched = watched
     try:
         code: int = args.run(args)
         sys.stdout.flush()

@@ -10,7 +10,7 @@ from typing import Any
 
 from roll_ckpt.errors import presentable
 
-FINE, ERROR, DAMAGED, OWED = 0, 1, 3, 4  # argparse itself ends with 2
+FINE, ERROR, USAGE, DAMAGED, OWED = 0, 1, 2, 3, 4  # argparse itself ends with USAGE
 EXIT_CODES = "Exit codes: 0 fine, 1 error, 2 wrong usage, 3 damaged, 4 uploads still owed."
 
 

@@ -82,7 +82,7 @@ def arena_bytes(settings: Settings) -> int:
         ConfigError: the share is less than two blocks.
     """
     cap = settings.staging.arena_bytes
-    share = (_memory_bytes() // 4 if cap is None else int(cap)) // local_world_size()
+    share = (memory_bytes() // 4 if cap is None else int(cap)) // local_world_size()
     if share < 2 * settings.io.block_bytes:
         raise ConfigError(
             f"staging.arena_bytes gives each of {local_world_size()} local ranks {share} bytes, less than two "
@@ -91,7 +91,7 @@ def arena_bytes(settings: Settings) -> int:
     return share
 
 
-def _memory_bytes() -> int:
+def memory_bytes() -> int:
     """The memory of the host, or the least limit of the cgroups around this process if that is less, in bytes."""
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limits = (reads.read_text_or_none(path) or "max" for path in _limit_files(_OWN_CGROUPS, _CGROUPS))

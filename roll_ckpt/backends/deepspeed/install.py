@@ -39,6 +39,7 @@ from roll_ckpt.backends.deepspeed.section import leave_to_stock, section_of, sou
 from roll_ckpt.backends.deepspeed.tensors import stepped_tensors, storages_of
 from roll_ckpt.backends.deepspeed.weights import state_dict_of_zero_checkpoint
 from roll_ckpt.config import Settings
+from roll_ckpt.disk import witness
 from roll_ckpt.errors import ConfigError, UnsupportedError
 from roll_ckpt.save import gate, pending
 
@@ -81,6 +82,7 @@ def attach(
     checkpoint_engine = RollCheckpointEngine(engine, settings, cluster)
     engine.checkpoint_engine = checkpoint_engine
     _by_optimizer[engine.optimizer] = checkpoint_engine
+    witness.tell("engine", framework="deepspeed", id=id(engine), ours=True)
     return checkpoint_engine
 
 

@@ -11,6 +11,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from roll_ckpt.backends import start
 from roll_ckpt.backends.deepspeed.facts import user_config
 from roll_ckpt.config import DeepSpeedConfig, Section
+from roll_ckpt.disk import witness
 from roll_ckpt.errors import ConfigError
 
 SECTION = "checkpoint.roll_ckpt in the DeepSpeed config"
@@ -54,12 +55,17 @@ def source_of(engine: DeepSpeedEngine, key: str | None = None) -> str:
 def leave_to_stock(engine: DeepSpeedEngine, problem: Exception) -> None:
     """Raise `problem`; with ROLL_CKPT_OPTIONAL=1 warn instead, and let stock DeepSpeed save `engine`."""
     start.leave_to_stock(problem, "DeepSpeed", "this engine")
+    why = f"{start.OPTIONAL}=1 lets training go on without roll_ckpt: {problem}"
+    _witness_stock(engine, why, "mend what is wrong")
     _left_to_stock.add(engine)
 
 
 def tell_of_stock(engine: DeepSpeedEngine) -> None:
     """Say once that an engine saves as stock DeepSpeed, where we are installed and nothing gives it settings."""
     global _told_of_stock
+    if engine not in _left_to_stock:
+        advice = "set ROLL_CKPT=1, or give its config the section checkpoint.roll_ckpt"
+        _witness_stock(engine, "nothing gives it settings", advice)
     if _told_of_stock or engine in _left_to_stock or "roll_ckpt.pipeline.base" in sys.modules:
         return
     _told_of_stock = True
@@ -67,6 +73,10 @@ def tell_of_stock(engine: DeepSpeedEngine) -> None:
         f"this engine saves as stock DeepSpeed, unless roll_ckpt.deepspeed.attach takes it: there is no {SECTION}, and "
         f"{VARIABLE} is not set"
     )
+
+
+def _witness_stock(engine: DeepSpeedEngine, why: str, advice: str) -> None:
+    witness.tell("engine", framework="deepspeed", id=id(engine), ours=False, why=why, advice=advice)
 
 
 def _own(engine: DeepSpeedEngine) -> DeepSpeedConfig | None:
