@@ -19,7 +19,9 @@ LEFT_OUT = {
 }
 """Run only when asked for by name: `pytest -m long`."""
 
-CORE = "core(part): what has to hold with every version of `part`, a column of the table in docs/support.md (make compat)"
+CORE = (
+    "core(part): what has to hold with every version of `part`, a column of the table in docs/support.md (make compat)"
+)
 """Run in depth too: those that are long are run by `pytest -m core`."""
 
 

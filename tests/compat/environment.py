@@ -70,11 +70,7 @@ class Environment:
         }
 
     def run(self, step: str, command: Sequence[str]) -> str:
-        """Run a command in the tree; what it printed goes to the row's log too.
-
-        Raises:
-            CannotBuild: it failed; the last lines are in the message.
-        """
+        """`run` in the tree, with the row's variables and log."""
         return run(step, command, self.directory.with_suffix(".log"), cwd=self.tree, env=self.variables())
 
     def pip(self, step: str, *arguments: str) -> None:
@@ -87,14 +83,21 @@ PIP = ("-m", "pip", "install", "--no-input", "--disable-pip-version-check", "--n
 
 
 def run(step: str, command: Sequence[str], log: Path, **options: object) -> str:
-    with open(log, "a", encoding="utf-8") as file:
+    """Run a command; what it prints goes to the log as it comes, and is returned.
+
+    Raises:
+        CannotBuild: it failed; the last line is in the message.
+    """
+    with open(log, "a+", encoding="utf-8") as file:
         print(f"== {step}: {' '.join(command)}", file=file, flush=True)
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)  # type: ignore[call-overload]
-        file.write(done.stdout)
+        start = file.tell()
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, **options)  # type: ignore[call-overload]
+        file.seek(start)
+        printed = file.read()
     if done.returncode:
-        told = [line for line in done.stdout.splitlines() if line.strip()]
+        told = [line for line in printed.splitlines() if line.strip()]
         raise CannotBuild(f"{step} failed: {told[-1] if told else 'no word'}; the whole output is in {log}")
-    return str(done.stdout)
+    return printed
 
 
 def find_python(version: str) -> str:
@@ -174,12 +177,9 @@ def _install(made: Environment, packages: Path) -> None:
     megatron, number = versions["megatron-core"], made.row.versions["megatron-core"]
     too_new = tuple(map(int, number.split(".")[:2])) >= NEEDS_PYTHON_3_12 and made.row.python in ("3.10", "3.11")
     wanted = [*versions.values(), *made.row.pins, *TEST_TOOLS]
-    extras = ["deepspeed", "hub", "examples"]
     if too_new:
         wanted.remove(megatron)
-    else:
-        extras.append("megatron")
-    made.pip("packages and roll_ckpt", *wanted, "-e", f"{made.tree}[{','.join(extras)}]")
+    made.pip("packages and roll_ckpt", *wanted, "-e", str(made.tree))
     if too_new:
         as_if = ["--python-version", "3.12", "--implementation", "cp", "--platform", "manylinux_2_28_x86_64"]
         flags = ["--target", str(packages), "--no-deps", "--only-binary=:all:"]

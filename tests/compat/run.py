@@ -67,8 +67,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="all", help="names of rows, `short` or `all` (default)")
     parser.add_argument("--keep", action="store_true", help="leave the environments on disk")
-    parser.add_argument("--no-table", action="store_true", help="note nothing in results.json and docs/support.md")
-    parser.add_argument("pytest", nargs="*", help="arguments for pytest, after --")
+    parser.add_argument("pytest", nargs="*", help="arguments for pytest, after --; then nothing is noted in the table")
     told = parser.parse_args()
     fine = True
     rows = chosen(told.rows.split())
@@ -79,7 +78,7 @@ def main() -> int:
             print(*(f"  {table.cell(row, part, result)}" for part in table.PARTS), sep="\n", flush=True)
             print(f"  {result.get('failed') or '{} s'.format(result['seconds'])}", flush=True)
             fine &= table.passed(row, result)
-            if not told.no_table:
+            if not told.pytest:
                 table.store(row.name, result)
         if not told.keep:
             environment.clean(row, rows[at + 1 :])

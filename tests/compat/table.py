@@ -1,6 +1,6 @@
 """What the rows came to, and the table of it in docs/support.md.
 
-    python tests/compat/table.py        write the table anew from rows.yaml and results.json
+python tests/compat/table.py        write the table anew from rows.yaml and results.json
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def cell(row: Row, part: str, result: Result | None) -> str:
 
 
 def _plain(text: str) -> str:
-    return text.replace("|", "/").replace("<", "‹").replace(">", "›").replace("[", "(").replace("]", ")")
+    return text.replace("|", "/").replace("<", "&lt;").replace(">", "&gt;").replace("[", "(").replace("]", ")")
 
 
 def render(rows: Mapping[str, Row], results: Mapping[str, Result]) -> str:
