@@ -66,6 +66,7 @@ class Environment:
             "TORCH_EXTENSIONS_DIR": str(self.directory / "torch_extensions"),
             "DS_ACCELERATOR": "cpu",
             "DS_BUILD_OPS": "0",
+            "ROLL_CKPT_CUDA": "0",  # what nvcc compiles knows neither Python nor torch
             "OMP_NUM_THREADS": "1",
         }
 
