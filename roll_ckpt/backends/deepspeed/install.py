@@ -3,8 +3,8 @@
 An engine whose config has a section `checkpoint.roll_ckpt`, or that a `Cluster` attached, gets our checkpoint engine.
 Every other engine behaves as before.
 
-Written against DeepSpeed 0.19 (`runtime/engine.py`); `version` tells what others have instead. docs/deepspeed.md tells what we found in it; look there first if
-an update breaks something.
+Written against DeepSpeed 0.19 (`runtime/engine.py`); `version` tells what others have instead. docs/deepspeed.md tells
+what we found in it; look there first if an update breaks something.
 """
 
 from __future__ import annotations
@@ -114,9 +114,8 @@ def install() -> None:
         return
     for name, replacement in _ENGINE_METHODS.items():
         setattr(DeepSpeedEngine, name, _wrapped(getattr(DeepSpeedEngine, name), replacement))
-    for optimizer in version.with_offload_states(
-        [DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3]
-    ):  # some trainers call it there
+    # Some trainers call it there.
+    for optimizer in version.with_offload_states([DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3]):
         optimizer.offload_states = _wrapped(optimizer.offload_states, _offload_optimizer)
     function = engine_module.get_fp32_state_dict_from_zero_checkpoint
     engine_module.get_fp32_state_dict_from_zero_checkpoint = _wrapped(function, state_dict_of_zero_checkpoint)
