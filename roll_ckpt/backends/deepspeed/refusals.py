@@ -40,12 +40,12 @@ def refuse_parts(engine: DeepSpeedEngine) -> None:
     Raises:
         UnsupportedError: names what cuts the model into parts.
     """
+    in_slices = version.autotp_size(engine) > 1 and engine.zero_optimization_stage() < ZeroStageEnum.weights
     experts = engine.expert_parallel_group.values() if engine.has_moe_layers else ()
     for name, in_use in {
         "a PipelineModule": isinstance(engine, PipelineEngine),
         "experts on several ranks": any(dist.get_world_size(group) > 1 for group in experts),
-        "AutoTP below ZeRO-3": version.autotp_size(engine) > 1
-        and engine.zero_optimization_stage() < ZeroStageEnum.weights,
+        "AutoTP below ZeRO-3": in_slices,
     }.items():
         if in_use:
             raise UnsupportedError(
