@@ -117,7 +117,6 @@ def every_way(directory: str) -> dict[str, Any]:
     existing = stock("torch_dist", 1)
     wrapper = FullyParallelSaveStrategyWrapper(stock("torch_dist", 1, True, 2, True))
     ways: dict[str, Callable[[Path, float], None]] = {
-        "stock, not installed": lambda path, value: save(path, value, stock("torch_dist", 1)),
         "default": save,
         "existing": lambda path, value: save(path, value, existing),
         "fully parallel": lambda path, value: save(path, value, wrapper),
@@ -135,12 +134,8 @@ def every_way(directory: str) -> dict[str, Any]:
     for value, (way, save_) in enumerate(ways.items(), 1):
         path = root / way if way != "over an older one" else root / "default"
         finish = Files.finish
-        with mock.patch.object(Files, "finish", autospec=True, side_effect=finish) as finished:
-            if way == "stock, not installed":
-                save_(path, value)
-            else:
-                with hooked():
-                    save_(path, value)
+        with mock.patch.object(Files, "finish", autospec=True, side_effect=finish) as finished, hooked():
+            save_(path, value)
         found[way] = (finished.call_count, told_of(path) == value)
     return found
 
@@ -252,13 +247,15 @@ def kill_at_every_operation(root: Path) -> None:
             _save_twice_and_die(directory, number)
         _, status = os.waitpid(child, 0)
         killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-        reader = os.fork()
-        if reader == 0:
-            _alone()
-            complete = (directory / "metadata.json").exists()
-            print(number, killed, told_of(directory) if complete else "incomplete", flush=True)
-            os._exit(0)
-        os.waitpid(reader, 0)
+        if not (directory / "metadata.json").exists():
+            print(number, killed, "incomplete", flush=True)
+        else:
+            reader = os.fork()
+            if reader == 0:
+                _alone()
+                print(number, killed, told_of(directory), flush=True)
+                os._exit(0)
+            os.waitpid(reader, 0)
         if not killed:
             return
 
