@@ -212,6 +212,30 @@ def _no_tracker(tiny: Tiny, directory: Path, sharding_type: str) -> None:
     tracker.set_states(kept)
 
 
+def process_number(layout: str) -> int:
+    return os.getpid()
+
+
+def train_until_killed(layout: str, directory: str, sharding_type: str) -> None:
+    """A save in the background after each step."""
+    tiny = made(layout)
+    ours = attach(tiny, sharding_type, async_save=True)
+    while True:
+        tiny.train()
+        ours.save(Path(directory) / f"iter_{tiny.steps}", tiny.steps)
+
+
+def go_on(layout: str, directory: str, sharding_type: str) -> dict[str, Any]:
+    """The next steps after the newest checkpoint, and the same steps of a run that was never killed."""
+    tiny = made(layout, seed=7)
+    ours = attach(tiny, sharding_type)
+    newest = ours.find(directory)
+    assert newest is not None
+    tiny.steps = ours.load(newest)
+    resumed, saved = tiny.train(NEXT_STEPS), tiny.steps - NEXT_STEPS
+    return {"saved": saved, "resumed": resumed, "unbroken": made(layout).train(saved + NEXT_STEPS)[saved:]}
+
+
 def save_three_times(layout: str, directory: str) -> list[list[str]]:
     """Background saves, one after each step, loaded afterwards."""
     tiny = made(layout)

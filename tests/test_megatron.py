@@ -9,7 +9,10 @@ import io
 import os
 import pickle
 import shutil
+import signal
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +21,17 @@ import torch
 from megatron_worlds import (
     ANY_LAYOUT,
     COMMON_READER,
+    FORMS,
     MAKES,
     MISSING,
     NO_RESHARDABLE,
+    TWO_RANKS,
     UNGATHERED,
     WRITES_COMMON,
     Saved,
     Worlds,
 )
+from worlds import RankFailed
 
 from roll_ckpt.transaction import verification
 
@@ -116,6 +122,28 @@ def test_random_states_make_the_difference_under_dropout(
         assert told["resumed"] == told["unbroken"]
         assert told["without random states"] != told["unbroken"]
         assert told["without tracker"] != told["unbroken"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("sharding_type", FORMS)
+@pytest.mark.parametrize("layout", TWO_RANKS)
+def test_a_run_that_was_killed_goes_on_as_if_unbroken(
+    megatron: Worlds, tmp_path: Path, layout: str, sharding_type: str
+) -> None:
+    killed = Worlds()
+    ranks = killed.call(layout, "process_number")
+    with ThreadPoolExecutor() as pool:
+        run = pool.submit(killed.call, layout, "train_until_killed", str(tmp_path), sharding_type)
+        limit = time.monotonic() + 120
+        while not run.done() and not (tmp_path / "iter_3").exists() and time.monotonic() < limit:
+            time.sleep(0.01)
+        for rank in ranks:
+            os.kill(rank, signal.SIGKILL)
+        assert isinstance(run.exception(), RankFailed) and "the process died" in str(run.exception())
+    killed.close()
+    for told in megatron.call(layout, "go_on", str(tmp_path), sharding_type):
+        assert told["saved"] >= 3
+        assert told["resumed"] == told["unbroken"]
 
 
 def test_saves_in_the_background_hold_the_step_they_were_asked_at(megatron: Worlds, tmp_path: Path) -> None:
