@@ -83,6 +83,13 @@ def test_stock_and_we_load_what_we_saved_in_other_layouts(
     assert (tmp_path / "run" / "latest").read_text() == "iter_2"
 
 
+def test_we_load_what_stock_saves_since_0_19_and_has_saved_until_0_15(megatron: Worlds, tmp_path: Path) -> None:
+    saved = megatron.save(tmp_path / "iter_2", "TP2", who="stock as 0.19")
+    assert not (saved.directory / "common.pt").exists()
+    megatron.call("TP2", "make_index_of_0_15", str(saved.directory))
+    megatron.check_load(saved, "TP2", "ours")
+
+
 def test_we_load_what_stock_saved_in_other_layouts(megatron: Worlds, stock_saved_once: Saved) -> None:
     for there in ("TP2", VPP):
         megatron.check_load(stock_saved_once, there, "ours")
