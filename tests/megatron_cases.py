@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import gc
 import importlib
+import inspect
+import json
 import logging
 import os
+import pickle
 import pkgutil
 import sys
 from collections.abc import Callable
@@ -18,13 +21,18 @@ import megatron_cpu
 import torch
 import torch.distributed as dist
 from megatron_cpu import Tiny, build, gathered, model_state
-from megatron_worlds import sizes
+from megatron_worlds import ANY_LAYOUT, UNGATHERED, sizes
 
 megatron_cpu.install()
 
+import megatron.core  # noqa: E402
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel  # noqa: E402
+from megatron.core.dist_checkpointing.mapping import ShardedObject  # noqa: E402
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess  # noqa: E402
+from megatron.core.dist_checkpointing.strategies import torch as strategies  # noqa: E402
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue  # noqa: E402
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper  # noqa: E402
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy  # noqa: E402
 
 from roll_ckpt.backends.megatron import facts, handle  # noqa: E402
 from roll_ckpt.backends.megatron.handle import MegatronHandle  # noqa: E402
@@ -51,7 +59,7 @@ def trained(layout: str, **options: Any) -> Tiny:
     return tiny
 
 
-def attach(tiny: Tiny, sharding_type: str = "fully_reshardable", **settings: Any) -> MegatronHandle:
+def attach(tiny: Tiny, sharding_type: str = ANY_LAYOUT, **settings: Any) -> MegatronHandle:
     told = Settings(**{"staging": {"check": "full"}, **settings})
     return handle.attach(tiny.model, tiny.optimizer, tiny.scheduler, settings=told, sharding_type=sharding_type)
 
@@ -77,7 +85,7 @@ def stock_state(tiny: Tiny, sharding_type: str, *, loading: bool = False) -> dic
     }
 
 
-def stock_load(tiny: Tiny, directory: Path, sharding_type: str = "fully_reshardable") -> None:
+def stock_load(tiny: Tiny, directory: Path, sharding_type: str = ANY_LAYOUT) -> None:
     loaded = dist_checkpointing.load(stock_state(tiny, sharding_type, loading=True), str(directory))
     for index, chunk in enumerate(tiny.model):
         chunk.module.load_state_dict(loaded["model" if len(tiny.model) == 1 else f"model{index}"])
@@ -87,7 +95,7 @@ def stock_load(tiny: Tiny, directory: Path, sharding_type: str = "fully_resharda
     tiny.steps = loaded["iteration"]
 
 
-def our_load(tiny: Tiny, directory: Path, sharding_type: str = "fully_reshardable") -> None:
+def our_load(tiny: Tiny, directory: Path, sharding_type: str = ANY_LAYOUT) -> None:
     tiny.steps = attach(tiny, sharding_type).load(directory)
 
 
@@ -107,16 +115,48 @@ def stock_save(
         directory.mkdir(parents=True)
     dist.barrier()
     told = facts.content_metadata_of(sharding_type)
+    mine = (
+        {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else {}
+    )
     request = dist_checkpointing.save(
         stock_state(tiny, sharding_type),
         str(directory),
         strategy,
         async_sharded_save=queue is not None,
         content_metadata=told,
+        **mine,
     )
     if queue is not None:
         queue.schedule_async_request(request)
     return nothing
+
+
+def stock_save_as_0_19(tiny: Tiny, directory: Path, sharding_type: str) -> Callable[[], None]:
+    """As stock 0.19 does, with the installed version: the common state is an object, and there is no `common.pt`."""
+    rank = dist.get_rank()
+    if rank == 0:
+        directory.mkdir(parents=True)
+    dist.barrier()
+    state = {**stock_state(tiny, sharding_type), "content_metadata": facts.content_metadata_of(sharding_type)}
+    sharded, common = save_preprocess(state)
+    sharded["common_state"] = ShardedObject("common_state", common, (1,), (0,), replica_id=rank)
+    TorchDistSaveShardedStrategy("torch_dist", 1).save(sharded, directory)
+    if rank == 0:
+        told = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+        (directory / "metadata.json").write_text(json.dumps(told))
+    dist.barrier()
+    return nothing
+
+
+def make_index_of_0_15(layout: str, directory: str) -> None:
+    """Let the index of a checkpoint be of the class that Megatron-core 0.15 has for it."""
+    if dist.get_rank() == 0 and hasattr(strategies, "MCoreMetadata"):
+        path = Path(directory) / ".metadata"
+        index = pickle.loads(path.read_bytes())
+        changed = strategies.MCoreMetadata.__new__(strategies.MCoreMetadata)
+        changed.__dict__.update(vars(index), mcore_data={})
+        path.write_bytes(pickle.dumps(changed))
+    dist.barrier()
 
 
 def save_with_our_strategy(tiny: Tiny, directory: Path, sharding_type: str) -> Callable[[], None]:
@@ -140,6 +180,7 @@ def save_through_the_queue(tiny: Tiny, directory: Path, sharding_type: str) -> C
 SAVE = {
     "ours": our_save,
     "stock": stock_save,
+    "stock as 0.19": stock_save_as_0_19,
     "stock with our strategy": save_with_our_strategy,
     "stock's queue with our strategy": save_through_the_queue,
 }
@@ -158,7 +199,7 @@ def differences(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor])
 
 
 def save(
-    layout: str, directory: str, who: str = "ours", sharding_type: str = "fully_reshardable", **options: Any
+    layout: str, directory: str, who: str = "ours", sharding_type: str = ANY_LAYOUT, **options: Any
 ) -> list[tuple[float, float]]:
     """Save a trained model, and note beside the checkpoint what it is; the next losses and norms."""
     tiny = trained(layout, **options)
@@ -173,7 +214,7 @@ def save(
 
 
 def load(
-    layout: str, directory: str, who: str = "ours", sharding_type: str = "fully_reshardable", **options: Any
+    layout: str, directory: str, who: str = "ours", sharding_type: str = ANY_LAYOUT, **options: Any
 ) -> tuple[list[str], list[tuple[float, float]]]:
     """Load into a new model: what differs bit for bit from the one saved, and the next losses and norms."""
     wanted = torch.load(f"{directory}.wanted")
@@ -206,10 +247,34 @@ def _no_tracker(tiny: Tiny, directory: Path, sharding_type: str) -> None:
     tracker.set_states(kept)
 
 
+def process_number(layout: str) -> int:
+    return os.getpid()
+
+
+def train_until_killed(layout: str, directory: str, sharding_type: str) -> None:
+    """A save in the background after each step."""
+    tiny = made(layout)
+    ours = attach(tiny, sharding_type, async_save=True)
+    while True:
+        tiny.train()
+        ours.save(Path(directory) / f"iter_{tiny.steps}", tiny.steps)
+
+
+def go_on(layout: str, directory: str, sharding_type: str) -> dict[str, Any]:
+    """The next steps after the newest checkpoint, and the same steps of a run that was never killed."""
+    tiny = made(layout, seed=7)
+    ours = attach(tiny, sharding_type)
+    newest = ours.find(directory)
+    assert newest is not None
+    tiny.steps = ours.load(newest)
+    resumed, saved = tiny.train(NEXT_STEPS), tiny.steps - NEXT_STEPS
+    return {"saved": saved, "resumed": resumed, "unbroken": made(layout).train(saved + NEXT_STEPS)[saved:]}
+
+
 def save_three_times(layout: str, directory: str) -> list[list[str]]:
     """Background saves, one after each step, loaded afterwards."""
     tiny = made(layout)
-    ours = attach(tiny, "dp_reshardable", async_save=True)
+    ours = attach(tiny, UNGATHERED, async_save=True)
     saves, wanted = [], []
     for step in range(3):
         tiny.train()
@@ -259,7 +324,7 @@ def load_without_optimizer(layout: str, directory: str) -> list[list[str]]:
 
     other = made(layout, seed=7)
     assert differences(gathered(other, moments=False), wanted)
-    loaded = load_(model_state(other, facts.content_metadata_of("dp_reshardable")), f"{directory}/alone")
+    loaded = load_(model_state(other, facts.content_metadata_of(UNGATHERED)), f"{directory}/alone")
     for index, chunk in enumerate(other.model):
         chunk.module.load_state_dict(loaded["model" if len(other.model) == 1 else f"model{index}"])
     told.append(differences(gathered(other, moments=False), wanted))
@@ -284,6 +349,25 @@ def refusal_of_import(layout: str, holder: str, name: str) -> str:
             return error_of(lambda: importlib.import_module("roll_ckpt.megatron"))
     finally:
         sys.modules.update(kept)
+
+
+def warnings_of_import(layout: str, version: str) -> list[str]:
+    """What importing our backend, and using it, logs under a Megatron-core that says it is of another version."""
+    rooms = ("roll_ckpt.megatron.", "roll_ckpt.backends.megatron.")
+    ours = [module for module in sys.modules if f"{module}.".startswith(rooms)]
+    kept = {module: sys.modules.pop(module) for module in ours}
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("roll_ckpt").addHandler(handler)
+    try:
+        with mock.patch.object(megatron.core, "__version__", version):
+            importlib.import_module("roll_ckpt.megatron")
+            sys.modules["roll_ckpt.backends.megatron.requirement"].check()
+    finally:
+        logging.getLogger("roll_ckpt").removeHandler(handler)
+        sys.modules.update(kept)
+    return told
 
 
 def save_and_keep_one(layout: str, directory: str) -> list[Path | None]:
@@ -321,7 +405,7 @@ def fail_on_one_rank(layout: str, directory: str, who: str) -> str:
         dcp.lay_out = broken
     try:
         logging.disable(logging.CRITICAL)
-        return error_of(lambda: SAVE[who](tiny, Path(directory), "fully_reshardable"))
+        return error_of(lambda: SAVE[who](tiny, Path(directory), ANY_LAYOUT))
     finally:
         dcp.lay_out = stock
         logging.disable(logging.NOTSET)

@@ -176,29 +176,40 @@ def model_state(tiny: Tiny, told: dict[str, Any]) -> dict[str, Any]:
     return {"model": chunks[0]} if len(chunks) == 1 else {f"model{index}": chunk for index, chunk in enumerate(chunks)}
 
 
+def _place(part: Any, elements: slice | None) -> tuple[Any, ...]:
+    """The shape of a whole tensor, the box of it in which a part lies, its shape, and the elements of it."""
+    sizes = (1,) * part.prepend_axis_num + tuple(part.local_shape)
+    box = tuple(slice(at, at + size) for at, size in zip(part.global_offset, sizes, strict=True))
+    return part.global_shape, box, sizes, slice(None) if elements is None else elements
+
+
 def gathered(tiny: Tiny, *, moments: bool = True) -> dict[str, torch.Tensor]:
     """Every parameter, main parameter and moment in full, by Megatron's names, in any layout the same; every
     rank calls. A model that never made a step has no moments: Megatron cannot gather it."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
-    kind = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+    from roll_ckpt.backends.megatron import version
+
+    form = next(form for form in ("fully_reshardable", "fully_sharded_model_space") if form in version.SHARDING_TYPES)
+    kind = {"distrib_optim_sharding_type": form, "chained_optim_avoid_prefix": True}
     state = model_state(tiny, kind)
     if moments:
         state["optimizer"] = tiny.optimizer.sharded_state_dict(state.get("model", dict(state)), metadata=kind)
     apply_factories(state)
-    mine = {
-        (value.key, value.global_offset): (value.global_shape, value.data.detach().clone())
+    mine = [
+        (value.key.replace("fp32_param", "param"), _place(value, version.flattened(value)), value.data.detach().clone())
         for value in nested_values(state)
         if isinstance(value, ShardedTensor) and value.data is not None
-    }
+    ]
     shares: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(shares, mine)
     full: dict[str, torch.Tensor] = {}
     for share in shares:
-        for (key, offset), (shape, part) in share.items():
+        for key, (shape, box, box_shape, elements), part in share:
             whole = full.setdefault(key, torch.full(shape, float("nan"), dtype=part.dtype))
-            part = part.reshape([1] * (len(shape) - part.dim()) + list(part.shape))
-            whole[tuple(slice(at, at + size) for at, size in zip(offset, part.shape, strict=True))] = part
+            filled = whole[box].clone().reshape(-1)
+            filled[elements] = part.reshape(-1)
+            whole[box] = filled.reshape(box_shape)
     assert not any(torch.isnan(whole).any() for whole in full.values() if whole.is_floating_point())
     return full

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from late_copies import copied, hooks_off, late_copies
 from megatron_cpu import Tiny, build, gathered
+from megatron_worlds import UNGATHERED
 
 megatron_cpu.install()
 
@@ -47,7 +48,7 @@ from roll_ckpt.transaction.home import beside_of  # noqa: E402
 gc.freeze()  # Megatron collects garbage at each sharded_state_dict; what the imports made is none
 
 
-def attach(tiny: Tiny, sharding_type: str = "dp_reshardable", **settings: Any) -> MegatronHandle:
+def attach(tiny: Tiny, sharding_type: str = UNGATHERED, **settings: Any) -> MegatronHandle:
     told = Settings(**{"async_save": True, "staging": {"check": "full"}, **settings})
     return handle.attach(tiny.model, tiny.optimizer, tiny.scheduler, settings=told, sharding_type=sharding_type)
 

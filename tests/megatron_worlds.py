@@ -19,7 +19,6 @@ from worlds import World
 TWO_RANKS = ("TP2", "PP2", "DP2")
 FOUR_RANKS = ("TP2xDP2", "TP2xPP2", "PP2xVPP2xDP2")
 LAYOUTS = TWO_RANKS + FOUR_RANKS
-FORMS = ("dp_reshardable", "fully_reshardable")
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3}
 """How far the next losses and gradient norms may be, relatively, from those of another layout. What was loaded is
@@ -28,7 +27,33 @@ fp32 (one bit of the loss) and 8e-4 in bf16 (the norm, of gradients with 8 bits)
 
 MISSING = ""
 if importlib.util.find_spec("megatron") is None or importlib.util.find_spec("megatron.core") is None:
-    MISSING = "megatron-core is not installed: pip install megatron-core==0.16.1"
+    MISSING = "megatron-core is not installed: pip install 'megatron-core>=0.14,<0.20'"
+
+
+def _has(path: str, name: str) -> bool:
+    """Whether a module of the installed Megatron-core mentions a name; it is not imported here."""
+    found = None if MISSING else importlib.util.find_spec("megatron.core")
+    folders = (found.submodule_search_locations if found else None) or ()
+    return any(name in (Path(folder) / path).read_text() for folder in folders)
+
+
+OPTIMIZER, MAPPING = "optimizer/distrib_optimizer.py", "dist_checkpointing/mapping.py"
+SERIALIZATION, STRATEGIES = "dist_checkpointing/serialization.py", "dist_checkpointing/strategies/common.py"
+HAS_RESHARDABLE = bool(MISSING) or _has(OPTIMIZER, "sharded_param_state_dp_reshardable")
+FORMS = ("dp_reshardable", "fully_reshardable") if HAS_RESHARDABLE else ("fully_sharded_model_space",)
+"""The sharding types of the distributed optimizer that are tried in every layout."""
+MAKES = {*FORMS, *(["fully_sharded_model_space"] if _has(MAPPING, "def from_rank_offsets_flat(") else [])}
+"""All of them that we can save with it."""
+UNGATHERED, ANY_LAYOUT = FORMS[0], FORMS[-1]
+NO_RESHARDABLE = "" if HAS_RESHARDABLE else "before 0.15 Megatron-core has neither dp_reshardable nor fully_reshardable"
+COMMON_READER = (
+    ("strategies.common", "TorchCommonLoadStrategy")
+    if bool(MISSING) or _has(STRATEGIES, "class TorchCommonLoadStrategy")
+    else ("serialization", "load_common" if _has(SERIALIZATION, " = load_common(") else "load_common_state_dict")
+)
+"""Where `dist_checkpointing.load` has what reads the common state, and its name."""
+WRITES_COMMON = bool(MISSING) or not _has(SERIALIZATION, 'key="common_state"')
+"""Whether stock code writes `common.pt`; from 0.19 on it only reads it."""
 
 
 def sizes(layout: str) -> dict[str, int]:
@@ -76,7 +101,7 @@ class Worlds:
         layout: str,
         precision: str = "fp32",
         who: str = "ours",
-        sharding_type: str = "fully_reshardable",
+        sharding_type: str = ANY_LAYOUT,
     ) -> Saved:
         """A model trained in `layout` and saved by `who`, see `SAVE` in tests/megatron_cases.py."""
         told = self.call(layout, "save", str(directory), who, sharding_type, bf16=precision == "bf16")

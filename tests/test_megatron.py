@@ -9,19 +9,38 @@ import io
 import os
 import pickle
 import shutil
+import signal
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from megatron_worlds import MISSING, Saved, Worlds
+from megatron_worlds import (
+    ANY_LAYOUT,
+    COMMON_READER,
+    FORMS,
+    MAKES,
+    MISSING,
+    NO_RESHARDABLE,
+    TWO_RANKS,
+    UNGATHERED,
+    WRITES_COMMON,
+    Saved,
+    Worlds,
+)
+from worlds import RankFailed
 
 from roll_ckpt.transaction import verification
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
 VPP = "PP2xVPP2"  # on two ranks
+COMMON = ["common.pt"] if WRITES_COMMON else []
+SOMEWHERE_ELSE = {"fully_sharded_model_space", "dp_reshardable", "fully_reshardable"} - MAKES
+reshardable = pytest.mark.skipif(bool(NO_RESHARDABLE), reason=NO_RESHARDABLE)
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +83,13 @@ def test_stock_and_we_load_what_we_saved_in_other_layouts(
     assert (tmp_path / "run" / "latest").read_text() == "iter_2"
 
 
+def test_we_load_what_stock_saves_since_0_19_and_has_saved_until_0_15(megatron: Worlds, tmp_path: Path) -> None:
+    saved = megatron.save(tmp_path / "iter_2", "TP2", who="stock as 0.19")
+    assert not (saved.directory / "common.pt").exists()
+    megatron.call("TP2", "make_index_of_0_15", str(saved.directory))
+    megatron.check_load(saved, "TP2", "ours")
+
+
 def test_we_load_what_stock_saved_in_other_layouts(megatron: Worlds, stock_saved_once: Saved) -> None:
     for there in ("TP2", VPP):
         megatron.check_load(stock_saved_once, there, "ours")
@@ -84,15 +110,16 @@ def test_stock_save_with_our_strategy_is_read_in_other_layouts(
     for there, who in map(str.split, loads):
         megatron.check_load(saved, there, who)
     names = {path.name for path in saved.directory.iterdir()}
-    assert names == {".metadata", "common.pt", "metadata.json", *(name for name in names if name.endswith(".distcp"))}
+    others = {".metadata", "metadata.json", *COMMON}
+    assert names == {*others, *(name for name in names if name.endswith(".distcp"))}
 
 
 @pytest.mark.parametrize(
     ("layout", "sharding_type"),
     [
-        ("TP2", "fully_reshardable"),
-        pytest.param("PP2", "dp_reshardable", marks=pytest.mark.long),
-        pytest.param(VPP, "dp_reshardable", marks=pytest.mark.long),
+        ("TP2", ANY_LAYOUT),
+        pytest.param("PP2", UNGATHERED, marks=pytest.mark.long),
+        pytest.param(VPP, UNGATHERED, marks=pytest.mark.long),
     ],
 )
 def test_random_states_make_the_difference_under_dropout(
@@ -102,6 +129,28 @@ def test_random_states_make_the_difference_under_dropout(
         assert told["resumed"] == told["unbroken"]
         assert told["without random states"] != told["unbroken"]
         assert told["without tracker"] != told["unbroken"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("sharding_type", FORMS)
+@pytest.mark.parametrize("layout", TWO_RANKS)
+def test_a_run_that_was_killed_goes_on_as_if_unbroken(
+    megatron: Worlds, tmp_path: Path, layout: str, sharding_type: str
+) -> None:
+    killed = Worlds()
+    ranks = killed.call(layout, "process_number")
+    with ThreadPoolExecutor() as pool:
+        run = pool.submit(killed.call, layout, "train_until_killed", str(tmp_path), sharding_type)
+        limit = time.monotonic() + 120
+        while not run.done() and not (tmp_path / "iter_3").exists() and time.monotonic() < limit:
+            time.sleep(0.01)
+        for rank in ranks:
+            os.kill(rank, signal.SIGKILL)
+        assert isinstance(run.exception(), RankFailed) and "the process died" in str(run.exception())
+    killed.close()
+    for told in megatron.call(layout, "go_on", str(tmp_path), sharding_type):
+        assert told["saved"] >= 3
+        assert told["resumed"] == told["unbroken"]
 
 
 def test_saves_in_the_background_hold_the_step_they_were_asked_at(megatron: Worlds, tmp_path: Path) -> None:
@@ -118,6 +167,7 @@ def test_every_item_of_our_files_is_a_sound_archive_where_the_metadata_says(save
         assert zipfile.ZipFile(io.BytesIO(data)).testzip() is None
 
 
+@reshardable
 def test_an_optimizer_of_another_layout_is_refused_by_name(megatron: Worlds, tmp_path: Path) -> None:
     saved = megatron.save(tmp_path / "iter_2", "TP2", sharding_type="dp_reshardable")
     for told, untouched in megatron.call("PP2", "refusal_of_load", str(saved.directory)):
@@ -125,6 +175,7 @@ def test_an_optimizer_of_another_layout_is_refused_by_name(megatron: Worlds, tmp
         assert untouched
 
 
+@reshardable
 def test_an_optimizer_that_stock_saved_in_another_layout_is_refused(megatron: Worlds, tmp_path: Path) -> None:
     """Stock code notes no layout: other shapes of the optimizer's buffers tell."""
     saved = megatron.save(tmp_path / "iter_2", "TP2", who="stock", sharding_type="dp_reshardable")
@@ -141,11 +192,13 @@ def test_a_form_that_stock_saved_and_we_do_not_know_is_refused_by_name(megatron:
 
 
 @pytest.mark.parametrize(
-    "sharding_type", ["fully_sharded_model_space", "fsdp_dtensor", "dp_zero_gather_scatter", "typo"]
+    "sharding_type",
+    [*sorted(SOMEWHERE_ELSE), "fsdp_dtensor", "dp_zero_gather_scatter", "typo"],
 )
 def test_a_form_that_cannot_be_saved_is_refused_by_name(megatron: Worlds, sharding_type: str) -> None:
     for told in megatron.call("DP2", "refusal_of_form", sharding_type):
-        assert told.startswith("UnsupportedError") and sharding_type in told and "fully_reshardable" in told
+        assert told.startswith("UnsupportedError") and sharding_type in told and ANY_LAYOUT in told
+        assert ("or use Megatron-core 0." in told) == (sharding_type in SOMEWHERE_ELSE)
 
 
 def test_fsdp_is_refused_by_name(megatron: Worlds) -> None:
@@ -160,14 +213,23 @@ def test_fsdp_is_refused_by_name(megatron: Worlds) -> None:
         ("strategies.filesystem_async", "_results_queue", "_results_queue"),
         ("strategies.torch", "_get_filesystem_reader", "_get_filesystem_reader"),
         ("strategies.fully_parallel:FullyParallelSaveStrategyWrapper", "__init__", "base_strategy"),
-        ("utils", "_clean_metadata_for_serialization", "_clean_metadata_for_serialization"),
+        (*COMMON_READER, "load_common"),
     ],
 )
 def test_a_megatron_without_what_we_rely_on_is_refused_at_import(
     megatron: Worlds, holder: str, removed: str, named: str
 ) -> None:
     for told in megatron.call("DP2", "refusal_of_import", holder, removed):
-        assert told.startswith("UnsupportedError") and named in told and "megatron-core==0.16.1" in told
+        assert told.startswith("UnsupportedError") and named in told and "megatron-core>=0.14,<0.20" in told
+
+
+@pytest.mark.parametrize(("version", "expected"), [("0.14.0", 0), ("0.19.7", 0), ("0.20.0rc1", 1), ("1.3", 1)])
+def test_a_newer_version_that_has_everything_warns_once_on_rank_0(
+    megatron: Worlds, version: str, expected: int
+) -> None:
+    first, second = megatron.call("DP2", "warnings_of_import", version)
+    assert len(first) == expected and all(f"Megatron-core {version}" in told for told in first)
+    assert second == []
 
 
 def test_another_model_is_refused_before_anything_is_loaded(megatron: Worlds, saved_once: Saved) -> None:
@@ -247,7 +309,7 @@ def test_a_stock_save_that_fails_on_one_rank_has_no_marker(megatron: Worlds, tmp
     directory = tmp_path / "iter_2"
     for told in megatron.call("TP2", "fail_on_one_rank", str(directory), "stock with our strategy"):
         assert told.startswith("SaveFailed") and "rank 1" in told and "no such tensor" in told
-    assert {path.name for path in directory.iterdir()} == {"__0_0.distcp", "common.pt"}
+    assert {path.name for path in directory.iterdir()} == {"__0_0.distcp", *COMMON}
 
 
 def test_the_newest_checkpoint_is_found_and_older_ones_are_pruned(megatron: Worlds, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from megatron_worlds import MISSING, Worlds
+from megatron_worlds import FORMS, MISSING, NO_RESHARDABLE, UNGATHERED, Worlds
 
 from roll_ckpt.transaction import verification
 
@@ -56,10 +56,11 @@ def test_a_load_waits_for_the_copies_of_a_save(megatron: Worlds, tmp_path: Path)
 
 def test_only_what_the_step_alone_changes_is_copied_late(megatron: Worlds, tmp_path: Path) -> None:
     late = {"main": [True], "moments": [True], "model": [True], "other": [False]}
-    for told in call(megatron, "who_is_late", str(tmp_path / "bf16"), "dp_reshardable", True):
+    for told in call(megatron, "who_is_late", str(tmp_path / "bf16"), UNGATHERED, True):
         assert told == {"first": late, "replayed": late}
 
 
+@pytest.mark.skipif(bool(NO_RESHARDABLE), reason=NO_RESHARDABLE)
 def test_a_gathered_optimizer_is_copied_before_the_save_returns(megatron: Worlds, tmp_path: Path) -> None:
     late = {"model": [True], "other": [False]}
     for told in call(megatron, "who_is_late", str(tmp_path / "run"), "fully_reshardable", True):
@@ -68,7 +69,7 @@ def test_a_gathered_optimizer_is_copied_before_the_save_returns(megatron: Worlds
 
 def test_without_overlap_nothing_is_copied_late(megatron: Worlds, tmp_path: Path) -> None:
     settings = {"staging": {"overlap": False}}
-    for told in call(megatron, "who_is_late", str(tmp_path / "run"), "dp_reshardable", True, **settings):
+    for told in call(megatron, "who_is_late", str(tmp_path / "run"), UNGATHERED, True, **settings):
         assert all(late == [False] for turn in told.values() for late in turn.values())
 
 
@@ -140,7 +141,7 @@ def test_planning_does_not_bring_back_what_was_thrown_away(megatron: Worlds, tmp
 # --- refusals ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sharding_type", ["dp_reshardable", "fully_reshardable"])
+@pytest.mark.parametrize("sharding_type", FORMS)
 def test_a_save_before_the_first_step_is_refused_in_our_words(
     megatron: Worlds, tmp_path: Path, sharding_type: str
 ) -> None:

@@ -17,6 +17,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from roll_ckpt.backends.megatron import version
 from roll_ckpt.formats.tensor_index.meanings import (
     MASTER,
     OTHER,
@@ -118,7 +119,8 @@ class StateIndex:
     def _told(self, part: Any) -> Told:
         state, buffer = _STATE.fullmatch(part.key), _BUFFER.fullmatch(part.key)
         if state is not None:
-            return _role(state["key"]), Runs.of(whole(_region(part, state["name"])))
+            box, elements = whole(_region(part, state["name"])), version.flattened(part)
+            return _role(state["key"]), Runs.of(cut(box, elements.start, elements.stop, 0) if elements else box)
         if buffer is not None:
             slot = int(buffer["chained"] or 0), buffer["buffer"], part.global_offset[0]
             runs = self._runs_in(self._source.slots.get(slot))

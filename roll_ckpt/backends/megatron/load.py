@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -95,10 +96,17 @@ def check_complete(path: Path) -> None:
     """
     missing = [name for name in (MARKER, DCP_METADATA) if not tree.exists(path / name)]
     if not missing and not tree.exists(path / COMMON):
-        index = reads.read_bytes(path / DCP_METADATA, reads.OBJECT_BYTES)
-        missing = [] if version.COMMON_OBJECT.encode() in index else [COMMON]
+        missing = [] if _mentions_common_object(path) else [COMMON]
     if missing:
         raise NotFound(f"{path}: no complete Megatron checkpoint: it has no {missing[0]}; load another one")
+
+
+def _mentions_common_object(path: Path) -> bool:
+    """Whether the index of `path` has the object that stands for `common.pt`; Damaged if it is no index."""
+    if version.COMMON_OBJECT.encode() in reads.read_bytes(path / DCP_METADATA, reads.OBJECT_BYTES):
+        return True
+    dcp_index.read(path)
+    return False
 
 
 def stock_content_metadata(path: Path, settings: Settings) -> dict[str, Any]:
@@ -162,10 +170,21 @@ def _index(path: Path, allowed: Sequence[Any], read: dcp_index.Read) -> Metadata
 def _compare(sharded_state_dict: dict[str, Any], path: Path, index: Metadata) -> None:
     stored = index.state_dict_metadata.items()
     saved = {name: {"shape": list(kind.size)} for name, kind in stored if isinstance(kind, TensorStorageMetadata)}
-    live = {tensor.key: {"shape": list(tensor.global_shape)} for tensor in _tensors(sharded_state_dict)}
+    live = {tensor.key: {"shape": _stored_shape(tensor, saved)} for tensor in _tensors(sharded_state_dict)}
     if live and not saved:
         raise ModelMismatch(f"{path} holds no tensors, and the model has {len(live)}; load another checkpoint")
     compare_models({name: saved[name] for name in live if name in saved} or saved, live, str(path))
+
+
+def _stored_shape(tensor: ShardedTensor, saved: Mapping[str, Mapping[str, list[int]]]) -> list[int]:
+    """The shape in which `tensor` is stored, if it is in the checkpoint.
+
+    That of flattened parts has an axis more, and tells how many ranks saved: any shape of as many elements will do.
+    """
+    shape = list(tensor.global_shape)
+    found = saved.get(tensor.key, {}).get("shape", shape)
+    is_flattened = version.flattened(tensor) is not None
+    return found if is_flattened and math.prod(found) == math.prod(shape) else shape
 
 
 def _tensors(sharded_state_dict: dict[str, Any]) -> Iterator[ShardedTensor]:

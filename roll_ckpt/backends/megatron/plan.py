@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.planner import WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
+from roll_ckpt.backends.megatron import version
 from roll_ckpt.backends.megatron.index import StateIndex
 from roll_ckpt.formats.dcp import items as dcp
 from roll_ckpt.formats.dcp.items import FileTemplate, Span
@@ -125,13 +126,24 @@ def _indices_by_item(parts: Sequence[Any]) -> dict[tuple[str, Any], list[int]]:
             if isinstance(part, ShardedObject):
                 by_item.setdefault((part.unique_key, None), []).append(index)
             else:
-                by_item.setdefault((part.key, tuple(part.global_offset)), []).append(index)
+                by_item.setdefault((part.key, _offset(part)), []).append(index)
     return by_item
 
 
+def _offset(part: Any) -> tuple[int, ...]:
+    """The offset of the item that Megatron makes of a tensor's part."""
+    elements = version.flattened(part)
+    return tuple(part.global_offset) if elements is None else (*part.local_chunk_offset_in_global(), elements.start)
+
+
 def _shaped(part: Any) -> torch.Tensor:
-    """The tensor in the shape in which Megatron stores it: with the leading axes that only the global shape has."""
+    """The tensor in the shape in which Megatron stores it: with the leading axes that only the global shape has.
+
+    In front of the elements of a flattened part stand as many axes as that shape has.
+    """
     data: torch.Tensor = part.data.detach().contiguous()
+    if version.flattened(part) is not None:
+        return data.reshape((1,) * len(part.global_shape) + (-1,))
     return data.reshape((1,) * part.prepend_axis_num + tuple(part.local_shape))
 
 
@@ -141,7 +153,7 @@ def structure_of(part: Any) -> tuple[Any, ...]:
         return part.key, part.global_shape, part.global_offset, part.replica_id
     return (
         *(part.key, part.dtype, part.local_shape, part.global_shape, part.global_offset, part.replica_id),
-        *(part.axis_fragmentations, part.prepend_axis_num, part.allow_shape_mismatch),
+        *(part.axis_fragmentations, part.prepend_axis_num, part.allow_shape_mismatch, version.flattened(part)),
         *(type(part.data), None if part.data is None else part.data.device),
     )
 
@@ -150,8 +162,9 @@ def main_bytes(part: Any) -> int:
     """About how many bytes of a part the job writes, counted on the rank that holds its main replica; 0 elsewhere."""
     if not isinstance(part, ShardedTensor) or not is_main_replica(part.replica_id):
         return 0
-    nbytes: int = math.prod(part.local_shape) * part.dtype.itemsize
-    return nbytes
+    elements = version.flattened(part)
+    count: int = math.prod(part.local_shape) if elements is None else elements.stop - elements.start
+    return count * int(part.dtype.itemsize)
 
 
 def _pickled(parts: Sequence[Any], at_least: int = 0) -> FileImage:

@@ -16,6 +16,7 @@ Each is found by looking for it, not by the number of the version.
 from __future__ import annotations
 
 import dis
+import functools
 import inspect
 import logging
 import os
@@ -84,8 +85,13 @@ clean_metadata: Callable[[dict[str, Any]], dict[str, Any]] = getattr(utils, "_cl
 """The content metadata without what cannot be saved."""
 
 _STRATEGY = getattr(common, "TorchCommonLoadStrategy", None)
-_READER = (
-    "load_common_state_dict" if "load_common_state_dict" in serialization.load.__code__.co_names else "load_common"
+_READER = next(
+    (
+        name
+        for name in ("load_common_state_dict", "load_common")
+        if hasattr(serialization, name) and name in serialization.load.__code__.co_names
+    ),
+    None,
 )
 """The function that `load` calls for the common state, where it takes no strategy for it."""
 
@@ -107,6 +113,7 @@ def common_state_from(read: Callable[[str | os.PathLike[str]], Any]) -> Iterator
         strategy.load_common = read
         yield {"common_strategy": strategy}
         return
+    assert _READER is not None, "check() refuses a version that has neither"
     stock = getattr(serialization, _READER)
     setattr(serialization, _READER, read)
     try:
@@ -143,6 +150,12 @@ def check() -> None:
         raise UnsupportedError(f"{NAME} has no {', '.join(missing)}, which roll_ckpt relies on; {INSTALL}")
     if not SHARDING_TYPES:
         log.warning("%s: roll_ckpt can save no distributed optimizer of it; %s", NAME, INSTALL)
+    _warn_if_untested()
+
+
+@functools.cache
+def _warn_if_untested() -> None:
+    """Once in this process."""
     if not _is_tested(megatron.core.__version__) and os.environ.get("RANK", "0") == "0":
         log.warning(
             "%s: roll_ckpt was tested with %s.x to %s.x; everything that it relies on is there, so it goes on",
@@ -175,8 +188,8 @@ def _needed() -> dict[str, bool]:
         "strategies.torch._get_filesystem_reader(checkpoint_dir)": _takes(
             getattr(strategies, "_get_filesystem_reader", None), "checkpoint_dir"
         ),
-        "serialization.load that takes the common state from a strategy, load_common_state_dict or load_common": (
-            _STRATEGY is not None or _READER in serialization.load.__code__.co_names
+        "strategies.common.TorchCommonLoadStrategy, nor a serialization.load that calls load_common": (
+            _STRATEGY is not None or _READER is not None
         ),
         "dist_checkpointing.load_content_metadata": hasattr(dist_checkpointing, "load_content_metadata"),
     }

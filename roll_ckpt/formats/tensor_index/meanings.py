@@ -121,14 +121,14 @@ class Runs:
 
     def fit(self, stored: Stored) -> bool:
         """Whether a stored tensor can be these runs: one whole region in its own shape, but for dimensions of 1 before
-        it, or a flat tensor of enough elements, row by row."""
+        it, or a flat tensor of enough elements, row by row, with or without dimensions of 1 before it."""
         if not self.regions:
             return False
         region, leading = self.regions[0], len(self.regions[0].extent) - len(stored.shape)
         if (1,) * leading + stored.shape == region.extent and (not leading or stored.strides is None):
             return len(self) == 1 and self.count[0] == region.numel and not self.at[0]
-        flat = len(stored.shape) == 1 and stored.strides is None
-        return flat and self.at[-1] + self.count[-1] <= stored.shape[0]
+        flat = len(stored.shape) > 0 and set(stored.shape[:-1]) <= {1} and stored.strides is None
+        return flat and self.at[-1] + self.count[-1] <= stored.shape[-1]
 
 
 Told = tuple[str, Runs]
