@@ -2,7 +2,8 @@
 
 python tests/activation_cases.py RESULTS.json CASES.json        both are lists, in the same order
 
-A case is {"environment": {...}, "section": {...} or null, "config": {...}, "before": code}; its result is what the
+A case is {"environment": {...}, "section": {...} or null, "config": {...}, "before": code, "twice": whether
+to make two engines}; its result is what the
 child has printed, the kind of the engine's checkpoint engine (None: the engine was not made), and the error.
 """
 
@@ -18,7 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import numpy  # noqa: F401  (what each child would import by itself)
 import torch
+import torch._dynamo
+import yaml  # noqa: F401
+
+import roll_ckpt.config  # noqa: F401
 
 PLAIN = {
     "train_micro_batch_size_per_gpu": 1,
@@ -55,7 +61,8 @@ def in_child(case: dict[str, Any], result: Path) -> None:
         settings = getattr(engine.checkpoint_engine, "settings", None)
         if settings is not None:
             found["settings"] = settings.model_dump(mode="json")
-        engine_of(case)  # what is said once is not said again
+        if case.get("twice"):
+            engine_of(case)
     except Exception as problem:
         traceback.print_exc()
         found["error"] = f"{type(problem).__name__}: {problem}"
@@ -78,5 +85,8 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    results = [run(case) for case in json.loads(Path(sys.argv[2]).read_text())]
+    results = []
+    for case in json.loads(Path(sys.argv[2]).read_text()):
+        results.append(run(case))
+        print(case, results[-1], flush=True)
     Path(sys.argv[1]).write_text(json.dumps(results))

@@ -5,11 +5,13 @@ These tests need `roll_ckpt.pth` in site-packages, where `pip install` puts it, 
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,7 @@ CASES: dict[str, tuple[dict[str, Any], str | None, list[str], list[str]]] = {
         ["saves as stock", "is NOT saved"],
     ),
     "json": (case({"ROLL_CKPT": '{"async_save": true, "cluster": "actor"}'}), OURS, [], []),
-    "section alone": (case({}, {}), STOCK, ["nothing has switched roll_ckpt on"], []),
+    "section alone": (case({}, {}, twice=True), STOCK, ["nothing has switched roll_ckpt on"], []),
     "section and 0": (case({"ROLL_CKPT": "0"}, {}), STOCK, ["nothing has switched roll_ckpt on"], []),
     "import alone": (
         case({}, before="import roll_ckpt.deepspeed"),
@@ -91,14 +93,28 @@ CASES: dict[str, tuple[dict[str, Any], str | None, list[str], list[str]]] = {
 }
 
 
+IN_SHORT = ("off", "1", "json", "section alone", "import and section", "other keys", "unknown key", "mixture")
+IN_SHORT += ("optional, unknown key",)
+"""The cases that `make test` has; the others are kinds of them, for `make test-long`."""
+
+Results = Callable[[bool], dict[str, dict[str, Any]]]
+
+
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("activation")
-    (folder / "cases.json").write_text(json.dumps([given for given, *_ in CASES.values()]))
-    script = str(ROOT / "tests" / "activation_cases.py")
-    command = [sys.executable, script, str(folder / "results.json"), str(folder / "cases.json")]
-    subprocess.run(command, env=clean(), check=True, timeout=600)
-    return dict(zip(CASES, json.loads((folder / "results.json").read_text()), strict=True))
+def results_of(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """The results of the short cases (True) or of the others, which one process tries one after another."""
+
+    @functools.cache
+    def results(short: bool) -> dict[str, dict[str, Any]]:
+        names = [name for name in CASES if (name in IN_SHORT) == short]
+        folder = tmp_path_factory.mktemp("activation")
+        (folder / "cases.json").write_text(json.dumps([CASES[name][0] for name in names]))
+        script = str(ROOT / "tests" / "activation_cases.py")
+        command = [sys.executable, script, str(folder / "results.json"), str(folder / "cases.json")]
+        subprocess.run(command, env=clean(), check=True, timeout=600)
+        return dict(zip(names, json.loads((folder / "results.json").read_text()), strict=True))
+
+    return results
 
 
 def clean(**more: str) -> dict[str, str]:
@@ -106,29 +122,31 @@ def clean(**more: str) -> dict[str, str]:
     return {**{key: given for key, given in environment().items() if key not in names}, **more}
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_an_engine_saves_through_us_or_says_why_not(results: dict[str, dict[str, Any]], name: str) -> None:
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in IN_SHORT else pytest.mark.long) for name in CASES]
+)
+def test_an_engine_saves_through_us_or_says_why_not(results_of: Results, name: str) -> None:
     _, engine, told, untold = CASES[name]
-    found = results[name]
+    found = results_of(name in IN_SHORT)[name]
     assert (found["engine"], bool(found["error"])) == (engine, engine is None), found["output"]
     output = found["output"]
     for text in told:
         assert output.count(text) == 1, output
     assert not [text for text in untold if text in output], output
-    assert output.count("checkpoints go through roll_ckpt") == (2 if engine == OURS else 0), output
+    assert output.count("checkpoints go through roll_ckpt") == (engine == OURS), output
 
 
-def test_the_line_at_the_start_says_with_what(results: dict[str, dict[str, Any]]) -> None:
+def test_the_line_at_the_start_says_with_what(results_of: Results) -> None:
+    results = results_of(True)
     line = next(line for line in results["json"]["output"].splitlines() if "go through roll_ckpt" in line)
     for part in ("INFO", "cluster actor", "DeepSpeed 0.", "ZeRO-0", "asynchronous saves", "MiB", "by ROLL_CKPT"):
         assert part in line
     assert "synchronous saves" in results["1"]["output"]
 
 
-def test_settings_of_section_and_variable_are_taken_together(results: dict[str, dict[str, Any]]) -> None:
-    staging = results["other keys"]["settings"]["staging"]
+def test_settings_of_section_and_variable_are_taken_together(results_of: Results) -> None:
+    staging = results_of(True)["other keys"]["settings"]["staging"]
     assert (staging["check"], staging["arena_bytes"]) == ("full", 64 << 20)
-    assert results["section and 1"]["settings"]["async_save"] is True
 
 
 # --- the variable --------------------------------------------------------------------------------------------
