@@ -139,7 +139,7 @@ PIP := python -m pip install --no-input --disable-pip-version-check -c constrain
 	$(call step,torch and numpy,$(PIP) torch numpy)
 	@touch $@
 
-.venv/.installed: .venv/.torch pyproject.toml setup.py $(CSRC)
+.venv/.installed: .venv/.torch pyproject.toml setup.py roll_ckpt/activation/startup.py $(CSRC)
 	$(call step,roll_ckpt$(comma) its extension and what it needs,$(PIP) $(if $(filter .venv/.torch pyproject.toml,$?),,--no-deps) --no-build-isolation -e '.[deepspeed$(comma)megatron$(comma)hub$(comma)examples$(comma)dev]')
 	@touch $@
 
