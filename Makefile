@@ -8,7 +8,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help metrics run train run-worlds test test-long matrix torture bench bench-quick bench-gpu bench-megatron bench-push sanitize fuzz lint format clean ready
+.PHONY: help metrics run train run-worlds test test-long matrix compat torture bench bench-quick bench-gpu bench-megatron bench-push sanitize fuzz lint format clean ready
 
 PYTHON ?= python3
 ARGS ?=
@@ -44,6 +44,9 @@ test-long: ready $(HOST) ## what `make test` leaves out: the same in more depth,
 
 matrix: ready ## every Megatron layout against every other on 2 and 4 ranks, about ten minutes
 	@python -m pytest -m matrix tests/test_megatron_matrix.py -v $(ARGS)
+
+compat: ready ## the core tests with other versions: ROWS="newest oldest", ROWS=short, or all, for hours; fills docs/support.md
+	@python tests/compat/run.py --rows "$(or $(ROWS),all)" $(ARGS)
 
 N ?= 1000
 torture: ready ## kill runs N times (default 1000) at every point that has a name and at others: a table, and what was lost

@@ -6,8 +6,9 @@
   appears under its final name once every rank has voted.
 - `SaveStrategy` is for stock Megatron's own `dist_checkpointing.save(sharded_strategy=...)`.
 
-Importing this module also makes every stock `TorchDistSaveShardedStrategy` of the process move its bytes through us, with
-the settings of the variable ROLL_CKPT if there are any. It raises UnsupportedError if Megatron-core is missing, or lacks a name that roll_ckpt uses.
+Importing this module also makes every stock `TorchDistSaveShardedStrategy` of the process move its bytes through us,
+with the settings of the variable ROLL_CKPT if there are any. It raises UnsupportedError if Megatron-core is missing, or
+lacks a name that roll_ckpt uses.
 """
 
 from __future__ import annotations

@@ -19,15 +19,27 @@ LEFT_OUT = {
 }
 """Run only when asked for by name: `pytest -m long`."""
 
+CORE = (
+    "core(part): what has to hold with every version of `part`, a column of the table in docs/support.md (make compat)"
+)
+"""Run in depth too: those that are long are run by `pytest -m core`."""
+
 
 def pytest_configure(config: pytest.Config) -> None:
     for name, about in LEFT_OUT.items():
         config.addinivalue_line("markers", f"{name}: {about}; left out unless asked for (pytest -m {name})")
+    config.addinivalue_line("markers", CORE)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    unasked = [name for name in LEFT_OUT if name not in config.getoption("-m")]
+    asked = config.getoption("-m")
+    unasked = [name for name in LEFT_OUT if name not in asked]
     left_out = [item for item in items if any(item.get_closest_marker(name) for name in unasked)]
+    if "core" in asked:
+        left_out = [item for item in left_out if not item.get_closest_marker("core")]
+    for item in items:
+        if core := item.get_closest_marker("core"):
+            item.user_properties.append(("core", core.args[0]))
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
 

@@ -40,14 +40,13 @@ class Cursor:
 
 
 class Job(BasePipeline):
-    def __init__(self, config: PipelineConfig, only: str | None, restore_rng: bool = True) -> None:
+    def __init__(self, config: PipelineConfig, clusters: str, only: str | None, restore_rng: bool = True) -> None:
         super().__init__(config)
         self.cursor = Cursor()
         self.restore_rng = restore_rng
-        engines = {"actor": (2, 0), "critic": (3, 1)}
         self.engines = {
-            name: engine(stage, "bf16", None, seed=seed)
-            for name, (stage, seed) in engines.items()
+            name: engine(int(stage), "bf16", None, seed=seed)
+            for seed, (name, stage) in enumerate(cluster.split("=") for cluster in clusters.split(","))
             if only in (None, name)
         }
         self.set_checkpoint_clusters(*(Cluster(name, made) for name, made in self.engines.items()))
@@ -90,6 +89,7 @@ def main() -> None:
     parser.add_argument("out")
     parser.add_argument("losses")
     parser.add_argument("--stop-at")
+    parser.add_argument("--clusters", default="actor=2,critic=3", help="names, each with its ZeRO stage")
     parser.add_argument("--only")
     parser.add_argument("--upload")
     parser.add_argument("--resume-from")
@@ -117,7 +117,7 @@ def main() -> None:
         values["checkpoint_config"] = {"type": "hub", "repo_id": told.hub}
     if told.expect:
         values |= {"run_id": "test", "expected_clusters": {"actor": told.expect, "critic": told.expect}}
-    job = Job(PipelineConfig.parse(values, "job"), told.only, not told.forget_rng)
+    job = Job(PipelineConfig.parse(values, "job"), told.clusters, told.only, not told.forget_rng)
     if told.stop_at:
         stop_at(told.stop_at, told.losses)
     step = job.resume()

@@ -9,6 +9,7 @@ import inspect
 import logging
 import os
 import pkgutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,7 @@ from roll_ckpt.backends.megatron.handle import MegatronHandle  # noqa: E402
 from roll_ckpt.backends.megatron.load import load as load_  # noqa: E402
 from roll_ckpt.backends.megatron.strategy import SaveStrategy  # noqa: E402
 from roll_ckpt.config import Settings  # noqa: E402
+from roll_ckpt.disk import failpoints  # noqa: E402
 from roll_ckpt.errors import RollCkptError  # noqa: E402
 from roll_ckpt.formats.dcp import items as dcp  # noqa: E402
 
@@ -210,6 +212,34 @@ def _no_tracker(tiny: Tiny, directory: Path, sharding_type: str) -> None:
     kept = tracker.get_states()
     our_load(tiny, directory, sharding_type)
     tracker.set_states(kept)
+
+
+def die_in_a_save(layout: str, directory: str, sharding_type: str) -> None:
+    """A save that ends well, training, and a second save, in which every rank is killed when its file is written."""
+    tiny = made(layout, dropout=0.2)
+    ours = attach(tiny, sharding_type, async_save=True)
+    tiny.train(2)
+    ours.save(Path(directory) / "iter_2", tiny.steps).wait(60)
+
+    def killed(reached: str, where: dict[str, Any]) -> None:
+        if reached == "write.done" and where.get("name") == "iter_4":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    tiny.train(2)
+    failpoints.listener = killed
+    ours.save(Path(directory) / "iter_4", tiny.steps).wait(60)
+
+
+def go_on_after_a_kill(layout: str, directory: str, sharding_type: str) -> tuple[Any, int, Any]:
+    """The steps after step 2 of a run that nobody killed, and of one that resumes from what `die_in_a_save` left."""
+    unbroken = made(layout, dropout=0.2)
+    unbroken.train(2)
+    wanted = unbroken.train(NEXT_STEPS)
+    tiny = made(layout, dropout=0.2, seed=7)
+    newest = attach(tiny, sharding_type).find(directory)
+    assert newest is not None
+    our_load(tiny, newest, sharding_type)
+    return wanted, tiny.steps, tiny.train(NEXT_STEPS)
 
 
 def save_three_times(layout: str, directory: str) -> list[list[str]]:

@@ -78,6 +78,11 @@ class Saved:
     following: list[tuple[float, float]]
 
 
+def world(layout: str, *, torchrun: bool = True) -> World:
+    with mock.patch.dict(os.environ, TORCHDYNAMO_DISABLE="1"):
+        return World(ranks(layout), torchrun=torchrun)
+
+
 class Worlds:
     """A world for each number of ranks, started when it is first called."""
 
@@ -87,8 +92,7 @@ class Worlds:
     def at(self, layout: str) -> World:
         size = ranks(layout)
         if size not in self._worlds:
-            with mock.patch.dict(os.environ, TORCHDYNAMO_DISABLE="1"):
-                self._worlds[size] = World(size)
+            self._worlds[size] = world(layout)
         return self._worlds[size]
 
     def call(self, layout: str, case: str, *args: Any, **kwargs: Any) -> list[Any]:

@@ -24,6 +24,8 @@ from roll_ckpt.formats.image import FileImage, Memory
 from roll_ckpt.formats.torch_zip import layout
 from roll_ckpt.save import one_file
 
+pytestmark = pytest.mark.core("torch")
+
 FILE = "__0_0.distcp"
 TAIL = FileImage.of_bytes(b"end")
 

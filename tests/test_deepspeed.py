@@ -19,6 +19,7 @@ CASES = "deepspeed_cases"
 MATRIX = [(stage, precision) for stage in (0, 1, 2, 3) for precision in ("bf16", "fp32")]
 
 
+@pytest.mark.core("deepspeed")
 @pytest.mark.parametrize(("stage", "precision"), MATRIX)
 def test_stock_and_we_continue_alike_from_what_we_saved(
     two_ranks: World, tmp_path: Path, stage: int, precision: str
@@ -33,6 +34,7 @@ def test_stock_and_we_continue_alike_from_what_we_saved(
         assert zipfile.ZipFile(file).testzip() is None
 
 
+@pytest.mark.core("deepspeed")
 @pytest.mark.parametrize(("stage", "precision"), MATRIX)
 def test_we_continue_alike_from_what_stock_saved(two_ranks: World, tmp_path: Path, stage: int, precision: str) -> None:
     for losses in two_ranks.call(f"{CASES}:save_with_stock_load_with_us", str(tmp_path), stage, precision):

@@ -92,6 +92,7 @@ def assert_sound(folder: Path, step: int) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.core("transformers")
 def test_a_resumed_trainer_repeats_its_losses_and_its_rotation_leaves_the_newest(tmp_path: Path) -> None:
     unbroken = run(tmp_path, "run", 6, keep=2)
     assert list(unbroken) == ["1", "2", "3", "4", "5", "6"] and len(set(unbroken.values())) == 6

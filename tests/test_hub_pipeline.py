@@ -60,6 +60,7 @@ def test_a_killed_job_and_a_hub_that_is_down_cost_no_checkpoint(
         assert not path.is_file() or TOKEN.encode() not in path.read_bytes()
 
 
+@pytest.mark.core("huggingface_hub")
 def test_training_goes_on_and_hears_later(two_ranks: World, hub: LocalHub, tmp_path: Path) -> None:
     out = tmp_path / "run"
     (saved, later), _ = two_ranks.call(f"{CASES}:two_steps", str(out), environment(hub, tmp_path), REPO)

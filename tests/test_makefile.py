@@ -22,6 +22,7 @@ SHORT = {
     "bench-gpu": "ARGS=--help",
     "bench-megatron": "ARGS=--help",
     "bench-push": "ARGS=--help",
+    "compat": "ARGS=--help",
     "matrix": "ARGS=--collect-only",
     "test-long": "ARGS=--collect-only",
 }

@@ -25,7 +25,9 @@ from megatron_worlds import (
     WRITES_COMMON,
     Saved,
     Worlds,
+    world,
 )
+from worlds import RankFailed
 
 from roll_ckpt.transaction import verification
 
@@ -35,6 +37,7 @@ VPP = "PP2xVPP2"  # on two ranks
 COMMON = ["common.pt"] if WRITES_COMMON else []
 SOMEWHERE_ELSE = {"fully_sharded_model_space", "dp_reshardable", "fully_reshardable"} - MAKES
 reshardable = pytest.mark.skipif(bool(NO_RESHARDABLE), reason=NO_RESHARDABLE)
+CORE = pytest.mark.core("megatron-core")
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +64,9 @@ def copied(saved_once: Saved, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("layout", "precision", "loads"),
     [
-        ("TP2", "fp32", ["TP2 stock", "TP2 ours", "PP2 stock", "DP2 ours"]),
-        pytest.param("PP2", "fp32", ["PP2 ours", "DP2 stock"], marks=pytest.mark.long),
-        ("DP2", "bf16", ["DP2 stock", "PP2 ours"]),
+        pytest.param("TP2", "fp32", ["TP2 stock", "TP2 ours", "PP2 stock", "DP2 ours"], marks=CORE),
+        pytest.param("PP2", "fp32", ["PP2 ours", "DP2 stock"], marks=[pytest.mark.long, CORE]),
+        pytest.param("DP2", "bf16", ["DP2 stock", "PP2 ours"], marks=CORE),
         (VPP, "fp32", [f"{VPP} stock", f"{VPP} ours", "TP2 ours"]),
     ],
 )
@@ -77,12 +80,14 @@ def test_stock_and_we_load_what_we_saved_in_other_layouts(
     assert (tmp_path / "run" / "latest").read_text() == "iter_2"
 
 
+@CORE
 def test_we_load_what_stock_saved_in_other_layouts(megatron: Worlds, stock_saved_once: Saved) -> None:
     for there in ("TP2", VPP):
         megatron.check_load(stock_saved_once, there, "ours")
     assert "cannot be verified" in megatron.at("TP2").log()
 
 
+@CORE
 @pytest.mark.parametrize(
     ("layout", "how", "loads"),
     [
@@ -116,6 +121,25 @@ def test_random_states_make_the_difference_under_dropout(
         assert told["resumed"] == told["unbroken"]
         assert told["without random states"] != told["unbroken"]
         assert told["without tracker"] != told["unbroken"]
+
+
+@pytest.mark.long
+@CORE
+@pytest.mark.parametrize(
+    ("layout", "sharding_type"), [("TP2", "fully_reshardable"), ("PP2", "dp_reshardable"), ("DP2", "fully_reshardable")]
+)
+def test_killed_inside_a_save_a_model_resumes_on_the_same_losses(
+    megatron: Worlds, tmp_path: Path, layout: str, sharding_type: str
+) -> None:
+    doomed = world(layout, torchrun=False)
+    try:
+        with pytest.raises(RankFailed, match="the process died"):
+            doomed.call("megatron_cases:die_in_a_save", layout, str(tmp_path), sharding_type)
+    finally:
+        doomed.close()
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == ["iter_2", "latest"]
+    for unbroken, step, resumed in megatron.call(layout, "go_on_after_a_kill", str(tmp_path), sharding_type):
+        assert step == 2 and resumed == unbroken
 
 
 def test_saves_in_the_background_hold_the_step_they_were_asked_at(megatron: Worlds, tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ from roll_ckpt.native.extension import Arena
 from roll_ckpt.native.image import Lifetime
 from roll_ckpt.native.mover import Mover
 
+pytestmark = pytest.mark.core("python")
+
 BLOCK = 64 << 10
 SIZES = [0, 1, 4095, 4096, 4097, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK + 12345]
 

@@ -150,6 +150,24 @@ def test_killed_at_three_points_it_comes_back_on_the_same_losses(unbroken: Jobs,
 
 
 @pytest.mark.long
+@pytest.mark.core("deepspeed")
+def test_every_zero_stage_killed_inside_a_save_comes_back_on_the_same_losses(tmp_path: Path) -> None:
+    stages = ("--clusters", "zero0=0,zero1=1,zero2=2,zero3=3")
+    unbroken, killed = Jobs(tmp_path / "unbroken"), Jobs(tmp_path / "killed")
+    for jobs in (unbroken, killed):
+        jobs.folder.mkdir()
+    unbroken.run("losses", *stages)
+    killed.run_until_stopped("losses", {0, 1}, *stages, "--stop-at", "write.done:checkpoint-4")
+    assert [entry for entry in os.listdir(killed.out) if names.parse_attempt_dir(entry)]
+    killed.run("losses", *stages)
+    assert killed.resumed("losses") == ["None", "2"]
+    for rank in (0, 1):
+        assert killed.curve("losses", rank) == unbroken.curve("losses", rank)
+        assert all(len(losses.split()) == 4 for losses in killed.curve("losses", rank).values())
+    assert verification.verify_run(killed.out) == [] and leftovers(killed.out) == []
+
+
+@pytest.mark.long
 def test_without_its_rng_a_resumed_run_goes_another_way(unbroken: Jobs, tmp_path: Path) -> None:
     jobs = Jobs(tmp_path)
     shutil.copytree(unbroken.folder / "upload" / "checkpoint-4", jobs.out / "checkpoint-4")

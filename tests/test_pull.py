@@ -132,6 +132,7 @@ def assert_same(pulled: Path, checkpoint_dir: Path) -> None:
 # --- what comes ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.core("huggingface_hub")
 def test_a_pushed_tag_comes_into_an_empty_folder_byte_for_byte(
     hub: LocalHub, client: Client, checkpoint_dirs: Path, tmp_path: Path
 ) -> None:

@@ -91,6 +91,7 @@ def refused(client: Client, checkpoint_dir: Path, repo: str, **more: Any) -> Ref
 # --- what a push makes --------------------------------------------------------------------------------------
 
 
+@pytest.mark.core("huggingface_hub")
 def test_a_push_is_one_commit_with_every_file_and_a_tag(
     hub: LocalHub, client: Client, run: Path, repo: str, tmp_path: Path
 ) -> None:

@@ -35,6 +35,8 @@ from roll_ckpt.native.extension import Arena
 from roll_ckpt.native.mover import Mover
 from roll_ckpt.save import cluster_save
 
+pytestmark = pytest.mark.core("torch")
+
 BLOCK = 64 << 10
 DTYPES = [
     *(torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),

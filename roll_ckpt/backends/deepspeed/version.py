@@ -91,8 +91,11 @@ def check() -> None:
             f"not installed in it. Use DeepSpeed {OLDEST} to {NEWEST}"
         )
     if not _numbers(OLDEST) <= _numbers(deepspeed.__version__) <= _numbers(NEWEST) and _on_rank0():
-        log.warning("DeepSpeed %s has all that roll_ckpt relies on, but roll_ckpt was tested with %s to %s only; "
-                    "resume once from a checkpoint before you rely on it", deepspeed.__version__, OLDEST, NEWEST)  # fmt: skip
+        log.warning(
+            "DeepSpeed %s has all that roll_ckpt relies on, but roll_ckpt was tested with %s to %s only; resume once "
+            "from a checkpoint before you rely on it",
+            *(deepspeed.__version__, OLDEST, NEWEST),
+        )
 
 
 def _missing_names() -> Iterator[str]:
@@ -206,7 +209,7 @@ def clean_up(checkpoint_engine: Any) -> None:
         checkpoint_engine.cleanup()
 
 
-def with_offload_states(classes: Iterable[type]) -> list[type]:
+def with_offload_states(classes: Iterable[Any]) -> list[Any]:
     """Those of the optimizers that can offload their states: before 0.17.6 only that of ZeRO-3."""
     return [optimizer for optimizer in classes if hasattr(optimizer, "offload_states")]
 
