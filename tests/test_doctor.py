@@ -1,4 +1,4 @@
-"""roll-ckpt doctor: the versions that it calls supported, what a file system lacks, and which processes of a command run
+"""roll-ckpt doctor: which versions it calls supported, what a file system lacks, and which processes of a command run
 through roll_ckpt."""
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import activated
 import pytest
@@ -23,6 +23,7 @@ from corruption import plain_user
 from worlds import ROOT, environment
 
 from roll_ckpt.cli import doctor, installed, judging, main, watching
+from roll_ckpt.cli.judging import Verdict
 from roll_ckpt.cli.watching import Seen
 from roll_ckpt.disk import abilities
 
@@ -125,70 +126,76 @@ def watch(*words: str, limit_s: float | None = 120.0) -> watching.Watched:
 
 
 @pytest.fixture(scope="module")
-def mixed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """What the command itself says, as JSON, of a command that starts one process of every kind, all at once."""
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[watching.Watched, list[Verdict]]:
+    """A command that starts one process of every kind, all at once, and the verdicts on them."""
     folder = tmp_path_factory.mktemp("mixed")
     python = shlex.quote(sys.executable)
-    bare = f"env PYTHONPATH={PACKAGES}:$PYTHONPATH {shlex.quote(os.path.realpath(sys.executable))}"
-    stock = "import deepspeed.runtime.engine, sys; sys.exit(0)"
-    waits = "import torch, time; time.sleep(4)"
-    (folder / "job").write_text(
+    bare = f"env PYTHONPATH=$ROLL_CKPT_DOCTOR:{PACKAGES} {shlex.quote(os.path.realpath(sys.executable))}"
+    stock, waits = "import deepspeed.runtime.engine", "import torch, time; time.sleep(4)"
+    job = (
         f"{python} -c '{stock}' stock &\n"
         f"ROLL_CKPT=1 RANK=3 {python} -c '{stock}' installed &\n"
         f"ROLL_CKPT=1 {bare} -c '{stock}' other &\n"
         f"{python} -I -c '{waits}' deaf &\n"
         f"env -i HOME=$HOME {python} -c '{waits}' cleaned &\n"
-        f"{python} -c '{waits}' torch-alone &\n"
         f"{python} -c 'import importlib.util; importlib.util.find_spec(\"deepspeed\")' asks &\n"
         "wait\nexit 5\n"
     )
-    told = activated.environment(folder / "site")
-    command = [sys.executable, "-m", "roll_ckpt", "doctor", "--json", str(folder), "--", "sh", str(folder / "job")]
-    done = subprocess.run(command, env=told, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    yield {**json.loads(done.stdout), "code": done.returncode}
+    with mock.patch.dict(os.environ, activated.environment(folder / "site"), clear=True):
+        watched = watching.watch(["sh", "-c", job], 200)
+    return watched, judging.judge(watched.processes)
 
 
-def of(mixed: dict[str, Any], word: str) -> dict[str, Any]:
-    found = [process for process in mixed["command"]["processes"] if word in process["reason"]]
-    assert len(found) == 1, (word, mixed["command"]["processes"])
-    return dict(found[0])
+def of(mixed: tuple[watching.Watched, list[Verdict]], words: str) -> Verdict:
+    found = [verdict for verdict in mixed[1] if words in verdict.reason]
+    assert len(found) == 1, (words, mixed[1])
+    return found[0]
 
 
-def test_a_command_with_processes_past_us_is_told_so(mixed: dict[str, Any]) -> None:
-    assert mixed["code"] == 1
-    assert mixed["command"]["exit_code"] == 5
-    assert not mixed["command"]["all_through_roll_ckpt"]
-    assert len(mixed["command"]["processes"]) == 5, "those without a framework are of no concern"
+def test_a_command_with_processes_past_us_is_told_so(mixed: tuple[watching.Watched, list[Verdict]]) -> None:
+    watched, verdicts = mixed
+    assert (watched.code, watched.stopped) == (5, "")
+    assert not judging.all_through_us(verdicts)
+    assert len(verdicts) == 5, "one that only asks for a framework is of no concern"
 
 
-def test_a_stock_process_is_told_why(mixed: dict[str, Any]) -> None:
+def test_a_stock_process_is_told_why(mixed: tuple[watching.Watched, list[Verdict]]) -> None:
     stock = of(mixed, "ROLL_CKPT is not set there")
-    assert stock["state"] == judging.NO
-    assert "set ROLL_CKPT=1" in stock["advice"]
+    assert stock.state == judging.NO
+    assert "set ROLL_CKPT=1" in stock.advice
 
 
-def test_a_process_that_builds_no_engine_is_no_failure(mixed: dict[str, Any]) -> None:
+def test_a_process_that_builds_no_engine_is_no_failure(mixed: tuple[watching.Watched, list[Verdict]]) -> None:
     on = of(mixed, "it built no engine")
-    assert (on["state"], on["ranks"]) == (judging.IDLE, [3])
+    assert (on.state, on.ranks) == (judging.IDLE, (3,))
 
 
-def test_an_interpreter_without_us_is_named(mixed: dict[str, Any]) -> None:
+def test_an_interpreter_without_us_is_named(mixed: tuple[watching.Watched, list[Verdict]]) -> None:
     other = of(mixed, "its interpreter has no roll_ckpt")
-    assert (other["state"], other["interpreter"]) == (judging.NO, os.path.realpath(sys.executable))
-    assert f"{other['interpreter']} -m pip install" in other["advice"]
+    assert (other.state, other.interpreter) == (judging.NO, os.path.realpath(sys.executable))
+    assert f"{other.interpreter} -m pip install" in other.advice
 
 
-def test_processes_that_cannot_be_asked_are_found_and_told_why(mixed: dict[str, Any]) -> None:
-    assert of(mixed, "started with -I")["state"] == judging.NO
-    assert of(mixed, "an environment of its own")["state"] == judging.NO
+def test_processes_that_cannot_be_asked_are_found_and_told_why(
+    mixed: tuple[watching.Watched, list[Verdict]],
+) -> None:
+    assert of(mixed, "started with -I").state == judging.NO
+    assert of(mixed, "an environment of its own").state == judging.NO
 
 
-def test_what_is_installed_is_told_and_works(mixed: dict[str, Any]) -> None:
-    packages = {package["name"]: package for package in mixed["packages"]}
-    assert {name: packages[name]["problem"] for name in ("roll_ckpt", *EVERYTHING)} == dict.fromkeys(
+def test_the_command_tells_all_of_it_as_json(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "roll_ckpt", "doctor", "--json", str(tmp_path), "--", "echo", "its own words"]
+    told = activated.environment(tmp_path / "site", ROLL_CKPT='{"asynk_save": true}')
+    done = subprocess.run(command, env=told, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    document = json.loads(done.stdout)
+    packages = {package["name"]: package["problem"] for package in document["packages"]}
+    assert {name: packages[name] for name in ("roll_ckpt", *EVERYTHING)} == dict.fromkeys(
         ("roll_ckpt", *EVERYTHING), ""
     )
-    assert mixed["activation"]["pth"] and mixed["file_system"]["lacks"].keys() <= {"direct I/O"}
+    assert document["activation"]["pth"] and document["file_system"]["lacks"].keys() <= {"direct I/O"}
+    assert ["asynk_save" in problem for problem in document["problems"]] == [True]
+    assert (done.returncode, document["command"]["exit_code"]) == (1, 0)
+    assert "its own words" in done.stderr
 
 
 def test_a_sitecustomize_of_others_still_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
