@@ -22,22 +22,24 @@ FINDER = "RollCkptFinder"
 
 @dataclass(frozen=True)
 class Supported:
-    """The versions of a package that roll_ckpt works with: from `oldest` to `newest`, which may be a prefix (`2` is all
-    of 2.x). `module` is what needs the package: it can be imported if every capability is there."""
+    """The versions of a package that roll_ckpt was tested with, from `oldest` to `newest`; `3.13` is all of 3.13.x.
+
+    `code` runs without an error if the package has all that roll_ckpt needs of it.
+    """
 
     package: str
     oldest: str
     newest: str
-    module: str = ""
+    code: str = ""
 
 
 SUPPORTED = (
     Supported("Python", "3.10", "3.13"),
-    Supported("torch", "2.6", "2.14"),
-    Supported("deepspeed", "0.17.1", "0.19.8", "roll_ckpt.deepspeed"),
-    Supported("megatron-core", "0.14", "0.19.2", "roll_ckpt.megatron"),
-    Supported("huggingface_hub", "0.34", "2", "roll_ckpt.upload.hub.client"),
-    Supported("transformers", "4.57", "5"),
+    Supported("torch", "2.6", "2.14.1"),
+    Supported("deepspeed", "0.17.1", "0.19.8", "import roll_ckpt.deepspeed"),
+    Supported("megatron-core", "0.14", "0.19.2", "import roll_ckpt.megatron"),
+    Supported("huggingface_hub", "0.34", "2.4.0", "from roll_ckpt.upload.hub import version; version.check_push()"),
+    Supported("transformers", "4.57", "5.24.0"),
 )
 """The one table of versions. The extras in pyproject.toml and docs/support.md say the same."""
 
@@ -66,8 +68,8 @@ def packages() -> list[Package]:
     Blocks for as long as the frameworks take to import, at most three minutes.
     """
     versions = {supported.package: _version(supported.package) for supported in SUPPORTED}
-    asked = [s.module for s in SUPPORTED if s.module and versions[s.package]]
-    problems = dict(zip(asked, import_problems(asked), strict=True))
+    asked = [s.code for s in SUPPORTED if s.code and versions[s.package]]
+    problems = dict(zip(asked, problems_of(asked), strict=True))
     found = [_judge(supported, versions[supported.package], problems) for supported in SUPPORTED]
     others = [Package(name, _version(name), "", "") for name in _OTHERS]
     return [_ourselves(), *found, *(package for package in others if package.version)]
@@ -92,17 +94,17 @@ def _ourselves() -> Package:
 
 
 def _judge(supported: Supported, version: str | None, problems: dict[str, str]) -> Package:
-    span = f"{supported.oldest} to {supported.newest}{'' if '.' in supported.newest else '.x'}"
+    span = f"{supported.oldest} to {supported.newest}"
     if version is None:
         return Package(supported.package, None, span, "not installed")
-    problem, fit = problems.get(supported.module, ""), compare(version, supported)
+    problem, fit = problems.get(supported.code, ""), compare(version, supported)
     if problem:
         return Package(supported.package, version, span, "does not work", problem)
     if fit < 0:
         advice = f"{supported.package} {version} is older than {supported.oldest}, the oldest that roll_ckpt supports"
         return Package(supported.package, version, span, "too old", f"{advice}; install a newer one")
     verdict = "supported" if not fit else "newer than any that was tested"
-    return Package(supported.package, version, span, verdict + ("; all it needs is there" if supported.module else ""))
+    return Package(supported.package, version, span, verdict + ("; all we need is there" if supported.code else ""))
 
 
 def compare(version: str, supported: Supported) -> int:
@@ -125,13 +127,10 @@ def has_pth() -> bool:
     return _python(code).stdout.strip() == "True"
 
 
-def import_problems(modules: Sequence[str]) -> list[str]:
-    """For each module: "" if a process of its own can import it, else why not, in one line."""
-    children = [_start(f"import {module}") for module in modules]
-    return [
-        _last_error(done.stderr) if done.returncode else ""
-        for done in [_finish(child) for child in children]  # they run side by side
-    ]
+def problems_of(codes: Sequence[str]) -> list[str]:
+    """For each piece of code: "" if a process of its own can run it, else why not, in one line. All run at once."""
+    children = [_start(code) for code in codes]
+    return [_last_error(done.stderr) if done.returncode else "" for done in map(_finish, children)]
 
 
 def _python(code: str) -> subprocess.CompletedProcess[str]:
@@ -140,7 +139,7 @@ def _python(code: str) -> subprocess.CompletedProcess[str]:
 
 def _start(code: str) -> subprocess.Popen[str]:
     """A process of this interpreter that imports from where this one does, and that nothing has switched on."""
-    left_out = ("ROLL_CKPT", witness.VARIABLE)
+    left_out = ("ROLL_CKPT", "ROLL_CKPT_OPTIONAL", "ROLL_CKPT_RUN", witness.VARIABLE)
     return subprocess.Popen(
         [sys.executable, "-c", f"import sys; sys.path[:] = {json.dumps(sys.path)}; {code}"],
         env={name: value for name, value in os.environ.items() if name not in left_out},

@@ -17,7 +17,6 @@ from roll_ckpt.formats import manifests, records
 from roll_ckpt.formats.manifests import Manifest
 from roll_ckpt.formats.records import Receipt
 from roll_ckpt.formats.sealed_json import sha256
-from roll_ckpt.native import files
 from roll_ckpt.transaction import epochs, foreign, listing
 from roll_ckpt.transaction.home import find_home
 
@@ -145,6 +144,10 @@ def _check_rebuilt(votes: dict[str, bytes], expected: bytes, manifest_data: byte
 
 
 def _contents(checkpoint_dir: Path, receipt: Receipt, retries: ReadRetries, *, direct: bool) -> list[Problem]:
+    from roll_ckpt.native import (
+        files,  # here, so that the command line starts, and `doctor` tells, without the extension
+    )
+
     path = checkpoint_dir / receipt.path
     try:
         if receipt.nbytes <= _SMALL_BYTES or locks.is_held(path):

@@ -20,7 +20,6 @@ from roll_ckpt.errors import ConfigError, Damaged, SaveFailed
 from roll_ckpt.formats import manifests, records
 from roll_ckpt.formats.manifests import Manifest
 from roll_ckpt.formats.sealed_json import Fields, seal, sha256, unseal
-from roll_ckpt.native import extension
 from roll_ckpt.transaction import listing, reader_locks
 
 log = logging.getLogger("roll_ckpt")
@@ -228,6 +227,8 @@ def _copy_all(checkpoint_dir: Path, copy: Path, manifest: Manifest, progress: Ca
 
 def _copy(source: Path, target: Path, block_bytes: int, progress: Callable[[int], None]) -> list[int]:
     """Copy one file, fsync it, and return the CRC-32 of each block that was read."""
+    from roll_ckpt.native import extension  # as in transaction/verification.py
+
     crcs = []
     descriptor = writes.create(target)
     try:

@@ -25,7 +25,6 @@ from roll_ckpt.formats import manifests, records
 from roll_ckpt.formats.manifests import Manifest
 from roll_ckpt.formats.records import Receipt
 from roll_ckpt.formats.sealed_json import sha256
-from roll_ckpt.native import extension
 from roll_ckpt.transaction import reader_locks
 from roll_ckpt.upload.hub import answers
 from roll_ckpt.upload.hub.address import Remote
@@ -306,6 +305,8 @@ def _small(path: str, data: bytes) -> HubFile:
 
 def _large(path: Path, receipt: Receipt, mtime_ns: int, hashes: Hashes | None) -> HubFile:
     """A large file with its SHA-256: the stored one, or computed while the file is checked against its receipt."""
+    from roll_ckpt.native import extension  # as in transaction/verification.py
+
     hex_digest = hashes.known(receipt, mtime_ns) if hashes is not None else None
     if hex_digest is None or tree.file_bytes(path) != receipt.nbytes:
         digest, crcs, nbytes = hashlib.sha256(), [], 0
