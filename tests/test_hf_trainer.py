@@ -74,7 +74,7 @@ def run(tmp_path: Path, out: str, steps: int, *, keep: int, resume: bool = False
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     told: dict[str, float] = json.loads(done.stdout.split("RESULT ")[1].splitlines()[0])
