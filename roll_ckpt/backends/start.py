@@ -20,17 +20,17 @@ OPTIONAL = "ROLL_CKPT_OPTIONAL"
 log = logging.getLogger("roll_ckpt")
 
 
-def announce(framework: str, what: str, settings: Settings, switched_on_by: str, *, async_save: bool) -> None:
+def announce(framework: str, what: str, settings: Settings, switched_on_by: str, *, async_save: bool | None) -> None:
     """Say on rank 0 in one line that checkpoints go through roll_ckpt. Every rank calls; no collective.
 
     `framework` is its name and version, such as "DeepSpeed 0.19.8, ZeRO-2"; `what` is "cluster actor" or "every
-    TorchDistSaveShardedStrategy of this process".
+    TorchDistSaveShardedStrategy of this process". `async_save` is None where the caller decides for each save.
 
     Raises:
         ConfigError: on every rank, `staging.arena_bytes` is too small for the ranks of this host.
     """
     share = arena_bytes(settings)
-    how = "asynchronous" if async_save else "synchronous"
+    how = {True: "asynchronous", False: "synchronous", None: "synchronous and asynchronous"}[async_save]
     of = f", {local_world_size()} ranks on this host" if local_world_size() > 1 else ""
     tell(
         f"{what}: checkpoints go through roll_ckpt {roll_ckpt.__version__} ({framework}; {how} saves; "
@@ -44,7 +44,7 @@ def tell(line: str) -> None:
     Python hides INFO by default. A level above INFO that somebody gave the logger `roll_ckpt` itself, or one above
     WARNING that the root logger has, still hides it.
     """
-    hidden = logging.INFO < log.level or logging.WARNING < log.getEffectiveLevel()
+    hidden = log.level > logging.INFO or log.getEffectiveLevel() > logging.WARNING
     if rank() != 0 or hidden or log.manager.disable >= logging.INFO:
         return
     record = log.makeRecord(log.name, logging.INFO, __file__, 0, "%s", (line,), None, "tell")

@@ -9,11 +9,12 @@ training process knows. Importing this module needs neither torch nor Megatron-c
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import threading
 from typing import Any
 
-_NAME = "roll_ckpt files of a save"
+_numbers = itertools.count(1)
 
 
 class Handover:
@@ -25,10 +26,10 @@ class Handover:
 
     def __init__(self) -> None:
         self._pid = os.getpid()
-        self._ended = threading.Event()
-        self._descriptor = os.memfd_create(_NAME)
+        self._ended: threading.Event | None = threading.Event()
+        self._descriptor = os.memfd_create(f"roll_ckpt save {next(_numbers)} of process {self._pid}")
         fcntl.lockf(self._descriptor, fcntl.LOCK_EX)
-        self._file = _identity(self._descriptor)
+        self._file = os.readlink(self._path())
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_ended": None}
@@ -36,37 +37,30 @@ class Handover:
     @property
     def ended(self) -> bool:
         """Whether `end` was called. In the process that made it alone."""
-        return self._ended.is_set()
+        return self._ended is not None and self._ended.is_set()
 
     def end(self) -> None:
-        """Let all who wait go on. In the process that made it alone; may be called again."""
-        if not self._ended.is_set():
-            self._ended.set()
-            os.close(self._descriptor)
+        """Let all who wait go on. In the process that made it alone, once."""
+        assert self._ended is not None
+        self._ended.set()
+        os.close(self._descriptor)
 
     def wait(self) -> None:
-        """Block until `end` was called or the process that made this is gone. In any process; never raises OSError."""
-        if os.getpid() == self._pid:
+        """Block until `end` was called, or the process that made this is gone. In any process; raises nothing."""
+        if os.getpid() == self._pid and self._ended is not None:
             self._ended.wait()
             return
         try:
-            descriptor = os.open(f"/proc/{self._pid}/fd/{self._descriptor}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            if os.readlink(self._path()) == self._file:  # else it has ended, and the number is that of another file
+                with open(self._path(), "rb", buffering=0) as file:
+                    fcntl.lockf(file, fcntl.LOCK_SH)
         except OSError:
             return  # it has ended, or that process is gone
-        try:
-            if _identity(descriptor) == self._file:
-                fcntl.lockf(descriptor, fcntl.LOCK_SH)
-        except OSError:
-            return
-        finally:
-            os.close(descriptor)
+
+    def _path(self) -> str:
+        return f"/proc/{self._pid}/fd/{self._descriptor}"
 
 
 def wait(handover: Handover) -> None:
-    """The function of a request: `Handover.wait`."""
+    """The function of a request: see `Handover.wait`."""
     handover.wait()
-
-
-def _identity(descriptor: int) -> tuple[int, int]:
-    status = os.fstat(descriptor)
-    return status.st_dev, status.st_ino

@@ -9,26 +9,26 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-import logging
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
+import megatron.core
 from megatron.core.dist_checkpointing import serialization
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCaller
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from roll_ckpt import process
+from roll_ckpt.backends import start
 from roll_ckpt.backends.megatron import planning, stock_save
 from roll_ckpt.backends.megatron.facts import MARKER
+from roll_ckpt.backends.megatron.handover import Handover
 from roll_ckpt.backends.megatron.planning import Planned
 from roll_ckpt.backends.megatron.strategy import SaveStrategy
 from roll_ckpt.config import Settings
 from roll_ckpt.disk import reads
 from roll_ckpt.errors import ConfigError
-
-log = logging.getLogger("roll_ckpt")
 
 Method = Callable[..., Any]
 _BEHIND = "_roll_ckpt_behind"
@@ -41,16 +41,17 @@ class Installed:
     def __init__(self) -> None:
         self.settings: Settings | None = None
         """None: nobody has given any, and the defaults hold."""
-        self.told = False
-        """Whether the log says that saves go through us."""
+        self.by = ""
+        """Who installed us first, for the log."""
+        self.announced = False
 
 
-def install(settings: Settings | None = None) -> None:
+def install(settings: Settings | None = None, *, switched_on_by: str = "import roll_ckpt.megatron") -> None:
     """Make every stock `TorchDistSaveShardedStrategy`, existing or to come, move its bytes through us.
 
     Also behind `FullyParallelSaveStrategyWrapper`, synchronous and asynchronous. `settings` tell how; without them
     those of an earlier call hold, or else the defaults. May be called again. A `SaveStrategy` keeps settings of its
-    own.
+    own. The first save of a stock strategy says in one line that it goes through us, and who switched that on.
 
     Raises:
         ConfigError: an earlier call gave other settings.
@@ -63,9 +64,12 @@ def install(settings: Settings | None = None) -> None:
                 f"and {settings} now; give them once"
             )
         installed.settings = settings
+    installed.by = installed.by or switched_on_by
     _wrap(TorchDistSaveShardedStrategy, "async_save", _async_save)
     _wrap(TorchDistSaveShardedStrategy, planning.HOOK, _request)
     _wrap(serialization, "save_config", _save_config)
+    for queue in planning.queues():
+        _wrap(queue, "schedule_async_request", _schedule_async_request)
 
 
 def _wrap(owner: Any, name: str, replacement: Method) -> None:
@@ -112,11 +116,53 @@ def _save_config(original: Method, config: Any, checkpoint_dir: Any) -> None:
         original(config, checkpoint_dir)
 
 
+def _schedule_async_request(original: Method, queue: Any, async_request: Any) -> Any:
+    """Schedule a request of ours with a caller that needs no other process, where Megatron would fork or spawn one.
+
+    A forked child of a process that uses CUDA may hang, a spawned one takes GPU memory, and when one dies Megatron
+    waits for ever.
+    """
+    handover = stock_save.handover_of(async_request)
+    if handover is None:
+        return original(queue, async_request)
+    queue._get_async_caller = lambda: _Caller(handover)  # for this call, in the place of the class's method
+    try:
+        return original(queue, async_request)
+    finally:
+        del queue._get_async_caller
+
+
+class _Caller:
+    """In the place of an `AsyncCaller` of Megatron: asks the threads of this process, which have long begun."""
+
+    def __init__(self, handover: Handover) -> None:
+        self._handover = handover
+
+    def schedule_async_call(self, async_req: Any) -> None:
+        pass
+
+    def is_current_async_call_done(self, blocking: bool = False, no_dist: bool = False) -> bool:
+        """Whether the files of every rank are durable or have failed, with `no_dist` those of this rank alone.
+
+        Every rank calls, unless `no_dist`: a collective. With `blocking` this rank waits for its own first.
+        """
+        if blocking:
+            self._handover.wait()
+        is_alive = not self._handover.ended
+        return not is_alive if no_dist else bool(AsyncCaller.sync_all_async_calls(self, int(is_alive)))
+
+    def close(self, abort: bool = False) -> None:
+        pass
+
+
 def _settings() -> Settings:
+    """Those of `install`. The first call says in the log that saves go through us; every rank calls."""
     installed = process.part(Installed)
     settings = installed.settings or Settings()
-    if not installed.told:
-        installed.told = True
-        if dist.get_rank() == 0:
-            log.warning("Megatron-core saves through roll_ckpt: %s", settings)
+    if not installed.announced:
+        framework = f"Megatron-core {megatron.core.__version__}"
+        start.announce(
+            framework, "every TorchDistSaveShardedStrategy of this process", settings, installed.by, async_save=None
+        )
+        installed.announced = True
     return settings

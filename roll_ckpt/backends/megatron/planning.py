@@ -10,14 +10,14 @@ import inspect
 import logging
 import queue
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies import torch as stock
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 HOOK = "_get_save_and_finalize_callbacks"
@@ -80,6 +80,15 @@ def request_class(async_strategy: str) -> Any:
     if async_strategy == MCORE:
         return AsyncRequest
     return stock.get_async_strategy(async_strategy, module="AsyncRequest")[1]
+
+
+def queues() -> list[type]:
+    """The classes of queues that run requests: of every asynchronous implementation that is installed."""
+    found: list[type] = [AsyncCallsQueue]
+    if hasattr(stock, "get_async_strategy"):
+        with suppress(ImportError):
+            found.append(stock.get_async_strategy(NVRX, module="AsyncCallsQueue")[1])
+    return found
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from roll_ckpt import names, process
 from roll_ckpt.backends.megatron import handover, planning
 from roll_ckpt.backends.megatron.facts import MARKER
 from roll_ckpt.backends.megatron.files import Files, Unfinished
+from roll_ckpt.backends.megatron.handover import Handover
 from roll_ckpt.backends.megatron.planning import Planned
 from roll_ckpt.config import Settings
 from roll_ckpt.disk import tree, writes
@@ -75,6 +76,11 @@ def request(strategy: Any, planned: Planned, settings: Settings) -> Any:
     RankGroup.current().run_on_all_ranks(clear, settings.commit_timeout_s, working=True)
     files.begin()
     return planning.request(handover.wait, files.handover, files.finish)
+
+
+def handover_of(request: Any) -> Handover | None:
+    """The handover that `request` waits for; None if it is not one of ours."""
+    return request.async_fn_args[0] if request.async_fn is handover.wait else None
 
 
 def _clear(directory: Path) -> None:
