@@ -6,11 +6,14 @@ Megatron-core needs is patched by `examples/megatron_cpu.py`; here is what `mega
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
 import os
 import sys
+import traceback
+import typing
 from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
@@ -20,7 +23,8 @@ SCRIPT = "pretrain_gpt.py"
 
 NEED_TRITON = (
     "megatron.core.transformer.custom_layers.batch_invariant_kernels",  # 0.16
-    "megatron.core.transformer.moe.ops.paged_stash",  # 0.18 and later
+    "megatron.core.transformer.moe.paged_stash",  # 0.18
+    "megatron.core.transformer.moe.ops.paged_stash",  # 0.19
 )
 
 
@@ -84,20 +88,27 @@ def patch_training() -> None:
 
 
 def main() -> None:
-    is_rank = any(argument.endswith(SCRIPT) for argument in sys.orig_argv) and "RANK" in os.environ
-    is_child = "RANK" in os.environ and any("multiprocessing" in argument for argument in sys.orig_argv)
-    if not is_rank and not is_child:
+    """Patch a rank of the job, and what it spawns; and import in a rank what MEGATRON_LM_IMPORTS names."""
+    is_rank = any(argument.endswith(SCRIPT) for argument in sys.orig_argv)
+    is_child = any("multiprocessing" in argument for argument in sys.orig_argv)
+    if "RANK" not in os.environ or not is_rank | is_child:
         return
     if importlib.util.find_spec("triton") is None:
         sys.meta_path.insert(0, WithoutTriton())
+    if not hasattr(typing, "override"):
+        typing.override = lambda method: method  # type: ignore[attr-defined]  # Megatron-LM 0.19 needs Python 3.12
     patch_torch()
     from examples import megatron_cpu
 
     megatron_cpu.install()
-    if os.environ.get("OURS") == "hook":
-        import roll_ckpt.megatron  # noqa: F401  (installs itself)
     if is_rank:
         patch_training()
+        for name in os.environ.get("MEGATRON_LM_IMPORTS", "").split():
+            importlib.import_module(name)
 
 
-main()
+try:
+    main()
+except BaseException:  # Python would go on
+    traceback.print_exc()
+    os._exit(1)
