@@ -1,8 +1,8 @@
 """Real Megatron-core on CPU and gloo: patches of what assumes CUDA.
 
-Import this before `megatron`. Tried with megatron-core 0.16.1 and torch 2.13. Patched is what stops without
-it: names of CUDA devices become the CPU, its random state is torch's, tensors say that they are CUDA tensors
-(the distributed optimizer asks), and the fused Adam is one with the same state, written in torch.
+Import this before `megatron`. Tried with megatron-core 0.14 to 0.19 and torch 2.13. Patched is what stops without
+it: names of CUDA devices become the CPU, its random state is torch's, its stream does nothing, tensors say that they
+are CUDA tensors (the distributed optimizer asks), and the fused Adam is one with the same state, written in torch.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
-
-TRIED_WITH = "0.16.1"
 
 
 class _CudaMeansCpu(TorchFunctionMode):
@@ -49,6 +47,13 @@ def _made_once(original: Callable[..., Any]) -> Callable[..., Any]:
         return made[key]
 
     return new_group
+
+
+class _Stream:
+    """Stands for a CUDA stream, which Megatron-core 0.19 lets wait for events."""
+
+    def wait_event(self, event: Any) -> None:
+        pass
 
 
 class Adam(torch.optim.Optimizer):
@@ -93,6 +98,7 @@ def install() -> None:
     cuda: Any = torch.cuda
     cuda.current_device = lambda: torch.device("cpu")
     cuda.synchronize = lambda *args, **kwargs: None
+    cuda.current_stream = lambda *args, **kwargs: _Stream()
     cuda.manual_seed = torch.manual_seed
     cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)

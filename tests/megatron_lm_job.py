@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -14,17 +15,17 @@ PATCHES = ROOT / "tests" / "megatron_lm"
 
 # Attention drops out by the tracker of random states. Others would draw from the generator from which data loaders take
 # their seeds, because it is the only one here; on GPUs there are two.
-MODEL = """
+MODEL = shlex.split("""
     --num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32
     --micro-batch-size 2 --global-batch-size 8 --lr 1e-3 --min-lr 1e-4 --lr-decay-iters 100
     --mock-data --tokenizer-type NullTokenizer --vocab-size 127 --bf16 --use-distributed-optimizer
     --hidden-dropout 0 --log-interval 1 --eval-iters 0 --eval-interval 1000 --ckpt-format torch_dist
-""".split()
-WITHOUT_GPUS = """
+""")
+WITHOUT_GPUS = shlex.split("""
     --transformer-impl local --distributed-backend gloo --use-cpu-initialization --num-workers 0
     --no-gradient-accumulation-fusion --no-bias-gelu-fusion --no-bias-dropout-fusion --no-masked-softmax-fusion
     --no-persist-layer-norm --attention-softmax-in-fp32
-""".split()
+""")
 ASYNC = ["--async-save", "--use-persistent-ckpt-worker"]
 
 _LOSS = re.compile(r"\[exact loss of step (\d+): (\S+)\]")

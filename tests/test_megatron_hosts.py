@@ -1,4 +1,4 @@
-"""How verl and ms-swift call Megatron-core: their own modules, unchanged, where `import roll_ckpt.megatron` came before.
+"""How verl and ms-swift call Megatron-core: their own modules, unchanged, after `import roll_ckpt.megatron`.
 
 `make megatron-lm` puts both packages, without what they depend on, into a folder of their own, for this test only.
 """

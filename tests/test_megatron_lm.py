@@ -1,4 +1,4 @@
-"""Megatron-LM's unchanged `pretrain_gpt.py`, with its usual arguments, where `import roll_ckpt.megatron` is all it gets.
+"""Megatron-LM's unchanged `pretrain_gpt.py`, with its usual arguments, after `import roll_ckpt.megatron`.
 
 MEGATRON_LM is the directory of a checkout; `make megatron-lm` says how to get one.
 """

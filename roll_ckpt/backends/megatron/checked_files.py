@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron.core.dist_checkpointing.strategies import torch as stock
-from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import CachedMetadataFileSystemReader
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata
 
-from roll_ckpt.backends.megatron.facts import COMMON
+from roll_ckpt.backends.megatron import version
 from roll_ckpt.errors import Damaged
 from roll_ckpt.formats.dcp import index as dcp_index
 from roll_ckpt.load.checkpoint import Blocks, OpenedCheckpoint
@@ -102,44 +100,35 @@ class _CheckedFiles(FileSystem):
             yield stream
 
 
-class CommonState(TorchCommonLoadStrategy):  # type: ignore[misc]
-    """Megatron's strategy for the common state, which otherwise opens the file by itself, and takes fewer objects.
+class _Reader(FileSystemReader):
+    """DCP's reader of a directory. It reads the index once, though Megatron asks it several times."""
 
-    `checkpoint` is None for a directory that stock Megatron wrote. Pickles may refer to the objects in `allow`.
-    """
+    def __init__(self, directory: str | os.PathLike[str], checkpoint: OpenedCheckpoint) -> None:
+        super().__init__(directory)
+        self.fs = _CheckedFiles(checkpoint)
+        self._index: Metadata | None = None
 
-    def __init__(self, checkpoint: OpenedCheckpoint | None, allow: Iterable[Any]) -> None:
-        super().__init__()
-        self._checkpoint = checkpoint
-        self._allow = allow
-
-    def load_common(self, checkpoint_dir: str | os.PathLike[str]) -> Any:
-        return dcp_index.read_file(Path(checkpoint_dir) / COMMON, self._allow, reading(self._checkpoint))
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        if self._index is None:
+            self._index = super().read_metadata(*args, **kwargs)
+        return self._index
 
 
 @contextmanager
 def checked(checkpoint: OpenedCheckpoint) -> Iterator[None]:
     """Inside the block, Megatron's load strategies read the files of `checkpoint` through us. This process alone.
 
-    No patch reaches how Megatron opens the common state: pass `CommonState` to `dist_checkpointing.load`.
+    The common state, which Megatron opens by itself, comes from `version.common_state_from`.
 
     Raises:
         Damaged: the bytes have changed since they were verified; what was loaded by then stays loaded.
     """
 
-    def reader(directory: str | os.PathLike[str], cache_metadata: bool = False) -> CachedMetadataFileSystemReader:
-        checked_reader = CachedMetadataFileSystemReader(directory)
-        checked_reader.fs = _CheckedFiles(checkpoint)
-        return checked_reader
-
-    stock_reader = stock._get_filesystem_reader
-    stock._get_filesystem_reader = reader
     try:
-        yield
+        with version.reads_through(lambda directory: _Reader(directory, checkpoint)):
+            yield
     except CheckpointException as problem:  # DCP raises it on every rank; it is no subclass of Exception
         for cause, _ in problem.failures.values():
             if isinstance(cause, Damaged):
                 raise Damaged(str(cause)) from problem
         raise
-    finally:
-        stock._get_filesystem_reader = stock_reader

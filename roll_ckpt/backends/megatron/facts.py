@@ -11,17 +11,20 @@ import megatron.core
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig
 
+from roll_ckpt.backends.megatron import version
 from roll_ckpt.errors import UnsupportedError
 
 FRAMEWORK = "megatron-core"
 COMMON, DCP_METADATA, MARKER = "common.pt", ".metadata", "metadata.json"
 """The files of a checkpoint beside the `.distcp` ones. In a save by stock Megatron the marker comes last."""
 MARKER_BYTES = json.dumps(asdict(CheckpointingConfig("torch_dist", 1))).encode()
-RESHARDABLE = {
-    "dp_reshardable": "on any number of data parallel ranks",
-    "fully_reshardable": "in any layout",
-}
-"""Sharding types of the distributed optimizer that can be saved, and where each can be loaded."""
+_BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+
+
+def is_torch_dist(marker: Any) -> bool:
+    """Whether `metadata.json` holds what some version writes for the backend whose directories we read."""
+    written = {"common_backend": "torch", "common_backend_version": 1, **_BACKEND}
+    return isinstance(marker, dict) and _BACKEND.items() <= marker.items() <= written.items()
 
 
 def check_sharding_type(content_metadata: Mapping[str, Any] | None) -> None:
@@ -31,10 +34,11 @@ def check_sharding_type(content_metadata: Mapping[str, Any] | None) -> None:
         UnsupportedError: names the sharding type and those to choose from.
     """
     sharding_type = (content_metadata or {}).get("distrib_optim_sharding_type")
-    if sharding_type is not None and sharding_type not in RESHARDABLE:
+    if sharding_type is not None and sharding_type not in version.SHARDING_TYPES:
         raise UnsupportedError(
-            f"roll_ckpt does not support distrib_optim_sharding_type {sharding_type!r}: Megatron cannot save it as "
-            f"whole tensors, or it was not tested; choose one of {', '.join(sorted(RESHARDABLE))}"
+            f"roll_ckpt does not support distrib_optim_sharding_type {sharding_type!r} with {version.NAME}: that "
+            "cannot save or load it, or it was not tested; choose one of "
+            f"{', '.join(sorted(version.SHARDING_TYPES))}{version.since(sharding_type)}"
         )
 
 

@@ -1,7 +1,6 @@
 """Makes every stock `TorchDistSaveShardedStrategy` of this process move its bytes through roll_ckpt.
 
-Written against Megatron-core 0.16.1 (`dist_checkpointing/strategies/torch.py`, `serialization.py`). docs/megatron.md
-tells what we rely on; look there first if an update breaks something.
+docs/megatron.md tells what we rely on in Megatron-core; look there first if an update breaks something.
 """
 
 from __future__ import annotations
@@ -14,21 +13,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import megatron.core
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCaller
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from roll_ckpt import process
 from roll_ckpt.backends import start
-from roll_ckpt.backends.megatron import planning, stock_save, tracker
-from roll_ckpt.backends.megatron.facts import MARKER
+from roll_ckpt.backends.megatron import planning, requirement, stock_save, tracker, version
+from roll_ckpt.backends.megatron.facts import COMMON, MARKER
 from roll_ckpt.backends.megatron.handover import Handover
 from roll_ckpt.backends.megatron.planning import Planned
 from roll_ckpt.backends.megatron.strategy import SaveStrategy
 from roll_ckpt.config import Settings
 from roll_ckpt.disk import reads
 from roll_ckpt.errors import ConfigError
+from roll_ckpt.ranks.group import RankGroup
+from roll_ckpt.save import gate
 
 Method = Callable[..., Any]
 _BEHIND = "_roll_ckpt_behind"
@@ -54,8 +54,10 @@ def install(settings: Settings | None = None, *, switched_on_by: str = "import r
     own. The first save of a stock strategy says in one line that it goes through us, and who switched that on.
 
     Raises:
+        UnsupportedError: this Megatron-core lacks a name that roll_ckpt needs.
         ConfigError: an earlier call gave other settings.
     """
+    requirement.check()
     installed = process.part(Installed)
     if settings is not None:
         if installed.settings is not None and installed.settings != settings:
@@ -68,6 +70,8 @@ def install(settings: Settings | None = None, *, switched_on_by: str = "import r
     _wrap(TorchDistSaveShardedStrategy, "async_save", _async_save)
     _wrap(TorchDistSaveShardedStrategy, planning.HOOK, _request)
     _wrap(serialization, "save_config", _save_config)
+    for owner, name in version.savers_of_common_state():
+        _wrap(owner, name, _save_common)
     for queue in planning.queues():
         _wrap(queue, "schedule_async_request", _schedule_async_request)
 
@@ -110,6 +114,19 @@ def _async_save(
 
 def _request(original: Method, strategy: Any, writer: Any, told: Any, *_: Any) -> Any:
     return stock_save.request(strategy, Planned.told_to_hook(writer, told), _settings())
+
+
+def _save_common(original: Method, *args: Any, **kwargs: Any) -> None:
+    """Write `common.pt`, which comes first in a save of stock, into a directory that no longer says it is complete.
+
+    Stock calls it on every rank and writes on rank 0. If that fails, all ranks raise, where the others would hang.
+    """
+    directory = kwargs.get("checkpoint_dir", args[-1])
+    ranks, timeout_s = RankGroup.current(), _settings().commit_timeout_s
+    with gate.entered(ranks, f"save {COMMON} to {directory}", timeout_s), ranks.raising_together(timeout_s):
+        if ranks.rank == 0:
+            stock_save.unmark(Path(directory))
+        original(*args, **kwargs)
 
 
 def _save_config(original: Method, config: Any, checkpoint_dir: Any) -> None:
@@ -162,9 +179,8 @@ def _settings() -> Settings:
     installed = process.part(Installed)
     settings = installed.settings or Settings()
     if not installed.announced:
-        framework = f"Megatron-core {megatron.core.__version__}"
         start.announce(
-            framework, "every TorchDistSaveShardedStrategy of this process", settings, installed.by, async_save=None
+            version.NAME, "every TorchDistSaveShardedStrategy of this process", settings, installed.by, async_save=None
         )
         installed.announced = True
     return settings

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -16,11 +15,12 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from roll_ckpt import names
-from roll_ckpt.backends.megatron.checked_files import CommonState, checked, reading
-from roll_ckpt.backends.megatron.facts import COMMON, DCP_METADATA, MARKER, MARKER_BYTES
+from roll_ckpt.backends.megatron import version
+from roll_ckpt.backends.megatron.checked_files import checked, reading
+from roll_ckpt.backends.megatron.facts import COMMON, DCP_METADATA, MARKER, is_torch_dist
 from roll_ckpt.config import Settings
 from roll_ckpt.disk import reads, tree
-from roll_ckpt.errors import ModelMismatch, NotFound, UnsupportedError
+from roll_ckpt.errors import Damaged, ModelMismatch, NotFound, UnsupportedError
 from roll_ckpt.formats import sealed_json
 from roll_ckpt.formats.dcp import index as dcp_index
 from roll_ckpt.load import trust
@@ -80,9 +80,10 @@ def load_inside(
             ranks.run_on_all_ranks(lambda: stock_content_metadata(path, settings), settings.commit_timeout_s)
         check = partial(check_content, sharded_state_dict, path, settings, ranks)
         ranks.run_on_all_ranks(check, settings.commit_timeout_s, working=True)
-        common = CommonState(reader.checkpoint, trust.allowed(settings))
-        with nullcontext() if reader.checkpoint is None else checked(reader.checkpoint):
-            loaded: dict[str, Any] = dist_checkpointing.load(sharded_state_dict, str(path), strategy, common)
+        checking = nullcontext() if reader.checkpoint is None else checked(reader.checkpoint)
+        read_it = partial(read_common, allowed=trust.allowed(settings), read=reading(reader.checkpoint))
+        with checking, version.common_state_from(lambda directory: read_it(Path(directory))) as how:
+            loaded: dict[str, Any] = dist_checkpointing.load(sharded_state_dict, str(path), strategy, **how)
         return loaded
 
 
@@ -92,12 +93,12 @@ def check_complete(path: Path) -> None:
     Raises:
         NotFound: names the file that is missing.
     """
-    for name in (MARKER, DCP_METADATA, COMMON):
-        if not tree.exists(path / name):
-            hint = ""
-            if name == COMMON:
-                hint = " (Megatron-core later than 0.16 writes none, and 0.16 cannot read such a checkpoint)"
-            raise NotFound(f"{path}: no complete Megatron checkpoint: it has no {name}{hint}; load another one")
+    missing = [name for name in (MARKER, DCP_METADATA) if not tree.exists(path / name)]
+    if not missing and not tree.exists(path / COMMON):
+        index = reads.read_bytes(path / DCP_METADATA, reads.OBJECT_BYTES)
+        missing = [] if version.COMMON_OBJECT.encode() in index else [COMMON]
+    if missing:
+        raise NotFound(f"{path}: no complete Megatron checkpoint: it has no {missing[0]}; load another one")
 
 
 def stock_content_metadata(path: Path, settings: Settings) -> dict[str, Any]:
@@ -108,12 +109,12 @@ def stock_content_metadata(path: Path, settings: Settings) -> dict[str, Any]:
         Damaged: the marker or the common state cannot be parsed.
     """
     marker = sealed_json.parse_json(reads.read_bytes(path / MARKER), path / MARKER)
-    if marker != json.loads(MARKER_BYTES):
+    if not is_torch_dist(marker):
         raise UnsupportedError(
             f"{path / MARKER}: the backend {marker} wrote this checkpoint; roll_ckpt loads only what torch_dist, "
             "version 1, wrote. Load it with Megatron, and save it again as torch_dist"
         )
-    common = dcp_index.read_file(path / COMMON, trust.allowed(settings))
+    common = read_common(path, trust.allowed(settings), dcp_index.read_unchecked)
     return dist_checkpointing.load_content_metadata(preloaded_state_dict=common) or {}
 
 
@@ -128,10 +129,34 @@ def check_content(sharded_state_dict: dict[str, Any], path: Path, settings: Sett
         ModelMismatch: tensors have other names or shapes.
     """
     allowed, read = trust.allowed(settings), reading(OpenedCheckpoint.around(path))
-    index = dcp_index.read(path, [kind for kind in allowed if isinstance(kind, type)], read)
-    dcp_index.read_file(path / COMMON, allowed, read)
+    index = _index(path, allowed, read)
+    read_common(path, allowed, read, index)
     _compare(sharded_state_dict, path, index)
     dcp_index.check_objects(path, index, allowed, read, part=ranks.rank, parts=ranks.size)
+
+
+def read_common(
+    path: Path, allowed: Sequence[Any], read: dcp_index.Read, index: Metadata | None = None
+) -> dict[str, Any]:
+    """The common state of a checkpoint: `common.pt`, or without it the object in which stock 0.19 and later keep it.
+
+    No collective. `index` is that of `path`, if it was read already.
+
+    Raises:
+        Damaged: it cannot be parsed. UnsupportedError: a safe load refuses it.
+    """
+    if tree.exists(path / COMMON):
+        common: Any = [dcp_index.read_file(path / COMMON, allowed, read)]
+    else:
+        common = dcp_index.read_object(path, index or _index(path, allowed, read), version.COMMON_OBJECT, allowed, read)
+    if not isinstance(common, list) or len(common) != 1 or not isinstance(common[0], dict):
+        raise Damaged(f"{path}: its common state is no dictionary; load another checkpoint")
+    state: dict[str, Any] = common[0]
+    return state
+
+
+def _index(path: Path, allowed: Sequence[Any], read: dcp_index.Read) -> Metadata:
+    return dcp_index.read(path, [kind for kind in allowed if isinstance(kind, type)], read)
 
 
 def _compare(sharded_state_dict: dict[str, Any], path: Path, index: Metadata) -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 
 from roll_ckpt.errors import UnsupportedError
 
-TESTED_WITH = "0.16.1"
+TESTED = "0.14", "0.19"
+"""The oldest and the newest minor version with which the backend was tested."""
+INSTALL = "pip install 'megatron-core>=0.14,<0.20'"
 
 _MODULES = (
-    *("version", "facts", "fence", "checked_files", "plan", "strategy", "install", "load", "save", "handle", "cluster"),
+    *("version", "planning", "facts", "fence", "checked_files", "plan", "strategy", "install", "load", "save"),
+    *("handle", "cluster"),
 )
 
 
+@functools.cache
 def check() -> None:
     """Import every module of this backend, and so every name of Megatron-core that they use.
 
@@ -23,7 +28,6 @@ def check() -> None:
         modules = [importlib.import_module(f"roll_ckpt.backends.megatron.{name}") for name in _MODULES]
     except ImportError as problem:
         raise UnsupportedError(
-            f"roll_ckpt cannot work with this Megatron-core, or it is not installed: {problem}; "
-            f"pip install megatron-core=={TESTED_WITH}"
+            f"roll_ckpt cannot work with this Megatron-core, or it is not installed: {problem}; {INSTALL}"
         ) from problem
-    modules[0].check(TESTED_WITH)
+    modules[0].check()

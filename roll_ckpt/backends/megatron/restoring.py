@@ -14,9 +14,9 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 )
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 
+from roll_ckpt.backends.megatron import version
 from roll_ckpt.backends.megatron.binding import Binding, set_random_states
 from roll_ckpt.backends.megatron.facts import (
-    RESHARDABLE,
     check_sharding_type,
     content_metadata_of,
     parallel_layout,
@@ -72,8 +72,8 @@ def _restore(binding: Binding, path: Path, saved: Mapping[str, Any], verified: b
             raise
         raise ModelMismatch(
             f"{problem}\nOr the parallel layout differs: stock Megatron saved this optimizer as dp_reshardable, which "
-            f"loads {RESHARDABLE[sharding_type]} and in no other layout, and it does not record the layout. Start this "
-            "job as the one that saved"
+            f"loads {version.SHARDING_TYPES[sharding_type]} and in no other layout, and it does not record the layout. "
+            "Start this job as the one that saved"
         ) from None
     for key, chunk in binding.chunks().items():
         chunk.load_state_dict(loaded[key])
@@ -118,7 +118,7 @@ def _check_layout(path: Path, saved: Mapping[str, Any]) -> None:
     changed = [f"{key} {before.get(key)} to {now[key]}" for key in now if key != "dp" and before.get(key) != now[key]]
     if changed:
         raise UnsupportedError(
-            f"{path}: its optimizer was saved as dp_reshardable, which loads {RESHARDABLE['dp_reshardable']} and "
-            f"in no other layout; this job changes {', '.join(changed)}. Start it as it was saved, and save with "
-            "fully_reshardable to change the layout"
+            f"{path}: its optimizer was saved as dp_reshardable, which loads "
+            f"{version.SHARDING_TYPES['dp_reshardable']} and in no other layout; this job changes "
+            f"{', '.join(changed)}. Start it as it was saved, and save with fully_reshardable to change the layout"
         )

@@ -12,14 +12,11 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factories, is_main_replica
 from megatron.core.dist_checkpointing.serialization import _CONTENT_METADATA_KEY as CONTENT_METADATA
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.utils import (
-    _clean_metadata_for_serialization,
-    extract_nonpersistent,
-    extract_sharded_base,
-)
+from megatron.core.dist_checkpointing.utils import extract_nonpersistent, extract_sharded_base
 from torch.distributed.checkpoint.storage import WriteResult
 
 from roll_ckpt import names, process
+from roll_ckpt.backends.megatron import version
 from roll_ckpt.backends.megatron.facts import COMMON, DCP_METADATA, MARKER, MARKER_BYTES, check_sharding_type, describe
 from roll_ckpt.backends.megatron.index import StateIndex
 from roll_ckpt.backends.megatron.plan import Plan, PlannedFile, main_bytes, metadata_bytes, plan_file, structure_of
@@ -209,7 +206,7 @@ def prepare(
     _, persistent = extract_nonpersistent(sharded_state_dict)
     sharded, common = extract_sharded_base(persistent)
     if CONTENT_METADATA in common:
-        common[CONTENT_METADATA] = _clean_metadata_for_serialization(common[CONTENT_METADATA])
+        common[CONTENT_METADATA] = version.clean_metadata(common[CONTENT_METADATA])
     common_file = None
     if RankGroup.current().rank == 0:
         common_file = layout.lay_out(common, Path(COMMON).stem, root=_COMMON_STATE)

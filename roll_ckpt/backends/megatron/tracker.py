@@ -1,7 +1,7 @@
 """The tracker file, which names the checkpoint to resume from: replaced in one step, durable, and never ahead of it.
 
-Megatron-core does not know it. Megatron-LM writes it when a save is finished, after `metadata.json`, and may then delete
-the checkpoint that it named before. ms-swift writes it when an asynchronous save has begun.
+Megatron-core does not know it. Megatron-LM writes it when a save is finished, after `metadata.json`, and may then
+delete the checkpoint that it named before. ms-swift writes it when an asynchronous save has begun.
 """
 
 from __future__ import annotations

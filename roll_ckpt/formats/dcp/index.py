@@ -47,6 +47,22 @@ def _enum_member(kind: object, name: object) -> enum.Enum:
     return kind[name]
 
 
+@dataclasses.dataclass
+class _MegatronIndex(Metadata):
+    """How Megatron-core 0.15 extends the index; later versions have a class of that name that only takes attributes."""
+
+    mcore_data: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _MegatronPlan(planner.SavePlan):
+    """How Megatron-core 0.14 and 0.15 extend a plan, of which an index may keep those of all ranks."""
+
+    mcore_data: Any = None
+
+
+_MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
+
 _MODULES = {module.__name__: module for module in (metadata, planner, filesystem)}
 _PLAIN = {
     ("torch", "Size"): torch.Size,
@@ -56,6 +72,8 @@ _PLAIN = {
     ("collections", "OrderedDict"): dict,
     ("builtins", "set"): set,
     ("builtins", "getattr"): _enum_member,
+    (_MEGATRON, "MCoreMetadata"): _MegatronIndex,
+    (_MEGATRON, "MCoreSavePlan"): _MegatronPlan,
 }
 
 
@@ -252,11 +270,18 @@ def check_objects(
     keys = sorted(key for key, kind in index.state_dict_metadata.items() if isinstance(kind, BytesStorageMetadata))
     allow = list(allow)
     for key in keys[part::parts]:
-        place = index.storage_data.get(MetadataIndex(key))
-        if place is None:
-            raise Damaged(f"{directory / INDEX}: {key}: it has no place in any file")
-        data = read(directory / place.relative_path, place.offset, place.length)
-        parse(bytearray(data), f"{directory / place.relative_path}: the object {key}", allow=allow)
+        read_object(directory, index, key, allow, read)
+
+
+def read_object(
+    directory: Path, index: Metadata, key: str, allow: Iterable[Any] = (), read: Read = read_unchecked
+) -> Any:
+    """The pickled object `key` of `directory`; see `check_objects` for the errors."""
+    place = index.storage_data.get(MetadataIndex(key))
+    if place is None:
+        raise Damaged(f"{directory / INDEX}: {key}: it has no place in any file")
+    data = read(directory / place.relative_path, place.offset, place.length)
+    return parse(bytearray(data), f"{directory / place.relative_path}: the object {key}", allow=allow)
 
 
 def read_file(path: Path, allow: Iterable[Any] = (), read: Read = read_unchecked) -> Any:
