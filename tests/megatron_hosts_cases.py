@@ -66,7 +66,7 @@ def verl(folder: str) -> ModuleType:
 
 
 def verl_states(tiny: Tiny, loading: bool = False) -> dict[str, dict[str, Any]]:
-    """What verl saves apart from each other, under their directories."""
+    """What verl saves each into a directory of its own."""
     told = {"distrib_optim_sharding_type": "fully_reshardable"}
     model = model_state(tiny, told)
     optimizer = tiny.optimizer.sharded_state_dict(model, is_loading=loading, metadata=told)

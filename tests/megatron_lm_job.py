@@ -12,6 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PATCHES = ROOT / "tests" / "megatron_lm"
+HOSTS = ROOT / ".venv" / "megatron_hosts"  # has the package `six`, which Megatron-LM imports
 
 # Attention drops out by the tracker of random states. Others would draw from the generator from which data loaders take
 # their seeds, because it is the only one here; on GPUs there are two.
@@ -38,7 +39,7 @@ def async_arguments(checkout: Path) -> list[str]:
 
 
 def environment(checkout: Path, imports: str) -> dict[str, str]:
-    path = [PATCHES, ROOT, checkout, *filter(None, [os.environ.get("PYTHONPATH")])]
+    path = [PATCHES, ROOT, checkout, HOSTS, *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(map(str, path)),

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-CHECKOUT = Path(os.environ.get("MEGATRON_LM", ""))
+CHECKOUT = Path(os.environ.get("MEGATRON_LM", "")).resolve()
 STOCK, OURS = "losses", "losses roll_ckpt.megatron"
 LIMIT_S = 400.0
 INTERVAL, STEPS = 2, 18
@@ -107,7 +107,7 @@ def assert_same_checkpoint(one: Path, other: Path) -> None:
 
 
 SYNC = ["--ckpt-fully-parallel-save", "--dist-ckpt-optim-fully-reshardable"]
-ASYNC = [*SYNC, *(job.async_arguments(CHECKOUT) if CHECKOUT.name else [])]
+ASYNC = [*SYNC, *(job.async_arguments(CHECKOUT))]
 
 
 @pytest.fixture(scope="module")

@@ -97,10 +97,10 @@ def main() -> None:
         sys.meta_path.insert(0, WithoutTriton())
     if not hasattr(typing, "override"):
         typing.override = lambda method: method  # type: ignore[attr-defined]  # Megatron-LM 0.19 needs Python 3.12
-    patch_torch()
     from examples import megatron_cpu
 
     megatron_cpu.install()
+    patch_torch()
     if is_rank:
         patch_training()
         for name in os.environ.get("MEGATRON_LM_IMPORTS", "").split():
