@@ -19,7 +19,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 
 from roll_ckpt import process
 from roll_ckpt.backends import start
-from roll_ckpt.backends.megatron import planning, requirement, stock_save, version
+from roll_ckpt.backends.megatron import planning, requirement, stock_save, tracker, version
 from roll_ckpt.backends.megatron.facts import COMMON, MARKER
 from roll_ckpt.backends.megatron.handover import Handover
 from roll_ckpt.backends.megatron.planning import Planned
@@ -104,6 +104,8 @@ def _async_save(
     checkpoint_dir: Any,
     async_strategy: str = planning.DEFAULT,
 ) -> Any:
+    for owner, name in tracker.openers():  # now, because hosts import Megatron-LM's training after Megatron-core
+        _wrap(owner, name, tracker.opened)
     bound = functools.partial(original, strategy)
     if isinstance(strategy, SaveStrategy):  # which has called us for the planning
         return planning.plan(bound, sharded_state_dict, checkpoint_dir)
