@@ -13,6 +13,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 ARGS ?=
 HOST := .venv/openrlhf/.installed
+HOSTS := .venv/hosts/.installed
 LOG := .venv/setup.log
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu)
 OUTER_PATH := $(PATH)
@@ -39,7 +40,7 @@ train: ready ## the plain job in runs/train; started again, it resumes
 test: ready $(HOST) ## all tests that need no GPU, in less than 10 minutes on 2 cores
 	@python -m pytest $(ARGS)
 
-test-long: ready $(HOST) ## what `make test` leaves out: the same in more depth, and the matrix
+test-long: ready $(HOST) $(HOSTS) ## what `make test` leaves out: the same in more depth, and the matrix
 	@python -m pytest -m "long or matrix" $(ARGS)
 
 matrix: ready ## every Megatron layout against every other on 2 and 4 ranks, about ten minutes
@@ -152,6 +153,10 @@ PIP := python -m pip install --no-input --disable-pip-version-check -c constrain
 # for needs GPUs. Where it cannot be had, its test is skipped.
 $(HOST): .venv/.installed
 	$(call step,OpenRLHF$(comma) for its test,{ $(PIP) --target $(@D) --upgrade --no-deps --only-binary :all: --python-version 3.11 --abi cp311 --platform manylinux1_x86_64 openrlhf && touch $@; } || echo 'No OpenRLHF: tests/test_openrlhf.py is skipped')
+
+# Launchers that are tested, never needed: Ray and a notebook kernel, in a folder of their own.
+$(HOSTS): .venv/.installed
+	$(call step,Ray and a notebook kernel$(comma) for their tests,{ $(PIP) --target $(@D) --upgrade ray ipykernel jupyter_client && touch $@; } || echo 'No Ray: its part of tests/test_launchers.py is skipped')
 
 # DeepSpeed would compile this at the first start of every fresh machine, for half a minute, in all ranks at once.
 .venv/.comm_op: .venv/.torch | .venv/.installed
