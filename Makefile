@@ -14,6 +14,7 @@ PYTHON ?= python3
 ARGS ?=
 HOST := .venv/openrlhf/.installed
 HOSTS_OF_MEGATRON := .venv/megatron_hosts/.installed
+HOSTS := .venv/hosts/.installed
 LOG := .venv/setup.log
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu)
 OUTER_PATH := $(PATH)
@@ -40,7 +41,7 @@ train: ready ## the plain job in runs/train; started again, it resumes
 test: ready $(HOST) ## all tests that need no GPU, in less than 10 minutes on 2 cores
 	@python -m pytest $(ARGS)
 
-test-long: ready $(HOST) ## what `make test` leaves out: the same in more depth, and the matrix
+test-long: ready $(HOST) $(HOSTS) ## what `make test` leaves out: the same in more depth, and the matrix
 	@python -m pytest -m "long or matrix" $(ARGS)
 
 matrix: ready ## every Megatron layout against every other on 2 and 4 ranks, about ten minutes
@@ -169,6 +170,10 @@ $(HOST): .venv/.installed
 # The same for what calls Megatron-core: each is needed for one module of it. Megatron-LM itself asks for six.
 $(HOSTS_OF_MEGATRON): .venv/.installed
 	$(call step,verl$(comma) ms-swift$(comma) six$(comma) for their tests,$(PIP) --target $(@D) --upgrade --no-deps --only-binary :all: verl ms-swift six && touch $@)
+
+# Launchers that are tested, never needed: Ray and a notebook kernel, in a folder of their own.
+$(HOSTS): .venv/.installed
+	$(call step,Ray and a notebook kernel$(comma) for their tests,{ $(PIP) --target $(@D) --upgrade ray ipykernel jupyter_client && touch $@; } || echo 'No Ray: its part of tests/test_launchers.py is skipped')
 
 # DeepSpeed would compile this at the first start of every fresh machine, for half a minute, in all ranks at once.
 .venv/.comm_op: .venv/.torch | .venv/.installed
