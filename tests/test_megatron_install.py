@@ -81,7 +81,7 @@ def test_a_kill_never_leaves_a_complete_directory_that_is_torn(tmp_path: Path) -
         env=environment(TORCHDYNAMO_DISABLE="1"),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     told = [line.split(maxsplit=2) for line in ended.stdout.splitlines()]
     assert len(told) > 8, ended.stderr[-3000:]
