@@ -9,11 +9,10 @@ import pytest
 from worlds import environment
 
 SCRIPT = """
+import sys
 import deepspeed
 from deepspeed.runtime import engine
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.zero import stage3
-from deepspeed.utils import tensor_fragment
 {change}
 changed = dict(vars(DeepSpeedEngine))
 try:
@@ -44,9 +43,12 @@ MISSING = {
         "del engine.get_fp32_state_dict_from_zero_checkpoint",
         "deepspeed.runtime.engine.get_fp32_state_dict_from_zero_checkpoint",
     ),
-    "a class": ("del tensor_fragment.fragment_address", "deepspeed.utils.tensor_fragment.fragment_address"),
+    "a class": (
+        "del sys.modules['deepspeed.utils.tensor_fragment'].fragment_address",
+        "deepspeed.utils.tensor_fragment.fragment_address",
+    ),
     "a module": (
-        "import sys; sys.modules['deepspeed.runtime.hybrid_engine'] = None",
+        "sys.modules['deepspeed.runtime.hybrid_engine'] = None",
         "deepspeed.runtime.hybrid_engine.DeepSpeedHybridEngine",
     ),
     "an argument": (
