@@ -54,7 +54,7 @@ def save_checkpoint(
     save_dir = checkpoint_engine.expanded(save_dir)
     settings, ranks = checkpoint_engine.settings, checkpoint_engine.ranks
     name = str(tag) if tag is not None else f"global_step{checkpoint_engine.engine.global_steps}"
-    arguments = {
+    arguments: dict[str, Any] = {
         "client_state": client_state or {},
         "save_latest": False,  # we write it at the commit; versions without decoupled engines would write it as well
         "exclude_frozen_parameters": exclude_frozen_parameters,

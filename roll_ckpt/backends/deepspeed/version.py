@@ -221,7 +221,7 @@ def clean_up(checkpoint_engine: Any) -> None:
         checkpoint_engine.cleanup()
 
 
-def with_offload_states(classes: Iterable[type]) -> list[type]:
+def with_offload_states(classes: Iterable[Any]) -> list[Any]:
     """Those of the optimizers that can offload their states: before 0.17.6 only that of ZeRO-3."""
     return [optimizer for optimizer in classes if hasattr(optimizer, "offload_states")]
 
