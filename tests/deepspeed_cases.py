@@ -639,7 +639,7 @@ def own_groups() -> Iterator[None]:
     finally:
         for name in ("mpu", "mesh_device", "_ZERO_PARAM_INTRA_PARALLEL_GROUP", *TENSOR_PARALLEL_GROUPS):
             setattr(groups, name, None)
-        if "parallel_state_sp" in globals():
+        if hasattr(globals().get("parallel_state_sp"), "_release_sequence_parallel_groups"):
             parallel_state_sp._release_sequence_parallel_groups()
 
 

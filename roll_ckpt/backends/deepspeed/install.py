@@ -10,6 +10,7 @@ what we found in it; look there first if an update breaks something.
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import weakref
 from collections.abc import Callable
@@ -20,7 +21,6 @@ from deepspeed.runtime import engine as engine_module
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from deepspeed.utils import tensor_fragment
 
 from roll_ckpt.backends import start
 from roll_ckpt.backends.deepspeed import version
@@ -139,8 +139,10 @@ def install() -> None:
         optimizer.offload_states = _wrapped(optimizer.offload_states, _offload_optimizer)
     function = engine_module.get_fp32_state_dict_from_zero_checkpoint
     engine_module.get_fp32_state_dict_from_zero_checkpoint = _wrapped(function, state_dict_of_zero_checkpoint)
+    # `from deepspeed.utils import tensor_fragment` would give the class of that name.
+    where_they_are = importlib.import_module("deepspeed.utils.tensor_fragment")
     for name in _SETTERS:
-        for module in (deepspeed.utils, tensor_fragment):
+        for module in (deepspeed.utils, where_they_are):
             if hasattr(module, name):
                 setattr(module, name, _wrapped(getattr(module, name), _set_after_fence))
 
