@@ -8,12 +8,13 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help metrics run train run-worlds test test-long matrix compat torture bench bench-quick bench-gpu bench-megatron bench-push sanitize fuzz lint format clean ready
+.PHONY: help metrics run train run-worlds test test-long matrix compat torture bench bench-quick bench-gpu bench-megatron bench-megatron-lm bench-push megatron-lm sanitize fuzz lint format clean ready
 
 PYTHON ?= python3
 ARGS ?=
 HOST := .venv/openrlhf/.installed
 HOSTS := .venv/hosts/.installed
+HOSTS_OF_MEGATRON := .venv/megatron_hosts/.installed
 LOG := .venv/setup.log
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu)
 OUTER_PATH := $(PATH)
@@ -49,6 +50,10 @@ matrix: ready ## every Megatron layout against every other on 2 and 4 ranks, abo
 compat: ready ## the core tests with other versions: ROWS="newest oldest", ROWS=short, or all, for hours; fills docs/support.md
 	@python tests/compat/run.py --rows "$(or $(ROWS),all)" $(ARGS)
 
+megatron-lm: ready $(HOSTS_OF_MEGATRON) ## Megatron-LM's own pretrain_gpt.py, and the modules of verl and ms-swift: make megatron-lm MEGATRON_LM=/a/checkout
+	$(need_megatron_lm)
+	@python -m pytest tests/test_megatron_lm.py tests/test_megatron_hosts.py -v $(ARGS)
+
 N ?= 1000
 torture: ready ## kill runs N times (default 1000) at every point that has a name and at others: a table, and what was lost
 	@python tests/torture.py --kills $(N) $(ARGS)
@@ -72,8 +77,16 @@ bench-gpu: ready ## what a save of CUDA tensors costs, on a machine with a GPU: 
 bench-megatron: ready ## how long a Megatron save holds up training: stock's and ours
 	@python benchmarks/megatron_stall.py $(ARGS)
 
+bench-megatron-lm: ready $(HOSTS_OF_MEGATRON) ## the same in Megatron-LM's own training loop
+	$(need_megatron_lm)
+	@python benchmarks/megatron_lm_stall.py $(ARGS)
+
 bench-push: ready ## what pushing to the Hub costs the training loop
 	@python benchmarks/push_cost.py $(ARGS)
+
+define need_megatron_lm
+$(call need,test -f "$$MEGATRON_LM/pretrain_gpt.py",MEGATRON_LM names no checkout of Megatron-LM. Get one: git clone --depth 1 -b core_v0.16.1 https://github.com/NVIDIA/Megatron-LM ../Megatron-LM; then: make $@ MEGATRON_LM=../Megatron-LM)
+endef
 
 # ThreadSanitizer itself dies of a fork that starts threads.
 FORKS := tests/test_native.py::test_a_forked_child_is_refused_and_ends_in_peace
@@ -140,7 +153,7 @@ PIP := python -m pip install --no-input --disable-pip-version-check -c constrain
 	$(call step,torch and numpy,$(PIP) torch numpy)
 	@touch $@
 
-.venv/.installed: .venv/.torch pyproject.toml setup.py $(CSRC)
+.venv/.installed: .venv/.torch pyproject.toml setup.py roll_ckpt/activation/startup.py $(CSRC)
 	$(call step,roll_ckpt$(comma) its extension and what it needs,$(PIP) $(if $(filter .venv/.torch pyproject.toml,$?),,--no-deps) --no-build-isolation -e '.[deepspeed$(comma)megatron$(comma)hub$(comma)examples$(comma)dev]')
 	@touch $@
 
@@ -157,6 +170,10 @@ $(HOST): .venv/.installed
 # Launchers that are tested, never needed: Ray and a notebook kernel, in a folder of their own.
 $(HOSTS): .venv/.installed
 	$(call step,Ray and a notebook kernel$(comma) for their tests,{ $(PIP) --target $(@D) --upgrade ray ipykernel jupyter_client && touch $@; } || echo 'No Ray: its part of tests/test_launchers.py is skipped')
+
+# The same for what calls Megatron-core: each is needed for one module of it. Megatron-LM itself asks for six.
+$(HOSTS_OF_MEGATRON): .venv/.installed
+	$(call step,verl$(comma) ms-swift$(comma) six$(comma) for their tests,$(PIP) --target $(@D) --upgrade --no-deps --only-binary :all: verl ms-swift six && touch $@)
 
 # DeepSpeed would compile this at the first start of every fresh machine, for half a minute, in all ranks at once.
 .venv/.comm_op: .venv/.torch | .venv/.installed

@@ -31,6 +31,9 @@ the names.
 | a pipeline | a YAML file, read by `PipelineConfig.from_yaml(path)`, or keyword arguments of `PipelineConfig` |
 | a DeepSpeed script | the object `checkpoint.roll_ckpt` of the DeepSpeed config |
 | `roll_ckpt.megatron` | `Settings(…)` of `roll_ckpt.config`, given as `settings=` |
+| the variable `ROLL_CKPT` | [JSON, or a file](deepspeed.md#in-a-script-you-would-rather-not-touch) |
+
+The variable has the keys of a DeepSpeed script; Megatron-core takes those of [every way in](#every-way-in).
 
 **No setting holds a secret.** Configurations end up in logs, and DeepSpeed copies its config into every checkpoint. A
 value that looks like a token of the Hugging Face Hub, or an address that holds a password, is refused. A token comes

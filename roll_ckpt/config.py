@@ -238,7 +238,7 @@ class Upload(Section):
     type: Literal["file_system"]
     output_dir: Directory
     """The directory that receives `checkpoint-N`; never the run's own output directory, or one inside it. Give each run
-    its own: a checkpoint that another run saved under the same name is replaced."""
+    its own: where another run has uploaded a checkpoint of the same name, it stays, and the upload is refused."""
     async_upload: bool = True
     """True: upload in the background. False: `do_checkpoint` returns when the upload is done."""
 

@@ -19,7 +19,6 @@ import torch.distributed as dist
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
-from deepspeed.runtime.sequence_parallel import parallel_state_sp
 from deepspeed.sequence.layer import DistributedAttention
 from deepspeed.utils import groups
 from late_copies import copied, hooks_off, late_copies
@@ -39,6 +38,9 @@ from roll_ckpt.native import extension
 from roll_ckpt.save import arena, cluster_save
 from roll_ckpt.save import pending as pending_module
 from roll_ckpt.save.cluster_save import ClusterSave
+
+with contextlib.suppress(ImportError):  # since DeepSpeed 0.17.0
+    from deepspeed.runtime.sequence_parallel import parallel_state_sp
 
 BLOCK = 1 << 16
 SMALL_IO = {"block_bytes": BLOCK}
@@ -637,7 +639,8 @@ def own_groups() -> Iterator[None]:
     finally:
         for name in ("mpu", "mesh_device", "_ZERO_PARAM_INTRA_PARALLEL_GROUP", *TENSOR_PARALLEL_GROUPS):
             setattr(groups, name, None)
-        parallel_state_sp._release_sequence_parallel_groups()
+        if "parallel_state_sp" in globals():
+            parallel_state_sp._release_sequence_parallel_groups()
 
 
 TENSOR_PARALLEL_GROUPS = ("_TENSOR_MODEL_PARALLEL_GROUP", "_MODEL_PARALLEL_GROUP", "_DATA_PARALLEL_GROUP")

@@ -6,8 +6,10 @@ import dataclasses
 import gc
 import importlib
 import inspect
+import json
 import logging
 import os
+import pickle
 import pkgutil
 import signal
 import sys
@@ -26,8 +28,12 @@ megatron_cpu.install()
 
 import megatron.core  # noqa: E402
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel  # noqa: E402
+from megatron.core.dist_checkpointing.mapping import ShardedObject  # noqa: E402
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess  # noqa: E402
+from megatron.core.dist_checkpointing.strategies import torch as strategies  # noqa: E402
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue  # noqa: E402
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper  # noqa: E402
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy  # noqa: E402
 
 from roll_ckpt.backends.megatron import facts, handle  # noqa: E402
 from roll_ckpt.backends.megatron.handle import MegatronHandle  # noqa: E402
@@ -127,6 +133,34 @@ def stock_save(
     return nothing
 
 
+def stock_save_as_0_19(tiny: Tiny, directory: Path, sharding_type: str) -> Callable[[], None]:
+    """As stock 0.19 does, with the installed version: the common state is an object, and there is no `common.pt`."""
+    rank = dist.get_rank()
+    if rank == 0:
+        directory.mkdir(parents=True)
+    dist.barrier()
+    state = {**stock_state(tiny, sharding_type), "content_metadata": facts.content_metadata_of(sharding_type)}
+    sharded, common = save_preprocess(state)
+    sharded["common_state"] = ShardedObject("common_state", common, (1,), (0,), replica_id=rank)
+    TorchDistSaveShardedStrategy("torch_dist", 1).save(sharded, directory)
+    if rank == 0:
+        told = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+        (directory / "metadata.json").write_text(json.dumps(told))
+    dist.barrier()
+    return nothing
+
+
+def make_index_of_0_15(layout: str, directory: str) -> None:
+    """Let the index of a checkpoint be of the class that Megatron-core 0.15 has for it."""
+    if dist.get_rank() == 0 and hasattr(strategies, "MCoreMetadata"):
+        path = Path(directory) / ".metadata"
+        index = pickle.loads(path.read_bytes())
+        changed = strategies.MCoreMetadata.__new__(strategies.MCoreMetadata)
+        changed.__dict__.update(vars(index), mcore_data={})
+        path.write_bytes(pickle.dumps(changed))
+    dist.barrier()
+
+
 def save_with_our_strategy(tiny: Tiny, directory: Path, sharding_type: str) -> Callable[[], None]:
     return stock_save(tiny, directory, sharding_type, SaveStrategy())
 
@@ -148,6 +182,7 @@ def save_through_the_queue(tiny: Tiny, directory: Path, sharding_type: str) -> C
 SAVE = {
     "ours": our_save,
     "stock": stock_save,
+    "stock as 0.19": stock_save_as_0_19,
     "stock with our strategy": save_with_our_strategy,
     "stock's queue with our strategy": save_through_the_queue,
 }

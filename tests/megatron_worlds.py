@@ -42,7 +42,7 @@ SERIALIZATION, STRATEGIES = "dist_checkpointing/serialization.py", "dist_checkpo
 HAS_RESHARDABLE = bool(MISSING) or _has(OPTIMIZER, "sharded_param_state_dp_reshardable")
 FORMS = ("dp_reshardable", "fully_reshardable") if HAS_RESHARDABLE else ("fully_sharded_model_space",)
 """The sharding types of the distributed optimizer that are tried in every layout."""
-MAKES = {*FORMS, *(["fully_sharded_model_space"] if _has(MAPPING, "from_rank_offsets_flat") else [])}
+MAKES = {*FORMS, *(["fully_sharded_model_space"] if _has(MAPPING, "def from_rank_offsets_flat(") else [])}
 """All of them that we can save with it."""
 UNGATHERED, ANY_LAYOUT = FORMS[0], FORMS[-1]
 NO_RESHARDABLE = "" if HAS_RESHARDABLE else "before 0.15 Megatron-core has neither dp_reshardable nor fully_reshardable"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from tiny import engine, train
 from roll_ckpt import BasePipeline, Cluster, PipelineConfig, process
 from roll_ckpt.disk import tree
 from roll_ckpt.save import pending
+from roll_ckpt.upload.hub import version
 
 _held: list[BasePipeline] = []
 
@@ -57,6 +60,27 @@ def hub_out_of_reach(out: str) -> str:
     os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
     made = pipeline(out, Cluster("actor", engine(2, "bf16", None)), resume_from_checkpoint="hf://dev/run")
     return raised(made.resume)
+
+
+def hub_too_old(out: str) -> str:
+    """Resume where the huggingface_hub of rank 0 is too old, and the other ranks, which push nothing, have none."""
+    hub, number = sys.modules.get("huggingface_hub"), "0.33.5"
+    if dist.get_rank() == 0:
+        hub = importlib.import_module("huggingface_hub")
+        number, hub.__version__ = hub.__version__, number  # type: ignore[attr-defined]
+    else:
+        sys.modules["huggingface_hub"] = None  # type: ignore[assignment]
+    version.installed.cache_clear()
+    try:
+        upload = {"type": "hub", "repo_id": "dev/run"}
+        return raised(pipeline(out, Cluster("actor", engine(2, "bf16", None)), checkpoint_config=upload).resume)
+    finally:
+        if dist.get_rank() == 0:
+            hub.__version__ = number  # type: ignore[union-attr]
+        elif hub is None:
+            del sys.modules["huggingface_hub"]
+        else:
+            sys.modules["huggingface_hub"] = hub
 
 
 def another_model(out: str, checkpoint: str) -> str:

@@ -13,9 +13,9 @@ import torch
 from megatron_cpu import gathered
 
 from roll_ckpt.backends.megatron.facts import content_metadata_of
+from roll_ckpt.backends.megatron.save import save as megatron_save
 from roll_ckpt.formats.tensor_index.cover import check_cover
 from roll_ckpt.load.checkpoint import OpenedCheckpoint
-from roll_ckpt.megatron import save as megatron_save
 
 ROLES = {"param": "master", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
@@ -54,7 +55,7 @@ def test_long_alone():
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, object]]:
+def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """What a core suite in miniature says, run by pytest with our conftest."""
     folder = tmp_path_factory.mktemp("core")
     (folder / "test_cases.py").write_text(CASES)
@@ -68,7 +69,7 @@ def row(**reasons: str) -> rows.Row:
     return rows.Row("some", "a host", "3.11", dict.fromkeys(rows.PACKAGES, "1.0"), reasons=reasons)
 
 
-def test_each_cell_says_what_became_of_its_tests(parts: dict[str, dict[str, object]]) -> None:
+def test_each_cell_says_what_became_of_its_tests(parts: dict[str, dict[str, Any]]) -> None:
     result = {"date": "2026-01-02", "seconds": 3, "parts": parts}
     cells = {part: table.cell(row(), part, result) for part in rows.PARTS}
     assert cells["python"] == "3.11 ✓"
@@ -78,13 +79,20 @@ def test_each_cell_says_what_became_of_its_tests(parts: dict[str, dict[str, obje
     assert cells["megatron-core"] == "1.0: no test ran"
 
 
-def test_a_row_is_fine_only_if_every_part_passed_or_its_reason_is_known(parts: dict[str, dict[str, object]]) -> None:
+def test_a_row_is_fine_only_if_every_part_passed_or_its_reason_is_known(parts: dict[str, dict[str, Any]]) -> None:
     result = {"date": "2026-01-02", "seconds": 3, "parts": parts}
     reasons = dict.fromkeys(("torch", "deepspeed", "megatron-core", "huggingface_hub"), "its maker says no")
     assert not table.passed(row(), result)
     assert table.passed(row(**reasons), result)
     assert table.cell(row(**reasons), "torch", result) == "1.0: its maker says no"
     assert not table.passed(row(**reasons), {"date": "2026-01-02", "failed": "torch 1.0 failed: no wheel"})
+
+
+def test_only_what_failed_twice_has_failed(parts: dict[str, dict[str, Any]]) -> None:
+    fine = {"torch": {"passed": 1, "failed": 0, "skipped": 0, "reason": ""}}
+    assert table.after_second_run(parts, fine)["torch"] == {"passed": 2, "failed": 0, "skipped": 0, "reason": ""}
+    assert table.after_second_run(parts, {"torch": {**parts["torch"], "passed": 0}})["torch"] == parts["torch"]
+    assert table.after_second_run(parts, fine)["python"] == parts["python"]
 
 
 def test_a_row_that_never_ran_is_said_to_be_so() -> None:

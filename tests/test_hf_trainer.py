@@ -23,6 +23,7 @@ out, steps, keep, resume = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.
 config = {
     "train_micro_batch_size_per_gpu": "auto",
     "gradient_accumulation_steps": "auto",
+    "fp16": {"enabled": False},  # or else transformers 4 casts what goes into the model to fp16
     "zero_optimization": {"stage": 2},
     "zero_allow_untested_optimizer": True,
     "checkpoint": {"roll_ckpt": {"staging": {"check": "full"}}},
@@ -73,7 +74,7 @@ def run(tmp_path: Path, out: str, steps: int, *, keep: int, resume: bool = False
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     told: dict[str, float] = json.loads(done.stdout.split("RESULT ")[1].splitlines()[0])

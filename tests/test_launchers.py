@@ -1,4 +1,4 @@
-"""The variable ROLL_CKPT alone switches roll_ckpt on, whatever starts the processes, and off again: engines are asked.
+"""ROLL_CKPT alone switches roll_ckpt on, whatever starts the processes, and off again: the engine is asked.
 
 Ray and Jupyter are not needed by anything else here: `make test-long` installs them into a folder of their own.
 """

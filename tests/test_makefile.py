@@ -36,6 +36,8 @@ ELSEWHERE = {
     "clean": "it removes the environment that this test needs",
     "bench": "it installs the peers; test_benchmark.py runs its module without them",
     "bench-quick": "the same",
+    "megatron-lm": "it needs a checkout of Megatron-LM; without one it says so",
+    "bench-megatron-lm": "the same",
     "sanitize": "it builds the extension twice, for minutes; its command line is checked below",
 }
 

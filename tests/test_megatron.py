@@ -18,9 +18,11 @@ import torch
 from megatron_worlds import (
     ANY_LAYOUT,
     COMMON_READER,
+    FORMS,
     MAKES,
     MISSING,
     NO_RESHARDABLE,
+    TWO_RANKS,
     UNGATHERED,
     WRITES_COMMON,
     Saved,
@@ -80,6 +82,13 @@ def test_stock_and_we_load_what_we_saved_in_other_layouts(
     assert (tmp_path / "run" / "latest").read_text() == "iter_2"
 
 
+def test_we_load_what_stock_saves_since_0_19_and_has_saved_until_0_15(megatron: Worlds, tmp_path: Path) -> None:
+    saved = megatron.save(tmp_path / "iter_2", "TP2", who="stock as 0.19")
+    assert not (saved.directory / "common.pt").exists()
+    megatron.call("TP2", "make_index_of_0_15", str(saved.directory))
+    megatron.check_load(saved, "TP2", "ours")
+
+
 @CORE
 def test_we_load_what_stock_saved_in_other_layouts(megatron: Worlds, stock_saved_once: Saved) -> None:
     for there in ("TP2", VPP):
@@ -125,9 +134,8 @@ def test_random_states_make_the_difference_under_dropout(
 
 @pytest.mark.long
 @CORE
-@pytest.mark.parametrize(
-    ("layout", "sharding_type"), [("TP2", "fully_reshardable"), ("PP2", "dp_reshardable"), ("DP2", "fully_reshardable")]
-)
+@pytest.mark.parametrize("sharding_type", FORMS)
+@pytest.mark.parametrize("layout", TWO_RANKS)
 def test_killed_inside_a_save_a_model_resumes_on_the_same_losses(
     megatron: Worlds, tmp_path: Path, layout: str, sharding_type: str
 ) -> None:

@@ -246,6 +246,13 @@ def test_a_hub_that_cannot_be_reached_is_told_on_every_rank(two_ranks: World, tm
     assert not (tmp_path / f"run{names.PULLED}").exists()
 
 
+def test_a_destination_that_cannot_work_is_told_on_every_rank_before_training(two_ranks: World, tmp_path: Path) -> None:
+    pytest.importorskip("huggingface_hub")
+    for outcome in two_ranks.call(f"{CASES}:hub_too_old", str(tmp_path / "run")):
+        assert outcome.startswith("UnsupportedError") and "huggingface_hub 0.33.5 is too old" in outcome
+    assert not (tmp_path / "run").exists()
+
+
 def test_bad_input_is_told_with_nothing_on_disk_touched(two_ranks: World, tmp_path: Path) -> None:
     for outcome in two_ranks.call(f"{CASES}:bad_input", str(tmp_path / "run")):
         assert outcome["twice"].startswith("ConfigError") and "actor" in outcome["twice"]

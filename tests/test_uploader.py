@@ -73,6 +73,17 @@ while made._process is None or push_queue.list_entries(run)[0].attempts < tries:
 raise RuntimeError("the loss is not a number")
 """
 
+WAITS = """
+import sys, threading
+from pathlib import Path
+from roll_ckpt.upload.hub.uploader import Uploader
+made = Uploader(
+    Path(sys.argv[1]), on_end=lambda ended: None, background=lambda work, name: threading.Thread(target=work).start()
+)
+made.notify()
+print(made.wait("checkpoint-1", 60, print))
+"""
+
 TURNED_AROUND = """
 import sys
 from pathlib import Path
@@ -404,9 +415,8 @@ def test_packages_do_not_come_before_the_standard_library(run: Path, tmp_path: P
     (packages / "json.py").write_text("raise ImportError('this is not the one')")
     (packages / "others.pth").write_text("\n".join(site.getsitepackages()))
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    code = CRASHES.replace("made.notify()", "made.notify()\nprint(made.wait('checkpoint-1', 60, print))")
     told = subprocess.run(
-        [tmp_path / "venv/bin/python", "-c", code, "0", run], env=environment, capture_output=True, text=True, cwd="/"
+        [tmp_path / "venv/bin/python", "-c", WAITS, run], env=environment, capture_output=True, text=True, cwd="/"
     )
     assert "this is not the one" not in told.stderr and "state='cancelled'" in told.stdout, told.stderr
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import runs
+from test_lineage import Saver
 
 from roll_ckpt.disk import failpoints
 from roll_ckpt.errors import ConfigError, Damaged, NotFound
@@ -48,6 +49,32 @@ def test_an_incomplete_or_other_copy_is_replaced(run: Path, tmp_path: Path) -> N
         assert "checkpoint-1" in file_system.owed(run, tmp_path)
         file_system.upload(run / "checkpoint-1", tmp_path)
         assert verification.verify(copy) == [] and os.listdir(tmp_path) == ["checkpoint-1"]
+
+
+def test_a_copy_of_another_run_is_left_alone(tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    for run in ("one", "other"):
+        saver = Saver(runs.claim(tmp_path / run))
+        saver.save("checkpoint-1", 1)
+        saver.epoch.release()
+    file_system.upload(tmp_path / "one/checkpoint-1", there)
+    other = file_system.FileSystemDestination(tmp_path / "other", there)
+    for refused in (other.check, lambda: other.upload("checkpoint-1")):
+        with pytest.raises(ConfigError, match="another run has uploaded"):
+            refused()
+    assert file_system.is_complete(tmp_path / "one/checkpoint-1", there / "checkpoint-1")
+    assert other.owed() == ["checkpoint-1"] and os.listdir(there) == ["checkpoint-1"]
+
+
+def test_a_step_that_the_same_run_saved_again_replaces_its_copy(tmp_path: Path) -> None:
+    for start in (1, 2):
+        saver = Saver(runs.claim(tmp_path / "run"))
+        saver.save("checkpoint-1", start)
+        saver.epoch.release()
+        destination = file_system.FileSystemDestination(tmp_path / "run", tmp_path / "there")
+        destination.check()
+        destination.upload("checkpoint-1")
+        assert destination.owed() == []
 
 
 def test_a_damaged_checkpoint_is_not_uploaded(run: Path, tmp_path: Path) -> None:

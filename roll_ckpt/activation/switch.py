@@ -168,7 +168,7 @@ def _gate(owner: Any, name: str, begins: Callable[..., None]) -> None:
 
 
 def _engine_begins(engine: Any) -> None:
-    if _asked(DEEPSPEED):
+    if _asked(DEEPSPEED) or DEEPSPEED in _tried:  # a notebook may have unset the variable since
         _refuse(DEEPSPEED, _installed(DEEPSPEED))
     else:
         _warn_of_section(engine)

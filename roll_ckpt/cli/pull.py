@@ -9,6 +9,7 @@ from roll_ckpt.cli.paths import argument
 from roll_ckpt.cli.printing import FINE, human_bytes, print_json, print_line
 from roll_ckpt.formats import manifests
 from roll_ckpt.upload.hub import pull as hub_pull
+from roll_ckpt.upload.hub import version
 from roll_ckpt.upload.hub.address import Remote
 from roll_ckpt.upload.hub.progress import progress_bar
 
@@ -36,6 +37,7 @@ def add_command(commands: Commands) -> None:
 def pull(args: argparse.Namespace) -> int:
     """Bring a checkpoint from the Hub."""
     remote = Remote.parse(args.uri)
+    version.warn_if_newer()
     moved = False
     with progress_bar() as bar:
 

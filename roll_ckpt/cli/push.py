@@ -14,7 +14,7 @@ from roll_ckpt.cli.queue import show_queue, spell_repository
 from roll_ckpt.errors import ConfigError, HubUnavailable
 from roll_ckpt.formats import manifests
 from roll_ckpt.upload.hub import push as hub_push
-from roll_ckpt.upload.hub import push_queue, worker
+from roll_ckpt.upload.hub import push_queue, version, worker
 from roll_ckpt.upload.hub.address import Remote
 from roll_ckpt.upload.hub.progress import ProgressBar, progress_bar
 from roll_ckpt.upload.hub.push_queue import Repository
@@ -45,6 +45,7 @@ def add_command(commands: Commands) -> None:
 
 def push(args: argparse.Namespace) -> int:
     """Push a checkpoint, or everything that a run owes."""
+    version.warn_if_newer()
     place = locate(args.path)
     recorded = push_queue.repository(place.output_dir)
     repository = _repository(place, recorded, args)

@@ -230,6 +230,7 @@ class BasePipeline:
             The step of the checkpoint (go on at step + 1), or None if there is none to resume from (start at step 0).
 
         Raises, on every rank:
+            ConfigError, UnsupportedError: nothing can be uploaded to `checkpoint_config`; nothing was written.
             RunIsLive: another live run owns the output directory.
             NotFound: the path holds no complete checkpoint, or lacks a registered cluster or component.
             HubRefused, HubUnavailable, NoRoom: the checkpoint could not be pulled from the Hub.
@@ -239,11 +240,15 @@ class BasePipeline:
             UnsupportedError: it was saved on another number of ranks, or holds objects that a safe load refuses.
             ModelMismatch: it holds another model, or one of another framework.
         """
+        uploads = self._ranks.rank == 0 and sends(self._own_clusters, self.config.expected_clusters)
         with _entered(self._ranks, "resume from", self.config):
+            if self.config.checkpoint_config is not None:
+                check = self._after_commit.check if uploads else lambda: None
+                self._ranks.run_on_all_ranks(check, self.config.commit_timeout_s)
             listed = candidates.claim_and_list(self._ranks, self.config, self._own_clusters)
             with candidates.open_chosen(self._ranks, self.config, listed) as chosen:
                 step = None if chosen is None else self._restore(*chosen)
-        if self._ranks.rank == 0 and sends(self._own_clusters, self.config.expected_clusters):
+        if uploads:
             self._after_commit.catch_up(self.config.output_dir)
         return step
 

@@ -45,6 +45,11 @@ class AfterCommit:
         """From now on, upload every checkpoint of `output_dir` to the destination that `section` describes."""
         self._destination = make(section, output_dir, self._ended, self._settings.exit_timeout_s)
 
+    def check(self) -> None:
+        """Refuse a destination to which no upload can succeed. Raises what `Destination.check` does."""
+        if self._destination is not None:
+            self._destination.check()
+
     def __call__(self, save: Save, *, awaited: bool = False) -> None:
         """Upload and prune. With `awaited`, block until the checkpoint is uploaded.
 

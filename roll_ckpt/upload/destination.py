@@ -23,6 +23,13 @@ class Destination(Protocol):
     in_background: ClassVar[bool]
     """True if `upload` returns before the checkpoint is uploaded."""
 
+    def check(self) -> None:
+        """Refuse before training what would fail at the first upload; writes nothing and makes no request.
+
+        Raises:
+            ConfigError: the settings do not fit what is there. UnsupportedError: a package that it needs is too old.
+        """
+
     def owed(self) -> list[str]:
         """The committed checkpoints that are not uploaded yet, the oldest first. They must not be pruned.
 

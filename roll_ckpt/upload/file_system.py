@@ -57,6 +57,12 @@ class FileSystemDestination:
     def owed(self) -> list[str]:
         return self._copies.owed()
 
+    def check(self) -> None:
+        output_dir, upload_dir = self._copies.output_dir, self._copies.upload_dir
+        _refuse_inside(output_dir, upload_dir)
+        for manifest in listing.committed(output_dir, report=lambda problem: log.debug("%s", problem)):
+            _refuse_other_run(upload_dir / manifest.name, manifest)
+
     def upload(self, name: str, *, again: bool = False) -> None:
         with self._one_at_a_time:
             _record(self._copies.output_dir, self._copies.upload_dir)
@@ -140,18 +146,18 @@ def upload(checkpoint_dir: Path, upload_dir: Path, progress: Callable[[int], Non
 
     Raises:
         Damaged: a file is not as it was committed; nothing appears under the final name.
-        NotFound: there is no such checkpoint. ConfigError: `upload_dir` lies inside the run's directory.
+        NotFound: there is no such checkpoint. ConfigError: `upload_dir` lies inside the run's directory, or holds a
+            checkpoint of this name that another run has uploaded.
         SaveFailed: another process changed the copy while it was written. OSError: the disk refused.
     """
-    source = checkpoint_dir.parent.resolve()
-    if upload_dir.resolve() == source or source in upload_dir.resolve().parents:
-        raise ConfigError(f"uploads to {upload_dir} would lie inside {checkpoint_dir.parent}; choose another directory")
+    _refuse_inside(checkpoint_dir.parent, upload_dir)
     with reader_locks.reading(checkpoint_dir):
         manifest = manifests.read(checkpoint_dir)
         name = manifest.name
         _remove_leftovers(upload_dir, manifest)
         if is_complete(checkpoint_dir, upload_dir / name):
             return
+        _refuse_other_run(upload_dir / name, manifest)
         staging = upload_dir / names.attempt_dir(name, manifest.epoch, manifest.attempt)
         writes.make_dirs(upload_dir)
         writes.make_dir(staging)
@@ -162,6 +168,31 @@ def upload(checkpoint_dir: Path, upload_dir: Path, progress: Callable[[int], Non
     _publish(staging, upload_dir / name)
     failpoints.failpoint("upload.renamed", name=name)
     writes.remove_tree(staging)
+
+
+def _refuse_inside(output_dir: Path, upload_dir: Path) -> None:
+    source = output_dir.resolve()
+    if upload_dir.resolve() == source or source in upload_dir.resolve().parents:
+        raise ConfigError(f"uploads to {upload_dir} would lie inside {output_dir}; choose another directory")
+
+
+def _refuse_other_run(copy: Path, manifest: Manifest) -> None:
+    """ConfigError if `copy` is a checkpoint of another run, which may be the only one left of it.
+
+    Checkpoints of one run, also of its restarts, have one series. A copy that cannot be read is replaced.
+    """
+    try:
+        theirs = manifests.read(copy)
+    except (OSError, Damaged) as problem:
+        log.debug("%s is no checkpoint of another run: %s", copy, problem)
+        return
+    ours, other = manifest.lineage.series, theirs.lineage.series
+    if ours and other and ours != other:  # older formats name no series
+        raise ConfigError(
+            f"{copy}: there lies a checkpoint of this name that another run has uploaded; it was left alone, and "
+            f"{manifest.name} was not uploaded. Let every run upload to a directory of its own, or remove that copy "
+            "if nothing needs it"
+        )
 
 
 def _remove_leftovers(upload_dir: Path, manifest: Manifest) -> None:

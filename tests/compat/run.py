@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from datetime import date
+from typing import Any
 
 import environment
 import table
@@ -25,16 +26,24 @@ from rows import Row, chosen
 LIMIT_S = 3600
 
 
-def core(made: Environment, arguments: list[str]) -> dict[str, dict[str, object]]:
-    """Run the core tests in the row's environment; what became of each part.
+def core(made: Environment, arguments: list[str]) -> dict[str, dict[str, Any]]:
+    """Run the core tests in the row's environment; what became of each part. Those that fail run a second time, alone:
+    on a busy machine a limit of time may end a sound test.
 
     Raises:
         CannotBuild: they could not be run at all.
     """
-    report = made.directory / "report.xml"
+    parts = _pytest(made, "first", arguments)
+    if any(told["failed"] for told in parts.values()):
+        parts = table.after_second_run(parts, _pytest(made, "second", ["--last-failed", *arguments]))
+    return parts
+
+
+def _pytest(made: Environment, which: str, arguments: list[str]) -> dict[str, dict[str, Any]]:
+    report = made.directory / f"{which}.xml"
     command = [made.python, "-m", "pytest", "-m", "core", "-q", "--durations=15", f"--junitxml={report}", *arguments]
     with open(made.directory.with_suffix(".log"), "a", encoding="utf-8") as log:
-        print("== core tests:", *command, file=log, flush=True)
+        print(f"== core tests, {which} run:", *command, file=log, flush=True)
         try:
             subprocess.run(
                 command, cwd=made.tree, env=made.variables(), stdout=log, stderr=subprocess.STDOUT, timeout=LIMIT_S

@@ -42,6 +42,17 @@ def of_report(report: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+def after_second_run(first: dict[str, dict[str, Any]], second: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What became of each part, if those that failed in the first run had a second one."""
+    nothing = {"passed": 0, "failed": 0, "reason": ""}
+    return {
+        part: {**told, "passed": told["passed"] + again["passed"], "failed": again["failed"], "reason": again["reason"]}
+        if told["failed"]
+        else told
+        for part, told, again in ((part, told, second.get(part, nothing)) for part, told in first.items())
+    }
+
+
 def _first(problem: ElementTree.Element) -> str:
     """The line that names the error: of a rank's traceback the last one, else the message."""
     lines = [line.strip() for line in (problem.text or "").partition("--- log")[0].splitlines()]

@@ -134,8 +134,8 @@ def install() -> None:
         return
     for name, replacement in _ENGINE_METHODS.items():
         setattr(DeepSpeedEngine, name, _wrapped(getattr(DeepSpeedEngine, name), replacement))
-    optimizers: list[Any] = [DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3]
-    for optimizer in version.with_offload_states(optimizers):  # some trainers call it there
+    # Some trainers call it there.
+    for optimizer in version.with_offload_states([DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3]):
         optimizer.offload_states = _wrapped(optimizer.offload_states, _offload_optimizer)
     function = engine_module.get_fp32_state_dict_from_zero_checkpoint
     engine_module.get_fp32_state_dict_from_zero_checkpoint = _wrapped(function, state_dict_of_zero_checkpoint)

@@ -59,7 +59,7 @@ def _zero_1_and_2(optimizer: Any, model: Model, of_parameter: _OfParameter) -> t
     for group, parameters in enumerate(optimizer.round_robin_bit16_groups):
         likes, offsets = optimizer.round_robin_bit16_meta[group], version.flat_offsets(optimizer, group)
         parts = [(p, at, like.numel()) for p, at, like in zip(parameters, offsets, likes, strict=True)]
-        size = optimizer.partition_size[group]
+        size = int(optimizer.partition_size[group])  # a float up to DeepSpeed 0.17
         first = dist.get_rank(optimizer.real_dp_process_group[group]) * size
         runs = _flat(parts, first, first + size, of_parameter)
         named[f"optimizer_state_dict.single_partition_of_fp32_groups.{group}"] = MASTER, runs

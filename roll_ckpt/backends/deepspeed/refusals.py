@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import deepspeed
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
@@ -40,12 +41,12 @@ def refuse_parts(engine: DeepSpeedEngine) -> None:
     Raises:
         UnsupportedError: names what cuts the model into parts.
     """
+    in_slices = version.autotp_size(engine) > 1 and engine.zero_optimization_stage() < ZeroStageEnum.weights
     experts = engine.expert_parallel_group.values() if engine.has_moe_layers else ()
     for name, in_use in {
         "a PipelineModule": isinstance(engine, PipelineEngine),
         "experts on several ranks": any(dist.get_world_size(group) > 1 for group in experts),
-        "AutoTP below ZeRO-3": version.autotp_size(engine) > 1
-        and engine.zero_optimization_stage() < ZeroStageEnum.weights,
+        "AutoTP below ZeRO-3": in_slices,
     }.items():
         if in_use:
             raise UnsupportedError(
@@ -138,6 +139,11 @@ def _refusals_of_engine(engine: DeepSpeedEngine) -> dict[str, tuple[bool, str]]:
             engine.mesh_device is not None and engine.sequence_parallel_size > 1,
             "all ranks that share a sequence would write the same files. Give DeepSpeed an mpu instead: "
             "deepspeed.runtime.sequence_parallel.parallel_state_sp",
+        ),
+        "bf16 without ZeRO": (
+            version.loses_bf16(engine),
+            f"DeepSpeed {deepspeed.__version__} does not save or load the optimizer of such an engine. Set "
+            "zero_optimization.stage to 1, or use another version: up to 0.17.5, or from 0.18.5",
         ),
         "an engine on a subset of the job's ranks": (
             engine_size != dist.get_world_size(),

@@ -70,7 +70,7 @@ _METHODS: dict[str, str] = {
 """The methods that `DeepSpeedEngine` must have, and the arguments that they must take by these names."""
 _ATTRIBUTES = (
     "_config checkpoint_engine expert_parallel_group global_rank global_steps has_moe_layers mesh_device "
-    "module mp_world_size mpu optimizer save_non_zero_checkpoint save_zero_checkpoint seq_data_parallel_group "
+    "mp_world_size mpu optimizer save_non_zero_checkpoint save_zero_checkpoint seq_data_parallel_group "
     "seq_dp_world_size sequence_parallel_size"
 )
 """What engines must have; it is there only once there is an engine, so it is looked for in DeepSpeed's code."""
@@ -177,6 +177,7 @@ _engine = _found(_ENGINE, "DeepSpeedEngine")
 
 CREATES_FILES_IN_TURN = _uses(getattr(_engine, "_create_zero_checkpoint_files", None), "barrier")
 """Up to 0.17.0: under ZeRO the ranks make the directory of the tag one after the other, with a barrier for each."""
+_BF16_SAVED_IN_PARTITIONS = _uses(getattr(_engine, "_save_checkpoint", None), "bfloat16_enabled")
 BF16_IN_PARTITIONS = _uses(getattr(_engine, "load_checkpoint", None), "bfloat16_enabled")
 """Up to 0.17.6: without ZeRO, bf16 engines save and load the optimizer in files of partitions, as under ZeRO-1."""
 
@@ -191,6 +192,17 @@ AFFINE_MAP, AUTOEP_PARAM_EP_RANK, DS_AUTOEP_UC_META, DS_AUTOTP_UC_META = (
 def partitions_without_zero(engine: Any) -> bool:
     """Whether an engine without ZeRO has the optimizer in partitions, one for each rank."""
     return BF16_IN_PARTITIONS and bool(engine.bfloat16_enabled())
+
+
+def loses_bf16(engine: Any) -> bool:
+    """Whether DeepSpeed itself does not save or load the optimizer of this engine, which is in bf16 without ZeRO.
+
+    So in 0.17.6, whose save raises, and in 0.18.0 to 0.18.4, which say nothing: they take the optimizer to be in
+    partitions, where it no longer is.
+    """
+    in_use = bool(engine.bfloat16_enabled()) and int(engine.zero_optimization_stage()) == 0
+    in_partitions = BF16_IN_PARTITIONS and hasattr(engine.optimizer, "bf16_groups")
+    return in_use and _BF16_SAVED_IN_PARTITIONS and not in_partitions
 
 
 def take_turns_left(engine: Any, dirs_made: int) -> None:

@@ -107,11 +107,8 @@ class Weights:
         for name, at, values in source.fragments({name: (0, shape.numel()) for name, shape in shapes.items()}):
             weights[name][at : at + values.numel()].copy_(values)
         found |= {name: flat.view(shapes[name]) for name, flat in weights.items()}
-        rank0 = (
-            load(self.files.model(0, version.checkpoint_mp_rank(self._engine)))
-            if self.files.partitioned
-            else self.state
-        )
+        mp_rank = version.checkpoint_mp_rank(self._engine)
+        rank0 = load(self.files.model(0, mp_rank)) if self.files.partitioned else self.state
         shared: Mapping[str, str] = rank0.get("shared_params") or {}  # only rank 0 looks for tied parameters
         return found | {name: found[other] for name, other in shared.items() if other in found}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,11 @@ class Unfinished:
 
     def writes_to(self, directory: Path) -> bool:
         """Whether such a save writes to `directory`, on any rank: all ranks take part in each."""
-        return any(files.directory == directory for files in self.files)
+        return bool(self.of(directory))
+
+    def of(self, directory: Path) -> list[Files]:
+        """The saves that write to `directory`."""
+        return [files for files in self.files if files.directory == directory]
 
 
 class Files:
@@ -75,6 +80,8 @@ class Files:
         self.handover = Handover()
         """Ends when this rank's files are durable under their names, or have failed."""
         self.directory = Path(planned.writer.path)
+        self.when_complete: list[Callable[[], None]] = []
+        """What `finish` calls on this rank once the checkpoint is complete and durable."""
         self._settings = settings
         self._planned = planned
         self._marker = marker
@@ -145,6 +152,8 @@ class Files:
             ranks.run_on_all_ranks(self._check, timeout_s, working=True)
             gathered = self._planned.group.gather_object(self._results)
             ranks.run_on_all_ranks(complete, timeout_s, working=True)
+        for action in self.when_complete:
+            action()
 
     def _check(self) -> None:
         self.handover.wait()

@@ -19,14 +19,16 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 
 from roll_ckpt import process
 from roll_ckpt.backends import start
-from roll_ckpt.backends.megatron import planning, requirement, stock_save, version
-from roll_ckpt.backends.megatron.facts import MARKER
+from roll_ckpt.backends.megatron import planning, requirement, stock_save, tracker, version
+from roll_ckpt.backends.megatron.facts import COMMON, MARKER
 from roll_ckpt.backends.megatron.handover import Handover
 from roll_ckpt.backends.megatron.planning import Planned
 from roll_ckpt.backends.megatron.strategy import SaveStrategy
 from roll_ckpt.config import Settings
 from roll_ckpt.disk import reads
 from roll_ckpt.errors import ConfigError
+from roll_ckpt.ranks.group import RankGroup
+from roll_ckpt.save import gate
 
 Method = Callable[..., Any]
 _BEHIND = "_roll_ckpt_behind"
@@ -68,6 +70,8 @@ def install(settings: Settings | None = None, *, switched_on_by: str = "import r
     _wrap(TorchDistSaveShardedStrategy, "async_save", _async_save)
     _wrap(TorchDistSaveShardedStrategy, planning.HOOK, _request)
     _wrap(serialization, "save_config", _save_config)
+    for owner, name in version.savers_of_common_state():
+        _wrap(owner, name, _save_common)
     for queue in planning.queues():
         _wrap(queue, "schedule_async_request", _schedule_async_request)
 
@@ -100,6 +104,8 @@ def _async_save(
     checkpoint_dir: Any,
     async_strategy: str = planning.DEFAULT,
 ) -> Any:
+    for owner, name in tracker.openers():  # now, because hosts import Megatron-LM's training after Megatron-core
+        _wrap(owner, name, tracker.opened)
     bound = functools.partial(original, strategy)
     if isinstance(strategy, SaveStrategy):  # which has called us for the planning
         return planning.plan(bound, sharded_state_dict, checkpoint_dir)
@@ -108,6 +114,19 @@ def _async_save(
 
 def _request(original: Method, strategy: Any, writer: Any, told: Any, *_: Any) -> Any:
     return stock_save.request(strategy, Planned.told_to_hook(writer, told), _settings())
+
+
+def _save_common(original: Method, *args: Any, **kwargs: Any) -> None:
+    """Write `common.pt`, which comes first in a save of stock, into a directory that no longer says it is complete.
+
+    Stock calls it on every rank and writes on rank 0. If that fails, all ranks raise, where the others would hang.
+    """
+    directory = kwargs.get("checkpoint_dir", args[-1])
+    ranks, timeout_s = RankGroup.current(), _settings().commit_timeout_s
+    with gate.entered(ranks, f"save {COMMON} to {directory}", timeout_s), ranks.raising_together(timeout_s):
+        if ranks.rank == 0:
+            stock_save.unmark(Path(directory))
+        original(*args, **kwargs)
 
 
 def _save_config(original: Method, config: Any, checkpoint_dir: Any) -> None:

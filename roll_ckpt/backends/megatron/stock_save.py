@@ -70,7 +70,9 @@ def request(strategy: Any, planned: Planned, settings: Settings) -> Any:
 
     def clear() -> None:
         if planned.group.is_coordinator:
-            _clear(files.directory)
+            unmark(files.directory)
+            if not process.part(Unfinished).writes_to(files.directory):
+                _remove_temporaries(files.directory)
 
     # From here on the directory is incomplete; only then does any rank give a file its name.
     RankGroup.current().run_on_all_ranks(clear, settings.commit_timeout_s, working=True)
@@ -83,10 +85,15 @@ def handover_of(request: Any) -> Handover | None:
     return request.async_fn_args[0] if request.async_fn is handover.wait else None
 
 
-def _clear(directory: Path) -> None:
-    """Take the mark of completeness from a directory that an earlier save wrote, and what a killed one left there."""
-    others = process.part(Unfinished).writes_to(directory)
+def unmark(directory: Path) -> None:
+    """Take the mark of completeness from a directory that an earlier save wrote. One rank calls; durable on return."""
+    if tree.exists(directory / MARKER):
+        writes.discard_file(directory / MARKER)
+        writes.fsync_dir(directory)
+
+
+def _remove_temporaries(directory: Path) -> None:
+    """Remove what a killed save has left."""
     for entry in tree.list_dir(directory):
-        if entry == MARKER or (names.parse_temporary_file(entry) is not None and not others):
+        if names.parse_temporary_file(entry) is not None:
             writes.discard_file(directory / entry)
-    writes.fsync_dir(directory)

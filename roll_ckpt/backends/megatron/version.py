@@ -6,6 +6,7 @@
 | `ShardedTensor.flattened_range`, and with it `fully_sharded_model_space` | to 0.15 | `SHARDING_TYPES`, `flattened` |
 | `utils._clean_metadata_for_serialization` | from 0.16 | `clean_metadata` |
 | `load` takes a strategy for the common state; later it calls a function | to 0.16 | `common_state_from` |
+| a strategy, later a function, later nothing writes `common.pt` | to 0.16, to 0.18 | `savers_of_common_state` |
 | `async_strategy` of `async_save` and of the reader | from 0.17 | `planning`, `reads_through` |
 | stock saves keep the common state as an object, and `common.pt` is only read | from 0.19 | `COMMON_OBJECT` |
 
@@ -93,6 +94,12 @@ _READER = next(
     None,
 )
 """The function that `load` calls for the common state, where it takes no strategy for it."""
+
+
+def savers_of_common_state() -> list[tuple[Any, str]]:
+    """Where stock's functions are that write `common.pt`: owner and name. Their last argument is the directory."""
+    places = [(getattr(common, "TorchCommonSaveStrategy", None), "save_common"), (serialization, "save_common")]
+    return [(owner, name) for owner, name in places if hasattr(owner, name)]
 
 
 @contextmanager

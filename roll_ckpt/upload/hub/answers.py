@@ -122,8 +122,8 @@ def _advice(problem: BaseException, status: int) -> str:
     kinds = {kind.__name__ for kind in type(problem).__mro__}
     if "RevisionNotFoundError" in kinds:
         return (
-            "there is no such tag or branch; name one that exists, or create the branch (`hf repos branch create`) "
-            "before you push to it"
+            "there is no such tag or branch; name one that exists, or create the branch before you push to it: on the "
+            "Hub, or by `huggingface_hub.HfApi().create_branch('namespace/name', branch=…)`"
         )
     if status == 401:
         return f"the token is missing, wrong, or may not see the repository; {TOKENS_BELONG}"

@@ -12,7 +12,7 @@ from roll_ckpt.config import HubUpload
 from roll_ckpt.disk import writes
 from roll_ckpt.errors import SaveFailed
 from roll_ckpt.save import pending
-from roll_ckpt.upload.hub import push_queue
+from roll_ckpt.upload.hub import push_queue, version
 from roll_ckpt.upload.hub.progress import progress_bar
 from roll_ckpt.upload.hub.uploader import Ended, Uploader
 
@@ -38,6 +38,10 @@ class HubDestination:
             on_end=on_end,
             background=lambda work, name: pending.in_background(work, name, exit_timeout_s),
         )
+
+    def check(self) -> None:
+        version.warn_if_newer()
+        version.check_push()
 
     def owed(self) -> list[str]:
         return push_queue.owed(self._output_dir, self._to)

@@ -155,7 +155,7 @@ def _entry(checkpoint_dir: Path, manifest: Manifest, recorded: Entry | None) -> 
     if recorded is not None and recorded.manifest_sha256 == digest:
         return recorded
     age = (manifest.epoch, -1 if manifest.step is None else manifest.step, manifest.attempt)
-    return Entry(checkpoint_dir.name, "owed", "", None, 0, manifest.nbytes(), digest, age)
+    return Entry(manifest.name, "owed", "", None, 0, manifest.nbytes(), digest, age)
 
 
 def record(output_dir: Path, entry: Entry, to: Repository) -> None:
