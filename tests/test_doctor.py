@@ -133,6 +133,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[watching.Watched, l
     bare = f"env PYTHONPATH=$ROLL_CKPT_DOCTOR:{PACKAGES} {shlex.quote(os.path.realpath(sys.executable))}"
     stock, waits = "import deepspeed.runtime.engine", "import torch, time; time.sleep(4)"
     job = (
+        f"cd {folder}\n"  # or else `-c` finds roll_ckpt in the directory where it is
         f"{python} -c '{stock}' stock &\n"
         f"ROLL_CKPT=1 RANK=3 {python} -c '{stock}' installed &\n"
         f"ROLL_CKPT=1 {bare} -c '{stock}' other &\n"
