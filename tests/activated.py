@@ -26,10 +26,10 @@ def environment(site: Path, **extra: str) -> dict[str, str]:
     told = {name: value for name, value in worlds.environment().items() if not name.startswith("ROLL_CKPT")}
     if not _is_installed():
         if not site.exists():
-            command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(site / "build")]
-            subprocess.run([*command, "build_py", "--build-lib", str(site)], cwd=ROOT, check=True, capture_output=True)
-            for made in ("roll_ckpt", "roll_ckpt_hub_dev", "build"):
-                shutil.rmtree(site / made, ignore_errors=True)
+            command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(site)]
+            subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+            for made in ("roll_ckpt", "roll_ckpt_hub_dev"):
+                shutil.rmtree(site / made)
             (site / "sitecustomize.py").write_text(f"import site\nsite.addsitedir({str(site)!r})\n")
         told["PYTHONPATH"] += f"{os.pathsep}{site}"
     return {**told, **extra}

@@ -45,12 +45,11 @@ def engine(folder: str) -> None:
 def accelerate(folder: str) -> None:
     import torch
     from accelerate import Accelerator, DeepSpeedPlugin
-
-    plugin = DeepSpeedPlugin(hf_ds_config={**CONFIG, "gradient_accumulation_steps": 1})
     from accelerate.utils import DummyOptim
 
+    plugin = DeepSpeedPlugin(hf_ds_config={**CONFIG, "gradient_accumulation_steps": 1})
     model = torch.nn.Linear(4, 4)
-    accelerator = Accelerator(cpu=True, deepspeed_plugin=plugin)
+    accelerator = Accelerator(deepspeed_plugin=plugin)
     data = torch.utils.data.DataLoader(torch.zeros(4, 4), batch_size=1)
     built, *_ = accelerator.prepare(model, DummyOptim(model.parameters()), data)
     _tell(folder, type(built.checkpoint_engine).__module__)

@@ -131,15 +131,17 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[watching.Watched, l
     folder = tmp_path_factory.mktemp("mixed")
     python = shlex.quote(sys.executable)
     bare = f"env PYTHONPATH=$ROLL_CKPT_DOCTOR:{PACKAGES} {shlex.quote(os.path.realpath(sys.executable))}"
-    stock, waits = "import deepspeed.runtime.engine", "import torch, time; time.sleep(4)"
+    stock = "import deepspeed.runtime.engine"
+    waits = 'import torch, time, os\nwhile not os.path.exists("seen"): time.sleep(0.1)'
     job = (
-        f"{python} -c '{stock}' stock &\n"
-        f"ROLL_CKPT=1 RANK=3 {python} -c '{stock}' installed &\n"
-        f"ROLL_CKPT=1 {bare} -c '{stock}' other &\n"
+        f"cd {folder}\n"  # or else `-c` finds roll_ckpt in the directory where it is
+        f"{python} -c '{stock}' stock & a=$!\n"
+        f"ROLL_CKPT=1 RANK=3 {python} -c '{stock}' installed & b=$!\n"
+        f"ROLL_CKPT=1 {bare} -c '{stock}' other & c=$!\n"
         f"{python} -I -c '{waits}' deaf &\n"
         f"env -i HOME=$HOME {python} -c '{waits}' cleaned &\n"
         f"{python} -c 'import importlib.util; importlib.util.find_spec(\"deepspeed\")' asks &\n"
-        "wait\nexit 5\n"
+        "wait $a $b $c\nsleep 2\ntouch seen\nwait\nexit 5\n"
     )
     with mock.patch.dict(os.environ, activated.environment(folder / "site"), clear=True):
         watched = watching.watch(["sh", "-c", job], 200)

@@ -67,7 +67,7 @@ def command(launcher: str, folder: Path) -> tuple[list[str], int]:
             2,
         ),
         "accelerate": (
-            [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", *asked, "accelerate"],
+            [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", *asked, "accelerate"],
             1,
         ),
         "ray": ([sys.executable, *asked, "ray"], 2),

@@ -36,7 +36,7 @@ class Supported:
 SUPPORTED = (
     Supported("Python", "3.10", "3.13"),
     Supported("torch", "2.6", "2.14.1"),
-    Supported("deepspeed", "0.17.1", "0.19.8", "import roll_ckpt.deepspeed"),
+    Supported("deepspeed", "0.16", "0.19.8", "import roll_ckpt.deepspeed"),
     Supported("megatron-core", "0.14", "0.19.2", "import roll_ckpt.megatron"),
     Supported("huggingface_hub", "0.34", "2.4.0", "from roll_ckpt.upload.hub import version; version.check_push()"),
     Supported("transformers", "4.57", "5.24.0"),
