@@ -13,8 +13,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 ARGS ?=
 HOST := .venv/openrlhf/.installed
-HOSTS := .venv/hosts/.installed
 HOSTS_OF_MEGATRON := .venv/megatron_hosts/.installed
+HOSTS := .venv/hosts/.installed
 LOG := .venv/setup.log
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu)
 OUTER_PATH := $(PATH)
@@ -167,13 +167,13 @@ PIP := python -m pip install --no-input --disable-pip-version-check -c constrain
 $(HOST): .venv/.installed
 	$(call step,OpenRLHF$(comma) for its test,{ $(PIP) --target $(@D) --upgrade --no-deps --only-binary :all: --python-version 3.11 --abi cp311 --platform manylinux1_x86_64 openrlhf && touch $@; } || echo 'No OpenRLHF: tests/test_openrlhf.py is skipped')
 
-# Launchers that are tested, never needed: Ray and a notebook kernel, in a folder of their own.
-$(HOSTS): .venv/.installed
-	$(call step,Ray and a notebook kernel$(comma) for their tests,{ $(PIP) --target $(@D) --upgrade ray ipykernel jupyter_client && touch $@; } || echo 'No Ray: its part of tests/test_launchers.py is skipped')
-
 # The same for what calls Megatron-core: each is needed for one module of it. Megatron-LM itself asks for six.
 $(HOSTS_OF_MEGATRON): .venv/.installed
 	$(call step,verl$(comma) ms-swift$(comma) six$(comma) for their tests,$(PIP) --target $(@D) --upgrade --no-deps --only-binary :all: verl ms-swift six && touch $@)
+
+# Launchers that are tested, never needed: Ray and a notebook kernel, in a folder of their own.
+$(HOSTS): .venv/.installed
+	$(call step,Ray and a notebook kernel$(comma) for their tests,{ $(PIP) --target $(@D) --upgrade ray ipykernel jupyter_client && touch $@; } || echo 'No Ray: its part of tests/test_launchers.py is skipped')
 
 # DeepSpeed would compile this at the first start of every fresh machine, for half a minute, in all ranks at once.
 .venv/.comm_op: .venv/.torch | .venv/.installed
