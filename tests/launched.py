@@ -56,12 +56,16 @@ def accelerate(folder: str) -> None:
 
 
 def megatron(folder: str) -> None:
-    """Ask the class that Megatron's own `save` uses."""
+    """Begin as a training does, then ask the class that Megatron's own `save` uses."""
     import megatron_cpu
 
     megatron_cpu.install()
+    import torch
+    from megatron.core import parallel_state
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
+    torch.distributed.init_process_group("gloo")
+    parallel_state.initialize_model_parallel()
     code = TorchDistSaveShardedStrategy.async_save
     _tell(folder, code.__globals__["__name__"] if hasattr(code, "_roll_ckpt_behind") else code.__module__)
 

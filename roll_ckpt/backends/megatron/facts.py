@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-import megatron.core
+from megatron import core
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig
 
@@ -67,7 +67,7 @@ def describe(content_metadata: Mapping[str, Any] | None) -> dict[str, Any]:
     """Facts for the manifest: framework, parallel sizes, sharding type of the optimizer."""
     return {
         "framework": FRAMEWORK,
-        "framework_version": megatron.core.__version__,
+        "framework_version": core.__version__,
         "layout": parallel_layout(),
         "distrib_optim_sharding_type": (content_metadata or {}).get("distrib_optim_sharding_type"),
     }

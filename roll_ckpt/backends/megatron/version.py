@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import megatron.core
+from megatron import core  # not `megatron.core`: while its own import runs, it is no attribute of `megatron` yet
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import serialization, utils
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -41,7 +41,7 @@ from roll_ckpt.errors import UnsupportedError
 
 log = logging.getLogger("roll_ckpt")
 
-NAME = f"Megatron-core {megatron.core.__version__}"
+NAME = f"Megatron-core {core.__version__}"
 
 # --- sharding types of the distributed optimizer -------------------------------------------------------------
 
@@ -156,7 +156,7 @@ def check() -> None:
 @functools.cache
 def _warn_if_untested() -> None:
     """Once in this process."""
-    if not _is_tested(megatron.core.__version__) and os.environ.get("RANK", "0") == "0":
+    if not _is_tested(core.__version__) and os.environ.get("RANK", "0") == "0":
         log.warning(
             "%s: roll_ckpt was tested with %s.x to %s.x; everything that it relies on is there, so it goes on",
             NAME,
