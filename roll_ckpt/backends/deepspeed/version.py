@@ -227,7 +227,7 @@ def with_offload_states(classes: Iterable[Any]) -> list[Any]:
 
 
 def checkpoint_mp_rank(engine: Any) -> int:
-    """The model parallel rank in the names of this rank's files; since 0.19.6 an attribute of its own."""
+    """The model parallel rank in the names of this rank's files; after 0.19.5 an attribute of its own."""
     if hasattr(engine, "checkpoint_mp_rank"):
         return int(engine.checkpoint_mp_rank)
     return 0 if engine.mpu is None else int(engine.mpu.get_model_parallel_rank())
@@ -247,7 +247,7 @@ def zero_setting(engine: Any, *names: str) -> Any:
 
 
 def flat_offsets(optimizer: Any, group: int) -> list[int]:
-    """Where each parameter begins in a flat buffer of ZeRO-1 and 2: before 0.19.6 one follows the other."""
+    """Where each parameter begins in a flat buffer of ZeRO-1 and 2: up to 0.19.5 one follows the other."""
     if hasattr(optimizer, "round_robin_bit16_offsets"):
         return list(optimizer.round_robin_bit16_offsets[group])
     numels = [like.numel() for like in optimizer.round_robin_bit16_meta[group]]
