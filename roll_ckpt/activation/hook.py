@@ -54,6 +54,9 @@ class _Announcing(importlib.abc.Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self._inner
         self._inner.exec_module(module)
+        parent, _, own = module.__name__.rpartition(".")
+        if parent:  # importlib does so after us only, and `import megatron.core` in our backend needs it now
+            setattr(sys.modules[parent], own, module)
         self._then()
 
     def __getattr__(self, name: str) -> Any:

@@ -139,12 +139,18 @@ _MEGATRON_BEGINS = (
 def _gate_engines() -> None:
     engine = getattr(sys.modules.get("deepspeed.runtime.engine"), "DeepSpeedEngine", None)
     if engine is not None:
-        _gate(engine, "_do_sanity_check", _engine_begins)
+        early = "_do_sanity_check"  # a version may lack it, which is told when an engine is made
+        _gate(engine, early if hasattr(engine, early) else "__init__", _engine_begins)
 
 
 def _gate_megatron() -> None:
     for module, function in _MEGATRON_BEGINS:
-        _gate(importlib.import_module(module), function, _megatron_begins)
+        try:
+            owner = importlib.import_module(module)
+        except Exception:  # nobody can train or save with it: they get its own error
+            continue
+        if hasattr(owner, function):
+            _gate(owner, function, _megatron_begins)
 
 
 def _gate(owner: Any, name: str, begins: Callable[..., None]) -> None:
@@ -153,7 +159,7 @@ def _gate(owner: Any, name: str, begins: Callable[..., None]) -> None:
     links = [function]
     while hasattr(links[-1], "__wrapped__"):
         links.append(links[-1].__wrapped__)
-    if any(_GATE in vars(link) for link in links):
+    if any(_GATE in getattr(link, "__dict__", {}) for link in links):
         return
 
     @functools.wraps(function)
@@ -167,7 +173,7 @@ def _gate(owner: Any, name: str, begins: Callable[..., None]) -> None:
     setattr(owner, name, gate)
 
 
-def _engine_begins(engine: Any) -> None:
+def _engine_begins(engine: Any, *_: Any, **__: Any) -> None:
     if _asked(DEEPSPEED) or DEEPSPEED in _tried:  # a notebook may have unset the variable since
         _refuse(DEEPSPEED, _installed(DEEPSPEED))
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -66,7 +67,8 @@ class Unfinished:
 
     def of(self, directory: Path) -> list[Files]:
         """The saves that write to `directory`."""
-        return [files for files in self.files if files.directory == directory]
+        real = os.path.realpath(directory)
+        return [files for files in self.files if os.path.realpath(files.directory) == real]
 
 
 class Files:
@@ -82,6 +84,7 @@ class Files:
         self.directory = Path(planned.writer.path)
         self.when_complete: list[Callable[[], None]] = []
         """What `finish` calls on this rank once the checkpoint is complete and durable."""
+        self._superseded = False
         self._settings = settings
         self._planned = planned
         self._marker = marker
@@ -103,6 +106,13 @@ class Files:
             self._problem = problem
         name = f"roll_ckpt {self.directory.name}"
         threading.Thread(target=self._move, name=name, daemon=True).start()
+
+    def supersede(self, earlier: Files) -> None:
+        """Take over the directory from an unfinished save, whose files are overwritten. Every rank calls."""
+        earlier.handover.wait()  # or it could rename its file after we have
+        earlier._superseded = True
+        self.when_complete += earlier.when_complete
+        earlier.when_complete = []
 
     def _move(self) -> None:
         """Make the files durable under their names; remove them if one fails."""
@@ -144,7 +154,7 @@ class Files:
         ranks, timeout_s = RankGroup.current(), self._settings.commit_timeout_s
 
         def complete() -> None:
-            if self._planned.group.is_coordinator:
+            if self._planned.group.is_coordinator and not self._superseded:
                 self._complete(self.directory, gathered)
 
         process.part(Unfinished).files.discard(self)

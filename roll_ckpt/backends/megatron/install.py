@@ -21,6 +21,7 @@ from roll_ckpt import process
 from roll_ckpt.backends import start
 from roll_ckpt.backends.megatron import planning, requirement, stock_save, tracker, version
 from roll_ckpt.backends.megatron.facts import COMMON, MARKER
+from roll_ckpt.backends.megatron.files import Unfinished
 from roll_ckpt.backends.megatron.handover import Handover
 from roll_ckpt.backends.megatron.planning import Planned
 from roll_ckpt.backends.megatron.strategy import SaveStrategy
@@ -131,6 +132,8 @@ def _save_common(original: Method, *args: Any, **kwargs: Any) -> None:
 
 def _save_config(original: Method, config: Any, checkpoint_dir: Any) -> None:
     """Leave `metadata.json` as it is if it says the same: we have made it durable, and stock would write it anew."""
+    if process.part(Unfinished).writes_to(Path(checkpoint_dir)):
+        return  # a later save has taken the directory over, and marks it when it is complete
     if reads.read_text_or_none(Path(checkpoint_dir) / MARKER) != json.dumps(asdict(config)):
         original(config, checkpoint_dir)
 

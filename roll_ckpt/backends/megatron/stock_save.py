@@ -68,6 +68,9 @@ def request(strategy: Any, planned: Planned, settings: Settings) -> Any:
     marker = json.dumps(asdict(CheckpointingConfig(strategy.backend, strategy.version))).encode()
     files = Files(settings, planned, marker)
 
+    for earlier in process.part(Unfinished).of(files.directory):
+        files.supersede(earlier)
+
     def clear() -> None:
         if planned.group.is_coordinator:
             unmark(files.directory)

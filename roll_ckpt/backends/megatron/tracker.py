@@ -53,12 +53,21 @@ class _Replacement(io.StringIO):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self._path = path
+        self._dropped = False
 
     def __exit__(self, *raised: Any) -> None:
-        text = self.getvalue()
+        self._dropped = raised[0] is not None
         super().__exit__(*raised)
-        if raised != (None, None, None):
+
+    def close(self) -> None:  # also where a host calls it without a `with` block
+        if self.closed:
             return
+        text = self.getvalue()
+        super().close()
+        if not self._dropped:
+            self._put(text)
+
+    def _put(self, text: str) -> None:
         path = Path(os.path.realpath(self._path))  # stock code writes to the target of a link
         named = self._path.parent / f"iter_{int(text):07d}" if text.strip().isdigit() else None
         for files in process.part(Unfinished).of(named) if named else ():
