@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ from megatron.core.msc_utils import MultiStorageClientFeature  # noqa: E402
 
 from roll_ckpt import process  # noqa: E402
 from roll_ckpt.backends.megatron import install, planning, version  # noqa: E402
+from roll_ckpt.backends.megatron import tracker as tracker_file  # noqa: E402
 from roll_ckpt.backends.megatron.files import Files  # noqa: E402
 from roll_ckpt.backends.megatron.strategy import SaveStrategy  # noqa: E402
 from roll_ckpt.config import Settings  # noqa: E402
@@ -106,6 +108,45 @@ def error_of(action: Callable[[], Any]) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "none"
+
+
+def two_saves_in_one_directory(directory: str) -> dict[str, Any]:
+    """Both in a queue, the older one slow on rank 1; with a tracker that is written by another spelling of its path."""
+    root, rename, slow = Path(directory), Files._rename_written, [dist.get_rank() == 1, False]
+    strategy, queue = TorchDistSaveShardedStrategy("torch_dist", 1), AsyncCallsQueue()
+    tracker = root / tracker_file.NAME
+    told = {} if planning.DEFAULT == planning.MCORE else {"async_strategy": planning.MCORE}
+
+    def patiently(files: Files) -> None:
+        if slow.pop(0):
+            time.sleep(1)
+        rename(files)
+
+    with hooked(), mock.patch.object(Files, "_rename_written", patiently):
+        path = made(root / "iter_0000002")
+        for value in (10, 20):
+            request = dist_checkpointing.save(state(value), path, strategy, async_sharded_save=True, **told)
+            queue.schedule_async_request(request)
+        if dist.get_rank() == 0:
+            os.chdir(root)
+            with tracker_file.opened(open, tracker_file.NAME, "w") as file:
+                file.write("2")
+        early = tracker.exists()
+        queue.maybe_finalize_async_calls(blocking=True)
+    return {"early": early, "loaded": told_of(root / "iter_0000002"), "tracker": tracker.read_text()}
+
+
+def begin_unlike(directory: str) -> list[str]:
+    """What `begin` says of other settings on rank 1, and of a rank that is left to stock."""
+    said = []
+    for settings in (Settings(run_id=f"rank {dist.get_rank()}"), None, OURS):
+        with hooked(settings or OURS):
+            if settings is None and dist.get_rank() == 1:
+                install.leave_to_stock()
+                said.append("stock")
+            else:
+                said.append(error_of(install.begin))
+    return said
 
 
 # --- every way in --------------------------------------------------------------------------------------------

@@ -35,12 +35,24 @@ def test_every_way_to_save_comes_to_us_and_stock_loads_it(megatron: Worlds, tmp_
 def test_the_first_save_says_that_it_goes_through_us(megatron: Worlds, tmp_path: Path) -> None:
     first, second = call(megatron, "log_of_two_saves", str(tmp_path))
     assert second == []
-    assert len(first) == 1 and "every TorchDistSaveShardedStrategy of this process: checkpoints go through" in first[0]
+    assert len(first) == 1 and "every torch_dist checkpoint of Megatron-core in this process" in first[0]
 
 
 def test_wrappers_of_others_go_on_working(megatron: Worlds, tmp_path: Path) -> None:
     for told in call(megatron, "wrapped_by_others", str(tmp_path / "run")):
         assert told == ["after", "before", "1 by us"]
+
+
+def test_the_later_of_two_saves_in_one_directory_wins_on_every_rank(megatron: Worlds, tmp_path: Path) -> None:
+    for told in call(megatron, "two_saves_in_one_directory", tmp_path):
+        assert told == {"early": False, "loaded": 20, "tracker": "2"}
+
+
+def test_ranks_that_are_not_switched_on_alike_are_told_at_the_start(megatron: Worlds, tmp_path: Path) -> None:
+    first, second = call(megatron, "begin_unlike", tmp_path)
+    assert first[0] == second[0] and first[0].startswith("ConfigError: Megatron-core: run_id is 'rank 0' on rank 0 and")
+    assert first[1].startswith("UnsupportedError: Megatron-core: rank 1 cannot save through roll_ckpt")
+    assert second[1] == "stock" and first[2] == second[2] == "none"
 
 
 def test_if_one_rank_fails_all_raise_and_the_directory_is_incomplete(megatron: Worlds, tmp_path: Path) -> None:
@@ -61,6 +73,7 @@ def test_the_mark_of_completeness_goes_first_and_comes_last(megatron: Worlds, tm
     rank0, _ = call(megatron, "order_on_disk", str(tmp_path / "run"))
     assert rank0 == [
         ("unlink", "metadata.json"),
+        ("unlink", ".metadata"),
         ("fsync_dir", "run"),
         *[("rename", f"__0_{number}.distcp") for number in range(sum("distcp" in name for _, name in rank0))],
         ("fsync_dir", "run"),

@@ -16,7 +16,7 @@ class RollCkptFinder:
             return None
         try:
             from roll_ckpt.activation import hook
-        except ImportError:  # a checkout that was removed, or an older one in front of it
+        except Exception:  # a checkout that was removed or is broken, or an older one in front of it
             import os
 
             if os.environ.get("ROLL_CKPT", "").strip() not in ("", "0"):

@@ -61,13 +61,14 @@ def run() -> None:
 
 def imported(framework: str) -> None:
     """Called when the code of `framework` has run. Never raises for what the gate will tell."""
-    if framework == DEEPSPEED:  # also where nobody asked for us: a section then gets a warning
+    asked = _asked(framework)
+    if asked and not _backend_is_importing(framework):  # or else the gate does it
+        _installed(framework)
+    # Also where nobody has asked for us: the variable may come later, and a section without us gets a warning.
+    if framework == DEEPSPEED:
         _gate_engines()
-    if _asked(framework):
-        later = _backend_is_importing(framework)
-        problem = None if later else _installed(framework)
-        if framework == MEGATRON and (later or problem is not None):
-            _gate_megatron()
+    else:
+        _gate_megatron(importing=asked)
 
 
 def _asked(framework: str) -> bool:
@@ -143,10 +144,11 @@ def _gate_engines() -> None:
         _gate(engine, early if hasattr(engine, early) else "__init__", _engine_begins)
 
 
-def _gate_megatron() -> None:
+def _gate_megatron(importing: bool) -> None:
+    """Without `importing` only what Megatron-core has imported itself is gated."""
     for module, function in _MEGATRON_BEGINS:
         try:
-            owner = importlib.import_module(module)
+            owner = importlib.import_module(module) if importing else sys.modules.get(module)
         except Exception:  # nobody can train or save with it: they get its own error
             continue
         if hasattr(owner, function):
@@ -182,7 +184,20 @@ def _engine_begins(engine: Any, *_: Any, **__: Any) -> None:
 
 def _megatron_begins(*_: Any, **__: Any) -> None:
     if _asked(MEGATRON):
-        _refuse(MEGATRON, _installed(MEGATRON))
+        _refuse(MEGATRON, _installed(MEGATRON) or _begun_in_megatron())
+
+
+def _begun_in_megatron() -> RollCkptError | None:
+    from roll_ckpt.backends import start
+    from roll_ckpt.backends.megatron import install as hook
+
+    try:
+        hook.begin()
+    except RollCkptError as problem:
+        if start.is_optional():
+            hook.leave_to_stock()
+        return problem
+    return None
 
 
 def _refuse(framework: str, problem: RollCkptError | None) -> None:
@@ -192,7 +207,7 @@ def _refuse(framework: str, problem: RollCkptError | None) -> None:
     if problem is None or (start.is_optional() and (framework, str(problem)) in _told):
         return
     _told.add((framework, str(problem)))
-    start.leave_to_stock(start.shortened(problem), FRAMEWORKS[framework], "this process")
+    start.leave_to_stock(problem, FRAMEWORKS[framework], "this process")
 
 
 _SERVING = ("roll_ckpt.backends.deepspeed.install", "roll_ckpt.pipeline.base")

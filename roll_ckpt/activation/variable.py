@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 NAME = "ROLL_CKPT"
 
-_FORMS = "give 1, settings as JSON such as '{\"async_save\": true}', or the path of a JSON or YAML file with settings"
+_FORMS = (
+    "give 1, 0 for off, settings as JSON such as '{\"async_save\": true}', or the path of a JSON or YAML file with "
+    "settings"
+)
 
 
 def value() -> str:
@@ -68,6 +71,8 @@ def _values() -> Any:
         return {}
     if text.startswith("{"):
         return _json(text, NAME)
+    if text.lower() in ("true", "on", "yes", "false", "off", "no"):
+        raise ConfigError(f"{NAME} is {text!r}; {_FORMS}")
     path = names.absolute(text)
     try:
         content = path.read_text(encoding="utf-8")

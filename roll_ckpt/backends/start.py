@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
+from typing import Any
 
 import torch.distributed as dist
 
 import roll_ckpt
 from roll_ckpt.config import Settings
-from roll_ckpt.errors import RollCkptError
+from roll_ckpt.errors import ConfigError, RanksDisagree, UnsupportedError
+from roll_ckpt.ranks.group import RankGroup
 
 OPTIONAL = "ROLL_CKPT_OPTIONAL"
 """The environment variable that, set to 1, lets training go on where roll_ckpt cannot be switched on."""
@@ -24,8 +25,9 @@ log = logging.getLogger("roll_ckpt")
 def announce(framework: str, what: str, settings: Settings, switched_on_by: str, *, async_save: bool | None) -> None:
     """Say on rank 0 in one line that checkpoints go through roll_ckpt. Every rank calls; no collective.
 
-    `framework` is its name and version, such as "DeepSpeed 0.19.8, ZeRO-2"; `what` is "cluster actor" or "every
-    TorchDistSaveShardedStrategy of this process". `async_save` is None where the caller decides for each save.
+    `framework` is its name and version, such as "DeepSpeed 0.19.8, ZeRO-2"; `what` is "cluster actor", or
+    "every torch_dist checkpoint of Megatron-core in this process". `async_save` is None where the caller decides for
+    each save.
 
     Raises:
         ConfigError: on every rank, `staging.arena_bytes` is too small for the ranks of this host.
@@ -39,6 +41,52 @@ def announce(framework: str, what: str, settings: Settings, switched_on_by: str,
         f"{what}: checkpoints go through roll_ckpt {roll_ckpt.__version__} ({framework}; {how} saves; "
         f"staging arena up to {share / (1 << 20):.0f} MiB per rank{of}; switched on by {switched_on_by})"
     )
+
+
+_AGREE_S = 300.0
+"""How long the ranks wait for each other at the start, in seconds; collectives of the framework come just before."""
+_OF_ONE_RANK = {"staging", "io", "load"}
+"""Settings that hosts may have each for itself."""
+
+
+def agree(settings: Settings | None, what: str) -> None:
+    """Make sure that `what` saves through roll_ckpt on every rank, with the same settings. Every rank calls; blocks.
+
+    One rendezvous. None: this rank has left it to stock code.
+
+    Raises, on every rank:
+        ConfigError: two ranks have different settings.
+        UnsupportedError: a rank has left it to stock code.
+        RanksDisagree: a rank does not come; roll_ckpt may not be switched on there.
+    """
+    ranks = RankGroup.current()
+    mine = {} if settings is None else settings.model_dump(mode="json", exclude=_OF_ONE_RANK)
+    timeout_s = _AGREE_S if settings is None else min(settings.commit_timeout_s, _AGREE_S)
+
+    def decide(posts: list[dict[str, Any]]) -> dict[str, Any]:
+        left = [rank for rank, post in enumerate(posts) if not post]
+        if left and len(left) < len(posts):
+            raise UnsupportedError(
+                f"{what}: rank {', '.join(map(str, left))} cannot save through roll_ckpt and leaves it to stock code; "
+                "see the reason in its log"
+            )
+        for rank, post in enumerate(posts):
+            for key in sorted(post):
+                if post[key] != posts[0].get(key):
+                    raise ConfigError(
+                        f"{what}: {key} is {posts[0].get(key)!r} on rank 0 and {post[key]!r} on rank {rank}; give "
+                        "roll_ckpt the same settings on every rank, in ROLL_CKPT and in the config"
+                    )
+        return {}
+
+    try:
+        with ranks.call(f"the start of {what}", timeout_s):
+            ranks.decide_on_rank0(mine, decide, timeout_s)
+    except RanksDisagree as problem:
+        raise RanksDisagree(
+            f"{problem}. Or roll_ckpt is switched on for some ranks only: ROLL_CKPT and the installed packages must be "
+            "the same for all"
+        ) from None
 
 
 def tell(line: str) -> None:
@@ -59,33 +107,28 @@ def tell(line: str) -> None:
     handler.handle(record)
 
 
+def warn(line: str) -> None:
+    """Log `line` on rank 0 as a warning."""
+    if rank() == 0:
+        log.warning("%s", line)
+
+
 def is_optional() -> bool:
     """Whether training may go on without roll_ckpt where it cannot be switched on."""
     return os.environ.get(OPTIONAL, "").strip() == "1"
 
 
 def leave_to_stock(problem: Exception, framework: str, what: str) -> None:
-    """Raise `problem`, unless ROLL_CKPT_OPTIONAL=1: then rank 0 warns that stock code saves. Every rank calls.
+    """Raise `problem`, unless ROLL_CKPT_OPTIONAL=1: then this rank warns that stock code saves.
 
     `what` is what would have been saved, such as "this engine".
     """
     if not is_optional():
         raise problem
-    if rank() == 0:
-        log.warning(
-            "%s is NOT saved through roll_ckpt: %s. %s=1 is set, so training goes on and %s saves and loads by itself: "
-            "no transaction, no digests, nothing in the background",
-            *(what, problem, OPTIONAL, framework),
-        )
-
-
-def shortened(problem: RollCkptError) -> RollCkptError:
-    """`problem` as this rank raises it: in full on rank 0; on others a pointer to it, as one reason is enough."""
-    if rank() == 0:
-        return problem
-    return type(problem)(
-        f"rank {rank()} on {socket.gethostname()} cannot switch roll_ckpt on, and rank 0 gives the reason. If it gives "
-        "none, ROLL_CKPT, the file that it names, the configuration or the installed versions differ here"
+    log.warning(
+        "%s does NOT save through roll_ckpt: %s. %s=1 is set, so training goes on and %s saves and loads by itself: "
+        "no transaction, no digests, nothing in the background",
+        *(what, problem, OPTIONAL, framework),
     )
 
 

@@ -14,6 +14,7 @@ import importlib
 import inspect
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import deepspeed
@@ -35,15 +36,22 @@ from roll_ckpt.backends.deepspeed.refusals import (
     without_optimizer,
 )
 from roll_ckpt.backends.deepspeed.save import save_16bit_model, save_checkpoint
-from roll_ckpt.backends.deepspeed.section import leave_to_stock, section_of, source_of, tell_of_stock
+from roll_ckpt.backends.deepspeed.section import (
+    is_left_to_stock,
+    leave_to_stock,
+    section_of,
+    source_of,
+    tell_of_stock,
+)
 from roll_ckpt.backends.deepspeed.tensors import stepped_tensors, storages_of
 from roll_ckpt.backends.deepspeed.weights import state_dict_of_zero_checkpoint
 from roll_ckpt.config import Settings
 from roll_ckpt.disk import witness
-from roll_ckpt.errors import ConfigError, UnsupportedError
+from roll_ckpt.errors import ConfigError, RanksDisagree, RollCkptError, UnsupportedError
 from roll_ckpt.save import gate, pending
 
 Method = Callable[..., Any]
+WHAT = "this DeepSpeed engine"
 
 
 def attach(
@@ -53,10 +61,12 @@ def attach(
     switched_on_by: str = "roll_ckpt.deepspeed.attach",
     *,
     async_save: bool | None = None,
+    together: bool = False,
 ) -> RollCheckpointEngine:
     """Put our checkpoint engine into `engine`, which saves as `cluster`; every rank calls. No collective.
 
     Rank 0 says so, with what `switched_on_by` calls the caller. `async_save` is what an unset one means to the caller.
+    With `together` the ranks make sure first that all do so: see `start.agree`, also for the errors.
 
     Raises:
         UnsupportedError: the engine has no optimizer, or uses a feature that this version refuses.
@@ -71,6 +81,8 @@ def attach(
         )
     refuse_rivals(engine)
     refuse_unsupported(engine)
+    if together:
+        start.agree(settings, WHAT)
     start.announce(
         f"DeepSpeed {deepspeed.__version__}, ZeRO-{int(engine.zero_optimization_stage())}",
         f"cluster {cluster}",
@@ -167,11 +179,14 @@ def _configure_checkpointing(original: Method, engine: DeepSpeedEngine, *args: A
     if without_optimizer(engine):
         return
     if settings is None:
+        if is_left_to_stock(engine):
+            with suppress(RollCkptError):  # the other ranks get it, and this one has told its reason
+                start.agree(None, WHAT)
         tell_of_stock(engine)
         return
     try:
-        attach(engine, settings, settings.cluster, source_of(engine))
-    except (ConfigError, UnsupportedError) as problem:
+        attach(engine, settings, settings.cluster, source_of(engine), together=True)
+    except (ConfigError, UnsupportedError, RanksDisagree) as problem:
         leave_to_stock(engine, problem)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import weakref
 from typing import Any
@@ -60,6 +61,11 @@ def leave_to_stock(engine: DeepSpeedEngine, problem: Exception) -> None:
     _left_to_stock.add(engine)
 
 
+def is_left_to_stock(engine: DeepSpeedEngine) -> bool:
+    """Whether `leave_to_stock` has let `engine` go on without us."""
+    return engine in _left_to_stock
+
+
 def tell_of_stock(engine: DeepSpeedEngine) -> None:
     """Say once that an engine saves as stock DeepSpeed, where we are installed and nothing gives it settings."""
     global _told_of_stock
@@ -69,9 +75,10 @@ def tell_of_stock(engine: DeepSpeedEngine) -> None:
     if _told_of_stock or engine in _left_to_stock or "roll_ckpt.pipeline.base" in sys.modules:
         return
     _told_of_stock = True
-    start.tell(
-        f"this engine saves as stock DeepSpeed, unless roll_ckpt.deepspeed.attach takes it: there is no {SECTION}, and "
-        f"{VARIABLE} is not set"
+    start.warn(
+        f"this engine saves as stock DeepSpeed: roll_ckpt is installed, but {VARIABLE} is not set, and there is no "
+        f'{SECTION}. Set {VARIABLE}=1, or add "checkpoint": {{"roll_ckpt": {{}}}} to the config; an engine that you '
+        "give to roll_ckpt.deepspeed.attach needs neither"
     )
 
 
@@ -94,10 +101,13 @@ def _merged(own: Section, variable: Section, prefix: str = "") -> dict[str, Any]
         elif isinstance(given, Section) and isinstance(value, Section):
             values[key] = _merged(given, value, f"{prefix}{key}.")
         elif given != value:
-            raise start.shortened(
-                ConfigError(
-                    f"{SECTION} sets {prefix}{key} to {given!r}, the environment variable {VARIABLE} to {value!r}; "
-                    "remove one of them, or give both the same value"
-                )
+            raise ConfigError(
+                f"{SECTION} sets {prefix}{key} to {_json(given)}, the environment variable {VARIABLE} to "
+                f"{_json(value)}; remove one of them, or give both the same value"
             )
     return values
+
+
+def _json(value: Any) -> str:
+    """A setting as its user writes it."""
+    return json.dumps(value, default=str)

@@ -9,6 +9,7 @@ import functools
 import inspect
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from roll_ckpt.backends.megatron.planning import Planned
 from roll_ckpt.backends.megatron.strategy import SaveStrategy
 from roll_ckpt.config import Settings
 from roll_ckpt.disk import reads
-from roll_ckpt.errors import ConfigError
+from roll_ckpt.errors import ConfigError, RollCkptError
 from roll_ckpt.ranks.group import RankGroup
 from roll_ckpt.save import gate
 
@@ -45,6 +46,10 @@ class Installed:
         self.by = ""
         """Who installed us first, for the log."""
         self.announced = False
+        self.begun = False
+        """Whether `begin` has been called."""
+        self.left_to_stock = False
+        """Whether stock strategies save by themselves again, because we could not be switched on."""
 
 
 def install(settings: Settings | None = None, *, switched_on_by: str = "import roll_ckpt.megatron") -> None:
@@ -75,6 +80,35 @@ def install(settings: Settings | None = None, *, switched_on_by: str = "import r
         _wrap(owner, name, _save_common)
     for queue in planning.queues():
         _wrap(queue, "schedule_async_request", _schedule_async_request)
+
+
+def begin() -> None:
+    """Check what would fail at the first save, and say that saves go through us. Every rank calls, before training.
+
+    One rendezvous in the first call; does nothing later.
+
+    Raises, before anything is written:
+        UnsupportedError: Megatron's multi-storage client is enabled, or a rank leaves its saves to stock code.
+        ConfigError: the settings do not fit the ranks of this host, or differ between ranks.
+        RanksDisagree: roll_ckpt is not switched on for every rank.
+    """
+    installed = process.part(Installed)
+    if installed.begun:
+        return
+    installed.begun = True
+    stock_save.refuse_multi_storage()
+    start.agree(installed.settings or Settings(), "Megatron-core")
+    _settings()
+
+
+def leave_to_stock() -> None:
+    """Let stock strategies of this process save by themselves. Every rank calls; others learn it in their `begin`."""
+    installed = process.part(Installed)
+    if not installed.begun:
+        installed.begun = True
+        with suppress(RollCkptError):
+            start.agree(None, "Megatron-core")
+    installed.left_to_stock = True
 
 
 def _wrap(owner: Any, name: str, replacement: Method) -> None:
@@ -108,12 +142,20 @@ def _async_save(
     for owner, name in tracker.openers():  # now, because hosts import Megatron-LM's training after Megatron-core
         _wrap(owner, name, tracker.opened)
     bound = functools.partial(original, strategy)
+    if _is_left_to_stock(strategy):
+        return bound(sharded_state_dict, checkpoint_dir, *planning.named(async_strategy))
     if isinstance(strategy, SaveStrategy):  # which has called us for the planning
         return planning.plan(bound, sharded_state_dict, checkpoint_dir)
     return stock_save.async_save(bound, sharded_state_dict, checkpoint_dir, async_strategy, _settings())
 
 
-def _request(original: Method, strategy: Any, writer: Any, told: Any, *_: Any) -> Any:
+def _is_left_to_stock(strategy: Any) -> bool:
+    return process.part(Installed).left_to_stock and not isinstance(strategy, SaveStrategy)
+
+
+def _request(original: Method, strategy: Any, writer: Any, told: Any, *rest: Any) -> Any:
+    if _is_left_to_stock(strategy):
+        return original(strategy, writer, told, *rest)
     return stock_save.request(strategy, Planned.told_to_hook(writer, told), _settings())
 
 
@@ -122,7 +164,7 @@ def _save_common(original: Method, *args: Any, **kwargs: Any) -> None:
 
     Stock calls it on every rank and writes on rank 0. If that fails, all ranks raise, where the others would hang.
     """
-    directory = kwargs.get("checkpoint_dir", args[-1])
+    directory = kwargs["checkpoint_dir"] if "checkpoint_dir" in kwargs else args[-1]
     ranks, timeout_s = RankGroup.current(), _settings().commit_timeout_s
     with gate.entered(ranks, f"save {COMMON} to {directory}", timeout_s), ranks.raising_together(timeout_s):
         if ranks.rank == 0:
@@ -181,9 +223,13 @@ def _settings() -> Settings:
     """Those of `install`. The first call says in the log that saves go through us; every rank calls."""
     installed = process.part(Installed)
     settings = installed.settings or Settings()
-    if not installed.announced:
+    if not installed.announced and not installed.left_to_stock:
         start.announce(
-            version.NAME, "every TorchDistSaveShardedStrategy of this process", settings, installed.by, async_save=None
+            version.NAME,
+            "every torch_dist checkpoint of Megatron-core in this process",
+            settings,
+            installed.by,
+            async_save=None,
         )
         installed.announced = True
     return settings

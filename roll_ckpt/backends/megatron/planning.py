@@ -57,9 +57,13 @@ def plan(async_save: Callable[..., Any], sharded_state_dict: dict[str, Any], che
     Every rank calls; collectives of Megatron's. Planning is always Megatron's own: nvidia-resiliency-ext would only be
     needed to write, and need not be installed. Starts no process.
     """
-    arguments = () if _PARAMETER is None else (MCORE,)
     with _without_results_process(), _without_advice():
-        return async_save(sharded_state_dict, checkpoint_dir, *arguments)
+        return async_save(sharded_state_dict, checkpoint_dir, *named(MCORE))
+
+
+def named(async_strategy: str) -> tuple[str, ...]:
+    """What stock's `async_save` gets after the directory: the name of an implementation, in versions that take one."""
+    return () if _PARAMETER is None else (async_strategy,)
 
 
 def request(wait: Callable[[Any], None], argument: Any, finish: Callable[[], None]) -> AsyncRequest:

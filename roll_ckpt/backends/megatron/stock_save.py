@@ -13,7 +13,7 @@ from megatron.core.msc_utils import MultiStorageClientFeature
 
 from roll_ckpt import names, process
 from roll_ckpt.backends.megatron import handover, planning
-from roll_ckpt.backends.megatron.facts import MARKER
+from roll_ckpt.backends.megatron.facts import DCP_METADATA, MARKER
 from roll_ckpt.backends.megatron.files import Files, Unfinished
 from roll_ckpt.backends.megatron.handover import Handover
 from roll_ckpt.backends.megatron.planning import Planned
@@ -40,15 +40,20 @@ def async_save(
         ModuleNotFoundError, TypeError: Megatron's own, if it does not have that `async_strategy`.
         OSError: see `request`.
     """
+    refuse_multi_storage()
+    request_class = planning.request_class(async_strategy)  # raises before any rank plans
+    with gate.entered(RankGroup.current(), f"save {checkpoint_dir}", settings.commit_timeout_s):
+        planned = planning.plan(stock_async_save, sharded_state_dict, checkpoint_dir)
+    return request_class(planned.async_fn, planned.async_fn_args, planned.finalize_fns, planned.async_fn_kwargs)
+
+
+def refuse_multi_storage() -> None:
+    """Raise UnsupportedError if Megatron's multi-storage client is enabled."""
     if MultiStorageClientFeature.is_enabled():
         raise UnsupportedError(
             "roll_ckpt does not support Megatron's multi-storage client in this version: the commit needs a "
             "directory of a file system; disable it"
         )
-    request_class = planning.request_class(async_strategy)  # raises before any rank plans
-    with gate.entered(RankGroup.current(), f"save {checkpoint_dir}", settings.commit_timeout_s):
-        planned = planning.plan(stock_async_save, sharded_state_dict, checkpoint_dir)
-    return request_class(planned.async_fn, planned.async_fn_args, planned.finalize_fns, planned.async_fn_kwargs)
 
 
 def request(strategy: Any, planned: Planned, settings: Settings) -> Any:
@@ -89,9 +94,14 @@ def handover_of(request: Any) -> Handover | None:
 
 
 def unmark(directory: Path) -> None:
-    """Take the mark of completeness from a directory that an earlier save wrote. One rank calls; durable on return."""
-    if tree.exists(directory / MARKER):
-        writes.discard_file(directory / MARKER)
+    """Take what says that it is complete from a directory that an earlier save wrote. One rank calls; durable.
+
+    Readers of Megatron's look for `metadata.json`, those of torch for `.metadata`.
+    """
+    present = [directory / name for name in (MARKER, DCP_METADATA) if tree.exists(directory / name)]
+    for path in present:
+        writes.discard_file(path)
+    if present:
         writes.fsync_dir(directory)
 
 
