@@ -13,6 +13,7 @@ import pickle
 import pkgutil
 import signal
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import torch
 import torch.distributed as dist
 from megatron_cpu import Tiny, build, gathered, model_state
 from megatron_worlds import ANY_LAYOUT, UNGATHERED, sizes
+from runs import ended, forked
 
 megatron_cpu.install()
 
@@ -345,35 +347,43 @@ def load_without_optimizer(layout: str, directory: str) -> list[list[str]]:
 
 def refusal_of_import(layout: str, holder: str, name: str) -> str:
     """The error of importing our backend where Megatron has no `name` in `holder`."""
-    owner = pkgutil.resolve_name(f"megatron.core.dist_checkpointing.{holder}")
-    rooms = ("roll_ckpt.megatron.", "roll_ckpt.backends.megatron.")
-    ours = [module for module in sys.modules if f"{module}.".startswith(rooms)]
-    kept = {module: sys.modules.pop(module) for module in ours}
-    try:
-        with mock.patch.object(owner, name):
-            delattr(owner, name)
-            return error_of(lambda: importlib.import_module("roll_ckpt.megatron"))
-    finally:
-        sys.modules.update(kept)
+
+    def import_without() -> str:
+        owner = pkgutil.resolve_name(f"megatron.core.dist_checkpointing.{holder}")
+        delattr(owner, name)
+        return error_of(lambda: importlib.import_module("roll_ckpt.megatron"))
+
+    return str(imported_anew(import_without))
 
 
 def warnings_of_import(layout: str, version: str) -> list[str]:
     """What importing our backend, and using it, logs under a Megatron-core that says it is of another version."""
-    rooms = ("roll_ckpt.megatron.", "roll_ckpt.backends.megatron.")
-    ours = [module for module in sys.modules if f"{module}.".startswith(rooms)]
-    kept = {module: sys.modules.pop(module) for module in ours}
-    told: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("roll_ckpt").addHandler(handler)
-    try:
-        with mock.patch.object(megatron.core, "__version__", version):
-            importlib.import_module("roll_ckpt.megatron")
-            sys.modules["roll_ckpt.backends.megatron.requirement"].check()
-    finally:
-        logging.getLogger("roll_ckpt").removeHandler(handler)
-        sys.modules.update(kept)
-    return told
+
+    def import_with() -> list[str]:
+        told: list[str] = []
+        handler = logging.Handler()
+        handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+        logging.getLogger("roll_ckpt").addHandler(handler)
+        megatron.core.__version__ = version
+        importlib.import_module("roll_ckpt.megatron")
+        sys.modules["roll_ckpt.backends.megatron.requirement"].check()
+        return told
+
+    return list(imported_anew(import_with))
+
+
+def imported_anew(action: Callable[[], Any]) -> Any:
+    """What `action` returns in a forked child that has not imported our backend: its import changes Megatron."""
+    with tempfile.NamedTemporaryFile("r") as found:
+
+        def work() -> None:
+            rooms = ("roll_ckpt.megatron.", "roll_ckpt.backends.megatron.")
+            for module in [module for module in sys.modules if f"{module}.".startswith(rooms)]:
+                del sys.modules[module]
+            Path(found.name).write_text(json.dumps(action()))
+
+        assert ended(forked(work)) == 0
+        return json.loads(found.read())
 
 
 def save_and_keep_one(layout: str, directory: str) -> list[Path | None]:

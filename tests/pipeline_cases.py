@@ -71,6 +71,7 @@ def hub_too_old(out: str) -> str:
     else:
         sys.modules["huggingface_hub"] = None  # type: ignore[assignment]
     version.installed.cache_clear()
+    version.check_push.cache_clear()
     try:
         upload = {"type": "hub", "repo_id": "dev/run"}
         return raised(pipeline(out, Cluster("actor", engine(2, "bf16", None)), checkpoint_config=upload).resume)

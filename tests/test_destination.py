@@ -33,7 +33,7 @@ def nothing() -> None:
 @pytest.mark.parametrize("kind", SECTIONS)
 def test_every_destination_has_every_method_as_the_protocol_says(kind: str, tmp_path: Path) -> None:
     methods = [name for name, _ in inspect.getmembers(Destination, inspect.isfunction) if not name.startswith("_")]
-    assert methods == ["forget", "owed", "upload", "wait"]
+    assert methods == ["check", "forget", "owed", "upload", "wait"]
     for name in methods:
         asked = list(inspect.signature(getattr(Destination, name)).parameters)[1:]
         assert list(inspect.signature(getattr(made(kind, tmp_path), name)).parameters) == asked
