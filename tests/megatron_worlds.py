@@ -27,7 +27,7 @@ fp32 (one bit of the loss) and 8e-4 in bf16 (the norm, of gradients with 8 bits)
 
 MISSING = ""
 if importlib.util.find_spec("megatron") is None or importlib.util.find_spec("megatron.core") is None:
-    MISSING = "megatron-core is not installed: pip install 'megatron-core>=0.14,<0.20'"
+    MISSING = "megatron-core is not installed: pip install 'megatron-core>=0.14'"
 
 
 def _has(path: str, name: str) -> bool:

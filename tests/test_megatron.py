@@ -217,7 +217,7 @@ def test_a_megatron_without_what_we_rely_on_is_refused_at_import(
     megatron: Worlds, holder: str, removed: str, named: str
 ) -> None:
     for told in megatron.call("DP2", "refusal_of_import", holder, removed):
-        assert told.startswith("UnsupportedError") and named in told and "megatron-core>=0.14,<0.20" in told
+        assert told.startswith("UnsupportedError") and named in told and "megatron-core>=0.14" in told
 
 
 @pytest.mark.parametrize(("version", "expected"), [("0.14.0", 0), ("0.19.7", 0), ("0.20.0rc1", 1), ("1.3", 1)])

@@ -9,7 +9,7 @@ from roll_ckpt.errors import UnsupportedError
 
 TESTED = "0.14", "0.19"
 """The oldest and the newest minor version with which the backend was tested."""
-INSTALL = "pip install 'megatron-core>=0.14,<0.20'"
+INSTALL = "pip install 'megatron-core>=0.14'"
 
 _MODULES = (
     *("version", "planning", "facts", "fence", "checked_files", "plan", "strategy", "install", "load", "save"),
