@@ -131,6 +131,7 @@ def two_saves_in_one_directory(directory: str) -> dict[str, Any]:
             os.chdir(root)
             with tracker_file.opened(open, tracker_file.NAME, "w") as file:
                 file.write("2")
+                os.fsync(file.fileno())  # as careful hosts do
         early = tracker.exists()
         queue.maybe_finalize_async_calls(blocking=True)
     return {"early": early, "loaded": told_of(root / "iter_0000002"), "tracker": tracker.read_text()}

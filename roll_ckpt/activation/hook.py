@@ -60,4 +60,6 @@ class _Announcing(importlib.abc.Loader):
         self._then()
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_inner":  # a copy that is not filled yet
+            raise AttributeError(name)
         return getattr(self._inner, name)

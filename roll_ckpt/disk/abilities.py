@@ -45,6 +45,7 @@ def scratch_dir(parent: Path | None = None) -> Iterator[Path]:
     path = (parent or Path(tempfile.gettempdir())) / names.temporary_file("doctor")
     writes.make_dir(path)
     try:
+        path.chmod(0o700)  # what processes tell there quotes their settings and command lines
         yield path
     finally:
         writes.remove_tree(path)

@@ -47,8 +47,9 @@ def check_world_size(saved: int, world_size: int, where: str) -> None:
     """
     if saved != world_size:
         raise UnsupportedError(
-            f"{where} was saved by {saved} rank{'s' * (saved > 1)} and this job has {world_size}; this version resumes on the same "
-            f"number of ranks only. Start that many, convert it with DeepSpeed's ds_to_universal, or {_WEIGHTS_ONLY}"
+            f"{where} was saved by {saved} rank{'s' * (saved > 1)} and this job has {world_size}; this version resumes "
+            "on the same number of ranks only. Start that many, convert it with DeepSpeed's ds_to_universal, or "
+            f"{_WEIGHTS_ONLY}"
         )
 
 

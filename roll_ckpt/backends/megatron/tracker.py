@@ -54,6 +54,13 @@ class _Replacement(io.StringIO):
         super().__init__()
         self._path = path
         self._dropped = False
+        self._descriptor: int | None = None
+
+    def fileno(self) -> int:
+        """A descriptor for the host's own `os.fsync`, which has nothing to do: `close` makes the file durable."""
+        if self._descriptor is None:
+            self._descriptor = os.memfd_create(NAME)
+        return self._descriptor
 
     def __exit__(self, *raised: Any) -> None:
         self._dropped = raised[0] is not None
@@ -64,6 +71,8 @@ class _Replacement(io.StringIO):
             return
         text = self.getvalue()
         super().close()
+        if self._descriptor is not None:
+            os.close(self._descriptor)
         if not self._dropped:
             self._put(text)
 
