@@ -17,7 +17,6 @@ from unittest import mock
 import activated
 import pytest
 import shims
-import tomllib
 import torch
 from corruption import plain_user
 from worlds import ROOT, environment
@@ -26,6 +25,11 @@ from roll_ckpt.cli import doctor, installed, judging, main, watching
 from roll_ckpt.cli.judging import Verdict
 from roll_ckpt.cli.watching import Seen
 from roll_ckpt.disk import abilities
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 PACKAGES = str(Path(torch.__file__).parent.parent)
 EVERYTHING = ["torch", "deepspeed", "megatron-core", "huggingface_hub"]

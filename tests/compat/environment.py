@@ -165,6 +165,8 @@ def build(row: Row) -> Environment:
     made.run("Python environment", [base_python, "-m", "venv", "--without-pip", str(directory / "venv")])
     packages = Path(_answer(made.python, PURELIB))
     (packages / "base.pth").write_text(_answer(base_python, PURELIB) + "\n")
+    for module in row.without:
+        (packages / f"{module}.py").write_text(f"raise ImportError('{module} is left out of this environment')\n")
     _install(made, packages)
     if not row.pins_file.exists():
         row.pins_file.parent.mkdir(exist_ok=True)

@@ -25,6 +25,7 @@ class Row:
     versions: dict[str, str]
     pins: list[str] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)
+    without: list[str] = field(default_factory=list)
     short: bool = False
 
     def __post_init__(self) -> None:
