@@ -72,10 +72,10 @@ def tensors() -> dict[str, Any]:
 
 def test_stock_torch_reads_what_we_laid_out(tmp_path: Path) -> None:
     saved = tensors()
-    stock_dcp.save(saved, storage_writer=OurWriter(tmp_path), no_dist=True)
+    stock_dcp.save(saved, storage_writer=OurWriter(tmp_path))
     loaded = {name: torch.zeros_like(v) if isinstance(v, torch.Tensor) else {} for name, v in saved.items()}
     loaded["object"] = {"step": 0, "names": ["", ""]}
-    stock_dcp.load(loaded, checkpoint_id=tmp_path, no_dist=True)
+    stock_dcp.load(loaded, checkpoint_id=tmp_path)
     for name, value in saved.items():
         same = torch.equal(loaded[name], value) if isinstance(value, torch.Tensor) else loaded[name] == value
         assert same, name

@@ -35,7 +35,7 @@ def saved(tmp_path: Path) -> Path:
     """What stock torch.distributed.checkpoint writes: a tensor in bf16, and an object."""
     directory = tmp_path / "saved"
     state = {"weight": torch.arange(12).reshape(3, 4).bfloat16(), "step": {"at": 7, "rate": 0.5}}
-    dcp.save(state, checkpoint_id=str(directory), no_dist=True)
+    dcp.save(state, checkpoint_id=str(directory))
     return directory
 
 
@@ -124,7 +124,7 @@ def test_code_in_an_object_is_refused_and_not_run(saved: Path, tmp_path: Path) -
     with pytest.raises(UnsupportedError, match=r"step\.at.*load\.allow"):
         dcp_index.check_objects(saved, index)
     assert not mark.exists()
-    dcp.load({"weight": torch.zeros(3, 4), "step": {"at": 0, "rate": 0.0}}, checkpoint_id=str(saved), no_dist=True)
+    dcp.load({"weight": torch.zeros(3, 4), "step": {"at": 0, "rate": 0.0}}, checkpoint_id=str(saved))
     assert mark.exists(), "stock code would have run it"
 
 
