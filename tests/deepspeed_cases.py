@@ -145,6 +145,12 @@ def overlapping_saves(out: str) -> dict[str, Any]:
     return {"losses": losses, "again": again, "latest": (Path(out) / "latest").read_text()}
 
 
+def start_unlike(out: str) -> str:
+    """The error of making an engine whose section names another run on each rank."""
+    section = settings(run_id=f"rank {dist.get_rank()}")
+    return raised(lambda: engine(1, "bf16", section))
+
+
 def save_one_tag_twice(out: str, asynchronous: bool) -> dict[str, Any]:
     made = engine(3, "bf16", settings(async_save=asynchronous))
     train(made, 1, seed=1)

@@ -122,6 +122,11 @@ def test_ranks_that_disagree_touch_nothing(two_ranks: World, tmp_path: Path) -> 
         assert not found["touched"]
 
 
+def test_ranks_with_different_settings_are_told_before_training(two_ranks: World, tmp_path: Path) -> None:
+    for told in two_ranks.call(f"{CASES}:start_unlike", str(tmp_path / "run")):
+        assert told.startswith("ConfigError: this DeepSpeed engine: run_id is 'rank 0' on rank 0 and 'rank 1' on rank 1")
+
+
 @pytest.mark.parametrize("tag", ["a/../b", ".trash", "latest", ""])
 def test_a_tag_that_cannot_be_a_name_touches_nothing(two_ranks: World, tmp_path: Path, tag: str) -> None:
     for found in two_ranks.call(f"{CASES}:bad_tag", str(tmp_path / "run"), tag):

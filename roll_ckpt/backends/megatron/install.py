@@ -95,8 +95,8 @@ def begin() -> None:
     installed = process.part(Installed)
     if installed.begun:
         return
+    stock_save.refuse_multi_storage()  # `leave_to_stock` then tells the other ranks, which wait in `agree`
     installed.begun = True
-    stock_save.refuse_multi_storage()
     start.agree(installed.settings or Settings(), "Megatron-core")
     _settings()
 
