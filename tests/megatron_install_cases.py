@@ -29,7 +29,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron.core.msc_utils import MultiStorageClientFeature  # noqa: E402
 
 from roll_ckpt import process  # noqa: E402
-from roll_ckpt.backends.megatron import install, planning, version  # noqa: E402
+from roll_ckpt.backends.megatron import files, install, planning, version  # noqa: E402
 from roll_ckpt.backends.megatron import tracker as tracker_file  # noqa: E402
 from roll_ckpt.backends.megatron.files import Files  # noqa: E402
 from roll_ckpt.backends.megatron.strategy import SaveStrategy  # noqa: E402
@@ -38,6 +38,7 @@ from roll_ckpt.disk import failpoints  # noqa: E402
 
 OURS = Settings(commit_timeout_s=60)
 CALLS: list[str] = []
+MCORE = {} if planning.DEFAULT == planning.MCORE else {"async_strategy": planning.MCORE}
 
 WRAPPED = (
     *((TorchDistSaveShardedStrategy, name) for name in ("async_save", planning.HOOK)),
@@ -100,6 +101,14 @@ def save_async(directory: Path, value: float, *, persistent: bool = False, strat
         queue.maybe_finalize_async_calls(blocking=True)
     finally:
         queue.close(abort=True)
+
+
+def save_without_threads(directory: Path, value: float, strategy: Any) -> None:
+    with mock.patch.object(files.threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
+        request = dist_checkpointing.save(state(value), made(directory), strategy, async_sharded_save=True, **MCORE)
+    queue = AsyncCallsQueue()
+    queue.schedule_async_request(request)
+    queue.maybe_finalize_async_calls(blocking=True)
 
 
 def error_of(action: Callable[[], Any]) -> str:
@@ -170,6 +179,7 @@ def every_way(directory: str) -> dict[str, Any]:
         "ours, as stock's": lambda path, value: save(path, value, SaveStrategy("torch_dist", 1, settings=OURS)),
         "ours, by keyword": lambda path, value: save(path, value, SaveStrategy(backend="torch_dist", version=1)),
         "ours, settings alone": lambda path, value: save(path, value, SaveStrategy(OURS, cached_metadata=True)),
+        "queue, where no thread can be started": lambda path, value: save_without_threads(path, value, existing),
         "over an older one": lambda path, value: save(root / "default", value),
     }
     found: dict[str, Any] = {}

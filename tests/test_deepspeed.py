@@ -124,7 +124,7 @@ def test_ranks_that_disagree_touch_nothing(two_ranks: World, tmp_path: Path) -> 
 
 def test_ranks_with_different_settings_are_told_before_training(two_ranks: World, tmp_path: Path) -> None:
     for told in two_ranks.call(f"{CASES}:start_unlike", str(tmp_path / "run")):
-        assert told.startswith("ConfigError: this DeepSpeed engine: run_id is 'rank 0' on rank 0 and 'rank 1' on rank 1")
+        assert told.startswith("ConfigError: this DeepSpeed engine: run_id is 'rank 0' on rank 0 and 'rank 1' on")
 
 
 @pytest.mark.parametrize("tag", ["a/../b", ".trash", "latest", ""])

@@ -29,7 +29,7 @@ def call(megatron: Worlds, case: str, *args: Any) -> list[Any]:
 
 def test_every_way_to_save_comes_to_us_and_stock_loads_it(megatron: Worlds, tmp_path: Path) -> None:
     for told in call(megatron, "every_way", str(tmp_path)):
-        assert len(told) == 12 and set(told.values()) == {(1, True)}, told
+        assert len(told) == 13 and set(told.values()) == {(1, True)}, told
 
 
 def test_the_first_save_says_that_it_goes_through_us(megatron: Worlds, tmp_path: Path) -> None:

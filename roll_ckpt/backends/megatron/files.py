@@ -105,7 +105,10 @@ class Files:
         except Exception as problem:
             self._problem = problem
         name = f"roll_ckpt {self.directory.name}"
-        threading.Thread(target=self._move, name=name, daemon=True).start()
+        try:
+            threading.Thread(target=self._move, name=name, daemon=True).start()
+        except RuntimeError:  # no thread can be started: then training waits for the disk
+            self._move()
 
     def supersede(self, earlier: Files) -> None:
         """Take over the directory from an unfinished save, whose files are overwritten. Every rank calls."""
